@@ -1,0 +1,100 @@
+"""What all presets share: the published training recipe (paper, Section 4.1 and Appendix)."""
+
+import ml_collections
+
+
+def base() -> ml_collections.ConfigDict:
+    """Every setting there is, as published for ImageNet at 256 pixels, without a model size."""
+    optimizer = dict(
+        learning_rate=1e-4,  # at batch size 256; scales linearly with it
+        schedule="linear",  # constant, then linear decay; or cosine, constant
+        warmup_steps=1000,
+        warmup_start=0.005,
+        decay_start=0.8,  # fraction of the steps
+        final=0.1,  # of the learning rate
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.05,
+        clip=1.0,
+        ema_decay=0.9999,
+    )
+    run = dict(
+        steps=0,  # give steps or epochs
+        epochs=0.0,
+        log_every=100,
+        eval_every=5000,
+        save_every=5000,
+        keep=2,  # checkpoints
+    )
+    tokenizer_optimizer = optimizer | dict(
+        schedule="cosine", warmup_steps=0, final=0.0, weight_decay=0.0
+    )
+    return ml_collections.ConfigDict(
+        dict(
+            stage="all",  # tokenizer, structure, content, generators, separate, all
+            seed=0,
+            dtype="float32",  # of the arithmetic; bfloat16 on accelerators
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the rest of the devices
+            data=dict(
+                name="",  # digits, fashion_mnist, image_folder, tfds:NAME
+                data_dir="",
+                resize=0,  # short side before the crop; 0: image size * 288 / 256
+                pad=0,  # random shifts by up to this many pixels
+                on_bad="error",  # or skip: unreadable images are left out and counted
+                num_threads=2,
+                num_workers=0,  # processes that decode; 0: threads only
+                prefetch=4,
+            ),
+            tokenizer=dict(
+                image_size=(256, 256),
+                latent_size=(16, 16),
+                latent_dim=32,
+                codebook_size=4096,
+                base_channels=128,
+                channel_multipliers=(1, 2, 4, 4, 4),
+                blocks_per_level=2,
+            ),
+            content=transformer(1024, 16),
+            structure=transformer(512, 16),
+            class_dropout=0.1,  # share of labels replaced by the null class, for guidance
+            tokenizer_training=run
+            | dict(
+                batch_size=256,
+                epochs=100.0,
+                reconstruction="l1",  # or l2
+                soft_index_epochs=1.0,  # IBQ warm-up
+                optimizer=tokenizer_optimizer,
+            ),
+            generator_training=run | dict(batch_size=768, epochs=200.0, optimizer=optimizer),
+            sampling=dict(
+                temperature=1.0,
+                top_k=0,
+                top_p=(1.0, 0.5),  # a number, (start, end) or one a stage
+                content_guidance=(1.0, 3.5),
+                structure_guidance=(1.0, 2.5),
+                flow_steps=25,
+                gumbel=False,
+            ),
+        )
+    )
+
+
+def transformer(width: int, depth: int, head_dim: int = 64, drop_path: float = -1.0) -> dict:
+    """Sizes of a generator; drop_path -1 is the published 0.1 * depth / 24."""
+    if drop_path < 0:
+        drop_path = 0.1 * depth / 24
+    return dict(
+        width=width, depth=depth, head_dim=head_dim, mlp_ratio=4, drop_path=drop_path, remat=False
+    )
+
+
+def choose(arg: str | None, variants: dict, default: str):
+    """The variants that a comma-separated argument names, checked; used by every preset."""
+    names = [name for name in (arg or default).split(",") if name]
+    unknown = [name for name in names if name not in variants]
+    if unknown:
+        raise ValueError(
+            f"Unknown variant {', '.join(unknown)!r}; choose from {', '.join(variants)} "
+            "(--config=FILE.py:VARIANT, several separated by commas)."
+        )
+    return names

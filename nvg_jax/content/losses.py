@@ -1,0 +1,49 @@
+"""The content generator's objective over all stages of an image at once (paper, Section 3.2)."""
+
+import jax
+import jax.numpy as jnp
+
+from nvg_jax import granularity
+from nvg_jax.tokenizer.quantizer import Quantized
+
+
+def content_losses(predict_canvas, token_logits, quantized: Quantized) -> dict[str, jax.Array]:
+    """The losses of each stage, averaged over the batch.
+
+    Args:
+        predict_canvas: (canvas, structure embedding, stage) -> predicted final canvas, as
+            `ContentGenerator.predict_canvas` with the rest bound, on a batch B * S that runs
+            through the stages of an image first.
+        token_logits: (..., D) -> (..., V), as `ContentGenerator.token_logits`.
+        quantized: the images' sequence, canvases and unique tokens.
+
+    Returns:
+        "canvas_loss" (mean squared error of the final canvas), "token_loss" (cross-entropy of the
+        unique tokens) and "token_accuracy", each float32 (S,).
+    """
+    structure, canvases = quantized.sequence.structure, quantized.canvases
+    batch, stages, length = structure.shape
+    final = canvases[:, -1]
+    before = jnp.concatenate([jnp.zeros_like(canvases[:, :1]), canvases[:, :-1]], axis=1)
+    embedding = granularity.structure_embedding(structure, jnp.arange(stages), stages - 1)
+    fold = lambda x: x.reshape(batch * stages, *x.shape[2:])
+    predicted = predict_canvas(
+        fold(before), fold(embedding), jnp.tile(jnp.arange(stages), batch)
+    ).reshape(before.shape)
+
+    missing = predicted - before
+    means = [
+        granularity.cluster_means(missing[:, stage], structure[:, stage], 2**stage)
+        for stage in range(stages)
+    ]
+    logits = token_logits(jnp.concatenate(means, axis=1))  # (B, 2L - 1, V)
+    ids = jnp.concatenate(quantized.stage_tokens, axis=1)
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)
+    correct = logits.argmax(-1) == ids
+    ends = [2**stage - 1 for stage in range(1, stages)]
+    by_stage = lambda x: jnp.stack([part.mean() for part in jnp.split(x, ends, axis=1)])
+    return {
+        "canvas_loss": jnp.square(predicted - final[:, None]).mean((0, 2, 3)),
+        "token_loss": by_stage(-log_likelihood),
+        "token_accuracy": by_stage(correct.astype(jnp.float32)),
+    }

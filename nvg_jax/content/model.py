@@ -1,0 +1,76 @@
+"""The content generator: predicts the final canvas from the canvas so far (paper, Section 3.2)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from nvg_jax import layers
+
+
+class ContentGenerator(nn.Module):
+    """A transformer over [class token, L canvas tokens].
+
+    num_classes: classes without the null class, whose id is `num_classes`.
+    """
+
+    grid: tuple[int, int]
+    latent_dim: int
+    codebook_size: int
+    num_classes: int
+    transformer: layers.TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        t, length = self.transformer, self.grid[0] * self.grid[1]
+        self.num_stages = length.bit_length()
+        self.start_canvas = self.param(
+            "start_canvas",
+            nn.with_logical_partitioning(layers.EMBEDDING_INIT, (None, None, None)),
+            (1, length, self.latent_dim),
+        )
+        self.canvas_embed = layers.dense(t.width, (None, "embed"), self.dtype, "canvas_embed")
+        self.class_embed = layers.embedding(
+            self.num_classes + 1, t.width, self.dtype, "class_embed"
+        )
+        self.stage_embed = layers.embedding(self.num_stages, t.width, self.dtype, "stage_embed")
+        self.blocks = layers.Transformer(t, self.dtype)
+        self.canvas_head = layers.Head(self.latent_dim, self.dtype)
+        self.token_head = layers.dense(
+            self.codebook_size, (None, "vocab"), jnp.float32, "token_head"
+        )
+
+    def predict_canvas(
+        self, canvas, structure, stage, class_ids, canvas_scale, deterministic: bool = True
+    ):
+        """The predicted final canvas, float32 (B, L, D).
+
+        Args:
+            canvas: float32 (B, L, D) before the stage.
+            structure: structure embedding of the stage, int (B, L, K), values 0, 1, 2.
+            stage: int32 (B,).
+            class_ids: int32 (B,), `num_classes` for the null class.
+            canvas_scale: float32 (S + 1,), 1 / std of the inputs of all stages and of the final
+                canvas; the network sees and predicts canvases of unit variance.
+            deterministic: False turns drop path on (rng "drop_path").
+        """
+        batch = canvas.shape[0]
+        scaled = canvas * canvas_scale[stage][:, None, None]
+        scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
+        class_token = self.class_embed(class_ids)
+        x = jnp.concatenate([class_token[:, None], self.canvas_embed(scaled)], axis=1)
+        positions = layers.rope_positions(structure, (0,), self.grid)
+        vec = class_token + self.stage_embed(stage)
+        x = self.blocks(x, vec, positions, deterministic)
+        return self.canvas_head(x[:, 1:], vec).reshape(batch, -1, self.latent_dim) / canvas_scale[-1]
+
+    def token_logits(self, missing):
+        """float32 (..., V), logits of the token that brings what is missing.
+
+        Args:
+            missing: float32 (..., D), mean over the token's cluster of (predicted final canvas -
+                canvas before the stage).
+        """
+        return self.token_head(missing)
+
+    def __call__(self, canvas, structure, stage, class_ids, canvas_scale):
+        canvas_hat = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
+        return self.token_logits(canvas_hat - canvas)

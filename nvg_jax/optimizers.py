@@ -1,0 +1,80 @@
+"""AdamW with the decay mask, the gradient clip and the learning-rate schedules (Appendix)."""
+
+import dataclasses
+
+import jax
+import optax
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer; the defaults are the published generators'.
+
+    learning_rate: at batch size 256; it scales linearly with the batch size.
+    schedule: after a linear warm-up from `warmup_start` of the rate, "linear" is constant until
+        `decay_start` (a fraction of all steps) and falls linearly to `final` of it; "cosine" falls
+        to `final` along a cosine; "constant" stays.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: str = "linear"
+    warmup_steps: int = 1000
+    warmup_start: float = 0.005
+    decay_start: float = 0.8
+    final: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"Unknown learning-rate schedule {self.schedule!r}; choose one of {SCHEDULES}."
+            )
+
+
+def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int) -> optax.Schedule:
+    """The learning rate of each step of a run of `steps` steps at a global batch size."""
+    rate = config.learning_rate * batch_size / 256
+    warmup = min(config.warmup_steps, steps)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=config.final)
+    elif config.schedule == "constant":
+        main = optax.constant_schedule(rate)
+    else:
+        decay_start = max(int(config.decay_start * steps), warmup)
+        main = optax.linear_schedule(
+            rate, config.final * rate, max(steps - decay_start, 1), decay_start - warmup
+        )
+    ramp = optax.linear_schedule(config.warmup_start * rate, rate, max(warmup, 1))
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def decay_mask(params):
+    """True for every parameter of two or more dimensions, the axis of scanned layers aside."""
+
+    def decays(path, leaf):
+        scanned = any(getattr(key, "key", None) == "blocks" for key in path[1:])
+        return leaf.ndim - scanned >= 2
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, batch_size: int, steps: int
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            learning_rate_schedule(config, batch_size, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

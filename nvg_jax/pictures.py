@@ -1,0 +1,70 @@
+"""Pictures of images, reconstructions and stages, as uint8 arrays (H, W, 3)."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MIN_TILE = 64  # tiles are enlarged by whole factors to about this size
+GAP = 2
+
+
+def to_uint8(images) -> np.ndarray:
+    """float [-1, 1] -> uint8, 255 * (x + 1) / 2 truncated."""
+    return (255 * (np.clip(np.asarray(images, np.float32), -1, 1) + 1) / 2).astype(np.uint8)
+
+
+def image_grid(images, columns: int) -> np.ndarray:
+    """Images (B, H, W, 3), float [-1, 1] or uint8, in rows of `columns` on white."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        images = to_uint8(images)
+    factor = max(1, MIN_TILE // images.shape[1])
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def reconstruction_grid(images, restored) -> np.ndarray:
+    """Originals (B, H, W, 3) above their reconstructions."""
+    return image_grid(np.concatenate([to_uint8(images), to_uint8(restored)]), len(images))
+
+
+def structure_colours(labels, num_labels: int) -> np.ndarray:
+    """A colour for each label of a map: int (...) -> uint8 (..., 3).
+
+    Hues are spread over the circle in the order of the labels, so that siblings look alike.
+    """
+    hue = (np.asarray(labels) + 0.5) / num_labels
+    channels = [np.clip(np.abs((hue * 6 + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)]
+    return (255 * (0.15 + 0.75 * np.stack(channels, -1))).astype(np.uint8)
+
+
+def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.ndarray:
+    """The stages of images: every decoded canvas above its structure map, stages left to right.
+
+    Args:
+        stage_images: (B, S, H, W, 3) in [-1, 1], the canvas decoded after each stage.
+        structure: int (B, S, L).
+        latent_size: (h, w).
+    """
+    batch, stages, height, width, _ = np.shape(stage_images)
+    rows = []
+    for images, maps in zip(to_uint8(stage_images), np.asarray(structure)):
+        rows.extend(images)
+        for stage, labels in enumerate(maps):
+            colours = structure_colours(labels.reshape(latent_size), 2**stage)
+            rows.append(
+                np.asarray(Image.fromarray(colours).resize((width, height), Image.NEAREST))
+            )
+    return image_grid(np.stack(rows), stages)
+
+
+def save_png(path: str | Path, picture: np.ndarray):
+    """Writes a uint8 (H, W, 3) picture."""
+    Image.fromarray(picture).save(path)

@@ -1,0 +1,289 @@
+"""The published checkpoints' names and layouts, and ours: one table for both directions.
+
+Our parameters are a flat dictionary {path: array}: a tokenizer's "encoder/...", "decoder/..." and
+"quantizer/...", or a pair of generators' "content/..." and "structure/..." with their
+"canvas_scale". Published tensors have PyTorch's layouts: convolutions (out, in, kh, kw), linears
+(out, in), and a tensor of its own for every block, where ours are (kh, kw, in, out), (in, out) and
+stacked along the first axis.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from nvg_jax.torch_files import read_state_dict
+
+# Our path of a module (a pattern) -> the published one; {} is the index of a stacked block.
+_BLOCK = r"/(norm|conv)(\d)"
+_MODULES = {
+    r"(encoder|decoder)/conv_(in|out)": r"\1.conv_\2.conv",
+    r"(encoder|decoder)/norm_out": r"\1.norm_out.norm",
+    r"(encoder|decoder)/middle_block0" + _BLOCK: r"\1.mid.block_1.\2\3.\2",
+    r"(encoder|decoder)/middle_block1" + _BLOCK: r"\1.mid.block_2.\2\3.\2",
+    r"encoder/level(\d+)_block(\d+)" + _BLOCK: r"encoder.down.\1.block.\2.\3\4.\3",
+    r"decoder/level(\d+)_block(\d+)" + _BLOCK: r"decoder.up.\1.block.\2.\3\4.\3",
+    r"encoder/level(\d+)_block(\d+)/shortcut": r"encoder.down.\1.block.\2.nin_shortcut.conv",
+    r"decoder/level(\d+)_block(\d+)/shortcut": r"decoder.up.\1.block.\2.nin_shortcut.conv",
+    r"encoder/level(\d+)_downsample": r"encoder.down.\1.downsample.conv.conv",
+    r"decoder/level(\d+)_upsample": r"decoder.up.\1.upsample.conv.conv",
+    r"(content|structure)/blocks/blocks/(linear1|linear2)": r"\1_blocks.{}.\2",
+    r"(content|structure)/blocks/blocks/modulation": r"\1_blocks.{}.modulation.lin",
+    r"(content|structure)/(class_embed|stage_embed)": r"\1_\2",
+    r"content/canvas_embed": r"content_embed",
+    r"content/canvas_head/linear": r"x0_head.linear",
+    r"content/canvas_head/modulation": r"x0_head.adaLN_modulation.1",
+    r"content/token_head": r"cls_head.linear",
+    r"structure/structure_embed": r"structure_embed",
+    r"structure/canvas_embed": r"structure_content_cond_embed",
+    r"structure/time_(in|out)": r"structure_time_embed.\1_layer",
+    r"structure/head/linear": r"structure_head.linear",
+    r"structure/head/modulation": r"structure_head.adaLN_modulation.1",
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# Parameters whose published name is not a module's and a leaf's.
+_PARAMETERS = {
+    r"quantizer/codebook": r"quantize.embedding.weight",
+    r"quantizer/smooth_kernel": r"quantize.quant_resi.{}.weight",
+    r"quantizer/smooth_bias": r"quantize.quant_resi.{}.bias",
+    r"(content|structure)/blocks/blocks/(query|key)_norm/scale": r"\1_blocks.{}.norm.\2_norm.scale",
+    r"content/start_canvas": r"content_start_embed",
+    r"canvas_scale": r"scale_factors",
+}
+# Published tensors that are not needed: a statistic, the frozen tokenizer that a generator's file
+# repeats, and the feature network of REPA with the projection onto its features.
+_UNNEEDED = (
+    r"total_visited_codes|first_stage_model\..*|repa_encoder\..*|(nvgformer\.)?projector\..*"
+)
+# Prefix of the moving average's tensors, and of the generators'.
+_EMA = "ema_model."
+_GENERATOR = "nvgformer."
+
+WEIGHTS = ("raw", "ema")
+
+
+def read(path: str | Path, weights: str) -> dict[str, np.ndarray]:
+    """One copy of the weights of a published file, by published name without its prefix.
+
+    Args:
+        path: an autoencoder's or a pair of generators' checkpoint.
+        weights: "raw", or "ema" for the moving average.
+
+    Raises:
+        ValueError: the file cannot be read, or has no such copy.
+    """
+
+    def name_in_copy(name: str) -> str | None:
+        if name.startswith(_EMA) != (weights == "ema"):
+            return None
+        name = name.removeprefix(_EMA)
+        return None if re.fullmatch(_UNNEEDED, name) else name.removeprefix(_GENERATOR)
+
+    tensors = read_state_dict(path, keep=lambda name: name_in_copy(name) is not None)
+    if not tensors:
+        other = WEIGHTS[weights == "raw"]
+        raise ValueError(
+            f"{path} holds no {weights} weights. Take the {other} ones, if it is a checkpoint of "
+            "the published autoencoder or generators."
+        )
+    return {name_in_copy(name): tensor for name, tensor in tensors.items()}
+
+
+def published_views(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Published name -> view, in the published layout, of our parameters {path: array}."""
+    views = {}
+    for path, array in params.items():
+        name = _published_name(path)
+        indices = range(array.shape[0]) if "{}" in name else [...]
+        for index in indices:
+            view = array[index]
+            if path.endswith("kernel"):
+                view = view.transpose((3, 2, 0, 1) if view.ndim == 4 else (1, 0))
+            views[name.format(index)] = view
+    return views
+
+
+def _published_name(path: str) -> str:
+    for pattern, name in _PARAMETERS.items():
+        if match := re.fullmatch(pattern, path):
+            return match.expand(name)
+    module, _, leaf = path.rpartition("/")
+    for pattern, name in _MODULES.items():
+        if match := re.fullmatch(pattern, module):
+            return f"{match.expand(name)}.{_LEAVES[leaf]}"
+    raise KeyError(f"The parameter {path!r} has no published name.")
+
+
+def from_published(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Our parameters, float32, from published tensors.
+
+    Args:
+        tensors: published name -> array of a floating type of at most 32 bits. `rope_ids`, which
+            `generator_sizes` checks, is no parameter of ours.
+        shapes: path -> shape of each of our parameters.
+
+    Raises:
+        ValueError: tensors are missing, left over, or of another shape or type; it lists them.
+    """
+    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    views = published_views(params)
+    problems = {
+        "missing": [name for name in views if name not in tensors],
+        "left over": [name for name in tensors if name not in (*views, "rope_ids")],
+        "of another shape": [
+            f"{name} {tensors[name].shape}, expected {view.shape}"
+            for name, view in views.items()
+            if name in tensors and tensors[name].shape != view.shape
+        ],
+        "of another type": [
+            f"{name} {tensor.dtype}"
+            for name, tensor in tensors.items()
+            if tensor.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16)
+        ],
+    }
+    if any(problems.values()):
+        lists = [
+            f"{problem} ({len(names)}): {', '.join(names) or 'none'}"
+            for problem, names in problems.items()
+        ]
+        raise ValueError(
+            "The checkpoint's tensors are not those of the published model at the sizes it "
+            "tells.\n" + "\n".join(lists)
+        )
+    for name, view in views.items():
+        view[...] = tensors[name]
+    return params
+
+
+def to_published(
+    params: Mapping[str, np.ndarray], grid: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Published name -> contiguous array of our parameters, as `save_file` of safetensors takes it.
+
+    Args:
+        params: {path: array}.
+        grid: (h, w) for a pair of generators, whose names get their prefix and whose constant
+            `rope_ids` is added; None for a tokenizer.
+    """
+    tensors = {name: np.ascontiguousarray(view) for name, view in published_views(params).items()}
+    if grid is None:
+        return tensors
+    tensors["rope_ids"] = rope_ids(grid)
+    return {_GENERATOR + name: tensor for name, tensor in tensors.items()}
+
+
+def rope_ids(grid: tuple[int, int]) -> np.ndarray:
+    """The generators' constant of rotary positions, float32 (1, 1 + L, 3 + K).
+
+    Ones for the class token, then kind, K structure channels, row and column of each position;
+    kind and structure are zero.
+    """
+    height, width = grid
+    bits = (height * width).bit_length() - 1
+    ids = np.zeros((1, 1 + height * width, 3 + bits), np.float32)
+    ids[:, 0] = 1
+    ids[0, 1:, -2:] = np.indices(grid).reshape(2, -1).T
+    return ids
+
+
+def tokenizer_sizes(
+    tensors: Mapping[str, np.ndarray], latent_size: tuple[int, int] | None = None
+) -> dict:
+    """The fields of `TokenizerConfig` that a published autoencoder has.
+
+    Args:
+        tensors: as `read` gives them.
+        latent_size: (h, w), which the tensors do not tell; None for a square one.
+
+    Raises:
+        ValueError: a tensor that tells a size is missing, or the sizes fit no tokenizer.
+    """
+    base = _shape(tensors, "encoder.conv_in.conv.weight")[0]
+    widths = [
+        _shape(tensors, f"encoder.down.{level}.block.0.conv2.conv.weight")[0]
+        for level in range(_count(tensors, r"encoder\.down\.(\d+)\..*"))
+    ]
+    if any(width % base for width in widths):
+        raise ValueError(
+            f"The autoencoder's levels have {widths} channels, which should be whole multiples of "
+            f"its first convolution's {base}."
+        )
+    positions = 2 ** (_count(tensors, r"quantize\.quant_resi\.(\d+)\..*") - 1)
+    if latent_size is None:
+        side = int(positions**0.5)
+        latent_size = (side, side)
+    if latent_size[0] * latent_size[1] != positions:
+        raise ValueError(
+            f"The autoencoder has {positions} latent positions, which cannot be "
+            f"{latent_size[0]} x {latent_size[1]}. Give its latent size (h, w)."
+        )
+    downsamples = _count(tensors, r"encoder\.down\.(\d+)\.downsample\..*")
+    codebook_size, latent_dim = _shape(tensors, "quantize.embedding.weight")
+    return {
+        "image_size": tuple(n * 2**downsamples for n in latent_size),
+        "latent_size": tuple(latent_size),
+        "latent_dim": latent_dim,
+        "codebook_size": codebook_size,
+        "base_channels": base,
+        "channel_multipliers": tuple(width // base for width in widths),
+        "blocks_per_level": _count(tensors, r"encoder\.down\.\d+\.block\.(\d+)\..*"),
+    }
+
+
+def generator_sizes(tensors: Mapping[str, np.ndarray]) -> dict:
+    """What the tensors of a published pair of generators tell.
+
+    Returns:
+        "content" and "structure" (fields of `TransformerConfig`), "num_classes", "latent_size",
+        "latent_dim" and "codebook_size".
+
+    Raises:
+        ValueError: a tensor that tells a size is missing, or `rope_ids` is not the constant that
+            it always is.
+    """
+    ids = tensors["rope_ids"] if _shape(tensors, "rope_ids") else None
+    grid = tuple(int(n) + 1 for n in ids[0, 1:, -2:].max(0))
+    if not np.array_equal(ids, rope_ids(grid)):
+        raise ValueError(
+            "The checkpoint's rope_ids are not the positions of a grid in row-major order, which "
+            "is all that the published model has."
+        )
+
+    def transformer(name: str, embedding: str) -> dict:
+        width = _shape(tensors, embedding)[0]
+        hidden = _shape(tensors, f"{name}_blocks.0.linear1.weight")[0]
+        return {
+            "width": width,
+            "depth": _count(tensors, rf"{name}_blocks\.(\d+)\..*"),
+            "head_dim": _shape(tensors, f"{name}_blocks.0.norm.query_norm.scale")[0],
+            "mlp_ratio": hidden // width - 3,
+        }
+
+    codebook_size, latent_dim = _shape(tensors, "cls_head.linear.weight")
+    return {
+        "content": transformer("content", "content_embed.weight"),
+        "structure": transformer("structure", "structure_embed.weight"),
+        "num_classes": _shape(tensors, "content_class_embed.weight")[0] - 1,
+        "latent_size": grid,
+        "latent_dim": latent_dim,
+        "codebook_size": codebook_size,
+    }
+
+
+def _shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(
+            f"The checkpoint has no tensor {name!r}, so its sizes cannot be told; it has "
+            f"{', '.join(tensors)}."
+        )
+    return tensors[name].shape
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the pattern finds in a name, 0 without any."""
+    found = [int(match[1]) for name in names if (match := re.fullmatch(pattern, name))]
+    return max(found, default=-1) + 1

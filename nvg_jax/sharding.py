@@ -1,0 +1,96 @@
+"""One mesh, one table from logical axis names to mesh axes, and how arrays are placed on it.
+
+Mesh axes: "data" (batch), "fsdp" (batch, and parameters, their averages and optimizer state) and
+"tensor" (wide channels). Models only name axes.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("conv_in", "fsdp"),
+    ("conv_out", "tensor"),
+    ("layers", None),
+    ("length", None),
+    ("height", None),
+    ("width", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of `devices`, by default all of all processes; one size may be -1, "the rest".
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = count // rest if rest > 0 else -1
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise ValueError(
+            f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} devices: "
+            "the sizes must multiply to it, and one of them may be -1 for the rest."
+        )
+    return jax.make_mesh(
+        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def is_boxed(x) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
+
+
+def unbox(tree):
+    """The tree without its axis names; unlike `nn.unbox` it also takes abstract trees in a mesh."""
+    return jax.tree.map(lambda x: x.value if is_boxed(x) else x, tree, is_leaf=is_boxed)
+
+
+def shardings(abstract, mesh: Mesh):
+    """The sharding of every leaf of an abstract tree whose parameters name their axes.
+
+    A dimension that its mesh axis does not divide is not split.
+    """
+
+    def sharding(leaf):
+        names = leaf.names if is_boxed(leaf) else ()
+        spec = nn.logical_to_mesh_axes(names, RULES)
+        shape = unbox(leaf).shape
+        fits = [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, shape)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return jax.tree.map(sharding, abstract, is_leaf=is_boxed)
+
+
+def initialise(init: Callable, mesh: Mesh, *args):
+    """Runs `init` (a tree with named axes) sharded; returns the plain tree and its shardings."""
+    abstract = jax.eval_shape(init, *args)
+    placed = shardings(abstract, mesh)
+    return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed)(*args), placed
+
+
+def global_batch(batch, mesh: Mesh):
+    """Arrays whose leading axis is this process's share -> global arrays split over the batch."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def to_host(array, mesh: Mesh) -> np.ndarray:
+    """A whole global array as NumPy, on every process."""
+    replicate = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return np.asarray(replicate(array))

@@ -1,0 +1,134 @@
+"""Training step of the structure and the content generator on one encoded batch.
+
+Either one alone or both together, as the paper trains them; each has its own state.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nvg_jax import granularity
+from nvg_jax.content.losses import content_losses
+from nvg_jax.content.model import ContentGenerator
+from nvg_jax.optimizers import OptimizerConfig
+from nvg_jax.structure.losses import draw_times, structure_losses
+from nvg_jax.structure.model import StructureGenerator
+from nvg_jax.tokenizer import Quantized, Tokenizer
+
+Generator = ContentGenerator | StructureGenerator
+
+
+def init_params(model: Generator, key):
+    """Freshly initialised parameters, boxed with their logical axes."""
+    length = model.grid[0] * model.grid[1]
+    num_bits = granularity.num_stages(length) - 1
+    canvas = jnp.zeros((1, length, model.latent_dim))
+    structure = jnp.ones((1, length, num_bits), jnp.int32)
+    stage = class_ids = jnp.zeros((1,), jnp.int32)
+    if isinstance(model, ContentGenerator):
+        args = canvas, structure, stage, class_ids, jnp.ones(num_bits + 2)
+    else:
+        noisy = jnp.zeros(structure.shape)
+        args = noisy, jnp.zeros((1,)), structure, canvas, stage, class_ids
+    return model.init(key, *args)["params"]
+
+
+def loss_terms(model: Generator, params, quantized: Quantized, class_ids, canvas_scale, key):
+    """(scalar loss, {name: float32 per stage}) of one generator on an encoded batch.
+
+    Args:
+        class_ids: int32 (B,), the null class where the label was dropped.
+        canvas_scale: float32 (S + 1,).
+        key: None to evaluate without drop path; the flow's noise then comes from seed 0.
+    """
+    batch = class_ids.shape[0]
+    structure, canvases = quantized.sequence.structure, quantized.canvases
+    stages = structure.shape[1]
+    deterministic = key is None
+    noise_key, time_key, drop_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
+    apply = lambda *args, **kwargs: model.apply(
+        {"params": params}, *args, rngs={"drop_path": drop_key}, **kwargs
+    )
+    if isinstance(model, StructureGenerator):
+        learned = stages - 2
+        losses = structure_losses(
+            lambda noisy, time, embedding, canvas, stage: apply(
+                noisy, time, embedding, canvas, stage, jnp.repeat(class_ids, learned),
+                deterministic=deterministic,
+            ),
+            structure,
+            canvases,
+            jax.random.normal(noise_key, (batch, structure.shape[2], stages - 1)),
+            draw_times(time_key, batch, learned),
+        )  # fmt: skip
+        return losses.mean(), {"flow_loss": losses}
+    terms = content_losses(
+        lambda canvas, embedding, stage: apply(
+            canvas, embedding, stage, jnp.repeat(class_ids, stages), canvas_scale,
+            deterministic=deterministic, method="predict_canvas",
+        ),
+        lambda missing: apply(missing, method="token_logits"),
+        quantized,
+    )  # fmt: skip
+    return (terms["canvas_loss"] + terms["token_loss"]).mean(), terms
+
+
+def encode(tokenizer: Tokenizer, params, images) -> Quantized:
+    """The frozen tokenizer's sequence and canvases of images."""
+    return jax.lax.stop_gradient(
+        tokenizer.apply({"params": params}, images, method="encode")
+    )
+
+
+def train_step(
+    states,
+    tokenizer_params,
+    canvas_scale,
+    batch,
+    key,
+    *,
+    models: dict[str, Generator],
+    optimizers: dict[str, optax.GradientTransformation],
+    configs: dict[str, OptimizerConfig],
+    tokenizer: Tokenizer,
+    class_dropout: float,
+):
+    """One step of every generator in `states` on {"image", "label"}.
+
+    Args:
+        states: a TrainState for each name ("structure", "content") in `models`.
+        key: the run's key; the step number is folded in.
+
+    Returns:
+        The states and the metrics, each name followed by its generator.
+    """
+    quantized = encode(tokenizer, tokenizer_params, batch["image"])
+    states, metrics = dict(states), {}
+    for index, name in enumerate(sorted(states)):
+        state, model = states[name], models[name]
+        step_key = jax.random.fold_in(jax.random.fold_in(key, index), state.step)
+        drop_key, loss_key = jax.random.split(step_key)
+        dropped = jax.random.bernoulli(drop_key, class_dropout, batch["label"].shape)
+        class_ids = jnp.where(dropped, model.num_classes, batch["label"])
+        (loss, terms), grads = jax.value_and_grad(
+            lambda params: loss_terms(model, params, quantized, class_ids, canvas_scale, loss_key),
+            has_aux=True,
+        )(state.params)
+        states[name] = state.update(grads, optimizers[name], configs[name].ema_decay)
+        terms = {"loss": loss, "grad_norm": optax.global_norm(grads), **terms}
+        metrics.update({f"{name}/{key}": value for key, value in terms.items()})
+    return states, metrics
+
+
+def eval_step(
+    params, tokenizer_params, canvas_scale, batch, *, models, tokenizer: Tokenizer
+):
+    """Losses of every generator in `params` on {"image", "label"}, without dropout."""
+    quantized = encode(tokenizer, tokenizer_params, batch["image"])
+    metrics = {}
+    for name in params:
+        loss, terms = loss_terms(
+            models[name], params[name], quantized, batch["label"], canvas_scale, None
+        )
+        metrics.update({f"{name}/{k}": v for k, v in {"loss": loss, **terms}.items()})
+    return metrics

@@ -1,0 +1,63 @@
+"""The structure generator: velocity of the flow that splits a map (paper, Section 3.3)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from nvg_jax import layers
+
+CANVAS_KIND = 2  # the rotary kind of condition tokens; image and structure tokens have kind 0
+
+
+class StructureGenerator(nn.Module):
+    """A transformer over [class token, L canvas tokens, L noisy structure tokens]."""
+
+    grid: tuple[int, int]
+    latent_dim: int
+    num_classes: int
+    transformer: layers.TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        t = self.transformer
+        self.num_bits = (self.grid[0] * self.grid[1]).bit_length() - 1
+        self.structure_embed = layers.dense(
+            t.width, (None, "embed"), self.dtype, "structure_embed"
+        )
+        self.canvas_embed = layers.dense(t.width, (None, "embed"), self.dtype, "canvas_embed")
+        self.class_embed = layers.embedding(
+            self.num_classes + 1, t.width, self.dtype, "class_embed"
+        )
+        self.stage_embed = layers.embedding(
+            self.num_bits - 1, t.width, self.dtype, "stage_embed"
+        )
+        self.time_in = layers.dense(t.width, (None, "embed"), self.dtype, "time_in")
+        self.time_out = layers.dense(t.width, ("embed", "embed_out"), self.dtype, "time_out")
+        self.blocks = layers.Transformer(t, self.dtype)
+        self.head = layers.Head(self.num_bits, self.dtype)
+
+    def __call__(
+        self, noisy, time, structure, canvas, stage, class_ids, deterministic: bool = True
+    ):
+        """The velocity noise - target, float32 (B, L, K).
+
+        Args:
+            noisy: float32 (B, L, K), structure embedding - 1 mixed with noise; the channels below
+                `stage` are the known ones.
+            time: float32 (B,) in [0, 1], 1 is pure noise.
+            structure: structure embedding of the stage, int (B, L, K), values 0, 1, 2.
+            canvas: float32 (B, L, D) after the stage.
+            stage: int32 (B,), 0 .. K-2, the stage whose clusters are split.
+            class_ids: int32 (B,), `num_classes` for the null class.
+            deterministic: False turns drop path on (rng "drop_path").
+        """
+        length = noisy.shape[1]
+        class_token = self.class_embed(class_ids)
+        time_embedding = layers.timestep_embedding(time).astype(self.dtype)
+        vec = class_token + self.time_out(nn.silu(self.time_in(time_embedding)))
+        vec = vec + self.stage_embed(stage)
+        x = jnp.concatenate(
+            [class_token[:, None], self.canvas_embed(canvas), self.structure_embed(noisy)], axis=1
+        )
+        positions = layers.rope_positions(structure, (CANVAS_KIND, 0), self.grid)
+        x = self.blocks(x, vec, positions, deterministic)
+        return self.head(x[:, 1 + length :], vec)

@@ -1,0 +1,112 @@
+"""Convolutional encoder and decoder between images and latents (paper, Section 3.1)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+
+def group_count(channels: int) -> int:
+    """Groups of a group normalisation: 32, or 24 where 32 does not divide the channels."""
+    for groups in (32, 24):
+        if channels % groups == 0:
+            return groups
+    raise ValueError(
+        f"Group normalisation needs channels divisible by 32 or by 24, got {channels}. Choose "
+        "base_channels so that every level's width is a multiple of 32 (or of 24)."
+    )
+
+
+def conv(features: int, size: int, dtype, name: str, **kwargs) -> nn.Conv:
+    """A convolution with bias; zero padding that keeps the size unless `padding` says else."""
+    axes = (None, None, "conv_in", "conv_out")
+    return nn.Conv(
+        features,
+        (size, size),
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
+        name=name,
+        **kwargs,
+    )
+
+
+def group_norm(channels: int, dtype, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(
+        group_count(channels),
+        epsilon=1e-6,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("conv_out",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
+        name=name,
+    )
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, swish, conv3x3, twice; a 1x1 conv on the skip when the width changes."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm1")(x))
+        h = conv(self.features, 3, self.dtype, "conv1")(h)
+        h = nn.silu(group_norm(self.features, self.dtype, "norm2")(h))
+        h = conv(self.features, 3, self.dtype, "conv2")(h)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, self.dtype, "shortcut")(x)
+        return nn.with_logical_constraint(x + h, ("batch", "height", "width", "conv_out"))
+
+
+class Encoder(nn.Module):
+    """Images (B, H, W, 3) in [-1, 1] -> latents (B, h, w, latent_dim), float32."""
+
+    base_width: int  # channels after the first convolution
+    widths: Sequence[int]  # channels of each level, finest first
+    num_downsamples: int
+    blocks_per_level: int
+    latent_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images):
+        x = conv(self.base_width, 3, self.dtype, "conv_in")(images)
+        for level, width in enumerate(self.widths):
+            for block in range(self.blocks_per_level):
+                x = ResidualBlock(width, self.dtype, name=f"level{level}_block{block}")(x)
+            if level < self.num_downsamples:
+                x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+                x = conv(
+                    width, 3, self.dtype, f"level{level}_downsample", strides=2, padding="VALID"
+                )(x)
+        for block in range(2):
+            x = ResidualBlock(self.widths[-1], self.dtype, name=f"middle_block{block}")(x)
+        x = nn.silu(group_norm(x.shape[-1], self.dtype, "norm_out")(x))
+        return conv(self.latent_dim, 3, self.dtype, "conv_out")(x).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Latents (B, h, w, latent_dim) -> images (B, H, W, 3), float32, not clamped."""
+
+    widths: Sequence[int]
+    num_downsamples: int
+    blocks_per_level: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents):
+        x = conv(self.widths[-1], 3, self.dtype, "conv_in")(latents)
+        for block in range(2):
+            x = ResidualBlock(self.widths[-1], self.dtype, name=f"middle_block{block}")(x)
+        for level in reversed(range(len(self.widths))):
+            for block in range(self.blocks_per_level + 1):
+                x = ResidualBlock(
+                    self.widths[level], self.dtype, name=f"level{level}_block{block}"
+                )(x)
+            if 1 <= level <= self.num_downsamples:  # mirrors the encoder's level - 1
+                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                x = conv(self.widths[level], 3, self.dtype, f"level{level}_upsample")(x)
+        x = nn.silu(group_norm(x.shape[-1], self.dtype, "norm_out")(x))
+        return conv(3, 3, self.dtype, "conv_out")(x).astype(jnp.float32)

@@ -1,0 +1,123 @@
+"""The tokenizer: images <-> latents <-> visual granularity sequences."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvg_jax import clustering, granularity
+from nvg_jax.tokenizer.autoencoder import Decoder, Encoder, group_count
+from nvg_jax.tokenizer.quantizer import Quantized, Quantizer, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Every size of a tokenizer; the defaults are the published one (paper, Section 4.1).
+
+    Raises:
+        ValueError: sizes that no tokenizer can have, with what would do.
+    """
+
+    image_size: tuple[int, int] = (256, 256)  # H, W
+    latent_size: tuple[int, int] = (16, 16)  # h, w; h * w is a power of two
+    latent_dim: int = 32
+    codebook_size: int = 4096
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)
+    blocks_per_level: int = 2
+
+    def __post_init__(self):
+        for field in ("image_size", "latent_size", "channel_multipliers"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        granularity.num_stages(self.num_positions)
+        ratios = {size / latent for size, latent in zip(self.image_size, self.latent_size)}
+        ratio = ratios.pop()
+        if ratios or ratio < 1 or not math.log2(ratio).is_integer():
+            raise ValueError(
+                f"image_size {self.image_size} must be latent_size {self.latent_size} times one "
+                "power of two (1, 2, 4, 8, ...) in both directions; "
+                f"{tuple(16 * n for n in self.latent_size)} would do."
+            )
+        if self.num_downsamples >= len(self.channel_multipliers):
+            raise ValueError(
+                f"Going from {self.image_size} to {self.latent_size} takes {self.num_downsamples} "
+                f"downsamplings, which need at least {self.num_downsamples + 1} "
+                f"channel_multipliers; got {self.channel_multipliers}."
+            )
+        for width in (self.base_channels, *self.widths):
+            group_count(width)
+
+    @property
+    def num_positions(self) -> int:
+        return self.latent_size[0] * self.latent_size[1]
+
+    @property
+    def num_stages(self) -> int:
+        return granularity.num_stages(self.num_positions)
+
+    @property
+    def num_downsamples(self) -> int:
+        return int(math.log2(self.image_size[0] // self.latent_size[0]))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.base_channels * m for m in self.channel_multipliers)
+
+
+class Tokenizer(nn.Module):
+    """Encoder, decoder and quantizer. Latents and canvases are (B, L, D), L row-major."""
+
+    config: TokenizerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        shared = dict(
+            widths=c.widths,
+            num_downsamples=c.num_downsamples,
+            blocks_per_level=c.blocks_per_level,
+            dtype=self.dtype,
+        )
+        self.encoder = Encoder(base_width=c.base_channels, latent_dim=c.latent_dim, **shared)
+        self.decoder = Decoder(**shared)
+        self.quantizer = Quantizer(c.latent_size, c.codebook_size, c.latent_dim)
+
+    def latents(self, images):
+        """Images float32 (B, H, W, 3) in [-1, 1] -> latents float32 (B, L, D)."""
+        z = self.encoder(images)
+        return z.reshape(z.shape[0], self.config.num_positions, self.config.latent_dim)
+
+    def decode_canvas(self, canvas):
+        """Final canvas (B, L, D) -> images float32 (B, H, W, 3), not clamped (for training)."""
+        grid = canvas.reshape(-1, *self.config.latent_size, self.config.latent_dim)
+        return self.decoder(grid)
+
+    def quantize(self, latents, soft_index: bool = False) -> Quantized:
+        """Finds the structure of latents (B, L, D) and quantizes them along it."""
+        structure = clustering.greedy_hierarchy(latents)
+        return self.quantizer(latents, structure, soft_index)
+
+    def encode(self, images) -> Quantized:
+        """Images float32 (B, H, W, 3) in [-1, 1] -> their sequence and canvases."""
+        return self.quantize(self.latents(images))
+
+    def canvases(self, sequence: Sequence):
+        """float32 (B, S, L, D), the canvas after each stage of a sequence."""
+        return self.quantizer.canvases(sequence)
+
+    def add_stage(self, canvas, tokens, stage):
+        """The canvas (B, L, D) with the tokens (B, L) of a stage added."""
+        return self.quantizer.add_stage(canvas, tokens, stage)
+
+    def decode(self, canvas):
+        """Final canvas (B, L, D) -> images float32 (B, H, W, 3) clamped to [-1, 1]."""
+        return jnp.clip(self.decode_canvas(canvas), -1, 1)
+
+    def __call__(self, images, soft_index: bool = False) -> tuple[jax.Array, Quantized]:
+        """Training pass: (reconstruction, not clamped, with straight-through gradient; Quantized)."""
+        latents = self.latents(images)
+        quantized = self.quantize(latents, soft_index)
+        final = latents + jax.lax.stop_gradient(quantized.canvases[:, -1] - latents)
+        return self.decode_canvas(final), quantized

@@ -1,0 +1,153 @@
+"""Residual quantization of a latent along its hierarchy of structure maps (paper, Section 3.1)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nvg_jax import granularity
+
+SMOOTHING_RATIO = 0.5
+COMMITMENT_WEIGHT = 0.25
+FLOAT32_MATMUL = jax.lax.Precision.HIGHEST
+
+
+class Sequence(NamedTuple):
+    """A visual granularity sequence: what every position shares and holds in every stage.
+
+    structure: int32 (B, S, L), the cluster of every position, 0 .. 2**i - 1 in stage i.
+    tokens: int32 (B, S, L), the token id at every position, equal within a cluster.
+    """
+
+    structure: jax.Array
+    tokens: jax.Array
+
+
+class Quantized(NamedTuple):
+    """What quantizing a latent (B, L, D) gives.
+
+    canvases: float32 (B, S, L, D), the canvas after each stage.
+    stage_tokens: S arrays int32 (B, N_i), the id of each unique token.
+    losses: float32 (S,), the quantizer's training loss of each stage.
+    """
+
+    sequence: Sequence
+    canvases: jax.Array
+    stage_tokens: tuple[jax.Array, ...]
+    losses: jax.Array
+
+
+def at_positions(cluster_values, labels):
+    """Puts each cluster's value (B, N, ...) at all its positions: labels (B, L) -> (B, L, ...)."""
+    index = labels.reshape(*labels.shape, *(1,) * (cluster_values.ndim - 2))
+    return jnp.take_along_axis(cluster_values, index, axis=1)
+
+
+class Quantizer(nn.Module):
+    """One codebook (V, D) for all stages and a smoothing 3x3 convolution for each stage."""
+
+    grid: tuple[int, int]
+    codebook_size: int
+    latent_dim: int
+
+    def setup(self):
+        stages = granularity.num_stages(self.grid[0] * self.grid[1])
+        bound = 1.0 / self.codebook_size
+        uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        self.codebook = self.param(
+            "codebook",
+            nn.with_logical_partitioning(uniform, ("vocab", None)),
+            (self.codebook_size, self.latent_dim),
+        )
+        kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
+        self.smooth_kernel = self.param(
+            "smooth_kernel",
+            nn.with_logical_partitioning(kernel_init, (None,) * 5),
+            (stages, 3, 3, self.latent_dim, self.latent_dim),
+        )
+        self.smooth_bias = self.param(
+            "smooth_bias",
+            nn.with_logical_partitioning(nn.initializers.zeros, (None, None)),
+            (stages, self.latent_dim),
+        )
+
+    def smooth(self, vectors, stage):
+        """What a stage adds to the canvas: H + 0.5 * conv3x3_i(H).
+
+        Args:
+            vectors: float32 (B, L, D), each token's codebook vector at its cluster's positions.
+            stage: int, may be traced.
+        """
+        grid = vectors.reshape(-1, *self.grid, self.latent_dim)
+        mixed = jax.lax.conv_general_dilated(
+            grid,
+            self.smooth_kernel[stage],
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=FLOAT32_MATMUL,
+        )
+        mixed = (mixed + self.smooth_bias[stage]).reshape(vectors.shape)
+        return vectors + SMOOTHING_RATIO * mixed
+
+    def add_stage(self, canvas, tokens, stage):
+        """The canvas (B, L, D) with a stage's tokens, int (B, L) at every position, added."""
+        return canvas + self.smooth(self.codebook[tokens], stage)
+
+    def canvases(self, sequence: Sequence):
+        """float32 (B, S, L, D), the canvas after each stage of a sequence."""
+        batch, stages, length = sequence.tokens.shape
+        canvas = jnp.zeros((batch, length, self.latent_dim), jnp.float32)
+        after = []
+        for stage in range(stages):
+            canvas = self.add_stage(canvas, sequence.tokens[:, stage], stage)
+            after.append(canvas)
+        return jnp.stack(after, axis=1)
+
+    def squared_distances(self, vectors):
+        """float32 (..., V), squared Euclidean distances of vectors (..., D) to the codebook."""
+        dot = jnp.einsum("...d,vd->...v", vectors, self.codebook, precision=FLOAT32_MATMUL)
+        norms = jnp.square(vectors).sum(-1, keepdims=True) + jnp.square(self.codebook).sum(-1)
+        return norms - 2 * dot
+
+    def __call__(self, latents, structure, soft_index: bool = False) -> Quantized:
+        """Quantizes latents (B, L, D) along structure maps int (B, S, L).
+
+        With `soft_index` (the IBQ warm-up) the choice of the index is back-propagated: one-hot
+        + soft - stop(soft), and the residual keeps its gradient from stage to stage.
+        """
+        residual = latents if soft_index else jax.lax.stop_gradient(latents)
+        canvas = jnp.zeros_like(latents)
+        tokens, stage_tokens, canvases, losses = [], [], [], []
+        for stage in range(structure.shape[1]):
+            labels = structure[:, stage]
+            means = granularity.cluster_means(residual, labels, 2**stage)
+            distances = self.squared_distances(means)
+            ids = distances.argmin(-1).astype(jnp.int32)
+            if soft_index:
+                soft = nn.softmax(-distances)
+                choice = jax.nn.one_hot(ids, self.codebook_size) + soft
+                choice = choice - jax.lax.stop_gradient(soft)
+                vectors = at_positions(
+                    jnp.einsum("bnv,vd->bnd", choice, self.codebook, precision=FLOAT32_MATMUL),
+                    labels,
+                )
+            else:
+                vectors = self.codebook[at_positions(ids, labels)]
+            content = self.smooth(vectors, stage)
+            canvas = canvas + content
+            residual = residual - (content if soft_index else jax.lax.stop_gradient(content))
+            tokens.append(at_positions(ids, labels))
+            stage_tokens.append(ids)
+            canvases.append(canvas)
+            losses.append(
+                COMMITMENT_WEIGHT * jnp.square(jax.lax.stop_gradient(canvas) - latents).mean()
+                + jnp.square(canvas - jax.lax.stop_gradient(latents)).mean()
+            )
+        return Quantized(
+            Sequence(structure, jnp.stack(tokens, axis=1)),
+            jnp.stack(canvases, axis=1),
+            tuple(stage_tokens),
+            jnp.stack(losses),
+        )

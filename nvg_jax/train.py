@@ -1,0 +1,518 @@
+"""Training: `python -m nvg_jax.train --config=configs/digits.py --workdir=runs/digits`.
+
+The tokenizer first, then the generators on what it encodes. Started again in the same workdir it
+goes on where it was. `--config.stage=` picks one part: tokenizer, structure, content, generators
+(both on the same batches), or all.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags, logging
+from clu import metric_writers
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from nvg_jax import checkpoint, cli, models, sharding
+from nvg_jax.data import eval_batches, open_source, train_loader
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
+from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
+from nvg_jax.pipeline import TOKENIZER_META, Pipeline, abstract_params, check_tokenizer
+from nvg_jax.sampling import Settings
+from nvg_jax.state import TrainState
+from nvg_jax.steps import generators as generator_steps
+from nvg_jax.steps import tokenizer as tokenizer_steps
+from nvg_jax.tokenizer import TokenizerConfig
+
+RUNS = {  # --config.stage -> the runs it takes, each in its own folder of the workdir
+    "tokenizer": ("tokenizer",),
+    "structure": ("structure",),
+    "content": ("content",),
+    "generators": ("generators",),
+    "separate": ("tokenizer", "structure", "content"),
+    "all": ("tokenizer", "generators"),
+}
+SCALE_IMAGES = 50_000  # images that the canvas scales are measured on, at most
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path):
+    """Trains the parts that `config.stage` names; goes on where `workdir` stands.
+
+    Raises:
+        ValueError: a setting or data that cannot be, with what would do.
+        FloatingPointError: a loss that is not finite, with its step and term.
+    """
+    workdir = Path(workdir)
+    if config.stage not in RUNS:
+        raise ValueError(f"Unknown stage {config.stage!r}; choose one of {', '.join(RUNS)}.")
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        trainer = Trainer(config, workdir, mesh)
+        for run in RUNS[config.stage]:
+            if run == "tokenizer":
+                trainer.train_tokenizer()
+            else:
+                trainer.train_generators(run)
+
+
+class Trainer:
+    """What the runs share: configuration, data, mesh."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.Mesh):
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        source = functools.partial(
+            open_source, config.data.name, data_dir=config.data.data_dir or None
+        )
+        self.train_source = source("train")
+        self.test_source = source("test", class_names=self.train_source.class_names)
+        self.tokenizer_config = TokenizerConfig(**config.tokenizer)
+        self.tokenizer = models.make_tokenizer(self.tokenizer_config, config.dtype)
+        self.key = jax.random.key(config.seed)
+
+    def process_batch_size(self, batch_size: int) -> int:
+        """This process's share of a global batch."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if batch_size % math.lcm(ways, jax.process_count()):
+            raise ValueError(
+                f"batch_size {batch_size} must be a multiple of data x fsdp = {ways} and of the "
+                f"{jax.process_count()} processes."
+            )
+        return batch_size // jax.process_count()
+
+    def loader_options(self, batch_size: int) -> dict[str, Any]:
+        data = self.config.data
+        return dict(
+            image_size=self.tokenizer_config.image_size,
+            resize=data.resize or None,
+            batch_size=self.process_batch_size(batch_size),
+            on_bad=data.on_bad,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=data.num_threads,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch,
+        )
+
+    def training_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        return train_loader(
+            self.train_source,
+            seed=seed,
+            pad=self.config.data.pad,
+            **self.loader_options(batch_size),
+        )
+
+    def test_batches(self, batch_size: int):
+        for batch in eval_batches(self.test_source, **self.loader_options(batch_size)):
+            yield sharding.global_batch(batch, self.mesh)
+
+    def num_steps(self, settings: ml_collections.ConfigDict) -> int:
+        """Steps of a run: `steps`, or as many as `epochs` take."""
+        if bool(settings.steps) == bool(settings.epochs):
+            raise ValueError(
+                f"Give either steps or epochs, not both and not neither (got steps="
+                f"{settings.steps}, epochs={settings.epochs})."
+            )
+        return settings.steps or max(1, self.epochs_to_steps(settings, settings.epochs))
+
+    def epochs_to_steps(self, settings: ml_collections.ConfigDict, epochs: float) -> int:
+        return round(epochs * len(self.train_source) / settings.batch_size)
+
+    # The tokenizer.
+
+    def train_tokenizer(self):
+        settings = self.config.tokenizer_training
+        steps = self.num_steps(settings)
+        warmup = self.epochs_to_steps(settings, settings.soft_index_epochs)
+        config = OptimizerConfig(**settings.optimizer)
+        optimizer = make_optimizer(config, settings.batch_size, steps)
+        model, size = self.tokenizer, self.tokenizer_config.codebook_size
+
+        def init(key):
+            return TrainState.create(tokenizer_steps.init_params(model, key), optimizer)
+
+        state, placed = sharding.initialise(init, self.mesh, jax.random.fold_in(self.key, 0))
+        step_fns = {
+            soft: jax.jit(
+                functools.partial(
+                    tokenizer_steps.train_step,
+                    model=model,
+                    optimizer=optimizer,
+                    config=config,
+                    reconstruction=settings.reconstruction,
+                    soft_index=soft,
+                ),
+                donate_argnums=0,
+                out_shardings=(placed, self.replicated),
+            )
+            for soft in (True, False)
+        }
+        eval_fn = jax.jit(
+            functools.partial(tokenizer_steps.eval_step, model=model),
+            out_shardings=self.replicated,
+        )
+
+        def evaluate(state, writer, step):
+            psnr, counts, shown = [], 0, None
+            for batch in self.test_batches(settings.batch_size):
+                out = eval_fn(state.params, batch)
+                mask = sharding.to_host(batch["mask"], self.mesh)
+                psnr.append(np.asarray(out["psnr"])[mask])
+                counts = counts + np.asarray(out["code_counts"])
+                if shown is None:
+                    images = sharding.to_host(batch["image"], self.mesh)[mask]
+                    shown = images[:16], np.asarray(out["restored"])[mask][:16]
+            scalars = {"psnr": np.concatenate(psnr).mean(), **usage(counts)}
+            save_picture(
+                writer, self.workdir / "tokenizer", step, reconstruction_grid(*shown)
+            )
+            return scalars
+
+        def on_end(state):
+            params = jax.tree.map(lambda x: sharding.to_host(x, self.mesh), state.params)
+            return {
+                "canvas_scale": self.measure_canvas_scale(state.params, settings.batch_size),
+                "hash": checkpoint.fingerprint(params),
+            }
+
+        self.fit(
+            "tokenizer",
+            state=state,
+            step_fn=lambda state, batch, step: step_fns[step < warmup](state, batch),
+            batches=self.training_batches(settings.batch_size, self.config.seed),
+            settings=settings,
+            steps=steps,
+            schedule=learning_rate_schedule(config, settings.batch_size, steps),
+            meta={
+                "tokenizer": dataclass_dict(self.tokenizer_config),
+                "class_names": list(self.train_source.class_names),
+                "canvas_scale": None,
+                "hash": None,
+            },
+            evaluate=evaluate,
+            on_end=on_end,
+        )
+
+    def measure_canvas_scale(self, params, batch_size: int) -> list[float]:
+        """1 / std of the inputs of all stages (1 for the first) and of the final canvas."""
+
+        @jax.jit
+        def moments(params, images):
+            canvases = generator_steps.encode(self.tokenizer, params, images).canvases
+            return canvases.mean((0, 2, 3)), jnp.square(canvases).mean((0, 2, 3))
+
+        count = math.ceil(min(len(self.train_source), SCALE_IMAGES) / batch_size)
+        batches = self.training_batches(batch_size, self.config.seed)
+        totals = 0
+        for _ in range(count):
+            batch = sharding.global_batch(next(batches), self.mesh)
+            totals = totals + np.asarray(jax.device_get(moments(params, batch["image"])), np.float64)
+        mean, square = totals / count
+        return [1.0, *(1 / np.sqrt(square - mean**2)).tolist()]
+
+    # The generators.
+
+    def train_generators(self, run: str):
+        names = models.GENERATORS if run == "generators" else (run,)
+        config, settings = self.config, self.config.generator_training
+        tokenizer_meta, tokenizer_params = self.load_tokenizer()
+        num_classes = self.train_source.num_classes
+        steps = self.num_steps(settings)
+        optimizer_config = OptimizerConfig(**settings.optimizer)
+        optimizer = make_optimizer(optimizer_config, settings.batch_size, steps)
+        transformers = {name: TransformerConfig(**config[name]) for name in names}
+        generators = {
+            name: models.make_generator(
+                name, transformer, self.tokenizer_config, num_classes, config.dtype
+            )
+            for name, transformer in transformers.items()
+        }
+        canvas_scale = jnp.asarray(tokenizer_meta["canvas_scale"], jnp.float32)
+
+        def init(key):
+            return {
+                name: TrainState.create(
+                    generator_steps.init_params(
+                        model, jax.random.fold_in(key, models.GENERATORS.index(name))
+                    ),
+                    optimizer,
+                )
+                for name, model in generators.items()
+            }
+
+        states, placed = sharding.initialise(init, self.mesh, jax.random.fold_in(self.key, 1))
+        step_fn = jax.jit(
+            functools.partial(
+                generator_steps.train_step,
+                models=generators,
+                optimizers=dict.fromkeys(names, optimizer),
+                configs=dict.fromkeys(names, optimizer_config),
+                tokenizer=self.tokenizer,
+                class_dropout=config.class_dropout,
+            ),
+            donate_argnums=0,
+            out_shardings=(placed, self.replicated),
+        )
+        eval_fn = jax.jit(
+            functools.partial(
+                generator_steps.eval_step, models=generators, tokenizer=self.tokenizer
+            ),
+            out_shardings=self.replicated,
+        )
+        train_key = jax.random.fold_in(self.key, 2)
+        sampling = config.sampling.to_dict()
+        meta = {
+            **tokenizer_meta,
+            **{name: dataclass_dict(transformer) for name, transformer in transformers.items()},
+            "sampling": sampling,
+        }
+        Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in sampling.items()}).expand(
+            self.tokenizer_config.num_stages, self.tokenizer_config.codebook_size
+        )
+        sampler = None
+
+        def evaluate(states, writer, step):
+            nonlocal sampler
+            ema = {name: state.ema_params for name, state in states.items()}
+            totals, count = {}, 0
+            for batch in self.test_batches(settings.batch_size):
+                share = float(batch["mask"].sum())
+                if share < settings.batch_size:
+                    break  # the filled-up end of the test split
+                out = jax.device_get(eval_fn(ema, tokenizer_params, canvas_scale, batch))
+                totals = {k: totals.get(k, 0) + v * share for k, v in out.items()}
+                count += share
+            if len(names) == 2 and jax.process_count() == 1:
+                if sampler is None:
+                    sampler = Pipeline(meta, {"tokenizer": tokenizer_params, **ema})
+                sampler.params = {"tokenizer": tokenizer_params, **ema}
+                classes = np.arange(min(num_classes, 10)).repeat(4)
+                images = sampler.sample(classes, seed=config.seed).images
+                save_picture(writer, self.workdir / run, step, image_grid(images, columns=8))
+            return {k: v / count for k, v in totals.items()} if count else {}
+
+        self.fit(
+            run,
+            state=states,
+            step_fn=lambda states, batch, step: step_fn(
+                states, tokenizer_params, canvas_scale, batch, train_key
+            ),
+            batches=self.training_batches(settings.batch_size, config.seed + 1),
+            settings=settings,
+            steps=steps,
+            schedule=learning_rate_schedule(optimizer_config, settings.batch_size, steps),
+            meta=meta,
+            evaluate=evaluate,
+        )
+
+    def load_tokenizer(self):
+        """The workdir's trained tokenizer: (its metadata, its raw parameters, replicated)."""
+        folder = self.workdir / "tokenizer"
+        meta = checkpoint.read_meta(folder)
+        if meta is None or meta["hash"] is None:
+            raise ValueError(
+                f"The generators need a trained tokenizer and {folder} has none that is finished. "
+                "Run with --config.stage=tokenizer (or all) first."
+            )
+        if TokenizerConfig(**meta["tokenizer"]) != self.tokenizer_config:
+            raise ValueError(
+                f"The tokenizer in {folder} has other sizes than config.tokenizer: "
+                f"{TokenizerConfig(**meta['tokenizer'])} and {self.tokenizer_config}. Use the "
+                "config it was trained with, or another workdir."
+            )
+        if tuple(meta["class_names"]) != self.train_source.class_names:
+            raise ValueError(
+                f"The tokenizer in {folder} was trained on a data set with other classes than "
+                f"{self.config.data.name!r} has. Use the same data, or another workdir."
+            )
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated),
+            abstract_params(meta, "tokenizer"),
+        )
+        params = checkpoint.read_part(folder, {"params": abstract})["params"]
+        return {key: meta[key] for key in TOKENIZER_META}, params
+
+    # The loop.
+
+    def fit(
+        self,
+        run: str,
+        *,
+        state,
+        step_fn: Callable,
+        batches: grain.DatasetIterator,
+        settings: ml_collections.ConfigDict,
+        steps: int,
+        schedule: Callable,
+        meta: dict[str, Any],
+        evaluate: Callable,
+        on_end: Callable | None = None,
+    ):
+        """Trains one run to `steps`, from its latest checkpoint if it has one.
+
+        Args:
+            run: the name of the run and of its folder.
+            state: the initial state, placed.
+            step_fn: (state, batch, step) -> (state, metrics).
+            settings: batch_size, log_every, eval_every, save_every.
+            schedule: the learning rate of a step, for the log.
+            meta: stored with every checkpoint.
+            evaluate: (state, writer, step) -> metrics; also writes pictures.
+            on_end: state -> metadata that the last checkpoint adds.
+        """
+        folder = self.workdir / run
+        checkpoints = checkpoint.Checkpoints(folder, settings.keep)
+        meta = {**meta, "config": json.loads(self.config.to_json_best_effort()), "steps": steps}
+        start = checkpoints.latest_step or 0
+        if start:
+            check_resume(checkpoint.read_meta(folder), meta, folder)
+            state = checkpoints.restore(state, batches if start < steps else None)
+            logging.info("%s: going on at step %d of %d", run, start, steps)
+        if start >= steps:
+            checkpoints.close()
+            return
+        main_process = jax.process_index() == 0
+        writers = [metric_writers.SummaryWriter(str(folder))] if main_process else []
+        writer = metric_writers.MultiWriter(writers)
+        window, window_start, run_start = [], time.monotonic(), time.monotonic()
+        for step in range(start, steps):
+            state, metrics = step_fn(
+                state, sharding.global_batch(next(batches), self.mesh), step
+            )
+            window.append(metrics)
+            done = step + 1
+            evaluated = done % settings.eval_every == 0 or done == steps
+            saved = done % settings.save_every == 0 or done == steps
+            if done % settings.log_every == 0 or evaluated or saved:
+                scalars = summarise(jax.device_get(window), run, done)
+                now = time.monotonic()
+                rate = len(window) / (now - window_start)
+                scalars["images_per_second"] = rate * settings.batch_size
+                scalars["learning_rate"] = float(schedule(step))
+                remaining = (now - run_start) / (done - start) * (steps - done)
+                writer.write_scalars(done, scalars)
+                log_progress(run, done, steps, scalars, rate, remaining)
+                window = []
+            if evaluated:
+                results = evaluate(state, writer, done)
+                results = {f"test_{k}": v for k, v in flatten(results).items()}
+                writer.write_scalars(done, results)
+                log_evaluation(run, done, results)
+            if saved:
+                last = on_end(state) if on_end and done == steps else {}
+                checkpoints.save(done, state, {**meta, **last}, batches)
+            if not window:
+                window_start = time.monotonic()
+        checkpoints.close()
+        writer.close()
+
+
+def summarise(window: list[dict[str, Any]], run: str, last_step: int) -> dict[str, float]:
+    """Mean metrics of the steps up to `last_step`; codebook usage over all of them.
+
+    Raises:
+        FloatingPointError: a metric is not finite; names the step and the term.
+    """
+    for step, metrics in enumerate(window, last_step - len(window) + 1):
+        for name, value in flatten(metrics).items():
+            if not np.isfinite(value):
+                raise FloatingPointError(
+                    f"{run}: {name} is {value} at step {step}. Training stopped; the last "
+                    "checkpoint is from before it. A lower learning rate or clip, or "
+                    "--config.dtype=float32, usually helps."
+                )
+    means = {}
+    for name in window[0]:
+        values = np.stack([metrics[name] for metrics in window])
+        if name == "code_counts":
+            means.update(usage(values.sum(0)))
+        else:
+            means[name] = values.mean(0)
+    return flatten(means)
+
+
+def usage(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Share of the codebook in use, in each stage and in all, of counts (S, V)."""
+    used = np.asarray(counts) > 0
+    return {"codebook_usage_stage": used.mean(1), "codebook_usage": used.any(0).mean()}
+
+
+def flatten(metrics: dict[str, Any]) -> dict[str, float]:
+    """Scalars of metrics of which some have one value a stage; code counts are left out."""
+    scalars = {}
+    for name, value in metrics.items():
+        if name == "code_counts":
+            continue
+        value = np.asarray(value)
+        if value.ndim == 0:
+            scalars[name] = float(value)
+        else:
+            scalars.update({f"{name}/{stage}": float(v) for stage, v in enumerate(value)})
+    return scalars
+
+
+def log_progress(run, done, steps, scalars, rate, remaining):
+    losses = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items() if k.endswith("loss"))
+    minutes, seconds = divmod(round(remaining), 60)
+    logging.info(
+        "%s %d/%d  %s  %.3g steps/s  ETA %d:%02d", run, done, steps, losses, rate, minutes, seconds
+    )
+
+
+def log_evaluation(run, done, results):
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in results.items() if "/" not in k.split("_")[-1])
+    logging.info("%s %d  held out: %s", run, done, shown)
+
+
+def check_resume(stored: dict[str, Any], meta: dict[str, Any], folder: Path):
+    """Raises ValueError if a run was started with other settings than it is to go on with."""
+    for key in ("tokenizer", "class_names", "content", "structure", "steps"):
+        if stored.get(key) != meta.get(key):
+            raise ValueError(
+                f"{folder} holds a run with {key} = {stored.get(key)}, and it cannot go on with "
+                f"{meta.get(key)}. Use the settings it was started with, or another workdir."
+            )
+    if "content" in meta or "structure" in meta:
+        check_tokenizer(stored, meta, folder)
+
+
+def save_picture(writer, folder: Path, step: int, picture: np.ndarray):
+    """A uint8 picture (H, W, 3) as a PNG in the run's folder and in TensorBoard."""
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_png(folder / f"pictures_{step:07d}.png", picture)
+        writer.write_images(step, {"pictures": picture[None]})
+
+
+def dataclass_dict(config) -> dict[str, Any]:
+    """A JSON-able dictionary of a dataclass; equal to itself after a way through JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    train(FLAGS.config, FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", None, "Configuration, e.g. configs/digits.py or configs/imagenet256.py:d16."
+    )
+    flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main)

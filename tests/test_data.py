@@ -1,0 +1,501 @@
+"""Data: every source, the transform, and the loader's order, resumption and coverage."""
+
+import collections
+import gzip
+import io
+import json
+import pickle
+import struct
+
+import grain
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from nvg_jax.data import eval_batches, open_source, train_loader
+from nvg_jax.data.sources import ArraySource
+from nvg_jax.data.transforms import Transform, decode
+
+
+def numbered(count, size=4):
+    """`count` grey images; image i has the value and the label i."""
+    values = np.arange(count)
+    images = np.broadcast_to(values[:, None, None], (count, size, size)).astype(np.uint8)
+    return ArraySource(images, values, [str(v) for v in values], "numbered")
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(path, **options)
+
+
+def items(source):
+    return [source[i] for i in range(len(source))]
+
+
+# Sources.
+
+
+def test_digits_split_is_fixed_and_stratified():
+    train, test = open_source("digits", "train"), open_source("digits", "test")
+    assert (len(train), len(test)) == (1497, 300)
+    assert train.class_names == tuple("0123456789") and train.num_classes == 10
+    counts = collections.Counter(item["label"] for item in items(test))
+    assert set(counts.values()) <= {29, 30, 31}  # a sixth of the 174 to 183 of every digit
+    again = open_source("digits", "test")
+    assert all(
+        (a["image"] == b["image"]).all() for a, b in zip(items(test), items(again), strict=True)
+    )
+    # The parts are those of scikit-learn's own data: together all images, in 0..255.
+    from sklearn import datasets
+
+    whole = collections.Counter(image.tobytes() for image in datasets.load_digits().images)
+    parts = collections.Counter()
+    for item in items(train) + items(test):
+        assert item["image"].dtype == np.uint8 and item["image"].shape == (8, 8)
+        parts[np.round(item["image"] * (16 / 255)).tobytes()] += 1
+    assert parts == whole
+    assert max(item["image"].max() for item in items(train)) == 255
+
+
+def write_idx(path, values):
+    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+    content = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def test_fashion_mnist_idx_files(tmp_path):
+    images = np.arange(3 * 2 * 2).reshape(3, 2, 2)
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0, 3]))
+    source = open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+    assert [item["label"] for item in items(source)] == [9, 0, 3]
+    assert (np.stack([item["image"] for item in items(source)]) == images).all()
+    assert source.class_names[9] == "Ankle boot"
+
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.*apt-get install"):
+        open_source("fashion_mnist", "test", data_dir=str(tmp_path))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0]))
+    with pytest.raises(ValueError, match="3 train images but 2 labels"):
+        open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0, 10]))
+    with pytest.raises(ValueError, match="go up to 10"):
+        open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1]))
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte' is not a whole IDX file"):
+        open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+    packed = tmp_path / "train-images-idx3-ubyte.gz"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"ubyte.gz' cannot be unpacked"):
+        open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+
+
+def make_folder(root, per_class=1):
+    for i in range(per_class):
+        save(root / "zebra" / f"{i}.png", [[i, i], [i, i]])
+        save(root / "ant" / f"{i}.png", [[[i, 0, 0], [i, 0, 0]]])
+
+
+def test_image_folder_with_split_folders(tmp_path):
+    make_folder(tmp_path / "train", 3)
+    make_folder(tmp_path / "val", 2)
+    train = open_source("image_folder", "train", data_dir=str(tmp_path))
+    test = open_source("image_folder", "test", data_dir=str(tmp_path), class_names=["ant", "zebra"])
+    assert train.class_names == ("ant", "zebra")
+    assert [item["label"] for item in items(train)] == [0, 0, 0, 1, 1, 1]
+    assert [item["name"] for item in items(test)][1] == str(tmp_path / "val" / "ant" / "1.png")
+    save(tmp_path / "val" / "bee" / "0.png", [[0]])
+    with pytest.raises(ValueError, match=r"\['bee'\] are in one of them alone"):
+        open_source("image_folder", "test", data_dir=str(tmp_path))
+
+
+def test_image_folder_classes_are_sorted(tmp_path):
+    for name in "hgdcabfe":
+        save(tmp_path / name / "0.png", [[0]])
+    source = open_source("image_folder", "train", data_dir=str(tmp_path))
+    assert source.class_names == tuple("abcdefgh")
+
+
+def test_image_folder_without_split_folders(tmp_path):
+    make_folder(tmp_path, 200)
+    names = {
+        split: {
+            i["name"] for i in items(open_source("image_folder", split, data_dir=str(tmp_path)))
+        }
+        for split in ("train", "test")
+    }
+    assert len(names["train"] | names["test"]) == 400 and not names["train"] & names["test"]
+    assert 20 <= len(names["test"]) <= 60  # a tenth
+    # Taking a file away moves no other file.
+    gone = sorted(names["train"])[0]
+    (tmp_path / gone).unlink()
+    test = open_source("image_folder", "test", data_dir=str(tmp_path))
+    assert {item["name"] for item in items(test)} == names["test"]
+
+
+def test_image_folder_errors(tmp_path):
+    def open_(split="train", **options):
+        return open_source("image_folder", split, data_dir=str(tmp_path), **options)
+
+    with pytest.raises(ValueError, match="needs data_dir"):
+        open_source("image_folder", "train")
+    with pytest.raises(ValueError, match="is not a folder"):
+        open_source("image_folder", "train", data_dir=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="has no sub-folders"):
+        open_()
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / ".hidden").touch()
+    with pytest.raises(ValueError, match="ant' has no images"):
+        open_()
+    make_folder(tmp_path)
+    with pytest.raises(ValueError, match="falls into the test split"):
+        open_("test")
+    with pytest.raises(ValueError, match=r"1 classes .ant., but .* has 2 classes .ant, zebra."):
+        open_(class_names=["ant"])
+    (tmp_path / "ant" / "deeper").mkdir()
+    with pytest.raises(ValueError, match="has a folder 'deeper' inside"):
+        open_()
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="no data set 'mnist'"):
+        open_source("mnist", "train")
+    with pytest.raises(ValueError, match="no split 'val'"):
+        open_source("digits", "val")
+    with pytest.raises(ValueError, match="leave data_dir empty"):
+        open_source("digits", "train", data_dir="/data")
+
+
+def test_tfds_array_record(tmp_path):
+    import tensorflow_datasets as tfds
+
+    def records(split):  # ImageNet's test split has no labels
+        for label, colour in enumerate([[255, 0, 0], [0, 0, 255]]):
+            file = f"{split}_{label}.png"
+            yield (
+                file,
+                {
+                    "image": np.broadcast_to(np.array(colour, np.uint8), (3, 4, 3)),
+                    "label": -1 if split == "test" else label,
+                    "file_name": file,
+                },
+            )
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="imagenet2012",
+        version="1.10.0",
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=["red", "blue"]),
+                "file_name": tfds.features.Text(),
+            }
+        ),
+        split_datasets={split: list(records(split)) for split in ("train", "validation", "test")},
+        data_dir=tmp_path,
+        file_format="array_record",
+    )
+
+    train = open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))
+    test = open_source("tfds:imagenet2012", "test", data_dir=str(tmp_path))
+    assert train.class_names == ("red", "blue") and len(train) == len(test) == 2
+    train = pickle.loads(pickle.dumps(train))  # as worker processes get it
+    for source, split in ((train, "train"), (test, "validation")):
+        for item in items(source):
+            assert isinstance(item["image"], bytes)
+            assert f"{split}_{item['label']}.png" in item["name"]
+            colour = np.asarray(decode(item["image"]))[0, 0]
+            assert colour.tolist() == ([0, 0, 255] if item["label"] else [255, 0, 0])
+    with pytest.raises(ValueError, match="no version folder with a data set prepared"):
+        open_source("tfds:mnist", "train", data_dir=str(tmp_path))
+
+    version = tmp_path / "imagenet2012" / "1.10.0"
+    (tmp_path / "imagenet2012" / "1.9.0").mkdir()  # an older one: not taken, though "9" > "1"
+    (tmp_path / "imagenet2012" / "1.9.0" / "dataset_info.json").touch()
+    assert len(open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))) == 2
+    info = json.loads((version / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="not in ArrayRecord"):
+        open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))
+
+
+# Transform.
+
+
+def encoded(pixels, mode=None, format="PNG", **options):
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels, mode)
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (np.array([[7]], np.uint8), [7, 7, 7]),
+        (np.array([[[1, 2, 3]]], np.uint8), [1, 2, 3]),
+        (encoded(np.array([[7]], np.uint8)), [7, 7, 7]),
+        (encoded(np.array([[32896]], np.uint16)), [128, 128, 128]),  # 128 * 257
+        (encoded(np.array([[65535]], np.uint16)), [255, 255, 255]),
+        (encoded(np.array([[[9, 8, 7, 255]]], np.uint8)), [9, 8, 7]),
+        (encoded(np.array([[[9, 8, 7, 0]]], np.uint8)), [255, 255, 255]),
+        (encoded(Image.new("1", (1, 1), 1)), [255, 255, 255]),
+        (encoded(Image.new("LA", (1, 1), (5, 255))), [5, 5, 5]),
+        (encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), format="TIFF"), [255, 0, 0]),
+        (encoded(Image.new("RGB", (1, 1), (250, 3, 9)).quantize(2)), [250, 3, 9]),
+        (encoded(Image.new("RGB", (1, 1), (250, 3, 9)).quantize(2), transparency=0), [255] * 3),
+    ],
+)
+def test_decode_gives_rgb(content, expected):
+    image = decode(content)
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == tuple(expected)
+
+
+def test_decode_refuses_what_it_cannot_show():
+    whole = encoded(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    for broken in (b"", b"text", whole[: len(whole) // 2]):
+        with pytest.raises(ValueError, match=r"not an? (readable )?image"):
+            decode(broken)
+    with pytest.raises(ValueError, match="no fixed range"):
+        decode(encoded(np.ones((2, 2), np.float32), format="TIFF"))
+    with pytest.raises(ValueError, match="do not fit into 16 bits"):
+        decode(encoded(np.array([[70000]], np.int32), format="TIFF"))
+
+
+def coordinates(height, width):
+    """An image whose red is the row and whose green is the column."""
+    rows, columns = np.indices((height, width))
+    return Image.fromarray(np.stack([rows, columns, 0 * rows], -1).astype(np.uint8))
+
+
+def corner(crop):
+    """Row and column of the image that the crop's first pixel shows."""
+    return tuple(np.round((crop[0, 0, :2] + 1) * 127.5).astype(int).tolist())
+
+
+def test_centre_and_random_crop():
+    transform = Transform((2, 2), resize=4)  # of 4x6 pixels, which resizing leaves alone
+    image = coordinates(4, 6)
+    centre = transform(image)
+    assert centre.shape == (2, 2, 3) and centre.dtype == np.float32
+    np.testing.assert_allclose(
+        centre[..., :2], np.array([[[1, 2], [1, 3]], [[2, 2], [2, 3]]]) / 127.5 - 1, atol=1e-6
+    )
+    rng = np.random.default_rng(0)
+    corners = {corner(transform(image, rng)) for _ in range(500)}
+    assert corners == {(row, column) for row in range(3) for column in range(5)}
+
+
+def test_pad_shifts_with_copies_of_the_edge():
+    image = coordinates(3, 3)
+    transform = Transform((3, 3), resize=3, pad=1)
+    assert (transform(image) == Transform((3, 3), resize=3)(image)).all()
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        crop = np.round((transform(image, rng) + 1) * 127.5).astype(int)
+        seen.add((tuple(crop[:, 0, 0].tolist()), tuple(crop[0, :, 1].tolist())))
+    shifts = [(0, 0, 1), (0, 1, 2), (1, 2, 2)]
+    assert seen == {(rows, columns) for rows in shifts for columns in shifts}
+
+
+def test_resize_covers_and_range():
+    assert Transform((256, 256)).cover == (288, 288)
+    assert Transform((16, 32)).cover == (18, 36)
+    # 100x50 (height x width) must cover 8x16: resized to 32x16, of which the middle shows.
+    image = Image.fromarray(
+        np.repeat(np.repeat([[255], [0], [0], [255]], 25, 0), 50, 1).astype(np.uint8)
+    ).convert("RGB")
+    crop = Transform((8, 16), resize=8)(image)
+    assert crop.shape == (8, 16, 3) and crop.max() < -0.9
+    assert Transform((32, 16), resize=16)(image).max() == 1
+    with pytest.raises(ValueError, match=r"resized to 8 pixels .* at least 16"):
+        Transform((16, 16), resize=8)
+
+
+# Loader.
+
+
+OPTIONS = dict(image_size=(4, 4), resize=4)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal_batches(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert set(a) == set(b)
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_train_epochs_hold_all_in_new_orders():
+    loader = train_loader(numbered(12), batch_size=4, seed=0, **OPTIONS)
+    batches = take(loader, 9)
+    assert batches[0]["image"].shape == (4, 4, 4, 3) and batches[0]["image"].dtype == np.float32
+    assert batches[0]["label"].dtype == np.int32 and set(batches[0]) == {"image", "label"}
+    for batch in batches:  # the image belongs to the label
+        np.testing.assert_allclose(
+            batch["image"][:, 0, 0, 0], batch["label"] / 127.5 - 1, atol=1e-6
+        )
+    epochs = np.concatenate([batch["label"] for batch in batches]).reshape(3, 12)
+    assert (np.sort(epochs) == np.arange(12)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    other = train_loader(numbered(12), batch_size=4, seed=1, **OPTIONS)
+    assert (next(other)["label"] != epochs[0, :4]).any()
+
+
+def test_resume_gives_the_same_batches(tmp_path):
+    import orbax.checkpoint as ocp
+
+    def loader():  # crops are random: part of what must be the same
+        return train_loader(open_source("digits", "train"), image_size=(6, 6), batch_size=5, seed=3)
+
+    first = loader()
+    take(first, 7)
+    state = json.loads(json.dumps(first.get_state()))
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(first)))
+        expected = take(first, 5)
+        second = loader()
+        second.set_state(state)
+        assert_equal_batches(take(second, 5), expected)
+        third = loader()
+        args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(third))
+        manager.restore(7, args=args)
+        assert_equal_batches(take(third, 5), expected)
+    assert (expected[0]["image"] != expected[1]["image"]).any()
+
+
+def test_processes_share_the_batches_of_one():
+    def loader(**options):
+        return train_loader(open_source("digits", "train"), image_size=(6, 6), seed=3, **options)
+
+    whole = take(loader(batch_size=6), 4)
+    parts = [take(loader(batch_size=2, process_index=i, process_count=3), 4) for i in range(3)]
+    for step, batch in enumerate(whole):
+        for key in batch:
+            joined = np.concatenate([part[step][key] for part in parts])
+            np.testing.assert_array_equal(joined, batch[key])
+
+
+def test_processes_cover_an_epoch_without_overlap():
+    labels = []
+    for i in range(2):  # 10 = 5 global batches of 2 x 1
+        loader = train_loader(
+            numbered(10), batch_size=1, seed=0, process_index=i, process_count=2, **OPTIONS
+        )
+        labels.append({int(batch["label"][0]) for batch in take(loader, 5)})
+    assert not labels[0] & labels[1] and labels[0] | labels[1] == set(range(10))
+
+
+def test_worker_processes_give_the_same_batches():
+    flags.FLAGS.mark_as_parsed()
+    source = numbered(12)
+    expected = take(train_loader(source, batch_size=4, seed=0, pad=1, **OPTIONS), 6)
+    workers = train_loader(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
+    assert_equal_batches(take(workers, 3), expected[:3])
+    state = workers.get_state()
+    workers.close()
+    workers = train_loader(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
+    workers.set_state(state)
+    assert_equal_batches(take(workers, 3), expected[3:])
+    workers.close()
+
+
+@pytest.mark.parametrize("count, process_count", [(7, 1), (8, 2), (9, 2), (5, 3), (2, 3)])
+def test_eval_sees_every_example_once(count, process_count):
+    seen, lengths = [], set()
+    for i in range(process_count):
+        batches = list(
+            eval_batches(
+                numbered(count),
+                batch_size=2,
+                process_index=i,
+                process_count=process_count,
+                **OPTIONS,
+            )
+        )
+        lengths.add(len(batches))
+        for batch in batches:
+            assert batch["image"].shape == (2, 4, 4, 3) and batch["mask"].dtype == bool
+            assert not batch["image"][~batch["mask"]].any()
+            seen += batch["label"][batch["mask"]].tolist()
+    assert len(lengths) == 1 and sorted(seen) == list(range(count))
+
+
+def broken_folder(root):
+    make_folder(root / "train", 3)
+    make_folder(root / "test", 3)
+    for split in ("train", "test"):
+        (root / split / "ant" / "1.png").write_bytes(b"no image")
+        file = root / split / "zebra" / "2.png"
+        file.write_bytes(file.read_bytes()[:40])
+    return [str(root / "{}" / "ant" / "1.png"), str(root / "{}" / "zebra" / "2.png")]
+
+
+def test_unreadable_files_are_named(tmp_path):
+    broken_folder(tmp_path)
+    source = open_source("image_folder", "train", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"train/(ant/1|zebra/2).png: not an? "):
+        take(train_loader(source, batch_size=2, seed=0, **OPTIONS), 4)
+    with pytest.raises(ValueError, match=r"train/ant/1.png: not an image"):
+        list(eval_batches(source, batch_size=2, **OPTIONS))
+    (tmp_path / "train" / "ant" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"ant/0.png"):
+        list(eval_batches(source, batch_size=2, **OPTIONS))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_files_are_skipped_and_counted(tmp_path, num_workers, caplog):
+    flags.FLAGS.mark_as_parsed()
+    broken = broken_folder(tmp_path)
+    options = dict(OPTIONS, batch_size=2, on_bad="skip", num_workers=num_workers)
+
+    source = open_source("image_folder", "train", data_dir=str(tmp_path))
+    loader = train_loader(source, seed=0, **options)
+    batches = take(loader, 12)  # four epochs
+    loader.close()
+    # Readable images take the places: the red of ant 0 and 2, zebra 0 and 1.
+    shown = {
+        (int(label), round(float(image[0, 0, 0] + 1) * 127.5))
+        for batch in batches
+        for image, label in zip(batch["image"], batch["label"], strict=True)
+    }
+    assert shown == {(0, 0), (0, 2), (1, 0), (1, 1)}
+    assert sorted(source.unreadable) == [name.format("train") for name in broken]
+    assert "not an image" in source.unreadable[broken[0].format("train")]
+    assert sum("Left out" in message for message in caplog.messages) == 2
+    assert_equal_batches(take(train_loader(source, seed=0, **options), 12), batches)
+
+    source = open_source("image_folder", "test", data_dir=str(tmp_path))
+    batches = eval_batches(source, **options)
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    batches.close()
+    assert masks.tolist() == [True, False, True, True, True, False]
+    assert len(source.unreadable) == 2
+
+
+def test_a_broken_data_set_stops(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for i in range(9):
+            (tmp_path / name / f"{i}.png").write_bytes(b"")
+    source = open_source("image_folder", "train", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="10 records drawn in a row are unreadable"):
+        next(train_loader(source, batch_size=2, seed=0, on_bad="skip", **OPTIONS))
+
+
+def test_loader_errors():
+    for arguments, message in [
+        (dict(batch_size=4, process_count=2), "A batch of 8 .* larger than the 7 training"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(batch_size=1, process_index=2, process_count=2), "process_index 2"),
+        (dict(batch_size=1, on_bad="ignore"), "'error' or 'skip'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train_loader(numbered(7), seed=0, **arguments, **OPTIONS)

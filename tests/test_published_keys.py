@@ -1,0 +1,156 @@
+"""The published names: our full-size models accept exactly the published tensors."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from nvg_jax import models, published
+from nvg_jax.steps import generators, tokenizer
+from nvg_jax.tokenizer import TokenizerConfig
+
+
+def shapes(init, model) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of a model's parameters, without allocating them."""
+    tree = nn.unbox(jax.eval_shape(lambda key: init(model, key), jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def tokenizer_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
+    return shapes(tokenizer.init_params, models.make_tokenizer(config))
+
+
+def generator_shapes(sizes: dict, config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
+    found = {"canvas_scale": (config.num_stages + 1,)}
+    for name in models.GENERATORS:
+        model = models.make_generator(name, sizes[name], config, sizes["num_classes"])
+        found |= {f"{name}/{k}": v for k, v in shapes(generators.init_params, model).items()}
+    return found
+
+
+def stand_ins(shapes_by_name) -> dict[str, np.ndarray]:
+    """Arrays of the given shapes that take no memory."""
+    return {name: np.broadcast_to(np.float32(0), tuple(s)) for name, s in shapes_by_name.items()}
+
+
+def published_shapes(ours) -> dict[str, tuple[int, ...]]:
+    views = published.published_views(stand_ins(ours))
+    return {name: view.shape for name, view in views.items()}
+
+
+@pytest.fixture(scope="module")
+def keys(parity_dir):
+    return json.loads((parity_dir / "keys.json").read_text())
+
+
+def test_autoencoder(keys):
+    names = {name: tuple(shape) for name, shape in keys["ae"]["keys"].items()}
+    config = TokenizerConfig(**published.tokenizer_sizes(stand_ins(names)))
+    assert config == TokenizerConfig()
+    ours = tokenizer_shapes(config)
+    assert published_shapes(ours) == names
+    total = sum(int(np.prod(shape)) for shape in ours.values())
+    assert total == keys["ae"]["params"]["total"]
+
+
+@pytest.mark.parametrize("name, depth", [("d16", 16), ("d20", 20), ("d24", 24)])
+def test_generators(keys, name, depth):
+    names = {name: tuple(shape) for name, shape in keys[name]["keys"].items()}
+    tensors = stand_ins(names) | {"rope_ids": published.rope_ids((16, 16))}
+    sizes = published.generator_sizes(tensors)
+    assert sizes == {
+        "content": {"width": 64 * depth, "depth": depth, "head_dim": 64, "mlp_ratio": 4},
+        "structure": {"width": 32 * depth, "depth": depth, "head_dim": 64, "mlp_ratio": 4},
+        "num_classes": 1000,
+        "latent_size": (16, 16),
+        "latent_dim": 32,
+        "codebook_size": 4096,
+    }
+    ours = generator_shapes(sizes, TokenizerConfig())
+    assert published_shapes(ours) | {"rope_ids": (1, 257, 11)} == names
+    for part in models.GENERATORS:
+        total = sum(int(np.prod(s)) for path, s in ours.items() if path.startswith(part))
+        assert total == keys[name]["params"][part]
+
+
+def test_layouts():
+    """A convolution (out, in, kh, kw), a linear (out, in) and the blocks apart, by their values."""
+    ours = {
+        "encoder/conv_in/kernel": np.arange(24.0).reshape(1, 2, 3, 4),  # (kh, kw, in, out)
+        "content/blocks/blocks/linear1/kernel": np.arange(12.0).reshape(2, 2, 3),
+        "content/blocks/blocks/query_norm/scale": np.arange(4.0).reshape(2, 2),
+        "quantizer/smooth_kernel": np.arange(8.0).reshape(2, 1, 1, 2, 2),
+    }
+    views = published.published_views(ours)
+    conv = views["encoder.conv_in.conv.weight"]
+    assert conv.shape == (4, 3, 1, 2)
+    assert conv[3, 1, 0, 1] == ours["encoder/conv_in/kernel"][0, 1, 1, 3]
+    assert views["content_blocks.1.linear1.weight"].tolist() == [[6, 9], [7, 10], [8, 11]]
+    assert views["content_blocks.1.norm.query_norm.scale"].tolist() == [2, 3]
+    assert views["quantize.quant_resi.1.weight"][:, :, 0, 0].tolist() == [[4, 6], [5, 7]]
+
+
+def test_rope_ids_of_a_wide_grid():
+    ids = published.rope_ids((2, 4))
+    assert ids.shape == (1, 9, 6)
+    assert ids[0, 0].tolist() == [1] * 6
+    assert ids[0, 6].tolist() == [0, 0, 0, 0, 1, 1]  # row 1, column 1
+
+
+OURS = {"content/canvas_embed/kernel": (3, 2), "content/canvas_embed/bias": (2,)}
+WEIGHT, BIAS = np.float32([[1, 2, 3], [4, 5, 6]]), np.float32([7, 8])
+
+
+def test_from_published():
+    params = published.from_published(
+        {"content_embed.bias": BIAS, "content_embed.weight": WEIGHT.astype(np.float16)}, OURS
+    )
+    assert params["content/canvas_embed/kernel"].tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert params["content/canvas_embed/kernel"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "tensors, sentences",
+    [
+        (
+            {"content_embed.weight": WEIGHT, "content_embed.biases": BIAS},
+            ["missing (1): content_embed.bias\n", "left over (1): content_embed.biases\n"],
+        ),
+        (
+            {"content_embed.weight": WEIGHT.T, "content_embed.bias": BIAS},
+            ["content_embed.weight (3, 2), expected (2, 3)", "missing (0): none"],
+        ),
+        (
+            {"content_embed.weight": WEIGHT, "content_embed.bias": BIAS.astype(np.float64)},
+            ["content_embed.bias float64"],
+        ),
+    ],
+)
+def test_other_tensors_are_listed(tensors, sentences):
+    with pytest.raises(ValueError) as error:
+        published.from_published(tensors, OURS)
+    for sentence in sentences:
+        assert sentence in str(error.value)
+
+
+def test_sizes_that_cannot_be_told():
+    with pytest.raises(ValueError, match="no tensor 'encoder.conv_in.conv.weight'"):
+        published.tokenizer_sizes({"rope_ids": BIAS})
+    with pytest.raises(ValueError, match="no tensor 'rope_ids'"):
+        published.generator_sizes({"x": BIAS})
+    with pytest.raises(ValueError, match="row-major"):
+        published.generator_sizes({"rope_ids": np.moveaxis(published.rope_ids((2, 4)), 1, 1)[:, ::-1]})
+
+
+def test_latent_size_of_an_autoencoder(keys):
+    names = {name: tuple(shape) for name, shape in keys["ae"]["keys"].items()}
+    sizes = published.tokenizer_sizes(stand_ins(names), (8, 32))
+    assert TokenizerConfig(**sizes).image_size == (128, 512)
+    with pytest.raises(ValueError, match="256 latent positions, which cannot be 8 x 8"):
+        published.tokenizer_sizes(stand_ins(names), (8, 8))
+    del names["quantize.quant_resi.8.weight"], names["quantize.quant_resi.8.bias"]
+    with pytest.raises(ValueError, match="128 latent positions.*Give its latent size"):
+        published.tokenizer_sizes(stand_ins(names))
