@@ -88,9 +88,9 @@ def transformer(width: int, depth: int, head_dim: int = 64, drop_path: float = -
     )
 
 
-def choose(arg: str | None, variants: dict, default: str):
-    """The variants that a comma-separated argument names, checked; used by every preset."""
-    names = [name for name in (arg or default).split(",") if name]
+def choose(arg: str | None, variants) -> list[str]:
+    """The variants that a comma-separated argument names, checked."""
+    names = [name for name in (arg or "").split(",") if name]
     unknown = [name for name in names if name not in variants]
     if unknown:
         raise ValueError(
@@ -98,3 +98,26 @@ def choose(arg: str | None, variants: dict, default: str):
             "(--config=FILE.py:VARIANT, several separated by commas)."
         )
     return names
+
+
+def run_locally(config: ml_collections.ConfigDict):
+    """Shrinks a preset to 8-pixel images and a few steps of tiny models: seconds on a CPU."""
+    config.dtype = "float32"
+    config.data.update(num_workers=0, num_threads=1)
+    config.tokenizer.update(
+        image_size=(8, 8),
+        latent_size=(4, 4),
+        latent_dim=4,
+        codebook_size=16,
+        base_channels=32,
+        channel_multipliers=(1, 1),
+        blocks_per_level=1,
+    )
+    config.content = transformer(32, 2, head_dim=16)
+    config.structure = transformer(32, 2, head_dim=16)
+    for training in (config.tokenizer_training, config.generator_training):
+        training.update(batch_size=16, epochs=0.0, steps=12, log_every=2, save_every=4)
+        training.update(eval_every=12)
+        training.optimizer.update(warmup_steps=2, learning_rate=1e-2)
+    config.tokenizer_training.soft_index_epochs = 0.0
+    config.sampling.flow_steps = 2

@@ -51,7 +51,7 @@ def greedy_hierarchy(points: Array) -> Array:
     order = jnp.zeros((centroids.shape[0], 1), jnp.int32)
     for halves in reversed(levels):
         children = [_take(half, order, 1) for half in halves]
-        order = jnp.stack(children, axis=-1).reshape(order.shape[0], -1)
+        order = jnp.stack(children, axis=-1).reshape(order.shape[0], 2 * order.shape[1])
     finest = jnp.argsort(order, axis=-1)
     labels = finest[:, None, :] >> jnp.arange(stages)[::-1, None]
     return labels.astype(jnp.int32).reshape(*batch, stages, length)
@@ -113,7 +113,7 @@ def _match(distances: Array, free: Array) -> tuple[Array, Array]:
         return free & ~mutual, partner, jnp.where(mutual, smallest, distance)
 
     # Most rounds serve the last few indices, so the last half is matched in a smaller matrix.
-    rest = n // 2 if n > 64 else 0
+    rest = n // 2 if n > 128 else 0
     free, partner, distance = lax.while_loop(
         lambda state: jnp.any(jnp.sum(state[0], axis=-1) > rest),
         pair_mutual_nearest,
@@ -122,14 +122,9 @@ def _match(distances: Array, free: Array) -> tuple[Array, Array]:
     if rest:
         row = jnp.arange(free.shape[0])[:, None]
         left = jnp.argsort(~free, axis=-1, stable=True)[:, :rest]  # the free ones first, in order
-        left_free = _take(free, left, -1)
         left_distances = distances[row[..., None], left[:, :, None], left[:, None, :]]
-        left_partner, left_distance = _match(left_distances, left_free)
-        left_partner = _take(left, left_partner, -1)
-        partner = partner.at[row, left].set(
-            jnp.where(left_free, left_partner, _take(partner, left, -1))
-        )
-        distance = distance.at[row, left].set(
-            jnp.where(left_free, left_distance, _take(distance, left, -1))
-        )
+        left_partner, left_distance = _match(left_distances, _take(free, left, -1))
+        at = jnp.cumsum(free, axis=-1) - 1  # of a free index in `left`
+        partner = jnp.where(free, _take(_take(left, left_partner, -1), at, -1), partner)
+        distance = jnp.where(free, _take(left_distance, at, -1), distance)
     return partner, distance

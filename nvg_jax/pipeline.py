@@ -193,7 +193,7 @@ class Pipeline:
                 f"{workdir} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
                 f"--config=... --workdir={workdir}`."
             )
-        meta = {key: meta[key] for key in TOKENIZER_META}
+        meta = {key: meta[key] for key in (*TOKENIZER_META, "config")}
         params = checkpoint.read_part(
             workdir / "tokenizer", {"params": abstract_params(meta, "tokenizer")}
         )

@@ -87,7 +87,7 @@ def test_real_points_of_256_positions():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_any_input_gives_even_maps(bad):
     rng = np.random.default_rng(0)
-    points = rng.normal(size=(5, 128, 2)).astype(np.float32)
+    points = rng.normal(size=(5, 256, 8)).astype(np.float32)
     points[1, 7] = bad
     points[2, ::3, 0] = bad
     points[3] = bad
@@ -98,18 +98,18 @@ def test_any_input_gives_even_maps(bad):
 
 
 def test_leading_axes_and_vmap_change_nothing():
-    points = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16, 4)), jnp.float32)
+    points = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8, 4)), jnp.float32)
     labels = greedy_hierarchy(points)
-    assert labels.shape == (2, 3, 5, 16)
+    assert labels.shape == (2, 3, 4, 8)
     for i in range(2):
         for j in range(3):
             np.testing.assert_array_equal(labels[i, j], greedy_hierarchy(points[i, j]))
     np.testing.assert_array_equal(jax.vmap(jax.vmap(greedy_hierarchy))(points), labels)
-    assert greedy_hierarchy(points[:0]).shape == (0, 3, 5, 16)
+    assert greedy_hierarchy(points[:0]).shape == (0, 3, 4, 8)
 
 
 def test_computes_in_float32_and_passes_no_gradient():
-    points = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.bfloat16)
+    points = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.bfloat16)
     labels = greedy_hierarchy(points)
     np.testing.assert_array_equal(labels, sequential(np.asarray(points, np.float32)))
 
@@ -130,9 +130,12 @@ def test_published_maps(parity_dir):
     arrays = np.load(parity_dir / "expected.npz")
     names = [name for name in arrays if name.startswith("clust_") and name.endswith("_points")]
     assert len(names) == 10
-    for name in names:
-        labels = greedy_hierarchy(jnp.asarray(arrays[name]))
-        expected = arrays[name.replace("_points", "_labels")]
-        np.testing.assert_array_equal(labels, expected, err_msg=name)
-    latent = arrays["latent"].transpose(0, 2, 3, 1).reshape(2, 256, 32)
-    np.testing.assert_array_equal(greedy_hierarchy(jnp.asarray(latent)), arrays["labels"])
+    for length in (16, 64, 256):
+        sets = [name for name in names if f"_{length}_" in name]
+        points = np.concatenate([arrays[name] for name in sets])
+        expected = np.concatenate([arrays[name.replace("_points", "_labels")] for name in sets])
+        if length == 256:
+            latent = arrays["latent"].transpose(0, 2, 3, 1).reshape(2, 256, 32)
+            points = np.concatenate([points, latent])
+            expected = np.concatenate([expected, arrays["labels"]])
+        np.testing.assert_array_equal(greedy_hierarchy(jnp.asarray(points)), expected)

@@ -41,7 +41,7 @@ def test_embedding_of_a_drawn_map():
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(num_bits=st.integers(1, 8), seed=st.integers(0, 2**32 - 1))
+@given(num_bits=st.sampled_from([1, 4, 8]), seed=st.integers(0, 2**32 - 1))
 def test_embedding_and_labels_are_inverse(num_bits, seed):
     rng = np.random.default_rng(seed)
     maps = np.stack([random_hierarchy(rng, 2**num_bits) for _ in range(2)])
@@ -203,10 +203,11 @@ def test_published_embedding_and_splits(parity_dir):
     )
     np.testing.assert_array_equal(children, arrays["cluster_out"])
     scores = jnp.asarray(arrays["gtk16_in"])
-    np.testing.assert_array_equal(split(jnp.zeros((4, 16, 16), int), scores, 0), arrays["gtk16_out"])
+    halves = split(jnp.zeros((4, 16, 16), int), scores, 0)
+    np.testing.assert_array_equal(halves, arrays["gtk16_out"])
     # The first two rows of gtk2 are ties after clipping, which we break by the unclipped score.
-    scores = jnp.asarray(arrays["gtk2_in"])[:, 2:]
-    np.testing.assert_array_equal(split(jnp.zeros((1, 2, 2), int), scores, 0), arrays["gtk2_out"][:, 2:])
+    scores, halves = jnp.asarray(arrays["gtk2_in"][:, 2:]), arrays["gtk2_out"][:, 2:]
+    np.testing.assert_array_equal(split(jnp.zeros((1, 2, 2), int), scores, 0), halves)
     for name in ("gen25", "gen4", "gen4nocfg"):
         labels = jnp.zeros((2, 256), int)
         for stage, scores in enumerate(arrays[f"{name}_cluster_in"]):

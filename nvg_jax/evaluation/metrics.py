@@ -64,7 +64,8 @@ def frechet_distance(features_a, features_b) -> float:
 
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), with means m and unbiased
     covariances S, in float64 (Heusel et al., 2017, Equation 6). Singular covariances are allowed.
-    The distance of small sets is too large; compare only sets of the same sizes.
+    The distance of small sets is too large, and chance differences in how many images each class
+    has add to it: compare only distances between sets of the same sizes with the same classes.
 
     Args:
         features_a: float (N_a, F), N_a at least 2.

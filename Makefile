@@ -1,0 +1,31 @@
+# `make demo`: set-up, training of all stages on handwritten digits, samples and their figures.
+# `make test`: set-up and the tests. `make lint`: style.
+PYTHON ?= python3
+RUN ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; name one with make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt --editable '.[test]'
+	touch $@
+
+demo: setup
+	rm -rf $(RUN)
+	$(BIN)/python -m nvg_jax.train --config=configs/digits.py:demo --workdir=$(RUN)
+	$(BIN)/python -m nvg_jax.evaluate --workdir=$(RUN) --num_samples=1000 --batch_size=250
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs/demo

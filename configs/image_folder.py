@@ -1,0 +1,43 @@
+"""Your own images: a folder with one sub-folder a class. Classes and counts are found.
+
+python -m nvg_jax.train --config=configs/image_folder.py --config.data.data_dir=FOLDER \\
+    --workdir=runs/mine
+
+64 x 64 pixels by default; for 128 use the variant `:128`, for 256 `:256`. `:runlocal` shrinks
+everything to run in a minute on a CPU (64,runlocal and so on combine).
+"""
+
+from configs import common
+
+# image size: (latent size, base channels, channel multipliers, generator depth, batch size)
+SIZES = {
+    "64": ((8, 8), 64, (1, 2, 4, 4), 8, 256),
+    "128": ((16, 16), 96, (1, 2, 4, 4), 12, 256),
+    "256": ((16, 16), 128, (1, 2, 4, 4, 4), 16, 256),
+}
+
+
+def get_config(arg: str | None = None):
+    names = common.choose(arg, {**SIZES, "runlocal": None})
+    sizes = [name for name in names if name in SIZES] or ["64"]
+    if len(sizes) > 1:
+        raise ValueError(f"Choose one image size, got {', '.join(sizes)}.")
+    latent_size, channels, multipliers, depth, batch_size = SIZES[sizes[0]]
+    config = common.base()
+    config.data.update(name="image_folder", num_workers=4)
+    config.tokenizer.update(
+        image_size=(int(sizes[0]),) * 2,
+        latent_size=latent_size,
+        base_channels=channels,
+        channel_multipliers=multipliers,
+    )
+    config.content = common.transformer(64 * depth, depth)
+    config.structure = common.transformer(32 * depth, depth)
+    config.tokenizer_training.batch_size = 64
+    config.generator_training.batch_size = batch_size
+    for training in (config.tokenizer_training, config.generator_training):
+        training.update(eval_every=2000, save_every=2000)
+    config.generator_training.optimizer.ema_decay = 0.999
+    if "runlocal" in names:
+        common.run_locally(config)
+    return config
