@@ -17,12 +17,32 @@ def get_config(arg: str | None = None):
     config.tokenizer.update(
         image_size=(32, 32),
         latent_size=(4, 4),
-        latent_dim=16,
+        latent_dim=8,
         codebook_size=128,
         base_channels=32,
-        channel_multipliers=(1, 1, 1, 2),
+        channel_multipliers=(1, 1, 2, 2),
         blocks_per_level=1,
+    )
+    config.content = common.transformer(64, 4, head_dim=32)
+    config.structure = common.transformer(64, 2, head_dim=32)
+    config.content.remat = config.structure.remat = True  # on a CPU also faster
+    config.tokenizer_training.update(
+        batch_size=32, epochs=0.0, steps=2500, log_every=50, eval_every=2500, save_every=500
+    )
+    config.tokenizer_training.soft_index_epochs = 0.0
+    config.tokenizer_training.optimizer.update(
+        learning_rate=1.2e-2, warmup_steps=100, final=0.02, ema_decay=0.99
+    )
+    config.generator_training.update(
+        batch_size=32, epochs=0.0, steps=6000, log_every=100, eval_every=3000, save_every=1000
+    )
+    config.generator_training.optimizer.update(
+        learning_rate=1.6e-2, warmup_steps=200, decay_start=0.5, final=0.02, ema_decay=0.998
+    )
+    config.sampling.update(
+        content_guidance=(2.0, 2.0), structure_guidance=(1.0, 1.0), top_p=(0.9, 0.9)
     )
     if "runlocal" in variants:
         common.run_locally(config)
+        config.data.resize = 8
     return config

@@ -12,7 +12,9 @@ width; K bits of a structure embedding.
 
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before anything imports TensorFlow
+# Before anything imports TensorFlow (clu does): no notices on the terminal.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from nvg_jax import clustering  # noqa: E402
 from nvg_jax.pipeline import Output, Pipeline  # noqa: E402

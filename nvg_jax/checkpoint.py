@@ -59,7 +59,7 @@ def read_meta(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read_part(folder: str | Path, abstract) -> Any:
-    """A part of the latest state of a folder: the leaves that `abstract` names, as it places them."""
+    """The leaves of a folder's latest state that `abstract` names, as it places them."""
     with ocp.CheckpointManager(Path(folder).absolute()) as manager:
         restore = ocp.args.PyTreeRestore(
             abstract,

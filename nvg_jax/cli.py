@@ -1,25 +1,37 @@
-"""What the command lines share: a mistake of the user ends in a sentence, not a stack trace."""
+"""What the command lines share: progress on the terminal, and mistakes that end in a sentence."""
 
+import logging
 import sys
 
-from absl import app, flags, logging
+import absl.logging
+from absl import app, flags
+
+logger = logging.getLogger("nvg_jax")
 
 
 def run(main):
-    """`absl.app.run(main)`; with the flag --verbosity=1 errors show where they were raised."""
-    logging.set_verbosity(logging.INFO)
+    """`absl.app.run(main)` with progress shown; --verbosity=1 also shows where errors come from."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         app.run(main, flags_parser=parse_flags)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        logging.debug("raised here:", exc_info=True)
+        if flags.FLAGS.verbosity > 0:
+            raise
         sys.exit(f"error: {error}")
 
 
 def parse_flags(argv):
     """Parses the flags; an error inside a config file is cut down to its message."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except (flags.Error, FileNotFoundError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in str(error) else lines[0]
         sys.exit(f"error: {message}")
+    if not flags.FLAGS["verbosity"].present:  # of absl, which Orbax and Grain write to
+        absl.logging.set_verbosity(absl.logging.WARNING)
+    return rest

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from nvg_jax import cli
 from nvg_jax.data import Source, eval_batches, open_source

@@ -59,9 +59,7 @@ def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.nda
         rows.extend(images)
         for stage, labels in enumerate(maps):
             colours = structure_colours(labels.reshape(latent_size), 2**stage)
-            rows.append(
-                np.asarray(Image.fromarray(colours).resize((width, height), Image.NEAREST))
-            )
+            rows.append(np.asarray(Image.fromarray(colours).resize((width, height), Image.NEAREST)))
     return image_grid(np.stack(rows), stages)
 
 

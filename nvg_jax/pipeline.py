@@ -67,9 +67,7 @@ def generate_batch(
         stages = jnp.full(classes.shape, stage)
         embedding = granularity.structure_embedding(labels, stage, num_bits)
         apply = functools.partial(content.apply, {"params": params["content"]})
-        final = apply(
-            canvas, embedding, stages, classes, canvas_scale, method="predict_canvas"
-        )
+        final = apply(canvas, embedding, stages, classes, canvas_scale, method="predict_canvas")
         missing = granularity.cluster_means(final - canvas, labels, length)
         return apply(missing, method="token_logits")
 
@@ -92,9 +90,7 @@ def generate_batch(
         null_id=content.num_classes,
         latent_dim=tokenizer.config.latent_dim,
     )
-    sequence, canvases = sampling.generate(
-        networks, class_ids, keys, noise, program, values, given
-    )
+    sequence, canvases = sampling.generate(networks, class_ids, keys, noise, program, values, given)
     return apply(canvases[:, -1], method="decode"), sequence, canvases
 
 
@@ -117,10 +113,12 @@ class Pipeline:
         """
         self.meta = meta
         self.class_names = tuple(meta["class_names"])
-        self.settings = sampling.Settings(**{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in meta.get("sampling", {}).items()
-        })
+        self.settings = sampling.Settings(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in meta.get("sampling", {}).items()
+            }
+        )
         self.tokenizer = Tokenizer(TokenizerConfig(**meta["tokenizer"]))
         # All local devices share the batch; the parameters are on each of them.
         self._mesh = make_mesh(devices=jax.local_devices())
@@ -133,9 +131,7 @@ class Pipeline:
         )
         if self.can_sample:
             generators = {
-                name: make_generator(
-                    name, meta[name], self.tokenizer.config, len(self.class_names)
-                )
+                name: make_generator(name, meta[name], self.tokenizer.config, len(self.class_names))
                 for name in GENERATORS
             }
             self._generate = jax.jit(

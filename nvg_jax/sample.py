@@ -5,11 +5,12 @@ Writes a PNG for every sample, a grid of all, and a picture of the stages; or on
 recommended settings.
 """
 
+import logging
 import time
 from pathlib import Path
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from nvg_jax import cli
 from nvg_jax.pictures import image_grid, save_png, stages_grid, to_uint8
@@ -19,10 +20,13 @@ GRID_LIMIT = 400  # samples in the grid
 STAGES_LIMIT = 8  # samples in the picture of the stages
 
 FLAGS = flags.FLAGS
+logger = logging.getLogger("nvg_jax")
 
 
 def define_flags():
-    flags.DEFINE_string("workdir", None, "A training run's folder, or an exported or converted one.")
+    flags.DEFINE_string(
+        "workdir", None, "A training run's folder, or an exported or converted one."
+    )
     flags.DEFINE_list("classes", None, "Class ids or names; all classes if not given.")
     flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
@@ -57,7 +61,7 @@ def sample_batches(pipeline: Pipeline, class_ids, batch_size: int, seed: int, **
         out = pipeline.sample(filled, seed, first_index=first, **settings)
         done = first + len(part)
         remaining = (time.monotonic() - start) / done * (len(class_ids) - done)
-        logging.info("%d of %d samples, ETA %d s", done, len(class_ids), remaining)
+        logger.info("%d of %d samples, ETA %d s", done, len(class_ids), remaining)
         keep = slice(len(part))
         yield out._replace(
             images=out.images[keep],

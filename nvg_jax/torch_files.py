@@ -319,9 +319,9 @@ def _reduce(function, arguments):
             return {}
         case "collections.OrderedDict", (list(pairs),):
             return _fill({}, [value for pair in pairs for value in _pair(pair)])
-        case ("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", _) if (
-            len(arguments) >= 4 and arguments[6:] in ((), (None,), ({},))
-        ):
+        case ("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", _) if len(
+            arguments
+        ) >= 4 and arguments[6:] in ((), (None,), ({},)):
             return _tensor(*arguments[:4])
         case "torch._utils._rebuild_tensor_v3", (_, _, _, _, _, _, _Placeholder(name=dtype), *rest):
             if dtype in _TENSOR_DTYPES and rest in ([], [None], [{}]):

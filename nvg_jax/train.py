@@ -8,6 +8,7 @@ goes on where it was. `--config.stage=` picks one part: tokenizer, structure, co
 import dataclasses
 import functools
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from clu import metric_writers
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
@@ -36,6 +37,8 @@ from nvg_jax.state import TrainState
 from nvg_jax.steps import generators as generator_steps
 from nvg_jax.steps import tokenizer as tokenizer_steps
 from nvg_jax.tokenizer import TokenizerConfig
+
+logger = logging.getLogger("nvg_jax")
 
 RUNS = {  # --config.stage -> the runs it takes, each in its own folder of the workdir
     "tokenizer": ("tokenizer",),
@@ -176,9 +179,7 @@ class Trainer:
                     images = sharding.to_host(batch["image"], self.mesh)[mask]
                     shown = images[:16], np.asarray(out["restored"])[mask][:16]
             scalars = {"psnr": np.concatenate(psnr).mean(), **usage(counts)}
-            save_picture(
-                writer, self.workdir / "tokenizer", step, reconstruction_grid(*shown)
-            )
+            save_picture(writer, self.workdir / "tokenizer", step, reconstruction_grid(*shown))
             return scalars
 
         def on_end(state):
@@ -219,7 +220,9 @@ class Trainer:
         totals = 0
         for _ in range(count):
             batch = sharding.global_batch(next(batches), self.mesh)
-            totals = totals + np.asarray(jax.device_get(moments(params, batch["image"])), np.float64)
+            totals = totals + np.asarray(
+                jax.device_get(moments(params, batch["image"])), np.float64
+            )
         mean, square = totals / count
         return [1.0, *(1 / np.sqrt(square - mean**2)).tolist()]
 
@@ -242,18 +245,18 @@ class Trainer:
         }
         canvas_scale = jnp.asarray(tokenizer_meta["canvas_scale"], jnp.float32)
 
-        def init(key):
-            return {
-                name: TrainState.create(
-                    generator_steps.init_params(
-                        model, jax.random.fold_in(key, models.GENERATORS.index(name))
-                    ),
-                    optimizer,
-                )
-                for name, model in generators.items()
-            }
+        def init(key, codebook):
+            states = {}
+            for name, model in generators.items():
+                name_key = jax.random.fold_in(key, models.GENERATORS.index(name))
+                params = generator_steps.init_params(model, name_key, codebook)
+                states[name] = TrainState.create(params, optimizer)
+            return states
 
-        states, placed = sharding.initialise(init, self.mesh, jax.random.fold_in(self.key, 1))
+        codebook = tokenizer_params["quantizer"]["codebook"]
+        states, placed = sharding.initialise(
+            init, self.mesh, jax.random.fold_in(self.key, 1), codebook
+        )
         step_fn = jax.jit(
             functools.partial(
                 generator_steps.train_step,
@@ -380,7 +383,7 @@ class Trainer:
         if start:
             check_resume(checkpoint.read_meta(folder), meta, folder)
             state = checkpoints.restore(state, batches if start < steps else None)
-            logging.info("%s: going on at step %d of %d", run, start, steps)
+            logger.info("%s: going on at step %d of %d", run, start, steps)
         if start >= steps:
             checkpoints.close()
             return
@@ -389,9 +392,7 @@ class Trainer:
         writer = metric_writers.MultiWriter(writers)
         window, window_start, run_start = [], time.monotonic(), time.monotonic()
         for step in range(start, steps):
-            state, metrics = step_fn(
-                state, sharding.global_batch(next(batches), self.mesh), step
-            )
+            state, metrics = step_fn(state, sharding.global_batch(next(batches), self.mesh), step)
             window.append(metrics)
             done = step + 1
             evaluated = done % settings.eval_every == 0 or done == steps
@@ -467,14 +468,14 @@ def flatten(metrics: dict[str, Any]) -> dict[str, float]:
 def log_progress(run, done, steps, scalars, rate, remaining):
     losses = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items() if k.endswith("loss"))
     minutes, seconds = divmod(round(remaining), 60)
-    logging.info(
+    logger.info(
         "%s %d/%d  %s  %.3g steps/s  ETA %d:%02d", run, done, steps, losses, rate, minutes, seconds
     )
 
 
 def log_evaluation(run, done, results):
     shown = "  ".join(f"{k} {v:.4g}" for k, v in results.items() if "/" not in k.split("_")[-1])
-    logging.info("%s %d  held out: %s", run, done, shown)
+    logger.info("%s %d  held out: %s", run, done, shown)
 
 
 def check_resume(stored: dict[str, Any], meta: dict[str, Any], folder: Path):

@@ -203,7 +203,7 @@ def test_digit_classifier_of_wrong_labels():
 
 
 def bars(count, colour):
-    """Noisy images of 12 x 10 pixels with a bar of `colour` at the left, the middle or the right."""
+    """Noisy images of 12 x 10 pixels; the class is where the bar is: left, middle or right."""
     rng = np.random.default_rng(count)
     labels = rng.integers(0, 3, count)
     images = np.broadcast_to(rng.normal(0, 0.2, (count, 12, 10, 1)), (count, 12, 10, 3)).copy()

@@ -169,7 +169,7 @@ def test_lightning_file_with_callbacks(tmp_path, write):
     filled = call(name("collections", "defaultdict"), name("builtins", "int"))
     content = {
         "epoch": 3,
-        "callbacks": {callback: made_new, ("a", "b"): [by_instance], (): {1: None}},
+        "callbacks": {callback: made_new, ("a", "b"): [by_instance], (): {code([1]): None}},
         "optimizer_states": [filled + b"(" + code("step") + code(1) + b"u"],
         "set": call(name("__builtin__", "set"), [1, 2]),
         "state_dict": ordered("weight", parameter, "again", x),
@@ -402,6 +402,9 @@ def test_truncated_and_damaged_files(tmp_path, write):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="y.ckpt"):
             read_state_dict(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="ends within storage '0'|zip directory"):
+        read_state_dict(path)
     rng = np.random.default_rng(0)
     refused = 0
     for _ in range(500):

@@ -60,7 +60,9 @@ class ContentGenerator(nn.Module):
         positions = layers.rope_positions(structure, (0,), self.grid)
         vec = class_token + self.stage_embed(stage)
         x = self.blocks(x, vec, positions, deterministic)
-        return self.canvas_head(x[:, 1:], vec).reshape(batch, -1, self.latent_dim) / canvas_scale[-1]
+        return (
+            self.canvas_head(x[:, 1:], vec).reshape(batch, -1, self.latent_dim) / canvas_scale[-1]
+        )
 
     def token_logits(self, missing):
         """float32 (..., V), logits of the token that brings what is missing.

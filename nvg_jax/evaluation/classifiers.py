@@ -5,6 +5,7 @@ classifiers bring them to one of their own.
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 
 from nvg_jax.evaluation.metrics import to_float
+
+logger = logging.getLogger("nvg_jax")
 
 DIGITS_SIZE = 8  # of the digits inside scikit-learn
 NETWORK_SIZE = 32
@@ -191,7 +193,7 @@ def train_classifier(
         chosen = next(batches)
         params, state, loss = step(params, state, images[chosen], labels[chosen])
         if number % 400 == 0 or number == steps:
-            logging.info("classifier: step %d of %d, loss %.3f", number, steps, loss)
+            logger.info("classifier: step %d of %d, loss %.3f", number, steps, loss)
     return Classifier(num_classes, grey, params)
 
 

@@ -74,9 +74,7 @@ class Settings:
             return np.round(np.linspace(start, end, count))
 
         top_k = per_stage(self.top_k, num_stages, "top_k", whole)
-        top_p = per_stage(
-            self.top_p, num_stages, "top_p", top_p_range
-        )
+        top_p = per_stage(self.top_p, num_stages, "top_p", top_p_range)
         ranges = {
             name: per_stage(getattr(self, name), num_stages, name)
             for name in ("content_guidance", "structure_guidance")
@@ -95,9 +93,7 @@ class Settings:
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
         if self.flow_steps < 1:
             raise ValueError(f"flow_steps must be 1 or more, got {self.flow_steps}.")
-        return dataclasses.replace(
-            self, top_k=tuple(int(k) for k in top_k), top_p=top_p, **ranges
-        )
+        return dataclasses.replace(self, top_k=tuple(int(k) for k in top_k), top_p=top_p, **ranges)
 
 
 class Networks(NamedTuple):

@@ -18,8 +18,13 @@ from nvg_jax.tokenizer import Quantized, Tokenizer
 Generator = ContentGenerator | StructureGenerator
 
 
-def init_params(model: Generator, key):
-    """Freshly initialised parameters, boxed with their logical axes."""
+def init_params(model: Generator, key, codebook=None):
+    """Freshly initialised parameters, boxed with their logical axes.
+
+    With a codebook (V, D) the content generator's token head starts as its nearest-code rule:
+    logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. From zero the
+    head would first have to grow to that scale, which takes hundreds of steps.
+    """
     length = model.grid[0] * model.grid[1]
     num_bits = granularity.num_stages(length) - 1
     canvas = jnp.zeros((1, length, model.latent_dim))
@@ -30,7 +35,13 @@ def init_params(model: Generator, key):
     else:
         noisy = jnp.zeros(structure.shape)
         args = noisy, jnp.zeros((1,)), structure, canvas, stage, class_ids
-    return model.init(key, *args)["params"]
+    params = model.init(key, *args)["params"]
+    if codebook is not None and isinstance(model, ContentGenerator):
+        scale = 2 * jnp.square(codebook).mean()
+        head = {"kernel": codebook.T / scale, "bias": -jnp.square(codebook).sum(1) / (2 * scale)}
+        boxes = params["token_head"]
+        params = params | {"token_head": {k: boxes[k].replace_boxed(v) for k, v in head.items()}}
+    return params
 
 
 def loss_terms(model: Generator, params, quantized: Quantized, class_ids, canvas_scale, key):
@@ -75,9 +86,7 @@ def loss_terms(model: Generator, params, quantized: Quantized, class_ids, canvas
 
 def encode(tokenizer: Tokenizer, params, images) -> Quantized:
     """The frozen tokenizer's sequence and canvases of images."""
-    return jax.lax.stop_gradient(
-        tokenizer.apply({"params": params}, images, method="encode")
-    )
+    return jax.lax.stop_gradient(tokenizer.apply({"params": params}, images, method="encode"))
 
 
 def train_step(
@@ -120,9 +129,7 @@ def train_step(
     return states, metrics
 
 
-def eval_step(
-    params, tokenizer_params, canvas_scale, batch, *, models, tokenizer: Tokenizer
-):
+def eval_step(params, tokenizer_params, canvas_scale, batch, *, models, tokenizer: Tokenizer):
     """Losses of every generator in `params` on {"image", "label"}, without dropout."""
     quantized = encode(tokenizer, tokenizer_params, batch["image"])
     metrics = {}

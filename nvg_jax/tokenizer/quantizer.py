@@ -115,9 +115,9 @@ class Quantizer(nn.Module):
         """Quantizes latents (B, L, D) along structure maps int (B, S, L).
 
         With `soft_index` (the IBQ warm-up) the choice of the index is back-propagated: one-hot
-        + soft - stop(soft), and the residual keeps its gradient from stage to stage.
+        + soft - stop(soft), and what is left keeps the gradient of the earlier stages' choices.
         """
-        residual = latents if soft_index else jax.lax.stop_gradient(latents)
+        residual = jax.lax.stop_gradient(latents)
         canvas = jnp.zeros_like(latents)
         tokens, stage_tokens, canvases, losses = [], [], [], []
         for stage in range(structure.shape[1]):

@@ -1,0 +1,166 @@
+"""The presets: each loads with each of its variants, and the published sizes are the published."""
+
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from nvg_jax import layers, models
+from nvg_jax.optimizers import OptimizerConfig
+from nvg_jax.sampling import Settings
+from nvg_jax.sharding import unbox
+from nvg_jax.steps import generators, tokenizer
+from nvg_jax.tokenizer import TokenizerConfig
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+VARIANTS = {
+    "digits": ("demo", "runlocal"),
+    "fashion_mnist": ("runlocal",),
+    "image_folder": ("64", "128", "256", "runlocal"),
+    "imagenet256": ("d16", "d20", "d24", "runlocal"),
+}
+EVERY = [(name, arg) for name, args in VARIANTS.items() for arg in (None, *args)]
+EVERY += [("image_folder", "128,runlocal"), ("imagenet256", "d24,runlocal")]
+
+
+def load(name, arg=None):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def keys(config, prefix="") -> set[str]:
+    """Dotted names of all settings of a configuration."""
+    found = set()
+    for key, value in config.items():
+        found |= keys(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key}
+    return found
+
+
+def parameters(init, model) -> dict:
+    """Shapes of a model's parameters; nothing is computed."""
+    return unbox(jax.eval_shape(lambda key: init(model, key), jax.random.key(0)))
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def generator(name, config, num_classes):
+    sizes = TokenizerConfig(**config.tokenizer)
+    transformer = layers.TransformerConfig(**config[name])
+    return models.make_generator(name, transformer, sizes, num_classes, config.dtype)
+
+
+def test_no_preset_is_left_out():
+    files = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common"}
+    assert files == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name, arg", EVERY)
+def test_every_variant_is_a_whole_configuration(name, arg):
+    config = load(name, arg)
+    assert keys(config) == keys(importlib.import_module("configs.common").base())
+    sizes = TokenizerConfig(**config.tokenizer)
+    for training in (config.tokenizer_training, config.generator_training):
+        OptimizerConfig(**training.optimizer)
+        assert bool(training.steps) != bool(training.epochs)
+    for part in models.GENERATORS:
+        transformer = layers.TransformerConfig(**config[part])
+        layers.rope_split(transformer.head_dim, sizes.num_stages - 1)
+    Settings(**config.sampling).expand(sizes.num_stages, sizes.codebook_size)
+    assert config.data.name and config.stage == "all"
+    resize = config.data.resize or round(min(sizes.image_size) * 288 / 256)
+    assert resize >= min(sizes.image_size)
+
+
+@pytest.mark.parametrize("name, arg", [(n, a) for n, a in EVERY if a and "runlocal" in a])
+def test_runlocal_is_tiny(name, arg):
+    config = load(name, arg)
+    assert tuple(config.tokenizer.image_size) == (8, 8) and config.dtype == "float32"
+    for training in (config.tokenizer_training, config.generator_training):
+        assert 0 < training.steps <= 20 and training.batch_size <= 16
+    for part in models.GENERATORS:
+        model = generator(part, config, num_classes=10)
+        assert count(parameters(generators.init_params, model)) < 100_000
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("arg, wrong", [("d99", "d99"), ("runlocal,tiny,big", "tiny, big")])
+def test_an_unknown_variant_gets_the_known_ones(name, arg, wrong):
+    sentence = f"Unknown variant '{wrong}'; choose from {', '.join(VARIANTS[name])} "
+    with pytest.raises(ValueError) as error:
+        load(name, arg)
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "name, arg, sentence",
+    [
+        ("imagenet256", "d16,d24", "Choose one model size, got d16, d24."),
+        ("image_folder", "64,256", "Choose one image size, got 64, 256."),
+    ],
+)
+def test_two_sizes_are_one_too_many(name, arg, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(name, arg)
+
+
+def test_the_first_size_is_the_default():
+    assert load("imagenet256") == load("imagenet256", "d16") == load("imagenet256", "")
+    assert load("image_folder") == load("image_folder", "64")
+
+
+def test_changing_one_configuration_leaves_the_next_alone():
+    changed = load("digits")
+    changed.generator_training.optimizer.clip = 7.0
+    assert changed.tokenizer_training.optimizer.clip == 1.0
+    assert load("digits").generator_training.optimizer.clip == 1.0
+
+
+# The published models.
+
+
+@pytest.mark.parametrize(
+    "size, width, content, structure, epochs",
+    [
+        ("d16", 1024, 255_183_904, 64_369_672, 200),
+        ("d20", 1280, 496_602_912, 124_972_808, 250),
+        ("d24", 1536, 856_271_392, 215_176_712, 350),
+    ],
+)
+def test_published_generators(size, width, content, structure, epochs):
+    config = load("imagenet256", size)
+    depth = int(size[1:])
+    for name, expected, wide in (("content", content, width), ("structure", structure, width // 2)):
+        assert (config[name].width, config[name].depth, config[name].head_dim) == (wide, depth, 64)
+        assert config[name].drop_path == pytest.approx(0.1 * depth / 24)
+        model = generator(name, config, num_classes=1000)
+        assert count(parameters(generators.init_params, model)) == expected
+    training = config.generator_training
+    assert (training.epochs, training.batch_size) == (epochs, 768)
+
+
+def test_published_tokenizer():
+    sizes = TokenizerConfig(**load("imagenet256").tokenizer)
+    assert sizes == TokenizerConfig() and sizes.num_stages == 9
+    found = parameters(tokenizer.init_params, models.make_tokenizer(sizes))
+    assert {name: count(tree) for name, tree in found.items()} == {
+        "encoder": 45_025_696,
+        "decoder": 65_092_355,
+        "quantizer": 214_304,
+    }
+
+
+def test_published_recipe():
+    config = load("imagenet256", "d16")
+    optimizer = OptimizerConfig(**config.generator_training.optimizer)
+    assert optimizer == OptimizerConfig()  # whose defaults tests/test_optimizers.py works out
+    assert config.class_dropout == 0.1 and config.dtype == "bfloat16"
+    # Trained for more than 300 epochs: decay from epoch 200 of 350 to 0.01.
+    long = load("imagenet256", "d24").generator_training.optimizer
+    assert long.decay_start * 350 == pytest.approx(200) and long.final == 0.01
+    sampling = Settings(**config.sampling).expand(9, 4096)
+    assert sampling.content_guidance[0] == 1 and sampling.content_guidance[-1] == 3.5
+    assert sampling.structure_guidance[0] == 1 and sampling.structure_guidance[-1] == 2.5
+    assert sampling.top_p[0] == 1 and sampling.top_p[-1] == 0.5 and sampling.flow_steps == 25

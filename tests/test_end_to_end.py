@@ -1,0 +1,295 @@
+"""All stages on tiny digits models: training, resuming, sampling, wrong use."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from conftest import ROOT
+from PIL import Image
+
+from configs import digits
+from nvg_jax import Pipeline, Sequence, checkpoint, sharding
+from nvg_jax.granularity import is_even_hierarchy
+from nvg_jax.train import train
+
+
+def run_config(**changes):
+    config = digits.get_config("runlocal")
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished run of every stage."""
+    folder = tmp_path_factory.mktemp("run")
+    train(run_config(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(workdir):
+    return Pipeline.from_pretrained(workdir)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+
+
+def weights(folder):
+    """The raw bytes of the latest state of a run."""
+    checkpoints = checkpoint.Checkpoints(folder)
+    state = checkpoints._manager.restore(checkpoints.latest_step)["state"]
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state)
+
+
+def logged(folder):
+    """{(tag, step): value} of every scalar in the event files of a run."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    values = {}
+    for path in folder.glob("events*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tensor.dtype == 1 and not value.tensor.tensor_shape.dim:
+                    values[value.tag, event.step] = value.tensor.float_val[0]
+    return values
+
+
+def test_a_run_leaves_checkpoints_metrics_and_pictures(workdir):
+    for run in ("tokenizer", "generators"):
+        assert checkpoint.read_meta(workdir / run)["step"] == 12
+        assert list((workdir / run).glob("pictures_*.png"))
+    tags = {tag for tag, _ in logged(workdir / "tokenizer")}
+    assert {"quantizer_stage_loss/4", "codebook_usage", "test_psnr", "learning_rate"} <= tags
+    tags = {tag for tag, _ in logged(workdir / "generators")}
+    expected = {"content/token_loss/4", "content/token_accuracy/0", "structure/flow_loss/2"}
+    assert expected | {"images_per_second", "content/grad_norm", "test_content/loss"} <= tags
+
+
+def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe):
+    meta = checkpoint.read_meta(workdir / "tokenizer")
+    scale = meta["canvas_scale"]
+    assert len(scale) == 6 and scale[0] == 1
+    from nvg_jax.data import eval_batches, open_source
+
+    batch = next(eval_batches(open_source("digits", "train"), image_size=(8, 8), resize=8,
+                              batch_size=1497))  # fmt: skip
+    canvases = pipe._tokenize(pipe.encode(batch["image"]), method="canvases")
+    # Measured on whole batches of a shuffled epoch: the last images may be seen twice.
+    np.testing.assert_allclose(scale[1:], 1 / np.asarray(canvases).std((0, 2, 3)), rtol=0.02)
+
+
+def test_encode_decode_reconstruct(pipe, images):
+    sequence = pipe.encode(images)
+    assert sequence.structure.shape == sequence.tokens.shape == (3, 5, 16)
+    assert sequence.structure.dtype == sequence.tokens.dtype == np.int32
+    assert is_even_hierarchy(sequence.structure).all()
+    np.testing.assert_array_equal(pipe.decode(sequence), pipe.reconstruct(images))
+    floats = images.astype(np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(pipe.encode(floats).tokens, sequence.tokens)
+
+
+def test_sampling_shapes_even_splits_and_defaults(pipe):
+    out = pipe.sample([3, "7"], seed=1)
+    assert out.images.shape == (2, 8, 8, 3) and np.abs(out.images).max() <= 1
+    assert out.canvases.shape == (2, 5, 16, 4)
+    assert is_even_hierarchy(out.sequence.structure).all()
+    # The folder's own settings are the defaults, and decoding the sequence gives the images.
+    settings = dict(content_guidance=(2.0, 2.0), structure_guidance=(1.5, 1.5), flow_steps=2)
+    np.testing.assert_array_equal(out.images, pipe.sample([3, 7], seed=1, **settings).images)
+    np.testing.assert_allclose(pipe.decode(out.sequence), out.images, atol=1e-5)
+
+
+def test_a_sample_depends_on_its_seed_and_index_alone(pipe):
+    classes = [0, 1, 2, 3, 4, 5, 6, 7]
+    together = pipe.sample(classes, seed=5)
+    for index in (0, 6):
+        alone = pipe.sample([classes[index]], seed=5, first_index=index)
+        np.testing.assert_array_equal(alone.sequence.tokens[0], together.sequence.tokens[index])
+        np.testing.assert_allclose(alone.images[0], together.images[index], atol=1e-5)
+    assert np.abs(pipe.sample(classes, seed=6).images - together.images).max() > 1e-3
+
+
+def test_eight_devices_give_the_same_samples(pipe, workdir, tmp_path):
+    code = (
+        "import jax, numpy as np, nvg_jax; assert jax.device_count() == 8\n"
+        f"out = nvg_jax.Pipeline.from_pretrained({str(workdir)!r}).sample([1, 2, 3], seed=4)\n"
+        f"np.savez({str(tmp_path / 'out.npz')!r}, images=out.images, tokens=out.sequence.tokens)"
+    )
+    python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    other, here = np.load(tmp_path / "out.npz"), pipe.sample([1, 2, 3], seed=4)
+    np.testing.assert_array_equal(other["tokens"], here.sequence.tokens)
+    np.testing.assert_allclose(other["images"], here.images, atol=1e-5)
+
+
+def test_every_knob_changes_the_samples(pipe):
+    base = dict(seed=2, content_guidance=1.0, structure_guidance=1.0, flow_steps=2)
+    classes = [4] * 8
+    plain = pipe.sample(classes, **base)
+    for change in (
+        dict(temperature=0),
+        dict(top_k=1),
+        dict(top_p=(1.0, 0.05)),
+        dict(gumbel=True),
+        dict(flow_steps=5),
+        dict(structure_guidance=(1.0, 9.0)),
+        dict(content_guidance=[1, 3, 5, 7, 9]),
+        dict(structure_noise=np.random.default_rng(0).normal(size=(8, 16, 4))),
+    ):
+        out = pipe.sample(classes, **(base | change))
+        assert not np.array_equal(out.images, plain.images), change
+        assert is_even_hierarchy(out.sequence.structure).all()
+    greedy = [pipe.sample(classes, **base, **kw).sequence.tokens for kw in
+              (dict(temperature=0), dict(top_k=1))]  # fmt: skip
+    np.testing.assert_array_equal(*greedy)
+
+
+def test_given_stages_are_kept(pipe, images):
+    given = pipe.encode(images)
+    out = pipe.sample([1, 2, 3], seed=0, given=given, given_tokens=2, given_structure=4)
+    np.testing.assert_array_equal(out.sequence.structure[:, :4], given.structure[:, :4])
+    np.testing.assert_array_equal(out.sequence.tokens[:, :2], given.tokens[:, :2])
+    assert is_even_hierarchy(out.sequence.structure).all()
+    whole = pipe.sample([1, 2, 3], given=given, given_tokens=5, given_structure=5)
+    np.testing.assert_allclose(whole.images, pipe.reconstruct(images), atol=1e-5)
+
+
+def test_an_export_is_the_same_model(pipe, tmp_path, images):
+    pipe.save_pretrained(tmp_path / "export")
+    again = Pipeline.from_pretrained(tmp_path / "export")
+    assert again.class_names == pipe.class_names and again.settings == pipe.settings
+    np.testing.assert_array_equal(again.encode(images).tokens, pipe.encode(images).tokens)
+    np.testing.assert_array_equal(again.sample([5]).images, pipe.sample([5]).images)
+
+
+@pytest.mark.parametrize("stage,interrupted_at", [("tokenizer", 6), ("generators", 6)])
+def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, stage,
+                                                interrupted_at):  # fmt: skip
+    if stage == "generators":
+        (tmp_path / "tokenizer").symlink_to(workdir / "tokenizer")
+    place, calls = sharding.global_batch, []
+
+    def interrupt(batch, mesh):
+        calls.append(1)
+        if len(calls) > interrupted_at:
+            raise KeyboardInterrupt
+        return place(batch, mesh)
+
+    monkeypatch.setattr(sharding, "global_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(stage=stage), tmp_path)
+    monkeypatch.undo()
+    train(run_config(stage=stage), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / stage), weights(workdir / stage))
+    whole, parts = logged(workdir / stage), logged(tmp_path / stage)
+    losses = {key for key in whole if "loss" in key[0]}
+    assert losses and {key: parts[key] for key in losses} == {key: whole[key] for key in losses}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path):
+    config = run_config(stage="tokenizer")
+    config.tokenizer_training.optimizer.update(learning_rate=1e30, clip=1e30, warmup_steps=0)
+    with pytest.raises(FloatingPointError, match=r"_loss.* is (nan|inf) at step \d+"):
+        train(config, tmp_path)
+
+
+def test_generators_refuse_another_tokenizer(workdir, tmp_path):
+    train(run_config(stage="tokenizer", seed=1), tmp_path)
+    (tmp_path / "generators").symlink_to(workdir / "generators")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        Pipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train(run_config(stage="generators", seed=1), tmp_path)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "tokenizer").symlink_to(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="no content and no structure generator yet"):
+        Pipeline.from_pretrained(alone).sample([0])
+    other_sizes = run_config(stage="generators")
+    other_sizes.tokenizer.codebook_size = 32
+    with pytest.raises(ValueError, match="other sizes"):
+        train(other_sizes, tmp_path)
+
+
+def test_wrong_use_of_the_pipeline_gets_a_sentence(pipe, images, tmp_path):
+    sequence = pipe.encode(images)
+    swapped = sequence.structure.copy()
+    swapped[:, 4, :2] = 0
+    mixed = sequence.tokens.copy()
+    mixed[:, 0, 0] += 1
+    for call, message in (
+        (lambda: pipe.sample([10]), "Unknown class 10"),
+        (lambda: pipe.sample(["cat"]), "Unknown class 'cat'"),
+        (lambda: pipe.sample([]), "at least one class"),
+        (lambda: pipe.sample([0], top_p=0.0), "top_p must be above 0"),
+        (lambda: pipe.sample([0], top_k=17), "top_k must be whole numbers"),
+        (lambda: pipe.sample([0], temperature=-1.0), "temperature must be 0 or more"),
+        (lambda: pipe.sample([0], content_guidance=[1, 2, 3]), "5 values"),
+        (lambda: pipe.sample([0], flow_steps=0), "flow_steps must be 1 or more"),
+        (lambda: pipe.sample([0], structure_noise=np.zeros((1, 4, 4))), "structure_noise must"),
+        (lambda: pipe.sample([0], given_tokens=1), "need a `given` sequence"),
+        (lambda: pipe.encode(images[0]), "must have the shape"),
+        (lambda: pipe.encode(images.astype(np.float32)), r"\[-1, 1\]"),
+        (lambda: pipe.decode(Sequence(swapped, sequence.tokens)), "map of stage 4"),
+        (lambda: pipe.decode(Sequence(sequence.structure, mixed)), "stage 0 differ"),
+        (lambda: pipe.decode(Sequence(sequence.structure, sequence.tokens + 99)), "Token ids"),
+        (lambda: Pipeline.from_pretrained(tmp_path / "nowhere"), "There is no folder"),
+        (lambda: Pipeline.from_pretrained(tmp_path), "no trained tokenizer"),
+        (lambda: train(run_config(stage="everything"), tmp_path), "Unknown stage"),
+        (lambda: train(run_config(stage="content"), tmp_path), "need a trained tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def python(*arguments, **environment):
+    """Runs the interpreter in the repository and returns its error output."""
+    import os
+
+    command = [sys.executable, "-c", *arguments] if "\n" in arguments[0] else [
+        sys.executable, "-m", *arguments]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0 or "error:" in done.stderr, done.stderr
+    return done.stderr
+
+
+def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
+    train_with = lambda config: python("nvg_jax.train", f"--config={config}",
+                                       f"--workdir={tmp_path}")  # fmt: skip
+    for output, message in (
+        (train_with("configs/digits.py:huge"), "error: Unknown variant 'huge'"),
+        (train_with("configs/cats.py"), "configs/cats.py"),
+        (python("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
+         "error: Unknown class 11"),
+    ):  # fmt: skip
+        assert message in output and "Traceback" not in output
+
+
+def test_the_command_lines_write_pictures_arrays_and_metrics(workdir, tmp_path):
+    sample = ("nvg_jax.sample", f"--workdir={workdir}", "--classes=0,1", "--per_class=3")
+    python(*sample, f"--out={tmp_path / 'pictures'}")
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert {"000000_class0.png", "000005_class1.png", "grid.png", "stages.png"} <= names
+    python(*sample, f"--out={tmp_path / 'all.npz'}", "--batch_size=4")
+    images = np.load(tmp_path / "all.npz")["arr_0"]
+    assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 3)
+    first = np.asarray(Image.open(tmp_path / "pictures" / "000003_class1.png"))
+    assert np.abs(first.astype(int) - images[3]).max() <= 1
+    python("nvg_jax.evaluate", f"--workdir={workdir}", "--num_samples=20", f"--out={tmp_path}")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["samples"] == 20 and metrics["classifier_accuracy_on_real_test_images"] > 0.98
+    assert 0 <= metrics["class_agreement"] <= 1 and metrics["test_psnr"] > 0
+
+
+def setup_module():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])

@@ -1,0 +1,167 @@
+"""The two generators: losses against values worked by hand, what they may see, guidance dropout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nvg_jax import layers, models
+from nvg_jax.content.losses import content_losses
+from nvg_jax.sharding import unbox
+from nvg_jax.steps import generators as steps
+from nvg_jax.tokenizer import Quantized, Sequence, TokenizerConfig
+
+CONFIG = TokenizerConfig(
+    (8, 8), (2, 2), 3, 5, base_channels=32, channel_multipliers=(1, 1, 1), blocks_per_level=1
+)
+SIZES = layers.TransformerConfig(32, 2, head_dim=16, drop_path=0.5)
+
+
+def generator(name):
+    model = models.make_generator(name, SIZES, CONFIG, num_classes=3)
+    params = unbox(jax.jit(lambda key: steps.init_params(model, key))(jax.random.key(0)))
+    # The heads start at zero; random weights make every input visible.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    return model, jax.tree.unflatten(tree, noisy)
+
+
+def quantized(batch=2):
+    structure = jnp.array([[0, 0, 0, 0], [0, 1, 0, 1], [0, 2, 1, 3]])
+    structure = jnp.broadcast_to(structure, (batch, 3, 4))
+    ids = tuple(jnp.arange(batch * 2**i).reshape(batch, -1) % 5 for i in range(3))
+    tokens = jnp.stack([jnp.take_along_axis(ids[i], structure[:, i], 1) for i in range(3)], 1)
+    canvases = jax.random.normal(jax.random.key(2), (batch, 3, 4, 3))
+    return Quantized(Sequence(structure, tokens), canvases, ids, jnp.zeros(3))
+
+
+def test_content_losses_of_a_perfect_and_of_an_empty_prediction():
+    q = quantized()
+    final = q.canvases[:, -1]
+    uniform = lambda missing: jnp.zeros((*missing.shape[:-1], 5))
+    perfect = content_losses(lambda *_: jnp.repeat(final, 3, axis=0), uniform, q)
+    np.testing.assert_allclose(perfect["canvas_loss"], 0, atol=1e-7)
+    np.testing.assert_allclose(perfect["token_loss"], np.log(5), rtol=1e-6)
+    empty = content_losses(lambda canvas, *_: jnp.zeros_like(canvas), uniform, q)
+    np.testing.assert_allclose(empty["canvas_loss"], np.square(final).mean(), rtol=1e-5)
+
+
+def test_the_tokens_of_a_stage_see_the_mean_of_what_is_missing_in_their_cluster():
+    q = quantized(1)
+    seen = []
+
+    def logits(missing):
+        seen.append(missing)
+        return jax.nn.one_hot(jnp.concatenate(q.stage_tokens, 1), 5) * 100
+
+    out = content_losses(lambda canvas, *_: canvas + jnp.arange(4.0)[:, None], logits, q)
+    # Positions 0..3 miss 0..3: one cluster 1.5; clusters {0, 2}, {1, 3}: 1, 2; then 0, 2, 1, 3.
+    np.testing.assert_allclose(seen[0][0, :, 0], [1.5, 1, 2, 0, 2, 1, 3], rtol=1e-6)
+    np.testing.assert_allclose(out["token_accuracy"], 1)
+    np.testing.assert_allclose(out["token_loss"], 0, atol=1e-6)
+
+
+def content_output(params, model, **changes):
+    args = dict(
+        canvas=jnp.ones((2, 4, 3)),
+        structure=jnp.ones((2, 4, 2), jnp.int32),
+        stage=jnp.array([1, 1]),
+        class_ids=jnp.array([0, 3]),
+        canvas_scale=jnp.array([1.0, 2.0, 3.0, 4.0]),
+    )
+    return model.apply({"params": params}, **(args | changes), method="predict_canvas")
+
+
+def test_the_content_generator_sees_each_input_and_scales_the_canvas():
+    model, params = generator("content")
+    base = content_output(params, model)
+    assert base.shape == (2, 4, 3) and base.dtype == jnp.float32
+    for change in (
+        dict(canvas=jnp.zeros((2, 4, 3))),
+        dict(structure=jnp.zeros((2, 4, 2), jnp.int32)),
+        dict(stage=jnp.array([2, 2])),
+        dict(class_ids=jnp.array([1, 1])),
+    ):
+        assert np.abs(content_output(params, model, **change) - base).max() > 1e-3
+    # Half the canvas at twice the scale is the same input; the output is divided by its scale.
+    scaled = content_output(
+        params, model, canvas=jnp.full((2, 4, 3), 0.5), canvas_scale=jnp.array([1.0, 4, 3, 2])
+    )
+    np.testing.assert_allclose(scaled, 2 * base, rtol=1e-4)
+    # At stage 0 the learned start canvas stands in for the canvas.
+    first = dict(stage=jnp.array([0, 0]))
+    np.testing.assert_array_equal(
+        content_output(params, model, **first),
+        content_output(params, model, canvas=jnp.full((2, 4, 3), 9.0), **first),
+    )
+
+
+def test_the_structure_generator_sees_each_input():
+    model, params = generator("structure")
+    args = dict(
+        noisy=jnp.zeros((2, 4, 2)),
+        time=jnp.array([0.5, 0.5]),
+        structure=jnp.ones((2, 4, 2), jnp.int32),
+        canvas=jnp.zeros((2, 4, 3)),
+        stage=jnp.array([0, 0]),
+        class_ids=jnp.array([0, 3]),
+    )
+    apply = lambda **changes: model.apply({"params": params}, **(args | changes))
+    base = apply()
+    assert base.shape == (2, 4, 2) and base.dtype == jnp.float32
+    for change in (
+        dict(noisy=jnp.ones((2, 4, 2))),
+        dict(time=jnp.array([0.4, 0.4])),
+        dict(structure=jnp.zeros((2, 4, 2), jnp.int32)),
+        dict(canvas=jnp.ones((2, 4, 3))),
+        dict(class_ids=jnp.array([1, 1])),
+    ):
+        assert np.abs(apply(**change) - base).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", models.GENERATORS)
+def test_drop_path_and_the_key_decide_the_loss_and_nothing_else_does(name):
+    model, params = generator(name)
+    loss = jax.jit(
+        lambda key: steps.loss_terms(
+            model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), key
+        )[0]
+    )
+    first, again, other = loss(jax.random.key(0)), loss(jax.random.key(0)), loss(jax.random.key(1))
+    assert first == again and first != other
+    evaluated = [
+        steps.loss_terms(model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), None)[0]
+        for _ in range(2)
+    ]
+    assert evaluated[0] == evaluated[1]
+
+
+def test_the_token_head_starts_as_the_nearest_code_rule():
+    model = models.make_generator("content", SIZES, CONFIG, num_classes=3)
+    codebook = jax.random.normal(jax.random.key(5), (5, 3))
+    params = unbox(steps.init_params(model, jax.random.key(0), codebook))
+    missing = jax.random.normal(jax.random.key(6), (50, 3))
+    logits = model.apply({"params": params}, missing, method="token_logits")
+    distance = np.square(np.asarray(missing)[:, None] - np.asarray(codebook)).sum(-1)
+    np.testing.assert_array_equal(logits.argmax(-1), distance.argmin(-1))
+
+
+def test_the_rotary_split_is_the_published_one_and_a_small_head_gets_a_sentence():
+    assert layers.rope_split(64, 8) == (8, *(2,) * 8, 20, 20)
+    assert layers.rope_split(64, 4) == (16, *(2,) * 4, 20, 20)
+    for head_dim, bits in ((16, 4), (32, 8), (64, 11), (24, 6)):
+        split = layers.rope_split(head_dim, bits)
+        assert sum(split) == head_dim and split[-1] == split[-2] >= 2 and split[0] >= 2
+        assert all(share % 2 == 0 for share in split)
+    with pytest.raises(ValueError, match="larger head_dim"):
+        layers.rope_split(16, 8)
+
+
+def test_attention_is_a_softmax_average():
+    key = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(x, (2, 5, 3, 4)) for x in key)
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    np.testing.assert_allclose(layers.attention(q, k, v), expected, rtol=1e-4, atol=1e-5)

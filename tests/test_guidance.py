@@ -1,0 +1,180 @@
+"""Guidance, the token filters, the sampling settings and the program of stages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nvg_jax.sampling import Settings
+from nvg_jax.sampling.generate import Stage, make_program
+from nvg_jax.sampling.guidance import filter_logits, guided
+
+# Not in order, so that a filter must find the likely tokens.
+PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3], np.float32)
+
+
+def kept(**filters) -> list[int]:
+    """The tokens that the filters leave of PROBABILITIES."""
+    logits = jnp.log(PROBABILITIES)
+    filtered = np.asarray(filter_logits(logits, **filters))
+    left = np.isfinite(filtered)
+    np.testing.assert_array_equal(filtered[left], np.asarray(logits)[left])
+    assert np.isneginf(filtered[~left]).all()
+    return np.flatnonzero(left).tolist()
+
+
+@pytest.mark.parametrize(
+    "filters, expected",
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 0}, [0, 1, 2, 3]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 4}, [0, 1, 2, 3]),
+        ({"top_p": 1.0}, [0, 1, 2, 3]),
+        ({"top_p": 0.97}, [0, 1, 2, 3]),  # leaving out the 0.05 would leave less than 0.97
+        ({"top_p": 0.9}, [0, 1, 3]),
+        ({"top_p": 0.7}, [1, 3]),
+        ({"top_p": 0.4}, [1]),
+        ({"top_p": 1e-9}, [1]),
+        ({"top_p": 0.6}, [1, 3]),
+        ({"top_k": 2, "top_p": 0.6}, [1]),  # of two tokens the best has 0.5 / 0.8 = 0.625
+        ({"top_k": 0, "top_p": 0.6}, [1, 3]),
+    ],
+)
+def test_what_the_filters_leave(filters, expected):
+    assert kept(**filters) == expected
+
+
+def test_each_row_is_filtered_by_itself_and_the_filters_may_be_traced():
+    logits = jnp.log(jnp.stack([PROBABILITIES, PROBABILITIES[::-1]]))[:, None]
+    got = jax.jit(filter_logits)(logits, jnp.int32(3), jnp.float32(0.7))
+    left = [np.flatnonzero(row).tolist() for row in np.isfinite(got[:, 0])]
+    assert got.shape == (2, 1, 4) and left == [[1, 3], [0, 2]]
+
+
+def test_guidance_moves_away_from_the_null_class():
+    seen = []
+
+    def network(doubled, class_ids):
+        seen.append(class_ids.tolist())
+        return doubled(jnp.array([10.0, 20.0])) + class_ids**2
+
+    class_ids = jnp.array([1, 3])
+    # Class 1 gives 11, class 3 gives 29, the null class 5 gives 35 and 45.
+    plain = guided(network, class_ids, 5, None)
+    np.testing.assert_array_equal(plain, [11, 29])
+    for scale, expected in ((0, [35, 45]), (1, [11, 29]), (2, [-13, 13]), (0.5, [23, 37])):
+        np.testing.assert_array_equal(guided(network, class_ids, 5, scale), expected)
+    assert seen == [[1, 3]] + 4 * [[1, 3, 5, 5]]  # without a scale the null class is not computed
+
+
+def test_a_number_holds_for_all_stages():
+    got = Settings(top_k=7, top_p=0.9, content_guidance=2.0, temperature=0.5).expand(5, 16)
+    assert got.top_k == (7,) * 5 and all(type(k) is int for k in got.top_k)
+    assert got.top_p == (0.9,) * 5
+    assert got.content_guidance == (2.0,) * 5
+    assert got.structure_guidance == (1.0,) * 5
+    assert (got.temperature, got.flow_steps, got.gumbel) == (0.5, 25, False)
+    assert got.expand(5, 16) == got  # and what is expanded stays
+
+
+def test_a_pair_is_a_range_over_the_stages():
+    got = Settings(
+        top_k=(9, 1), top_p=(1.0, 0.5), content_guidance=(1, 3), structure_guidance=(2.0, 1.0)
+    ).expand(5, 16)
+    assert got.top_k == (9, 7, 5, 3, 1)
+    assert got.content_guidance == (1, 1.5, 2, 2.5, 3)
+    assert got.structure_guidance == (2, 1.75, 1.5, 1.25, 1)
+    # u = 4 ** (i / 4) = 1, 1.4142, 2, 2.8284, 4 and p = 0.5 + 0.5 (4 - u) / 3.
+    np.testing.assert_allclose(got.top_p, [1, 0.9309644, 0.8333333, 0.6952621, 0.5], atol=1e-7)
+
+
+def test_one_value_a_stage_is_taken_as_it_is():
+    assert Settings(top_p=(1, 0.2, 0.7)).expand(3, 16).top_p == (1, 0.2, 0.7)
+    # With two stages a pair is both.
+    assert Settings(content_guidance=(3, 1.5)).expand(2, 16).content_guidance == (3, 1.5)
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"temperature": -0.1}, "temperature must be 0 or more, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 or more, got inf"),
+        ({"top_k": -1}, r"top_k must be whole numbers from 0 .* codebook's 16, got -1"),
+        ({"top_k": 17}, "codebook's 16, got 17"),
+        ({"top_k": 2.5}, "whole numbers .* got 2.5"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": (1.0, 1.5)}, r"top_p must be above 0 and at most 1, got \(1.0, 1.5\)"),
+        ({"top_p": float("nan")}, "top_p must be above 0 and at most 1, got nan"),
+        ({"content_guidance": float("nan")}, "content_guidance must be finite, got nan"),
+        ({"structure_guidance": float("inf")}, "structure_guidance must be finite, got inf"),
+        ({"flow_steps": 0}, "flow_steps must be 1 or more, got 0"),
+        ({"top_k": (1, 2, 3)}, r"top_k takes a number, a \(start, end\) pair or 5 values"),
+        ({"top_p": ()}, r"top_p takes .* got \(\)"),
+        ({"content_guidance": (1,) * 6}, "content_guidance takes .* 5 values"),
+        ({"structure_guidance": ((1, 2),)}, "structure_guidance takes .* 5 values"),
+    ],
+)
+def test_wrong_settings_get_a_sentence(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Settings(**wrong).expand(5, 16)
+
+
+def program(given_tokens=0, given_structure=0, **settings):
+    return make_program(Settings(**settings).expand(5, 16), given_tokens, given_structure)
+
+
+def test_plain_sampling_needs_no_null_class_and_no_filter():
+    got = program()
+    assert got.stages == (
+        Stage("plain", "plain"),
+        Stage("plain", "plain"),
+        Stage("plain", "plain"),
+        Stage("plain", "noise"),  # the last split is never learned
+        Stage("plain", "none"),
+    )
+    assert (got.flow_steps, got.gumbel, got.greedy, got.top_k, got.top_p) == (
+        25, False, False, False, False
+    )  # fmt: skip
+    assert hash(got) == hash(program())  # static: equal settings share one program
+
+
+def test_stages_with_guidance_one_need_no_null_class():
+    got = program(content_guidance=(1, 3.5), structure_guidance=(3, 2, 1, 3, 3))
+    assert [stage.content for stage in got.stages] == ["plain"] + 4 * ["guided"]
+    assert [stage.split for stage in got.stages] == ["guided", "guided", "plain", "noise", "none"]
+
+
+def test_given_stages_are_read_and_the_rest_is_made():
+    # Maps of stages 0 and 1 are given: the split that stage 0 would make is; tokens of stage 0 too.
+    got = program(given_tokens=1, given_structure=2, content_guidance=2, structure_guidance=2)
+    assert got.stages == (
+        Stage("given", "given"),
+        Stage("guided", "guided"),
+        Stage("guided", "guided"),
+        Stage("guided", "noise"),
+        Stage("guided", "none"),
+    )
+    # The map of stage 0 alone is one cluster: nothing is saved.
+    assert program(given_structure=1) == program()
+    everything = program(given_tokens=5, given_structure=5).stages
+    assert everything == 4 * (Stage("given", "given"),) + (Stage("given", "none"),)
+    maps_only = program(given_structure=5).stages
+    assert maps_only == 4 * (Stage("plain", "given"),) + (Stage("plain", "none"),)
+
+
+@pytest.mark.parametrize(
+    "settings, switched",
+    [
+        ({"temperature": 0.0}, {"greedy": True}),
+        ({"top_k": (5, 0, 0, 0, 0)}, {"top_k": True}),
+        ({"top_p": (1, 1, 1, 1, 0.9)}, {"top_p": True}),
+        ({"gumbel": True}, {"gumbel": True}),
+        ({"flow_steps": 4}, {"flow_steps": 4}),
+        ({"temperature": 0.7}, {}),  # a value that changes without a new program
+    ],
+)
+def test_what_a_setting_switches_in_the_program(settings, switched):
+    assert program(**settings) == program()._replace(**switched)

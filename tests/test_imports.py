@@ -1,0 +1,104 @@
+"""The rooms of the house: who may import whom, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module of the package imports modules of its own level and of the levels before it.
+LEVELS = (
+    ("granularity", "clustering", "layers"),
+    ("tokenizer", "structure", "content"),
+    ("sampling", "evaluation"),
+    ("steps",),
+    ("models",),
+    ("pipeline",),
+    ("train", "sample", "evaluate"),
+)
+# These know no model: of the package they import only each other. Every level may import them.
+FREE = (
+    "checkpoint", "cli", "data", "optimizers", "pictures", "published", "sharding", "state",
+    "torch_files",
+)  # fmt: skip
+STRANGERS = (("structure", "content"), ("content", "structure"))  # never, whatever their level
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path) for path in files("nvg_jax")}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute in this project"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from nvg_jax import layers` imports the module nvg_jax.layers.
+            names.update(inner & MODULES or {node.module})
+    return names
+
+
+def outside(path: Path) -> set[str]:
+    """First names of everything that a file imports."""
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def room(module: str) -> str:
+    """nvg_jax.structure.flow -> structure; the package itself has no room: ''."""
+    return (module + ".").split(".")[1]
+
+
+def level(room: str) -> int:
+    return next(number for number, rooms in enumerate(LEVELS) if room in rooms)
+
+
+INSIDE = [path for path in files("nvg_jax") if module_name(path) != "nvg_jax"]
+
+
+def test_every_module_has_its_place():
+    rooms = {room(module_name(path)) for path in INSIDE}
+    assert rooms == {*FREE, *(name for names in LEVELS for name in names)}
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=module_name)
+def test_imports_go_one_way(path):
+    own = room(module_name(path))
+    for name in imported(path):
+        if name.partition(".")[0] != "nvg_jax":
+            continue
+        other = room(name)
+        assert other, "inside the package, import the module that is meant and not nvg_jax"
+        assert (own, other) not in STRANGERS
+        if other in FREE:
+            continue
+        assert own not in FREE, f"{own} knows no model and imports {other}"
+        assert level(other) <= level(own), f"{other} is above {own}"
+
+
+def test_the_package_knows_no_preset_no_launcher_and_no_test():
+    for path in files("nvg_jax"):
+        assert not outside(path) & {"configs", "launch", "tests", "benchmarks"}, path
+
+
+def test_presets_need_only_ml_collections():
+    for path in files("configs"):
+        assert outside(path) <= {"configs", "ml_collections"}, path
+
+
+def test_nothing_needs_torch():
+    for folder in ("nvg_jax", "configs", "tests", "benchmarks", "launch"):
+        for path in files(folder):
+            assert not outside(path) & {"torch", "torchvision"}, path

@@ -1,0 +1,144 @@
+"""Schedules, weight decay, clip and moving average against values worked by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from nvg_jax import layers, models
+from nvg_jax.optimizers import (
+    OptimizerConfig,
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from nvg_jax.sharding import unbox
+from nvg_jax.state import TrainState
+from nvg_jax.steps import generators, tokenizer
+from nvg_jax.tokenizer import TokenizerConfig
+
+SIZES = TokenizerConfig(
+    (4, 4), (4, 4), 3, 5, base_channels=32, channel_multipliers=(1,), blocks_per_level=1
+)
+
+
+def rates(config, batch_size, steps, at):
+    schedule = learning_rate_schedule(config, batch_size, steps)
+    return [float(schedule(step)) for step in at]
+
+
+def test_the_published_schedule():
+    # 1e-4 at batch 256 is 3e-4 at 768. Warm-up from 0.005 of it, then constant to 80% of the steps
+    # and down to 0.1 of it.
+    at = (0, 500, 1000, 5000, 8000, 9000, 10_000, 12_000)
+    expected = [1.5e-6, 3e-4 * (0.005 + 0.995 / 2), 3e-4, 3e-4, 3e-4, 3e-4 * 0.55, 3e-5, 3e-5]
+    np.testing.assert_allclose(rates(OptimizerConfig(), 768, 10_000, at), expected, rtol=1e-5)
+
+
+def test_a_run_shorter_than_its_warmup_only_warms_up():
+    got = rates(OptimizerConfig(), 256, 10, range(11))
+    np.testing.assert_allclose(got, np.linspace(5e-7, 1e-4, 11), rtol=1e-5)
+
+
+def test_a_cosine_without_warmup():
+    config = OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_steps=0, final=0.0)
+    expected = [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0]
+    got = rates(config, 256, 100, (0, 25, 50, 75, 100))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_cosine_falls_to_its_final_rate_after_the_warmup():
+    config = OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_steps=20, final=0.1)
+    got = rates(config, 128, 120, (0, 10, 20, 70, 120))
+    np.testing.assert_allclose(got, [0.005, 0.5025, 1, 0.55, 0.1], atol=1e-6)
+
+
+def test_a_constant_rate():
+    config = OptimizerConfig(learning_rate=2.0, schedule="constant", warmup_steps=2)
+    got = rates(config, 256, 100, (0, 1, 2, 50, 1000))
+    np.testing.assert_allclose(got, [0.01, 1.005, 2, 2, 2], rtol=1e-6)
+
+
+def test_an_unknown_schedule_gets_a_sentence():
+    with pytest.raises(ValueError, match="schedule 'step'; choose one of .*linear.*cosine"):
+        OptimizerConfig(schedule="step")
+
+
+def init(name):
+    """The parameters of one of the three models, with names on their axes."""
+    if name == "tokenizer":
+        return lambda key: tokenizer.init_params(models.make_tokenizer(SIZES), key)
+    transformer = layers.TransformerConfig(32, 2, head_dim=16)
+    model = models.make_generator(name, transformer, SIZES, num_classes=3)
+    return lambda key: generators.init_params(model, key)
+
+
+@pytest.mark.parametrize("name", models.GENERATORS)
+def test_what_a_generator_decays(name):
+    """All matrices and tables; no bias and no scale, though the scanned layers stack theirs."""
+    params = jax.eval_shape(init(name), jax.random.key(0))
+    leaves = flatten_dict(unbox(params), sep="/")
+    decayed = {path for path, is_in in flatten_dict(unbox(decay_mask(params)), sep="/").items()
+               if is_in}  # fmt: skip
+    kinds = ("kernel", "embedding", "start_canvas")
+    assert decayed == {path for path in leaves if path.endswith(kinds)}
+    assert {path.split("/")[-1] for path in leaves.keys() - decayed} == {"bias", "scale"}
+    stacked = [path for path in leaves.keys() - decayed if leaves[path].ndim > 1]
+    assert len(stacked) == 5  # three biases and two scales of the blocks
+    assert decay_mask(unbox(params)) == unbox(decay_mask(params))  # boxed or not
+
+
+def test_without_a_gradient_only_the_decay_moves_a_parameter():
+    params = {"matrix": jnp.full((2, 2), 8.0), "bias": jnp.full(2, 8.0)}
+    config = OptimizerConfig(
+        learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.25
+    )
+    optimizer = make_optimizer(config, batch_size=512, steps=10)  # a rate of 1
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["matrix"], np.full((2, 2), -2.0))
+    np.testing.assert_array_equal(updates["bias"], np.zeros(2))
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_parameters():
+    # Without momentum and with b2 = 1/2 Adam's second step is g2 / sqrt((g1^2 + 2 g2^2) / 3).
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0, b1=0.0, b2=0.5
+    )
+    optimizer = make_optimizer(config, batch_size=256, steps=10)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    state = optimizer.init(params)
+    _, state = optimizer.update({"a": jnp.array([30.0]), "b": jnp.array([40.0])}, state, params)
+    second = {"a": jnp.array([0.6]), "b": jnp.array([0.1])}
+    updates, _ = optimizer.update(second, state, params)
+    # The first gradient, of norm 50, counts as (0.6, 0.8); the second, of norm 0.6, as it is.
+    np.testing.assert_allclose(updates["a"], -1, rtol=1e-5)
+    np.testing.assert_allclose(updates["b"], -0.1 / math.sqrt((0.64 + 0.02) / 3), rtol=1e-5)
+
+
+def test_the_moving_average_follows_the_parameters():
+    optimizer = optax.sgd(1.0)
+    state = TrainState.create({"x": jnp.zeros(2)}, optimizer)
+    grads = {"x": jnp.array([-1.0, 2.0])}
+    averages = []
+    for _ in range(3):
+        state = state.update(grads, optimizer, ema_decay=0.75)
+        averages.append(state.ema_params["x"][0])
+    # Parameters 1, 2, 3; averages 1/4, 3/4 * 1/4 + 2/4, 3/4 * 11/16 + 3/4.
+    np.testing.assert_allclose(state.params["x"], [3, -6])
+    np.testing.assert_allclose(averages, [0.25, 0.6875, 1.265625])
+    np.testing.assert_allclose(state.ema_params["x"][1], -2 * 1.265625)
+    assert state.step == 3 and state.step.dtype == jnp.int32
+
+
+def test_the_average_starts_at_the_parameters_in_memory_of_its_own():
+    state = TrainState.create({"x": jnp.arange(3.0)}, optax.sgd(1.0))
+    np.testing.assert_array_equal(state.ema_params["x"], [0, 1, 2])
+    assert state.ema_params["x"] is not state.params["x"]
+    # A step that is given its state's memory would find one buffer twice.
+    step = jax.jit(lambda s: s.update(s.params, optax.sgd(1.0), 0.5), donate_argnums=0)
+    np.testing.assert_array_equal(step(state).ema_params["x"], [0, 0.5, 1])

@@ -1,0 +1,96 @@
+"""Pictures of hand-made tiles."""
+
+import numpy as np
+from PIL import Image
+
+from nvg_jax.pictures import (
+    GAP,
+    image_grid,
+    reconstruction_grid,
+    save_png,
+    stages_grid,
+    structure_colours,
+    to_uint8,
+)
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def tile(colour, height=64, width=64):
+    return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3))
+
+
+def is_all(part, colour):
+    return part.size > 0 and (part == np.array(colour)).all()
+
+
+def test_floats_become_bytes_truncated_and_clipped():
+    got = to_uint8(np.array([-1, 0, 1, -1.5, 7, 3 / 255 - 1], np.float32))
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, [0, 127, 255, 0, 255, 1])  # 127.5 and 1.5 lose their half
+
+
+def test_tiles_lie_in_rows_on_white():
+    tiles = np.stack([tile(RED, 70, 80), tile(GREEN, 70, 80), tile(BLUE, 70, 80)])
+    grid = image_grid(tiles, columns=2)
+    assert grid.dtype == np.uint8 and GAP == 2
+    assert grid.shape == (2 * 70 + 2, 2 * 80 + 2, 3)
+    assert is_all(grid[:70, :80], RED)
+    assert is_all(grid[:70, 82:], GREEN)
+    assert is_all(grid[72:, :80], BLUE)
+    assert is_all(grid[70:72], WHITE) and is_all(grid[:, 80:82], WHITE)
+    assert is_all(grid[72:, 82:], WHITE)  # no fourth tile
+
+
+def test_small_tiles_are_enlarged_by_a_whole_factor():
+    pixels = np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8)
+    grid = image_grid(pixels[None], columns=1)
+    assert grid.shape == (64, 64, 3)
+    assert is_all(grid[:32, :32], RED) and is_all(grid[:32, 32:], GREEN)
+    assert is_all(grid[32:, :32], BLUE)
+    assert image_grid(np.zeros((1, 28, 28, 3), np.uint8), columns=1).shape == (56, 56, 3)
+
+
+def test_float_tiles():
+    grid = image_grid(np.zeros((1, 64, 64, 3), np.float32), columns=1)
+    assert is_all(grid, (127, 127, 127))
+
+
+def test_originals_are_above_their_reconstructions():
+    originals = np.stack([np.full((64, 64, 3), value, np.float32) for value in (-1, 1)])
+    grid = reconstruction_grid(originals, np.zeros_like(originals))
+    assert grid.shape == (130, 130, 3)
+    assert is_all(grid[:64, :64], 0) and is_all(grid[:64, 66:], 255)
+    assert is_all(grid[66:, :64], 127) and is_all(grid[66:, 66:], 127)
+
+
+def test_labels_have_the_colours_of_the_circle():
+    # Three labels: the middles of the thirds of the circle, yellow, cyan and magenta.
+    got = structure_colours([0, 1, 2], 3)
+    low, high = int(0.15 * 255), int(0.9 * 255)
+    np.testing.assert_array_equal(got, [[high, high, low], [low, high, high], [high, low, high]])
+    assert structure_colours(np.arange(256).reshape(16, 16), 256).shape == (16, 16, 3)
+    assert len(np.unique(structure_colours(np.arange(256), 256), axis=0)) == 256
+
+
+def test_stages_stand_above_their_maps():
+    # One row of two positions in images of 32 x 64 pixels; two images.
+    structure = np.array([[[0, 0], [0, 1]], [[0, 0], [1, 0]]])
+    decoded = np.empty((2, 2, 32, 64, 3), np.float32)
+    decoded[0, 0], decoded[0, 1], decoded[1] = -1, 0, 1
+    grid = stages_grid(decoded, structure, latent_size=(1, 2))
+    assert grid.shape == (4 * 66 - 2, 2 * 130 - 2, 3)  # enlarged twice
+    left, right = slice(0, 128), slice(130, 258)
+    assert is_all(grid[:64, left], 0) and is_all(grid[:64, right], 127)
+    assert is_all(grid[132:196], 255)
+    (whole,), (first, second) = structure_colours([0], 1), structure_colours([0, 1], 2)
+    assert is_all(grid[66:130, left], whole) and is_all(grid[198:, left], whole)
+    assert is_all(grid[66:130, 130:194], first) and is_all(grid[66:130, 194:], second)
+    assert is_all(grid[198:, 130:194], second) and is_all(grid[198:, 194:], first)
+
+
+def test_a_png_holds_the_very_pixels(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    save_png(tmp_path / "picture.png", picture)
+    with Image.open(tmp_path / "picture.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
