@@ -27,14 +27,14 @@ def get_config(arg: str | None = None):
     config.structure = common.transformer(64, 2, head_dim=32)
     config.content.remat = config.structure.remat = True  # on a CPU also faster
     config.tokenizer_training.update(
-        batch_size=32, epochs=0.0, steps=2500, log_every=50, eval_every=2500, save_every=500
+        batch_size=16, epochs=0.0, steps=2000, log_every=50, eval_every=2000, save_every=500
     )
     config.tokenizer_training.soft_index_epochs = 0.0
     config.tokenizer_training.optimizer.update(
-        learning_rate=1.2e-2, warmup_steps=100, final=0.02, ema_decay=0.99
+        learning_rate=2e-2, warmup_steps=100, final=0.02, ema_decay=0.99
     )
     config.generator_training.update(
-        batch_size=32, epochs=0.0, steps=6000, log_every=100, eval_every=3000, save_every=1000
+        batch_size=32, epochs=0.0, steps=5000, log_every=100, eval_every=5000, save_every=1000
     )
     config.generator_training.optimizer.update(
         learning_rate=1.6e-2, warmup_steps=200, decay_start=0.5, final=0.02, ema_decay=0.998

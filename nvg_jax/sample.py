@@ -24,9 +24,7 @@ logger = logging.getLogger("nvg_jax")
 
 
 def define_flags():
-    flags.DEFINE_string(
-        "workdir", None, "A training run's folder, or an exported or converted one."
-    )
+    flags.DEFINE_string("workdir", None, "A run's folder, or an exported or converted one.")
     flags.DEFINE_list("classes", None, "Class ids or names; all classes if not given.")
     flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of all randomness.")

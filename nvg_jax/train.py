@@ -48,7 +48,7 @@ RUNS = {  # --config.stage -> the runs it takes, each in its own folder of the w
     "separate": ("tokenizer", "structure", "content"),
     "all": ("tokenizer", "generators"),
 }
-SCALE_IMAGES = 50_000  # images that the canvas scales are measured on, at most
+SCALE_IMAGES = 10_000  # images that the canvas scales are measured on, at most
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path):
@@ -142,7 +142,7 @@ class Trainer:
         warmup = self.epochs_to_steps(settings, settings.soft_index_epochs)
         config = OptimizerConfig(**settings.optimizer)
         optimizer = make_optimizer(config, settings.batch_size, steps)
-        model, size = self.tokenizer, self.tokenizer_config.codebook_size
+        model = self.tokenizer
 
         def init(key):
             return TrainState.create(tokenizer_steps.init_params(model, key), optimizer)

@@ -52,7 +52,6 @@ class ContentGenerator(nn.Module):
                 canvas; the network sees and predicts canvases of unit variance.
             deterministic: False turns drop path on (rng "drop_path").
         """
-        batch = canvas.shape[0]
         scaled = canvas * canvas_scale[stage][:, None, None]
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
         class_token = self.class_embed(class_ids)
@@ -60,9 +59,7 @@ class ContentGenerator(nn.Module):
         positions = layers.rope_positions(structure, (0,), self.grid)
         vec = class_token + self.stage_embed(stage)
         x = self.blocks(x, vec, positions, deterministic)
-        return (
-            self.canvas_head(x[:, 1:], vec).reshape(batch, -1, self.latent_dim) / canvas_scale[-1]
-        )
+        return self.canvas_head(x[:, 1:], vec) / canvas_scale[-1]
 
     def token_logits(self, missing):
         """float32 (..., V), logits of the token that brings what is missing.

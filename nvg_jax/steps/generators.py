@@ -22,8 +22,8 @@ def init_params(model: Generator, key, codebook=None):
     """Freshly initialised parameters, boxed with their logical axes.
 
     With a codebook (V, D) the content generator's token head starts as its nearest-code rule:
-    logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. From zero the
-    head would first have to grow to that scale, which takes hundreds of steps.
+    logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. A small
+    random head first has to grow to that scale, which takes hundreds of steps.
     """
     length = model.grid[0] * model.grid[1]
     num_bits = granularity.num_stages(length) - 1

@@ -116,7 +116,7 @@ class Tokenizer(nn.Module):
         return jnp.clip(self.decode_canvas(canvas), -1, 1)
 
     def __call__(self, images, soft_index: bool = False) -> tuple[jax.Array, Quantized]:
-        """Training pass: (reconstruction, not clamped, with straight-through gradient; Quantized)."""
+        """Training pass: (reconstruction, straight-through and not clamped; Quantized)."""
         latents = self.latents(images)
         quantized = self.quantize(latents, soft_index)
         final = latents + jax.lax.stop_gradient(quantized.canvases[:, -1] - latents)
