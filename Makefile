@@ -18,7 +18,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 demo: setup
 	rm -rf $(RUN)
 	$(BIN)/python -m nvg_jax.train --config=configs/digits.py:demo --workdir=$(RUN)
-	$(BIN)/python -m nvg_jax.evaluate --workdir=$(RUN) --num_samples=1000 --batch_size=250
+	$(BIN)/python -m nvg_jax.evaluate --workdir=$(RUN) --num_samples=1000 --batch_size=250 --out=$(RUN)
 
 test: setup
 	$(BIN)/python -m pytest -q

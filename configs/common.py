@@ -33,6 +33,7 @@ def base() -> ml_collections.ConfigDict:
         dict(
             stage="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
+            tokenizer_workdir="",  # where the generators' tokenizer is, if not in --workdir
             dtype="float32",  # of the arithmetic; bfloat16 on accelerators
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the rest of the devices
             data=dict(

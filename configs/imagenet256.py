@@ -24,8 +24,12 @@ def get_config(arg: str | None = None):
     config.structure = common.transformer(32 * depth, depth)
     config.content.remat = config.structure.remat = True
     config.generator_training.epochs = EPOCHS[size]
+    optimizer = config.generator_training.optimizer
     if size == "d24":  # trained for more than 300 epochs
-        config.generator_training.optimizer.update(decay_start=200 / 350, final=0.01)
+        optimizer.update(decay_start=200 / 350, final=0.01)
+    else:  # constant for 80% of the steps, counted from the end of the warm-up
+        steps = EPOCHS[size] * 1_281_167 / config.generator_training.batch_size
+        optimizer.decay_start = 0.8 + optimizer.warmup_steps / steps
     if "runlocal" in names:
         common.run_locally(config)
         config.data.update(name="digits", resize=8)

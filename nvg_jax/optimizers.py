@@ -55,11 +55,12 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int)
 
 
 def decay_mask(params):
-    """True for every parameter of two or more dimensions, the axis of scanned layers aside."""
+    """True for every parameter of two or more dimensions, the axis of layers or stages aside."""
 
     def decays(path, leaf):
-        scanned = any(getattr(key, "key", None) == "blocks" for key in path[1:])
-        return leaf.ndim - scanned >= 2
+        names = [getattr(key, "key", "") for key in path]
+        stacked = "blocks" in names[1:] or any(name.startswith("smooth_") for name in names)
+        return leaf.ndim - stacked >= 2
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

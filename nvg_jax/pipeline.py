@@ -173,9 +173,11 @@ class Pipeline:
     def from_workdir(cls, workdir: str | Path) -> "Pipeline":
         """Opens the latest checkpoints of a training run: raw tokenizer, averaged generators.
 
+        The tokenizer is the workdir's own, or the one that its generators say they used.
+
         Raises:
-            ValueError: no such folder, no tokenizer in it, or a generator that was trained with
-                another tokenizer.
+            ValueError: no such folder, no tokenizer to be found, or a generator that was trained
+                with another tokenizer.
         """
         workdir = Path(workdir)
         if not workdir.is_dir():
@@ -183,27 +185,30 @@ class Pipeline:
                 f"There is no folder {workdir}. Give the --workdir of a training run, or a folder "
                 "that was exported or converted."
             )
-        meta = checkpoint.read_meta(workdir / "tokenizer")
+        runs = {
+            name: (run, run_meta)
+            for run in (workdir / "generators", *(workdir / name for name in GENERATORS))
+            if (run_meta := checkpoint.read_meta(run)) is not None
+            for name in GENERATORS
+            if name in run_meta
+        }
+        tokenizer = find_tokenizer(
+            workdir, *(meta.get("tokenizer_workdir", "") for _, meta in runs.values())
+        )
+        meta = checkpoint.read_meta(tokenizer)
         if meta is None:
             raise ValueError(
                 f"{workdir} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
                 f"--config=... --workdir={workdir}`."
             )
         meta = {key: meta[key] for key in (*TOKENIZER_META, "config")}
-        params = checkpoint.read_part(
-            workdir / "tokenizer", {"params": abstract_params(meta, "tokenizer")}
-        )
+        params = checkpoint.read_part(tokenizer, {"params": abstract_params(meta, "tokenizer")})
         params = {"tokenizer": params["params"]}
-        for name in GENERATORS:
-            for run in (workdir / name, workdir / "generators"):
-                run_meta = checkpoint.read_meta(run)
-                if run_meta is None:
-                    continue
-                check_tokenizer(run_meta, meta, run)
-                meta |= {name: run_meta[name], "sampling": run_meta["sampling"]}
-                abstract = {name: {"ema_params": abstract_params(meta, name)}}
-                params[name] = checkpoint.read_part(run, abstract)[name]["ema_params"]
-                break
+        for name, (run, run_meta) in runs.items():
+            check_tokenizer(run_meta, meta, run)
+            meta |= {name: run_meta[name], "sampling": run_meta["sampling"]}
+            abstract = {name: {"ema_params": abstract_params(meta, name)}}
+            params[name] = checkpoint.read_part(run, abstract)[name]["ema_params"]
         return cls(meta, params)
 
     def save_pretrained(self, folder: str | Path):
@@ -258,7 +263,6 @@ class Pipeline:
         class_ids: SequenceOf[int | str],
         seed: int = 0,
         structure_noise=None,
-        *,
         temperature: float | None = None,
         top_k=None,
         top_p=None,
@@ -266,6 +270,7 @@ class Pipeline:
         structure_guidance=None,
         flow_steps: int | None = None,
         gumbel: bool | None = None,
+        *,
         first_index: int = 0,
         given: Sequence | None = None,
         given_tokens: int = 0,
@@ -491,6 +496,14 @@ def abstract_params(meta: dict[str, Any], name: str):
         model = make_generator(name, meta[name], config, len(meta["class_names"]))
         init = functools.partial(generator_steps.init_params, model)
     return unbox(jax.eval_shape(init, jax.random.key(0)))
+
+
+def find_tokenizer(workdir: Path, *elsewhere: str) -> Path:
+    """The folder of the tokenizer's run: in the workdir, else in one of the workdirs elsewhere."""
+    for folder in (workdir, *filter(None, elsewhere)):
+        if (Path(folder) / "tokenizer").is_dir():
+            return Path(folder) / "tokenizer"
+    return workdir / "tokenizer"
 
 
 def check_tokenizer(run_meta: dict[str, Any], tokenizer_meta: dict[str, Any], run: Path):

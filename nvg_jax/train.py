@@ -31,7 +31,13 @@ from nvg_jax.data import eval_batches, open_source, train_loader
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
-from nvg_jax.pipeline import TOKENIZER_META, Pipeline, abstract_params, check_tokenizer
+from nvg_jax.pipeline import (
+    TOKENIZER_META,
+    Pipeline,
+    abstract_params,
+    check_tokenizer,
+    find_tokenizer,
+)
 from nvg_jax.sampling import Settings
 from nvg_jax.state import TrainState
 from nvg_jax.steps import generators as generator_steps
@@ -172,18 +178,18 @@ class Trainer:
             psnr, counts, shown = [], 0, None
             for batch in self.test_batches(settings.batch_size):
                 out = eval_fn(state.params, batch)
-                mask = sharding.to_host(batch["mask"], self.mesh)
+                mask = sharding.to_host(batch["mask"])
                 psnr.append(np.asarray(out["psnr"])[mask])
                 counts = counts + np.asarray(out["code_counts"])
                 if shown is None:
-                    images = sharding.to_host(batch["image"], self.mesh)[mask]
+                    images = sharding.to_host(batch["image"])[mask]
                     shown = images[:16], np.asarray(out["restored"])[mask][:16]
             scalars = {"psnr": np.concatenate(psnr).mean(), **usage(counts)}
             save_picture(writer, self.workdir / "tokenizer", step, reconstruction_grid(*shown))
             return scalars
 
         def on_end(state):
-            params = jax.tree.map(lambda x: sharding.to_host(x, self.mesh), state.params)
+            params = jax.tree.map(sharding.to_host, state.params)
             return {
                 "canvas_scale": self.measure_canvas_scale(state.params, settings.batch_size),
                 "hash": checkpoint.fingerprint(params),
@@ -281,6 +287,7 @@ class Trainer:
             **tokenizer_meta,
             **{name: dataclass_dict(transformer) for name, transformer in transformers.items()},
             "sampling": sampling,
+            "tokenizer_workdir": str(Path(config.tokenizer_workdir or self.workdir).absolute()),
         }
         Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in sampling.items()}).expand(
             self.tokenizer_config.num_stages, self.tokenizer_config.codebook_size
@@ -322,8 +329,8 @@ class Trainer:
         )
 
     def load_tokenizer(self):
-        """The workdir's trained tokenizer: (its metadata, its raw parameters, replicated)."""
-        folder = self.workdir / "tokenizer"
+        """The trained tokenizer to build on: (its metadata, its raw parameters, replicated)."""
+        folder = find_tokenizer(self.workdir, self.config.tokenizer_workdir)
         meta = checkpoint.read_meta(folder)
         if meta is None or meta["hash"] is None:
             raise ValueError(

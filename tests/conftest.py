@@ -1,11 +1,20 @@
-"""What the tests share: a quiet CPU with eight devices, the parity pack, tiny trained runs."""
+"""What the tests share: a quiet CPU, one compilation cache, the parity pack."""
 
 import os
+import tempfile
 from pathlib import Path
 
-# Before jax starts. Eight devices on one CPU, so that every test can shard.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+# Before jax starts. Most of the time of these tests is compilation: less optimisation of tiny
+# programs, and what one test or its subprocess compiled is there for the next.
+CACHE = tempfile.TemporaryDirectory(prefix="nvg_jax_tests_")
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",
+    "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+}
 
 import pytest  # noqa: E402
 

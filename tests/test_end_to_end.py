@@ -52,13 +52,15 @@ def weights(folder):
 def logged(folder):
     """{(tag, step): value} of every scalar in the event files of a run."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util import tensor_util
 
     values = {}
     for path in folder.glob("events*"):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.tensor.dtype == 1 and not value.tensor.tensor_shape.dim:
-                    values[value.tag, event.step] = value.tensor.float_val[0]
+                array = tensor_util.make_ndarray(value.tensor)
+                if array.dtype == np.float32 and array.ndim == 0:
+                    values[value.tag, event.step] = float(array)
     return values
 
 
@@ -123,7 +125,10 @@ def test_eight_devices_give_the_same_samples(pipe, workdir, tmp_path):
         f"out = nvg_jax.Pipeline.from_pretrained({str(workdir)!r}).sample([1, 2, 3], seed=4)\n"
         f"np.savez({str(tmp_path / 'out.npz')!r}, images=out.images, tokens=out.sequence.tokens)"
     )
-    python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    python(
+        code,
+        XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true",
+    )
     other, here = np.load(tmp_path / "out.npz"), pipe.sample([1, 2, 3], seed=4)
     np.testing.assert_array_equal(other["tokens"], here.sequence.tokens)
     np.testing.assert_allclose(other["images"], here.images, atol=1e-5)

@@ -15,7 +15,7 @@ LEVELS = (
     ("steps",),
     ("models",),
     ("pipeline",),
-    ("train", "sample", "evaluate"),
+    ("train", "sample", "evaluate", "convert"),
 )
 # These know no model: of the package they import only each other. Every level may import them.
 FREE = (

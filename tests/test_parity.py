@@ -4,7 +4,6 @@ The pack holds inputs and outputs of the published model at a small size with ra
 sizes are read from it. Compared in float32 on the CPU with the highest matmul precision.
 """
 
-import dataclasses
 import functools
 import json
 import re
@@ -13,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from nvg_jax import clustering, granularity, layers, models, published
+from nvg_jax import clustering, convert, granularity, layers, models, published
 from nvg_jax.content.losses import content_losses
 from nvg_jax.optimizers import OptimizerConfig, learning_rate_schedule
-from nvg_jax.pipeline import Pipeline, abstract_params
+from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling.generate import top_p_range
 from nvg_jax.sampling.guidance import filter_logits
 from nvg_jax.structure import flow
 from nvg_jax.structure.losses import structure_losses
-from nvg_jax.tokenizer import Sequence, TokenizerConfig
+from nvg_jax.tokenizer import Sequence
 
 NETWORK = 1e-4  # relative error of one network: largest difference over largest value
 IMAGE = 1e-3  # of an image after all stages
@@ -53,26 +52,8 @@ def load(parity_dir):
 
     @functools.cache
     def load(autoencoder: str, generators: str) -> Pipeline:
-        tensors = published.read(parity_dir / "ae.ckpt", autoencoder)
-        generator_tensors = published.read(parity_dir / "generator.ckpt", generators)
-        sizes = published.generator_sizes(generator_tensors)
-        config = TokenizerConfig(**published.tokenizer_sizes(tensors, sizes["latent_size"]))
-        meta = {
-            "tokenizer": dataclasses.asdict(config),
-            "class_names": [str(i) for i in range(sizes["num_classes"])],
-            "canvas_scale": generator_tensors["scale_factors"].tolist(),
-            **{name: sizes[name] for name in models.GENERATORS},
-        }
-        shapes = {"canvas_scale": (config.num_stages + 1,)}
-        for name in models.GENERATORS:
-            tree = {name: abstract_params(meta, name)}
-            shapes |= {k: v.shape for k, v in flatten_dict(tree, sep="/").items()}
-        params = published.from_published(generator_tensors, shapes)
-        params.pop("canvas_scale")
-        tree = flatten_dict(abstract_params(meta, "tokenizer"), sep="/")
-        own = published.from_published(tensors, {k: v.shape for k, v in tree.items()})
-        params |= {f"tokenizer/{k}": v for k, v in own.items()}
-        return Pipeline(meta, unflatten_dict(params, sep="/"))
+        files = parity_dir / "ae.ckpt", parity_dir / "generator.ckpt"
+        return Pipeline(*convert.read_published(*files, autoencoder, generators))
 
     return load
 

@@ -23,9 +23,14 @@ def per_stage(value, num_stages: int, name: str, schedule=np.linspace) -> tuple[
     """Expands a number, a (start, end) pair or S values to S values.
 
     Raises:
-        ValueError: another count of values.
+        ValueError: another count of values, or something that is no finite number.
     """
-    values = np.atleast_1d(np.asarray(value, np.float64))
+    try:
+        values = np.atleast_1d(np.asarray(value, np.float64))
+    except (TypeError, ValueError):
+        values = np.array([np.nan])
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} takes finite numbers, got {value!r}.")
     if values.shape == (1,):
         values = np.repeat(values, num_stages)
     elif values.shape == (2,) and num_stages != 2:
@@ -79,7 +84,8 @@ class Settings:
             name: per_stage(getattr(self, name), num_stages, name)
             for name in ("content_guidance", "structure_guidance")
         }
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+        (temperature,) = per_stage(self.temperature, 1, "temperature")
+        if temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}.")
         if any(k != int(k) or not 0 <= k <= codebook_size for k in top_k):
             raise ValueError(
@@ -88,11 +94,8 @@ class Settings:
             )
         if not all(0 < p <= 1 for p in top_p):
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        for name, values in ranges.items():
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}.")
-        if self.flow_steps < 1:
-            raise ValueError(f"flow_steps must be 1 or more, got {self.flow_steps}.")
+        if self.flow_steps != int(self.flow_steps) or self.flow_steps < 1:
+            raise ValueError(f"flow_steps must be a whole number from 1, got {self.flow_steps}.")
         return dataclasses.replace(self, top_k=tuple(int(k) for k in top_k), top_p=top_p, **ranges)
 
 

@@ -124,7 +124,7 @@ def train_step(
             has_aux=True,
         )(state.params)
         states[name] = state.update(grads, optimizers[name], configs[name].ema_decay)
-        terms = {"loss": loss, "grad_norm": optax.global_norm(grads), **terms}
+        terms = {"loss": loss, "grad_norm": optax.tree.norm(grads), **terms}
         metrics.update({f"{name}/{key}": value for key, value in terms.items()})
     return states, metrics
 

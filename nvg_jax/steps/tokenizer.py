@@ -52,7 +52,7 @@ def train_step(
         "loss": sum(losses.values()),
         **{f"{name}_loss": value for name, value in losses.items()},
         "quantizer_stage_loss": quantized.losses,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "code_counts": code_counts(quantized.stage_tokens, model.config.codebook_size),
     }
     return state.update(grads, optimizer, config.ema_decay), metrics

@@ -1,0 +1,215 @@
+"""The published weights: `python -m nvg_jax.convert --autoencoder=ae.ckpt --out=checkpoints/nvg`.
+
+With --generator=d16.ckpt too, the written folder samples; without, it encodes and reconstructs.
+`--workdir=runs/digits --to-safetensors --out=FOLDER` is the way back: it writes the weights of a
+run, or of a converted folder, under the published names.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from nvg_jax import checkpoint, cli, published
+from nvg_jax.models import GENERATORS
+from nvg_jax.pipeline import Pipeline, abstract_params
+from nvg_jax.sampling import Settings
+from nvg_jax.tokenizer import TokenizerConfig
+
+# As the published figures were sampled. The splits are deterministic, gumbel=True draws them.
+SAMPLING = Settings(
+    temperature=1.0,
+    top_k=0,
+    top_p=(1.0, 0.5),
+    content_guidance=(1.0, 3.5),
+    structure_guidance=(1.0, 2.5),
+    flow_steps=25,
+    gumbel=False,
+)
+
+FLAGS = flags.FLAGS
+
+
+def read_published(
+    autoencoder: str | Path,
+    generator: str | Path | None = None,
+    autoencoder_weights: str = "raw",
+    generator_weights: str = "ema",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(meta, params) of published checkpoints, as `Pipeline` takes them.
+
+    Sizes are read from the tensors, every one of which is used or known to be unneeded. The files
+    are mapped, so memory holds the float32 parameters and what is being looked at.
+
+    Args:
+        autoencoder: file of an autoencoder.
+        generator: file of its content and structure generator, None for the autoencoder alone.
+        autoencoder_weights, generator_weights: "raw", or "ema" for the moving average. The
+            published generators were trained with, and sample with, the defaults.
+
+    Raises:
+        ValueError: a file that is missing, no checkpoint, has no such weights or other tensors
+            than the published model; a generator of another autoencoder.
+    """
+    files = [Path(file) for file in (autoencoder, generator) if file is not None]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(
+                f"There is no file {file}. Give a checkpoint that the authors publish."
+            )
+    sizes = {}
+    if generator is not None:
+        generator_tensors = published.read(generator, generator_weights)
+        with _naming(generator):
+            sizes = published.generator_sizes(generator_tensors)
+    tensors = published.read(autoencoder, autoencoder_weights)
+    with _naming(autoencoder):
+        own = published.tokenizer_sizes(tensors, sizes.get("latent_size"))
+        meta = {
+            "tokenizer": dataclasses.asdict(TokenizerConfig(**own)),
+            "class_names": [str(i) for i in range(sizes.get("num_classes", 0))],
+            "sources": {file.name: _sha256(file) for file in files},
+        }
+        shapes = _shapes(abstract_params(meta, "tokenizer"))
+        flat = published.from_published(tensors, shapes)
+    params = {"tokenizer": unflatten_dict(flat, sep="/")}
+    meta["hash"] = checkpoint.fingerprint(params["tokenizer"])
+    if generator is None:
+        return meta, params
+    for size in ("latent_dim", "codebook_size"):
+        if sizes[size] != own[size]:
+            raise ValueError(
+                f"{generator} was made for another autoencoder than {autoencoder}: its {size} is "
+                f"{sizes[size]}, the autoencoder's {own[size]}. Give the two that belong together."
+            )
+    with _naming(generator):
+        meta |= {name: sizes[name] for name in GENERATORS}
+        shapes = _shapes({name: abstract_params(meta, name) for name in GENERATORS})
+        shapes["canvas_scale"] = (TokenizerConfig(**own).num_stages + 1,)
+        flat = published.from_published(generator_tensors, shapes)
+    meta["canvas_scale"] = flat.pop("canvas_scale").tolist()
+    meta["sampling"] = dataclasses.asdict(SAMPLING)
+    return meta, params | unflatten_dict(flat, sep="/")
+
+
+def convert(
+    out: str | Path,
+    autoencoder: str | Path,
+    generator: str | Path | None = None,
+    autoencoder_weights: str = "raw",
+    generator_weights: str = "ema",
+):
+    """Writes a folder for `Pipeline.from_pretrained`; arguments and errors of `read_published`.
+
+    Raises:
+        ValueError: also if `out` exists and is not empty.
+    """
+    _check_new(out)
+    # Given on without a name, so that the arrays go once the pipeline has its own.
+    pipeline = Pipeline(
+        *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
+    )
+    pipeline.save_pretrained(out)
+
+
+def to_safetensors(workdir: str | Path, out: str | Path):
+    """Writes a folder's weights under the published names, float32, in the published layout.
+
+    The files are `out`/autoencoder.safetensors and, for a folder that can sample,
+    `out`/generator.safetensors.
+
+    Args:
+        workdir: of a training run (raw tokenizer, averaged generators), or an exported or
+            converted one.
+
+    Raises:
+        ValueError: no model in the folder, one generator of the two, or `out` exists and is not
+            empty.
+    """
+    _check_new(out)
+    pipeline = Pipeline.from_pretrained(workdir)
+    params = {
+        name: flatten_dict(jax.device_get(tree), sep="/") for name, tree in pipeline.params.items()
+    }
+    generators = [name for name in GENERATORS if name in params]
+    if len(generators) == 1:
+        raise ValueError(
+            f"{workdir} has only the {generators[0]} generator, and the published layout holds "
+            "both in one file. Train the other one first."
+        )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    tensors = published.to_published(params["tokenizer"])
+    save_file(tensors, Path(out) / "autoencoder.safetensors")
+    if generators:
+        both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
+        both["canvas_scale"] = np.float32(pipeline.meta["canvas_scale"])
+        tensors = published.to_published(both, pipeline.tokenizer.config.latent_size)
+        save_file(tensors, Path(out) / "generator.safetensors")
+
+
+@contextlib.contextmanager
+def _naming(file: str | Path):
+    """Says in which file a mistake is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Cannot convert {file}. {error}") from error
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_new(folder: str | Path):
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty. Give --out a new folder.")
+
+
+def main(_):
+    given = {name for name in ("autoencoder", "generator", "workdir") if FLAGS[name].value}
+    if FLAGS.to_safetensors:
+        if given != {"workdir"}:
+            raise ValueError("--to-safetensors takes --workdir and --out, and no checkpoints.")
+        to_safetensors(FLAGS.workdir, FLAGS.out)
+    else:
+        if "workdir" in given or "autoencoder" not in given:
+            raise ValueError(
+                "Give --autoencoder (and --generator) to convert published checkpoints, or "
+                "--workdir with --to-safetensors for the way back."
+            )
+        convert(
+            FLAGS.out,
+            FLAGS.autoencoder,
+            FLAGS.generator,
+            FLAGS.autoencoder_weights,
+            FLAGS.generator_weights,
+        )
+    print(f"written: {FLAGS.out}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("autoencoder", None, "Published checkpoint of the autoencoder.")
+    flags.DEFINE_string("generator", None, "Published checkpoint of its generators.")
+    for file, default in (("autoencoder", "raw"), ("generator", "ema")):
+        flags.DEFINE_enum(
+            f"{file}_weights", default, published.WEIGHTS, "Weights, or their moving average."
+        )
+    flags.DEFINE_string("workdir", None, "A run's folder, or a converted one, for the way back.")
+    flags.DEFINE_boolean("to_safetensors", False, "Write --workdir under the published names.")
+    flags.DEFINE_alias("to-safetensors", "to_safetensors")
+    flags.DEFINE_string("out", None, "Folder to write; must be new or empty.")
+    flags.mark_flags_as_required(["out"])
+    cli.run(main)

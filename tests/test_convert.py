@@ -1,0 +1,251 @@
+"""Published files in, our folders out, and back: through tiny files made here and the pack."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from safetensors.numpy import load_file
+from test_published_keys import generator_shapes, stand_ins, tokenizer_shapes
+from test_torch_files import ordered, storage, tensor, write_zip
+
+from configs import common
+from nvg_jax import Pipeline, checkpoint, convert, published
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.torch_files import read_state_dict
+
+CONFIG = TokenizerConfig(
+    image_size=(4, 8),
+    latent_size=(2, 4),
+    latent_dim=4,
+    codebook_size=16,
+    base_channels=32,
+    channel_multipliers=(1, 2),
+    blocks_per_level=1,
+)
+SIZES = {
+    name: dict(width=2 * 16, depth=depth, head_dim=16, mlp_ratio=2)
+    for name, depth in (("content", 2), ("structure", 1))
+} | {"num_classes": 3}
+
+
+def random_tensors(shapes, seed: int, prefix: str = "") -> dict[str, np.ndarray]:
+    """Random tensors of published names for shapes of ours."""
+    rng = np.random.default_rng(seed)
+    views = published.published_views(stand_ins(shapes))
+    return {prefix + k: rng.normal(size=v.shape).astype(np.float32) for k, v in views.items()}
+
+
+def write_checkpoint(path, tensors):
+    """A Lightning checkpoint of float32 tensors."""
+    items = []
+    for key, (name, array) in enumerate(tensors.items()):
+        strides = [int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)]
+        store = storage(str(key), array.size)
+        items += [name, tensor(store, 0, array.shape, tuple(strides))]
+    storages = {str(key): array for key, array in enumerate(tensors.values())}
+    return write_zip(path, {"state_dict": ordered(*items)}, storages)
+
+
+def write_autoencoder(path, config=CONFIG, seed: int = 1):
+    tensors = random_tensors(tokenizer_shapes(config), seed)
+    averaged = random_tensors(tokenizer_shapes(config), seed + 1, "ema_model.")
+    statistic = {"total_visited_codes": np.ones((9, 2), np.float32)}
+    return write_checkpoint(path, tensors | averaged | statistic)
+
+
+def write_generator(path, config=CONFIG):
+    tensors = {}
+    for seed, prefix in enumerate(("nvgformer.", "ema_model.nvgformer.")):
+        tensors |= random_tensors(generator_shapes(SIZES, config), 10 + seed, prefix)
+        tensors[prefix + "rope_ids"] = published.rope_ids(config.latent_size)
+    frozen = random_tensors(tokenizer_shapes(config), 1, "first_stage_model.")
+    return write_checkpoint(path, tensors | frozen)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(autoencoder, generator): tiny files in the published layout."""
+    folder = tmp_path_factory.mktemp("published")
+    return write_autoencoder(folder / "ae.ckpt"), write_generator(folder / "d2.ckpt")
+
+
+@pytest.fixture(scope="module")
+def folder(files, tmp_path_factory):
+    """A folder converted from both, with the default weights."""
+    folder = tmp_path_factory.mktemp("converted")
+    convert.convert(folder, *files)
+    return folder
+
+
+def same_bytes(path, tensors):
+    """A safetensors file holds exactly these tensors."""
+    back = load_file(path)
+    assert set(back) == set(tensors)
+    for name, expected in tensors.items():
+        assert (back[name].dtype, back[name].shape) == (expected.dtype, expected.shape), name
+        assert back[name].tobytes() == expected.tobytes(), name
+
+
+def raw_autoencoder(path):
+    return read_state_dict(path, lambda name: name.startswith(("encoder", "decoder", "quantize")))
+
+
+def averaged(path):
+    """The EMA tensors of a file under the names of the raw ones."""
+    tensors = read_state_dict(path, lambda name: name.startswith("ema_model."))
+    return {name.removeprefix("ema_model."): tensor for name, tensor in tensors.items()}
+
+
+def test_there_and_back_on_the_command_line(files, folder, tmp_path):
+    """Same names, types, shapes and bytes: the raw autoencoder and the averaged generators."""
+    command = [sys.executable, "-m", "nvg_jax.convert", f"--workdir={folder}", "--to-safetensors"]
+    command.append(f"--out={tmp_path / 'back'}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"written: {tmp_path / 'back'}\n"
+    autoencoder, generator = files
+    same_bytes(tmp_path / "back" / "autoencoder.safetensors", raw_autoencoder(autoencoder))
+    same_bytes(tmp_path / "back" / "generator.safetensors", averaged(generator))
+
+
+def test_the_folder_says_what_it_is(files, folder):
+    meta = checkpoint.read_meta(folder / "pipeline")
+    expected = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+    assert meta["tokenizer"] == expected
+    assert {name: meta[name] for name in ("content", "structure")} == {
+        name: SIZES[name] for name in ("content", "structure")
+    }
+    assert meta["class_names"] == ["0", "1", "2"]
+    scale = averaged(files[1])["nvgformer.scale_factors"]
+    assert np.float32(meta["canvas_scale"]).tobytes() == scale.tobytes()
+    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert meta["sources"] == sums
+    pipeline = Pipeline.from_pretrained(folder)
+    assert meta["hash"] == checkpoint.fingerprint(jax.device_get(pipeline.params["tokenizer"]))
+    assert pipeline.settings == convert.SAMPLING
+
+
+def test_published_settings_are_those_of_the_presets():
+    assert dataclasses.asdict(convert.SAMPLING) == common.base().sampling.to_dict()
+
+
+def test_a_converted_folder_samples(folder):
+    out = Pipeline.from_pretrained(folder).sample([0, "2"], flow_steps=1)
+    assert out.images.shape == (2, 4, 8, 3)
+    assert np.isfinite(out.images).all()
+
+
+def test_the_other_weights_and_an_autoencoder_alone(tmp_path):
+    path = write_autoencoder(tmp_path / "ae.ckpt", SQUARE)
+    convert.convert(tmp_path / "out", path, autoencoder_weights="ema")
+    pipeline = Pipeline.from_pretrained(tmp_path / "out")
+    assert not pipeline.can_sample
+    convert.to_safetensors(tmp_path / "out", tmp_path / "back")
+    same_bytes(tmp_path / "back" / "autoencoder.safetensors", averaged(path))
+    assert [file.name for file in (tmp_path / "back").iterdir()] == ["autoencoder.safetensors"]
+
+
+def test_raw_generators(files):
+    _, params = convert.read_published(*files, generator_weights="raw")
+    raw = read_state_dict(files[1], lambda name: name == "nvgformer.cls_head.linear.bias")
+    ours = params["content"]["token_head"]["bias"]
+    assert ours.tobytes() == raw["nvgformer.cls_head.linear.bias"].tobytes()
+
+
+# Mistakes.
+
+SQUARE = dataclasses.replace(CONFIG, image_size=(8, 8), latent_size=(4, 4))
+
+
+def test_missing_and_foreign_files(files, tmp_path):
+    autoencoder, generator = files
+    with pytest.raises(ValueError, match="There is no file .*nowhere.ckpt"):
+        convert.read_published(tmp_path / "nowhere.ckpt")
+    with pytest.raises(ValueError, match="There is no file .*nowhere.ckpt"):
+        convert.read_published(autoencoder, tmp_path / "nowhere.ckpt")
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="Cannot read .*notes.txt: .*neither"):
+        convert.read_published(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="Cannot convert .*d2.ckpt. .*no tensor 'encoder.conv_in"):
+        convert.read_published(generator, generator)
+    with pytest.raises(ValueError, match="Cannot convert .*ae.ckpt. .*no tensor 'rope_ids'"):
+        convert.read_published(autoencoder, autoencoder)
+
+
+def test_weights_that_the_file_does_not_have(files, tmp_path):
+    raw = write_checkpoint(tmp_path / "raw.ckpt", raw_autoencoder(files[0]))
+    with pytest.raises(ValueError, match="raw.ckpt holds no ema weights. Take the raw ones"):
+        convert.read_published(raw, files[1], autoencoder_weights="ema")
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        (SQUARE, "ae.ckpt. The autoencoder has 16 latent positions, which cannot be 2 x 4"),
+        (dataclasses.replace(CONFIG, codebook_size=8), "its codebook_size is 16, .*'s 8"),
+        (dataclasses.replace(CONFIG, latent_dim=2), "its latent_dim is 4, the autoencoder's 2"),
+    ],
+)
+def test_a_generator_of_another_autoencoder(files, tmp_path, config, sentence):
+    other = write_autoencoder(tmp_path / "ae.ckpt", config)
+    with pytest.raises(ValueError, match=sentence):
+        convert.read_published(other, files[1])
+
+
+def test_an_autoencoder_alone_that_is_not_square(files):
+    with pytest.raises(ValueError, match="Give its latent size .*, or a generator"):
+        convert.read_published(files[0])
+
+
+def test_other_tensors_are_listed_with_their_file(files, tmp_path):
+    tensors = raw_autoencoder(files[0])
+    tensors["encoder.extra"] = tensors.pop("decoder.conv_in.conv.bias")
+    path = write_checkpoint(tmp_path / "odd.ckpt", tensors)
+    with pytest.raises(ValueError) as error:
+        convert.read_published(path, files[1])
+    for part in ("odd.ckpt", "missing (1): decoder.conv_in.conv.bias", "(1): encoder.extra"):
+        assert part in str(error.value)
+
+
+def test_nothing_is_overwritten(files, folder):
+    before = sorted(folder.rglob("*"))
+    for write in (
+        lambda: convert.convert(folder, *files),
+        lambda: convert.to_safetensors(folder, folder),
+        lambda: convert.convert(files[0], *files),  # a file
+    ):
+        with pytest.raises(ValueError, match="exists and is not empty. Give --out a new folder"):
+            write()
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_one_generator_alone_has_no_published_file(folder, tmp_path):
+    pipeline = Pipeline.from_pretrained(folder)
+    meta = {k: v for k, v in pipeline.meta.items() if k not in ("structure", "step")}
+    params = {k: v for k, v in pipeline.params.items() if k != "structure"}
+    Pipeline(meta, params).save_pretrained(tmp_path / "half")
+    with pytest.raises(ValueError, match="has only the content generator"):
+        convert.to_safetensors(tmp_path / "half", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+# The pack of the published model.
+
+
+def test_the_converted_pack(parity_dir, tmp_path):
+    """The folder encodes to the published tokens, and gives the files' bytes back."""
+    autoencoder, generator = parity_dir / "ae.ckpt", parity_dir / "generator.ckpt"
+    convert.convert(tmp_path / "folder", autoencoder, generator)
+    with np.load(parity_dir / "expected.npz") as expected, jax.default_matmul_precision("highest"):
+        got = Pipeline.from_pretrained(tmp_path / "folder").encode(expected["images_nhwc"])
+        np.testing.assert_array_equal(got.tokens, expected["tokens"])
+        np.testing.assert_array_equal(got.structure, expected["labels"])
+    convert.to_safetensors(tmp_path / "folder", tmp_path / "back")
+    same_bytes(tmp_path / "back" / "autoencoder.safetensors", raw_autoencoder(autoencoder))
+    same_bytes(tmp_path / "back" / "generator.safetensors", averaged(generator))
