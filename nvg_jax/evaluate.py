@@ -16,12 +16,12 @@ from nvg_jax import cli
 from nvg_jax.data import Source, eval_batches, open_source
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
-from nvg_jax.pictures import image_grid, reconstruction_grid, save_png, stages_grid
+from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.sample import decode_stages, define_flags, sample_batches, settings_from_flags
+from nvg_jax.sample import define_flags, sample_batches, settings_from_flags, stages_picture
 
 FLAGS = flags.FLAGS
-COPY_CHECK_LIMIT = 20_000  # training images that samples are compared with
+COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
 
 
 def load_images(source: Source, data: dict, image_size, limit: int) -> tuple[np.ndarray, ...]:
@@ -40,6 +40,14 @@ def load_images(source: Source, data: dict, image_size, limit: int) -> tuple[np.
         if sum(map(len, labels)) >= limit:
             break
     return np.concatenate(images)[:limit], np.concatenate(labels)[:limit]
+
+
+def balanced(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of at most `count` images, the classes in turn as far as they go."""
+    turn = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    return np.argsort(turn, kind="stable")[:count]
 
 
 def reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int = 100) -> np.ndarray:
@@ -88,30 +96,23 @@ def evaluate(pipeline: Pipeline, out: Path, num_samples: int, seed: int, batch_s
         pipeline.class_names[label]: share for label, share in per_class.items()
     }
     results["copying"] = metrics.copying_report(
-        images, train_images[:COPY_CHECK_LIMIT], test_images
+        images[:COPY_CHECK_IMAGES], train_images, test_images[:COPY_CHECK_IMAGES]
     )
-    if hasattr(classifier, "features") and data["name"] != "digits":
-        count = min(len(images), len(test_images))
+    if data["name"] != "digits":  # the digits are too few for it
+        chosen = balanced(test_labels, len(images))
         features = classifier.features(train_images)
-        results["frechet_samples"] = metrics.frechet_distance(
-            classifier.features(images[:count]), features
-        )
-        results["frechet_real_test"] = metrics.frechet_distance(
-            classifier.features(test_images[:count]), features
-        )
-        results["frechet_images"] = count
+        for name, part in (
+            ("samples", images[: len(chosen)]),
+            ("real_test_images", test_images[chosen]),
+        ):
+            results[f"frechet_of_{name}"] = metrics.frechet_distance(
+                classifier.features(part), features
+            )
+        results["frechet_images"] = len(chosen)
 
     columns = len(pipeline.class_names) if len(pipeline.class_names) <= 20 else 10
     save_png(out / "samples.png", image_grid(images[: 8 * columns], columns=columns))
-    picks = np.arange(min(6, len(first.images)))
-    save_png(
-        out / "stages.png",
-        stages_grid(
-            decode_stages(pipeline, first.canvases[picks]),
-            first.sequence.structure[picks],
-            pipeline.tokenizer.config.latent_size,
-        ),
-    )
+    save_png(out / "stages.png", stages_picture(pipeline, first, count=6))
     (out / "metrics.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 

@@ -113,12 +113,7 @@ class Pipeline:
         """
         self.meta = meta
         self.class_names = tuple(meta["class_names"])
-        self.settings = sampling.Settings(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in meta.get("sampling", {}).items()
-            }
-        )
+        self.settings = sampling.Settings.from_dict(meta.get("sampling", {}))
         self.tokenizer = Tokenizer(TokenizerConfig(**meta["tokenizer"]))
         # All local devices share the batch; the parameters are on each of them.
         self._mesh = make_mesh(devices=jax.local_devices())

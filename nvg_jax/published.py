@@ -219,8 +219,8 @@ def tokenizer_sizes(
     if latent_size[0] * latent_size[1] != positions:
         raise ValueError(
             f"The autoencoder has {positions} latent positions, which cannot be "
-            f"{latent_size[0]} x {latent_size[1]}. Give its latent size (h, w), or a generator that "
-            "was made for it."
+            f"{latent_size[0]} x {latent_size[1]}. Give its latent size (h, w), or a generator "
+            "that was made for it."
         )
     downsamples = _count(tensors, r"encoder\.down\.(\d+)\.downsample\..*")
     codebook_size, latent_dim = _shape(tensors, "quantize.embedding.weight")

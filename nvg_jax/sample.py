@@ -68,11 +68,16 @@ def sample_batches(pipeline: Pipeline, class_ids, batch_size: int, seed: int, **
         )
 
 
-def decode_stages(pipeline: Pipeline, canvases) -> np.ndarray:
-    """Canvases (B, S, L, D) decoded after every stage: float32 (B, S, H, W, 3)."""
-    batch, stages = canvases.shape[:2]
+def stages_picture(pipeline: Pipeline, output, count: int) -> np.ndarray:
+    """Up to `count` samples spread over an Output: canvases after every stage above their maps."""
+    picks = np.unique(np.linspace(0, len(output.images) - 1, count).astype(int))
+    canvases = output.canvases[picks]
     images = pipeline.decode_canvas(canvases.reshape(-1, *canvases.shape[2:]))
-    return images.reshape(batch, stages, *images.shape[1:])
+    return stages_grid(
+        images.reshape(*canvases.shape[:2], *images.shape[1:]),
+        output.sequence.structure[picks],
+        pipeline.tokenizer.config.latent_size,
+    )
 
 
 def main(_):
@@ -98,16 +103,7 @@ def main(_):
             images.append(image)
     shown = images[:GRID_LIMIT]
     save_png(out / "grid.png", image_grid(np.stack(shown), columns=min(FLAGS.per_class, 20)))
-    count = min(STAGES_LIMIT, len(first.images))
-    picks = np.linspace(0, len(first.images) - 1, count).astype(int)
-    save_png(
-        out / "stages.png",
-        stages_grid(
-            decode_stages(pipeline, first.canvases[picks]),
-            first.sequence.structure[picks],
-            pipeline.tokenizer.config.latent_size,
-        ),
-    )
+    save_png(out / "stages.png", stages_picture(pipeline, first, STAGES_LIMIT))
     print(f"{len(images)} samples, grid.png and stages.png: {out}")
 
 

@@ -289,7 +289,7 @@ class Trainer:
             "sampling": sampling,
             "tokenizer_workdir": str(Path(config.tokenizer_workdir or self.workdir).absolute()),
         }
-        Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in sampling.items()}).expand(
+        Settings.from_dict(sampling).expand(
             self.tokenizer_config.num_stages, self.tokenizer_config.codebook_size
         )
         sampler = None
@@ -481,7 +481,9 @@ def log_progress(run, done, steps, scalars, rate, remaining):
 
 
 def log_evaluation(run, done, results):
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in results.items() if "/" not in k.split("_")[-1])
+    shown = "  ".join(
+        f"{k} {v:.4g}" for k, v in results.items() if not k.rsplit("/", 1)[-1].isdigit()
+    )
     logger.info("%s %d  held out: %s", run, done, shown)
 
 

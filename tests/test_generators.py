@@ -165,3 +165,20 @@ def test_attention_is_a_softmax_average():
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.einsum("bhqk,bkhd->bqhd", weights, v)
     np.testing.assert_allclose(layers.attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.GENERATORS)
+def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(name):
+    model, params = generator(name)
+    half = model.clone(dtype=jnp.bfloat16)
+    losses = []
+    for each in (model, half):
+        loss, grads = jax.value_and_grad(
+            lambda p, each=each: steps.loss_terms(
+                each, p, quantized(), jnp.array([0, 1]), jnp.ones(4), jax.random.key(0)
+            )[0]
+        )(params)
+        assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
+        losses.append(loss)
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.05)

@@ -68,6 +68,11 @@ class Settings:
     flow_steps: int = 25
     gumbel: bool = False
 
+    @classmethod
+    def from_dict(cls, values: dict) -> "Settings":
+        """From a dictionary that may have been through JSON, which makes lists of tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
     def expand(self, num_stages: int, codebook_size: int) -> "Settings":
         """One value a stage for every range, checked.
 
@@ -95,7 +100,9 @@ class Settings:
         if not all(0 < p <= 1 for p in top_p):
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.flow_steps != int(self.flow_steps) or self.flow_steps < 1:
-            raise ValueError(f"flow_steps must be a whole number from 1, got {self.flow_steps}.")
+            raise ValueError(
+                f"flow_steps must be a whole number of 1 or more, got {self.flow_steps}"
+            )
         return dataclasses.replace(self, top_k=tuple(int(k) for k in top_k), top_p=top_p, **ranges)
 
 
