@@ -18,17 +18,21 @@ def run(main):
     logger.propagate = False
     try:
         app.run(main, flags_parser=parse_flags)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if flags.FLAGS.verbosity > 0:
             raise
-        sys.exit(f"error: {error}")
+        # A --config file that is not there: the reason stands below a list of what was tried.
+        message = (
+            str(error).strip().splitlines()[-1].strip() if isinstance(error, OSError) else error
+        )
+        sys.exit(f"error: {message}")
 
 
 def parse_flags(argv):
     """Parses the flags; an error inside a config file is cut down to its message."""
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, FileNotFoundError) as error:
+    except flags.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in str(error) else lines[0]
         sys.exit(f"error: {message}")

@@ -435,7 +435,9 @@ def summarise(window: list[dict[str, Any]], run: str, last_step: int) -> dict[st
         FloatingPointError: a metric is not finite; names the step and the term.
     """
     for step, metrics in enumerate(window, last_step - len(window) + 1):
-        for name, value in flatten(metrics).items():
+        values = flatten(metrics)
+        for name in sorted(values, key=lambda name: "_loss" not in name):  # losses first
+            value = values[name]
             if not np.isfinite(value):
                 raise FloatingPointError(
                     f"{run}: {name} is {value} at step {step}. Training stopped; the last "
