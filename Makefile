@@ -1,7 +1,6 @@
 # `make demo`: set-up, training of all stages on handwritten digits, samples and their figures.
 # `make test`: set-up and the tests. `make lint`: style.
 PYTHON ?= python3
-RUN ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -16,9 +15,9 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	touch $@
 
 demo: setup
-	rm -rf $(RUN)
-	$(BIN)/python -m nvg_jax.train --config=configs/digits.py:demo --workdir=$(RUN)
-	$(BIN)/python -m nvg_jax.evaluate --workdir=$(RUN) --num_samples=1000 --batch_size=250 --out=$(RUN)
+	rm -rf runs/demo
+	$(BIN)/python -m nvg_jax.train --config=configs/digits.py:demo --workdir=runs/demo
+	$(BIN)/python -m nvg_jax.evaluate --workdir=runs/demo --num_samples=1000 --batch_size=250 --out=runs/demo
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -46,7 +46,7 @@ def get_config(arg: str | None = None):
         learning_rate=1.6e-2, warmup_steps=100, decay_start=0.5, final=0.02, ema_decay=0.998
     )
     config.sampling.update(
-        content_guidance=(3.0, 3.0), structure_guidance=(1.0, 1.0), top_p=(0.7, 0.7)
+        content_guidance=(3.0, 3.0), structure_guidance=(1.0, 1.0), top_p=(0.5, 0.5)
     )
     if "demo" in variants:
         config.tokenizer_training.update(steps=600, eval_every=300, save_every=300)

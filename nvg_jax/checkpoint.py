@@ -45,6 +45,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def abstract(tree):
+    """Shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def read_meta(folder: str | Path) -> dict[str, Any] | None:
     """The metadata of the latest checkpoint of a folder, None if there is no checkpoint."""
     folder = Path(folder).absolute()

@@ -29,10 +29,10 @@ def run(main):
 
 
 def parse_flags(argv):
-    """Parses the flags; an error inside a config file is cut down to its message."""
+    """Parses the flags; an error in a config file or an override is cut down to its message."""
     try:
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in str(error) else lines[0]
         sys.exit(f"error: {message}")

@@ -58,8 +58,10 @@ def read_published(
         ValueError: a file that is missing, no checkpoint, has no such weights or other tensors
             than the published model; a generator of another autoencoder.
     """
-    files = [Path(file) for file in (autoencoder, generator) if file is not None]
-    for file in files:
+    files = {"autoencoder": (autoencoder, autoencoder_weights)}
+    if generator is not None:
+        files["generator"] = generator, generator_weights
+    for file in (Path(file) for file, _ in files.values()):
         if not file.is_file():
             raise ValueError(
                 f"There is no file {file}. Give a checkpoint that the authors publish."
@@ -75,7 +77,10 @@ def read_published(
         meta = {
             "tokenizer": dataclasses.asdict(TokenizerConfig(**own)),
             "class_names": [str(i) for i in range(sizes.get("num_classes", 0))],
-            "sources": {file.name: _sha256(file) for file in files},
+            "sources": {
+                part: {"file": Path(file).name, "weights": weights, "sha256": _sha256(Path(file))}
+                for part, (file, weights) in files.items()
+            },
         }
         shapes = _shapes(abstract_params(meta, "tokenizer"))
         flat = published.from_published(tensors, shapes)

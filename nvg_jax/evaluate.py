@@ -13,7 +13,8 @@ import numpy as np
 from absl import flags
 
 from nvg_jax import cli
-from nvg_jax.data import Source, eval_batches, open_source
+from nvg_jax.data import Source, open_source
+from nvg_jax.data.transforms import Transform, decode
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
 from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
@@ -21,25 +22,24 @@ from nvg_jax.pipeline import Pipeline
 from nvg_jax.sample import define_flags, sample_batches, settings_from_flags, stages_picture
 
 FLAGS = flags.FLAGS
+MAX_BYTES = 4 << 30  # of one split's images in memory
 COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
 
 
-def load_images(source: Source, data: dict, image_size, limit: int) -> tuple[np.ndarray, ...]:
-    """The first `limit` images of a split, float32 (N, H, W, 3) in [-1, 1], and their labels."""
-    images, labels = [], []
-    batches = eval_batches(
-        source,
-        image_size=image_size,
-        resize=data["resize"] or None,
-        batch_size=min(100, len(source)),
-        on_bad=data["on_bad"],
-    )
-    for batch in batches:
-        images.append(batch["image"][batch["mask"]])
-        labels.append(batch["label"][batch["mask"]])
-        if sum(map(len, labels)) >= limit:
-            break
-    return np.concatenate(images)[:limit], np.concatenate(labels)[:limit]
+def load_images(source: Source, transform: Transform, limit: int) -> tuple[np.ndarray, ...]:
+    """At most `limit` images of a split, drawn once and for all, and their labels.
+
+    Returns:
+        float32 (N, H, W, 3) in [-1, 1] and int (N,). N is also bounded by MAX_BYTES.
+    """
+    height, width = transform.image_size
+    limit = min(limit, len(source), MAX_BYTES // (height * width * 3 * 4))
+    indices = np.sort(np.random.default_rng(0).permutation(len(source))[:limit])
+    images, labels = np.empty((limit, height, width, 3), np.float32), np.empty(limit, np.int64)
+    for place, index in enumerate(indices):
+        item = source[int(index)]
+        images[place], labels[place] = transform(decode(item["image"])), item["label"]
+    return images, labels
 
 
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:
@@ -59,15 +59,34 @@ def reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int = 100) -
     return np.concatenate(parts)
 
 
-def evaluate(pipeline: Pipeline, out: Path, num_samples: int, seed: int, batch_size: int, **kwargs):
-    """Writes pictures and metrics.json into `out`; returns the metrics."""
-    data = pipeline.meta["config"]["data"]
-    size = pipeline.tokenizer.config.image_size
-    open_split = lambda split: open_source(
-        data["name"], split, data_dir=data["data_dir"] or None, class_names=pipeline.class_names
-    )
-    train_images, train_labels = load_images(open_split("train"), data, size, 60_000)
-    test_images, test_labels = load_images(open_split("test"), data, size, 10_000)
+def evaluate(
+    pipeline: Pipeline,
+    data: dict,
+    out: Path,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    **settings,
+) -> dict:
+    """Writes pictures and metrics.json into `out`; returns the metrics.
+
+    Args:
+        data: "name", "data_dir" and "resize" as in the section `data` of a config.
+        settings: of `Pipeline.sample`.
+    """
+    pipeline.check_can_sample()
+    transform = Transform(pipeline.tokenizer.config.image_size, data["resize"] or None)
+    sources = [
+        open_source(data["name"], split, data_dir=data["data_dir"] or None)
+        for split in ("train", "test")
+    ]
+    if sources[0].num_classes != len(pipeline.class_names):
+        raise ValueError(
+            f"The model has {len(pipeline.class_names)} classes and the data set {data['name']!r} "
+            f"has {sources[0].num_classes}; evaluate on the data it was trained on."
+        )
+    train_images, train_labels = load_images(sources[0], transform, 60_000)
+    test_images, test_labels = load_images(sources[1], transform, 10_000)
 
     restored = reconstruct(pipeline, test_images)
     results = {"test_psnr": float(metrics.psnr(test_images, restored).mean())}
@@ -83,7 +102,7 @@ def evaluate(pipeline: Pipeline, out: Path, num_samples: int, seed: int, batch_s
     classes = np.arange(num_samples) % len(pipeline.class_names)
     start, images, first = time.monotonic(), [], None
     for batch in sample_batches(
-        pipeline, classes.tolist(), min(batch_size, num_samples), seed, **kwargs
+        pipeline, classes.tolist(), min(batch_size, num_samples), seed, **settings
     ):
         first = first or batch
         images.append(batch.images)
@@ -121,8 +140,22 @@ def main(_):
     pipeline = Pipeline.from_pretrained(FLAGS.workdir)
     out = Path(FLAGS.out or Path(FLAGS.workdir) / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
+    data = pipeline.meta.get("config", {}).get("data")
+    if FLAGS.data_name:
+        data = {"name": FLAGS.data_name, "data_dir": FLAGS.data_dir, "resize": FLAGS.resize}
+    if data is None:
+        raise ValueError(
+            "This folder does not say what data it was trained on (converted weights do not); "
+            "give --data_name, for example tfds:imagenet2012, and --data_dir."
+        )
     results = evaluate(
-        pipeline, out, FLAGS.num_samples, FLAGS.seed, FLAGS.batch_size, **settings_from_flags()
+        pipeline,
+        data,
+        out,
+        FLAGS.num_samples,
+        FLAGS.seed,
+        FLAGS.batch_size,
+        **settings_from_flags(),
     )
     print(json.dumps(results, indent=1))
     print(f"metrics.json, samples.png, stages.png and reconstructions.png: {out}")
@@ -131,5 +164,8 @@ def main(_):
 if __name__ == "__main__":
     define_flags()
     flags.DEFINE_integer("num_samples", 1000, "Samples, the classes in turn.", lower_bound=10)
+    flags.DEFINE_string("data_name", None, "Data set, if not the one it was trained on.")
+    flags.DEFINE_string("data_dir", "", "Folder of --data_name.")
+    flags.DEFINE_integer("resize", 0, "Short side before the crop; 0 is image size * 288 / 256.")
     flags.mark_flags_as_required(["workdir"])
     cli.run(main)

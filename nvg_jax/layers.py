@@ -187,7 +187,7 @@ class Block(nn.Module):
 class TransformerConfig:
     """Sizes of a transformer; published: content width 64 * depth, structure width 32 * depth.
 
-    drop_path: drop rate of the last block; None is the published 0.1 * depth / 24.
+    drop_path: drop rate of the last block; negative is the published 0.1 * depth / 24.
     remat: recompute the blocks in the backward pass (less memory, more time).
 
     Raises:
@@ -198,10 +198,12 @@ class TransformerConfig:
     depth: int
     head_dim: int = 64
     mlp_ratio: int = 4
-    drop_path: float | None = None
+    drop_path: float = -1.0
     remat: bool = False
 
     def __post_init__(self):
+        if min(self.width, self.depth, self.head_dim, self.mlp_ratio) < 1:
+            raise ValueError(f"A transformer's sizes must be at least 1, got {self}.")
         if self.width % self.head_dim:
             raise ValueError(
                 f"A transformer's width must be a multiple of its head_dim; {self.width} is none "
@@ -234,7 +236,7 @@ class Transformer(nn.Module):
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c.width // c.head_dim, c.mlp_ratio, self.dtype, name="blocks")
-        drop_path = 0.1 * c.depth / 24 if c.drop_path is None else c.drop_path
+        drop_path = 0.1 * c.depth / 24 if c.drop_path < 0 else c.drop_path
         drop_rates = jnp.linspace(0.0, drop_path, c.depth)
         return blocks(x, drop_rates, vec, cos, sin, deterministic)[0]
 

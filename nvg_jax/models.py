@@ -36,4 +36,9 @@ def make_generator(
     )
     if name == "content":
         return ContentGenerator(codebook_size=tokenizer.codebook_size, **shared)
+    if tokenizer.num_stages < 3:
+        raise ValueError(
+            f"A latent of {tokenizer.num_positions} positions leaves the structure generator "
+            "nothing to learn; use a latent of at least 4 positions."
+        )
     return StructureGenerator(**shared)

@@ -147,6 +147,33 @@ class Pipeline:
     def can_sample(self) -> bool:
         return all(name in self.params for name in GENERATORS)
 
+    def check_can_sample(self):
+        """Raises ValueError if the folder lacks a generator, with what to do."""
+        if not self.can_sample:
+            missing = [name for name in GENERATORS if name not in self.params]
+            raise ValueError(
+                f"This folder has no {' and no '.join(missing)} generator yet, so it cannot "
+                "sample; train with --config.stage=generators (or all), or convert one."
+            )
+
+    def class_id(self, name: int | str) -> int:
+        """The id of a class given by its name or its id, which may be a string.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        count = len(self.class_names)
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if isinstance(name, str) and name.isdecimal():
+            name = int(name)
+        if isinstance(name, (int, np.integer)) and 0 <= name < count:
+            return int(name)
+        raise ValueError(
+            f"Unknown class {name!r}: this model has the classes 0 to {count - 1} "
+            f"({', '.join(self.class_names[:10])}{', ...' if count > 10 else ''})."
+        )
+
     # Reading and writing.
 
     @classmethod
@@ -180,13 +207,18 @@ class Pipeline:
                 f"There is no folder {workdir}. Give the --workdir of a training run, or a folder "
                 "that was exported or converted."
             )
-        runs = {
-            name: (run, run_meta)
-            for run in (workdir / "generators", *(workdir / name for name in GENERATORS))
-            if (run_meta := checkpoint.read_meta(run)) is not None
-            for name in GENERATORS
-            if name in run_meta
-        }
+        runs = {}
+        for run in (workdir / "generators", *(workdir / name for name in GENERATORS)):
+            run_meta = checkpoint.read_meta(run)
+            for name in GENERATORS:
+                if run_meta is None or name not in run_meta:
+                    continue
+                if name in runs:
+                    raise ValueError(
+                        f"{workdir} holds two {name} generators, in {runs[name][0].name}/ and in "
+                        f"{run.name}/. Move the one you do not want to another folder."
+                    )
+                runs[name] = run, run_meta
         tokenizer = find_tokenizer(
             workdir, *(meta.get("tokenizer_workdir", "") for _, meta in runs.values())
         )
@@ -207,8 +239,15 @@ class Pipeline:
         return cls(meta, params)
 
     def save_pretrained(self, folder: str | Path):
-        """Writes everything to a folder for `from_pretrained`; an earlier export is replaced."""
-        folder = Path(folder) / EXPORT_FOLDER
+        """Writes everything to a folder for `from_pretrained`; an earlier export is replaced.
+
+        Raises:
+            ValueError: the folder is a training run's, whose checkpoints the export would hide.
+        """
+        folder = Path(folder)
+        if any((folder / run).is_dir() for run in ("tokenizer", "generators", *GENERATORS)):
+            raise ValueError(f"{folder} holds a training run; export to another folder.")
+        folder = folder / EXPORT_FOLDER
         if folder.exists():
             shutil.rmtree(folder)
         checkpoints = checkpoint.Checkpoints(folder)
@@ -293,13 +332,8 @@ class Pipeline:
         Raises:
             ValueError: anything out of range, with what would do.
         """
-        if not self.can_sample:
-            missing = [name for name in GENERATORS if name not in self.params]
-            raise ValueError(
-                f"This folder has no {' and no '.join(missing)} generator yet, so it cannot "
-                "sample; train with --config.stage=generators (or all)."
-            )
-        ids = np.array([self._class_id(c) for c in class_ids], np.int32)
+        self.check_can_sample()
+        ids = np.array([self.class_id(c) for c in class_ids], np.int32)
         if ids.size == 0:
             raise ValueError("class_ids is empty; give at least one class.")
         chosen = dict(
@@ -381,17 +415,6 @@ class Pipeline:
         if method == "encode":
             return out._replace(sequence=jax.tree.map(lambda x: x[:count], out.sequence))
         return out[:count]
-
-    def _class_id(self, name: int | str) -> int:
-        if isinstance(name, str) and name in self.class_names:
-            return self.class_names.index(name)
-        count = len(self.class_names)
-        if isinstance(name, (int, np.integer)) and 0 <= name < count:
-            return int(name)
-        raise ValueError(
-            f"Unknown class {name!r}: this model has the classes 0 to {count - 1} "
-            f"({', '.join(self.class_names[:10])}{', ...' if count > 10 else ''})."
-        )
 
     def _check_images(self, images) -> jax.Array:
         images = np.asarray(images)

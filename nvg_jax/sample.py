@@ -24,9 +24,8 @@ logger = logging.getLogger("nvg_jax")
 
 
 def define_flags():
+    """The flags that sampling and evaluation share."""
     flags.DEFINE_string("workdir", None, "A run's folder, or an exported or converted one.")
-    flags.DEFINE_list("classes", None, "Class ids or names; all classes if not given.")
-    flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
     flags.DEFINE_string("out", None, "Folder for the pictures, or a file ending in .npz.")
     flags.DEFINE_integer("batch_size", 64, "Samples made at once.", lower_bound=1)
@@ -82,9 +81,9 @@ def stages_picture(pipeline: Pipeline, output, count: int) -> np.ndarray:
 
 def main(_):
     pipeline = Pipeline.from_pretrained(FLAGS.workdir)
+    pipeline.check_can_sample()
     names = FLAGS.classes or range(len(pipeline.class_names))
-    classes = [int(name) if str(name).isdigit() else name for name in names]
-    ids = [c for c in classes for _ in range(FLAGS.per_class)]
+    ids = [pipeline.class_id(name) for name in names for _ in range(FLAGS.per_class)]
     out = Path(FLAGS.out)
     batch_size = min(FLAGS.batch_size, len(ids))
     batches = sample_batches(pipeline, ids, batch_size, FLAGS.seed, **settings_from_flags())
@@ -109,5 +108,7 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
+    flags.DEFINE_list("classes", None, "Class names or ids; all classes if not given.")
+    flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
     flags.mark_flags_as_required(["workdir", "out"])
     cli.run(main)

@@ -5,6 +5,7 @@ goes on where it was. `--config.stage=` picks one part: tokenizer, structure, co
 (both on the same batches), or all.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -36,13 +37,13 @@ from nvg_jax.pipeline import (
     Pipeline,
     abstract_params,
     check_tokenizer,
-    find_tokenizer,
 )
 from nvg_jax.sampling import Settings
 from nvg_jax.state import TrainState
 from nvg_jax.steps import generators as generator_steps
 from nvg_jax.steps import tokenizer as tokenizer_steps
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.tokenizer.losses import RECONSTRUCTION_LOSSES
 
 logger = logging.getLogger("nvg_jax")
 
@@ -65,8 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path):
         FloatingPointError: a loss that is not finite, with its step and term.
     """
     workdir = Path(workdir)
-    if config.stage not in RUNS:
-        raise ValueError(f"Unknown stage {config.stage!r}; choose one of {', '.join(RUNS)}.")
+    check_config(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         trainer = Trainer(config, workdir, mesh)
@@ -75,6 +75,28 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path):
                 trainer.train_tokenizer()
             else:
                 trainer.train_generators(run)
+
+
+def check_config(config: ml_collections.ConfigDict):
+    """Raises ValueError for settings that no run can have, before anything is read or compiled."""
+    if config.stage not in RUNS:
+        raise ValueError(f"Unknown stage {config.stage!r}; choose one of {', '.join(RUNS)}.")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {config.dtype!r}.")
+    if config.tokenizer_workdir and "tokenizer" in RUNS[config.stage]:
+        raise ValueError(
+            f"stage={config.stage} trains a tokenizer in --workdir, but tokenizer_workdir names "
+            "another one. Leave it empty, or train with stage=generators."
+        )
+    for name in ("tokenizer_training", "generator_training"):
+        for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
+            if config[name][key] < 1:
+                raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
+    if config.tokenizer_training.reconstruction not in RECONSTRUCTION_LOSSES:
+        raise ValueError(
+            f"tokenizer_training.reconstruction must be one of {', '.join(RECONSTRUCTION_LOSSES)}, "
+            f"got {config.tokenizer_training.reconstruction!r}."
+        )
 
 
 class Trainer:
@@ -95,10 +117,10 @@ class Trainer:
     def process_batch_size(self, batch_size: int) -> int:
         """This process's share of a global batch."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if batch_size % math.lcm(ways, jax.process_count()):
+        if batch_size % ways or ways % jax.process_count():
             raise ValueError(
-                f"batch_size {batch_size} must be a multiple of data x fsdp = {ways} and of the "
-                f"{jax.process_count()} processes."
+                f"batch_size {batch_size} must be a multiple of data x fsdp = {ways}, and that of "
+                f"the {jax.process_count()} processes, so that each has its own part of a batch."
             )
         return batch_size // jax.process_count()
 
@@ -125,8 +147,13 @@ class Trainer:
         )
 
     def test_batches(self, batch_size: int):
-        for batch in eval_batches(self.test_source, **self.loader_options(batch_size)):
-            yield sharding.global_batch(batch, self.mesh)
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        batch_size = min(batch_size, max(ways, len(self.test_source) // ways * ways))
+        with contextlib.closing(
+            eval_batches(self.test_source, **self.loader_options(batch_size))
+        ) as batches:
+            for batch in batches:
+                yield sharding.global_batch(batch, self.mesh)
 
     def num_steps(self, settings: ml_collections.ConfigDict) -> int:
         """Steps of a run: `steps`, or as many as `epochs` take."""
@@ -229,8 +256,15 @@ class Trainer:
             totals = totals + np.asarray(
                 jax.device_get(moments(params, batch["image"])), np.float64
             )
+        batches.close()
         mean, square = totals / count
-        return [1.0, *(1 / np.sqrt(square - mean**2)).tolist()]
+        variance = square - mean**2
+        if not (variance > 0).all():
+            raise FloatingPointError(
+                f"The canvases after some stage are all the same (variances {variance}): the "
+                "tokenizer has collapsed. Train it longer or with a lower learning rate."
+            )
+        return [1.0, *(1 / np.sqrt(variance)).tolist()]
 
     # The generators.
 
@@ -300,8 +334,8 @@ class Trainer:
             totals, count = {}, 0
             for batch in self.test_batches(settings.batch_size):
                 share = float(batch["mask"].sum())
-                if share < settings.batch_size:
-                    break  # the filled-up end of the test split
+                if share < len(batch["mask"]):
+                    continue  # filled up at the end of the split, or with an unreadable image
                 out = jax.device_get(eval_fn(ema, tokenizer_params, canvas_scale, batch))
                 totals = {k: totals.get(k, 0) + v * share for k, v in out.items()}
                 count += share
@@ -330,7 +364,7 @@ class Trainer:
 
     def load_tokenizer(self):
         """The trained tokenizer to build on: (its metadata, its raw parameters, replicated)."""
-        folder = find_tokenizer(self.workdir, self.config.tokenizer_workdir)
+        folder = Path(self.config.tokenizer_workdir or self.workdir) / "tokenizer"
         meta = checkpoint.read_meta(folder)
         if meta is None or meta["hash"] is None:
             raise ValueError(
@@ -385,15 +419,18 @@ class Trainer:
         """
         folder = self.workdir / run
         checkpoints = checkpoint.Checkpoints(folder, settings.keep)
-        meta = {**meta, "config": json.loads(self.config.to_json_best_effort()), "steps": steps}
+        config = json.loads(self.config.to_json_best_effort())
+        meta = {**meta, "config": config, "steps": steps}
         start = checkpoints.latest_step or 0
         if start:
             check_resume(checkpoint.read_meta(folder), meta, folder)
-            state = checkpoints.restore(state, batches if start < steps else None)
-            logger.info("%s: going on at step %d of %d", run, start, steps)
         if start >= steps:
+            logger.info("%s: finished at step %d", run, start)
             checkpoints.close()
             return
+        if start:
+            state = checkpoints.restore(checkpoint.abstract(state), batches)
+            logger.info("%s: going on at step %d of %d", run, start, steps)
         main_process = jax.process_index() == 0
         writers = [metric_writers.SummaryWriter(str(folder))] if main_process else []
         writer = metric_writers.MultiWriter(writers)
@@ -414,17 +451,18 @@ class Trainer:
                 writer.write_scalars(done, scalars)
                 log_progress(run, done, steps, scalars, rate, remaining)
                 window = []
+            if saved:
+                last = on_end(state) if on_end and done == steps else {}
+                checkpoints.save(done, state, {**meta, **last}, batches)
             if evaluated:
                 results = evaluate(state, writer, done)
                 results = {f"test_{k}": v for k, v in flatten(results).items()}
                 writer.write_scalars(done, results)
                 log_evaluation(run, done, results)
-            if saved:
-                last = on_end(state) if on_end and done == steps else {}
-                checkpoints.save(done, state, {**meta, **last}, batches)
             if not window:
                 window_start = time.monotonic()
         checkpoints.close()
+        batches.close()
         writer.close()
 
 
@@ -491,14 +529,28 @@ def log_evaluation(run, done, results):
 
 def check_resume(stored: dict[str, Any], meta: dict[str, Any], folder: Path):
     """Raises ValueError if a run was started with other settings than it is to go on with."""
-    for key in ("tokenizer", "class_names", "content", "structure", "steps"):
-        if stored.get(key) != meta.get(key):
-            raise ValueError(
-                f"{folder} holds a run with {key} = {stored.get(key)}, and it cannot go on with "
-                f"{meta.get(key)}. Use the settings it was started with, or another workdir."
-            )
     if "content" in meta or "structure" in meta:
         check_tokenizer(stored, meta, folder)
+    training = "tokenizer_training" if folder.name == "tokenizer" else "generator_training"
+    shown = {"log_every", "eval_every", "save_every", "keep", "num_threads", "prefetch", "on_bad"}
+
+    def settings(meta):
+        config = meta["config"]
+        sections = {name: config[name] for name in ("data", training)}
+        settings = {name: meta.get(name) for name in ("tokenizer", "content", "structure")}
+        settings |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
+        settings |= {"class_names": meta["class_names"], "steps": meta["steps"]}
+        for section, values in sections.items():
+            settings |= {f"{section}.{k}": v for k, v in values.items() if k not in shown}
+        return settings
+
+    stored_settings, new_settings = settings(stored), settings(meta)
+    for key, value in new_settings.items():
+        if stored_settings.get(key) != value:
+            raise ValueError(
+                f"{folder} holds a run with {key} = {stored_settings.get(key)}, and it cannot go "
+                f"on with {value}. Use the settings it was started with, or another workdir."
+            )
 
 
 def save_picture(writer, folder: Path, step: int, picture: np.ndarray):

@@ -124,8 +124,14 @@ def test_the_folder_says_what_it_is(files, folder):
     assert meta["class_names"] == ["0", "1", "2"]
     scale = averaged(files[1])["nvgformer.scale_factors"]
     assert np.float32(meta["canvas_scale"]).tobytes() == scale.tobytes()
-    sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert meta["sources"] == sums
+    assert meta["sources"] == {
+        part: {
+            "file": file.name,
+            "weights": weights,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for part, weights, file in zip(("autoencoder", "generator"), ("raw", "ema"), files)
+    }
     pipeline = Pipeline.from_pretrained(folder)
     assert meta["hash"] == checkpoint.fingerprint(jax.device_get(pipeline.params["tokenizer"]))
     assert pipeline.settings == convert.SAMPLING

@@ -95,7 +95,10 @@ def test_encode_decode_reconstruct(pipe, images):
     assert sequence.structure.shape == sequence.tokens.shape == (3, 5, 16)
     assert sequence.structure.dtype == sequence.tokens.dtype == np.int32
     assert is_even_hierarchy(sequence.structure).all()
-    np.testing.assert_array_equal(pipe.decode(sequence), pipe.reconstruct(images))
+    quantized = pipe._tokenize(images.astype(np.float32) / 127.5 - 1, method="encode")
+    restored = pipe.decode_canvas(quantized.canvases[:3, -1])
+    np.testing.assert_allclose(pipe.decode(sequence), restored, atol=1e-5)
+    np.testing.assert_allclose(pipe.reconstruct(images), restored, atol=1e-5)
     floats = images.astype(np.float32) / 127.5 - 1
     np.testing.assert_array_equal(pipe.encode(floats).tokens, sequence.tokens)
 
@@ -224,13 +227,15 @@ def test_generators_refuse_another_tokenizer(workdir, tmp_path):
     (alone / "tokenizer").symlink_to(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="no content and no structure generator yet"):
         Pipeline.from_pretrained(alone).sample([0])
+    with pytest.raises(ValueError, match="seed = 0, and it cannot go on with 5"):
+        train(run_config(stage="tokenizer", seed=5), workdir)
     other_sizes = run_config(stage="generators")
     other_sizes.tokenizer.codebook_size = 32
     with pytest.raises(ValueError, match="other sizes"):
         train(other_sizes, tmp_path)
 
 
-def test_wrong_use_of_the_pipeline_gets_a_sentence(pipe, images, tmp_path):
+def test_wrong_use_gets_a_sentence(pipe, images, tmp_path, workdir):
     sequence = pipe.encode(images)
     swapped = sequence.structure.copy()
     swapped[:, 4, :2] = 0
@@ -254,7 +259,10 @@ def test_wrong_use_of_the_pipeline_gets_a_sentence(pipe, images, tmp_path):
         (lambda: pipe.decode(Sequence(sequence.structure, sequence.tokens + 99)), "Token ids"),
         (lambda: Pipeline.from_pretrained(tmp_path / "nowhere"), "There is no folder"),
         (lambda: Pipeline.from_pretrained(tmp_path), "no trained tokenizer"),
+        (lambda: pipe.save_pretrained(workdir), "holds a training run"),
         (lambda: train(run_config(stage="everything"), tmp_path), "Unknown stage"),
+        (lambda: train(run_config(dtype="bf16"), tmp_path), "float32 or bfloat16"),
+        (lambda: train(run_config(tokenizer_workdir="x"), tmp_path), "Leave it empty"),
         (lambda: train(run_config(stage="content"), tmp_path), "need a trained tokenizer"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -278,6 +286,8 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
     for output, message in (
         (train_with("configs/digits.py:huge"), "error: Unknown variant 'huge'"),
         (train_with("configs/cats.py"), "configs/cats.py"),
+        (python("nvg_jax.train", "--config=configs/digits.py", "--config.sed=1",
+                f"--workdir={tmp_path}"), "Did you mean"),
         (python("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
          "error: Unknown class 11"),
     ):  # fmt: skip

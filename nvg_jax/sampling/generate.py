@@ -103,7 +103,13 @@ class Settings:
             raise ValueError(
                 f"flow_steps must be a whole number of 1 or more, got {self.flow_steps}"
             )
-        return dataclasses.replace(self, top_k=tuple(int(k) for k in top_k), top_p=top_p, **ranges)
+        return dataclasses.replace(
+            self,
+            top_k=tuple(int(k) for k in top_k),
+            top_p=top_p,
+            flow_steps=int(self.flow_steps),
+            **ranges,
+        )
 
 
 class Networks(NamedTuple):

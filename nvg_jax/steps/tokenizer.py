@@ -59,7 +59,7 @@ def train_step(
 
 
 def eval_step(params, batch, *, model: Tokenizer):
-    """Reconstructions of {"image", "mask"}: summed squared error of each image and code counts.
+    """Reconstructions of {"image", "mask"}, their quality and the codes in use.
 
     Returns:
         {"psnr": float32 (B,) in dB (peak-to-peak range 2), "restored": float32 (B, H, W, 3),
