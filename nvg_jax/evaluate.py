@@ -131,7 +131,7 @@ def evaluate(
 
     columns = len(pipeline.class_names) if len(pipeline.class_names) <= 20 else 10
     save_png(out / "samples.png", image_grid(images[: 8 * columns], columns=columns))
-    save_png(out / "stages.png", stages_picture(pipeline, first, count=4))
+    save_png(out / "stages.png", stages_picture(pipeline, first, np.arange(4)))
     (out / "metrics.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
 

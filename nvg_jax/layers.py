@@ -202,6 +202,8 @@ class TransformerConfig:
     remat: bool = False
 
     def __post_init__(self):
+        if self.drop_path < 0:
+            object.__setattr__(self, "drop_path", 0.1 * self.depth / 24)
         if min(self.width, self.depth, self.head_dim, self.mlp_ratio) < 1:
             raise ValueError(f"A transformer's sizes must be at least 1, got {self}.")
         if self.width % self.head_dim:
@@ -236,8 +238,7 @@ class Transformer(nn.Module):
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c.width // c.head_dim, c.mlp_ratio, self.dtype, name="blocks")
-        drop_path = 0.1 * c.depth / 24 if c.drop_path < 0 else c.drop_path
-        drop_rates = jnp.linspace(0.0, drop_path, c.depth)
+        drop_rates = jnp.linspace(0.0, c.drop_path, c.depth)
         return blocks(x, drop_rates, vec, cos, sin, deterministic)[0]
 
 

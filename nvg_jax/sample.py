@@ -67,9 +67,8 @@ def sample_batches(pipeline: Pipeline, class_ids, batch_size: int, seed: int, **
         )
 
 
-def stages_picture(pipeline: Pipeline, output, count: int) -> np.ndarray:
-    """Up to `count` samples spread over an Output: canvases after every stage above their maps."""
-    picks = np.unique(np.linspace(0, len(output.images) - 1, count).astype(int))
+def stages_picture(pipeline: Pipeline, output, picks: np.ndarray) -> np.ndarray:
+    """The samples `picks` of an Output: the canvases after every stage above their maps."""
     canvases = output.canvases[picks]
     images = pipeline.decode_canvas(canvases.reshape(-1, *canvases.shape[2:]))
     return stages_grid(
@@ -102,7 +101,8 @@ def main(_):
             images.append(image)
     shown = images[:GRID_LIMIT]
     save_png(out / "grid.png", image_grid(np.stack(shown), columns=min(FLAGS.per_class, 20)))
-    save_png(out / "stages.png", stages_picture(pipeline, first, STAGES_LIMIT))
+    picks = np.unique(np.linspace(0, len(first.images) - 1, STAGES_LIMIT).astype(int))
+    save_png(out / "stages.png", stages_picture(pipeline, first, picks))
     print(f"{len(images)} samples, grid.png and stages.png: {out}")
 
 
