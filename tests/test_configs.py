@@ -5,6 +5,7 @@ import importlib
 import math
 from pathlib import Path
 
+import jax
 import pytest
 
 from nvg_jax import layers, models
