@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/python -m nvg_jax.evaluate --workdir=runs/demo --num_samples=1000 --batch_size=250 --out=runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
