@@ -1,6 +1,6 @@
 """Times the parallel greedy clustering against sequential ones that give the same maps.
 
-python benchmarks/clustering.py --batch=32 --points=256 --channels=32
+python -m benchmarks.clustering --batch=32 --points=256 --channels=32
 """
 
 import math

@@ -1,6 +1,6 @@
 """Time of a small transformer's gradient with and without recomputing the blocks.
 
-python benchmarks/remat.py [--width=64] [--depth=3] [--length=17] [--batch=320] [--repeats=10]
+python -m benchmarks.remat [--width=64] [--depth=3] [--length=17] [--batch=320] [--repeats=10]
 """
 
 import argparse
