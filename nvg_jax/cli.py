@@ -33,8 +33,11 @@ def parse_flags(argv):
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in str(error) else lines[0]
+        if isinstance(error.__context__, KeyError):  # a misspelt key, quoted twice
+            error = error.__context__
+        text = str(error.args[0])
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in text else " ".join(lines)
         sys.exit(f"error: {message}")
     if not flags.FLAGS["verbosity"].present:  # of absl, which Orbax and Grain write to
         absl.logging.set_verbosity(absl.logging.WARNING)
