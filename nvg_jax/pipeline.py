@@ -220,7 +220,7 @@ class Pipeline:
                     )
                 runs[name] = run, run_meta
         tokenizer = find_tokenizer(
-            workdir, *(meta.get("tokenizer_workdir", "") for _, meta in runs.values())
+            workdir, *(meta["tokenizer_workdir"] for _, meta in runs.values())
         )
         meta = checkpoint.read_meta(tokenizer)
         if meta is None:
@@ -518,9 +518,9 @@ def abstract_params(meta: dict[str, Any], name: str):
 
 def find_tokenizer(workdir: Path, *elsewhere: str) -> Path:
     """The folder of the tokenizer's run: in the workdir, else in one of the workdirs elsewhere."""
-    for folder in (workdir, *filter(None, elsewhere)):
-        if (Path(folder) / "tokenizer").is_dir():
-            return Path(folder) / "tokenizer"
+    for folder in (workdir, *map(Path, elsewhere)):
+        if (folder / "tokenizer").is_dir():
+            return folder / "tokenizer"
     return workdir / "tokenizer"
 
 

@@ -273,6 +273,10 @@ class Trainer:
         config, settings = self.config, self.config.generator_training
         tokenizer_meta, tokenizer_params = self.load_tokenizer()
         num_classes = self.train_source.num_classes
+        sampling = config.sampling.to_dict()
+        Settings.from_dict(sampling).expand(  # raises before anything is compiled
+            self.tokenizer_config.num_stages, self.tokenizer_config.codebook_size
+        )
         steps = self.num_steps(settings)
         optimizer_config = OptimizerConfig(**settings.optimizer)
         optimizer = make_optimizer(optimizer_config, settings.batch_size, steps)
@@ -316,16 +320,12 @@ class Trainer:
             out_shardings=self.replicated,
         )
         train_key = jax.random.fold_in(self.key, 2)
-        sampling = config.sampling.to_dict()
         meta = {
             **tokenizer_meta,
             **{name: dataclass_dict(transformer) for name, transformer in transformers.items()},
             "sampling": sampling,
             "tokenizer_workdir": str(Path(config.tokenizer_workdir or self.workdir).absolute()),
         }
-        Settings.from_dict(sampling).expand(
-            self.tokenizer_config.num_stages, self.tokenizer_config.codebook_size
-        )
         sampler = None
 
         def evaluate(states, writer, step):
@@ -340,9 +340,11 @@ class Trainer:
                 totals = {k: totals.get(k, 0) + v * share for k, v in out.items()}
                 count += share
             if len(names) == 2 and jax.process_count() == 1:
+                params = {"tokenizer": tokenizer_params, **ema}
                 if sampler is None:
-                    sampler = Pipeline(meta, {"tokenizer": tokenizer_params, **ema})
-                sampler.params = {"tokenizer": tokenizer_params, **ema}
+                    sampler = Pipeline(meta, params)
+                else:  # what it has compiled stays
+                    sampler.params = params
                 classes = np.arange(min(num_classes, 10)).repeat(4)
                 images = sampler.sample(classes, seed=config.seed).images
                 save_picture(writer, self.workdir / run, step, image_grid(images, columns=8))
