@@ -89,10 +89,12 @@ def rotate(x, cos, sin):
 def attention(q, k, v):
     """Softmax attention over the whole sequence, no mask; q, k, v (B, N, heads, head_dim).
 
-    On a GPU or TPU XLA's own attention. On a CPU batch and heads are folded into one axis and the
+    For a GPU or TPU XLA's own attention. For a CPU batch and heads are folded into one axis and the
     softmax is divided by its sum after the product with the values, which is faster there.
     """
-    if jax.default_backend() != "cpu":
+    mesh = jax.sharding.get_abstract_mesh()  # knows the devices that are compiled for
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    if platform != "cpu":
         return jax.nn.dot_product_attention(q, k, v)
     batch, length, heads, head_dim = q.shape
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, head_dim) for x in (q, k, v))

@@ -184,12 +184,15 @@ class Pipeline:
             ValueError: there is no such folder, or no model in it.
         """
         folder = Path(folder)
-        meta = checkpoint.read_meta(folder / EXPORT_FOLDER)
-        if meta is None:
-            return cls.from_workdir(folder)
-        parts = [name for name in ("tokenizer", *GENERATORS) if name in meta]
-        abstract = {name: abstract_params(meta, name) for name in parts}
-        return cls(meta, checkpoint.read_part(folder / EXPORT_FOLDER, abstract))
+        found = checkpoint.read(
+            folder / EXPORT_FOLDER,
+            lambda meta: {
+                name: abstract_params(meta, name)
+                for name in ("tokenizer", *GENERATORS)
+                if name in meta
+            },
+        )
+        return cls(*found) if found else cls.from_workdir(folder)
 
     @classmethod
     def from_workdir(cls, workdir: str | Path) -> "Pipeline":
@@ -222,20 +225,21 @@ class Pipeline:
         tokenizer = find_tokenizer(
             workdir, *(meta["tokenizer_workdir"] for _, meta in runs.values())
         )
-        meta = checkpoint.read_meta(tokenizer)
-        if meta is None:
+        found = checkpoint.read(tokenizer, lambda m: {"params": abstract_params(m, "tokenizer")})
+        if found is None:
             raise ValueError(
                 f"{workdir} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
                 f"--config=... --workdir={workdir}`."
             )
-        meta = {key: meta[key] for key in (*TOKENIZER_META, "config")}
-        params = checkpoint.read_part(tokenizer, {"params": abstract_params(meta, "tokenizer")})
-        params = {"tokenizer": params["params"]}
+        meta = {key: found[0][key] for key in (*TOKENIZER_META, "config")}
+        params = {"tokenizer": found[1]["params"]}
         for name, (run, run_meta) in runs.items():
             check_tokenizer(run_meta, meta, run)
-            meta |= {name: run_meta[name], "sampling": run_meta["sampling"]}
-            abstract = {name: {"ema_params": abstract_params(meta, name)}}
-            params[name] = checkpoint.read_part(run, abstract)[name]["ema_params"]
+            run_meta, part = checkpoint.read(
+                run, lambda m: {name: {"ema_params": abstract_params(m, name)}}
+            )
+            meta |= {key: run_meta[key] for key in (name, "sampling", "step")}
+            params[name] = part[name]["ema_params"]
         return cls(meta, params)
 
     def save_pretrained(self, folder: str | Path):

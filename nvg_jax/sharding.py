@@ -6,6 +6,7 @@ Mesh axes: "data" (batch), "fsdp" (batch, and parameters, their averages and opt
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -78,11 +79,29 @@ def shardings(abstract, mesh: Mesh):
     return jax.tree.map(sharding, abstract, is_leaf=is_boxed)
 
 
-def initialise(init: Callable, mesh: Mesh, *args):
-    """Runs `init` (a tree with named axes) sharded; returns the plain tree and its shardings."""
-    abstract = jax.eval_shape(init, *args)
-    placed = shardings(abstract, mesh)
-    return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed)(*args), placed
+def abstract(tree, placed):
+    """Shapes and dtypes of an abstract tree with the shardings `placed`, one or one for each."""
+    tree = unbox(tree)
+    if isinstance(placed, NamedSharding):
+        placed = jax.tree.map(lambda _: placed, tree)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed
+    )
+
+
+def initialiser(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
+    """Prepares `init`, which makes a tree with named axes, to run sharded.
+
+    Args:
+        args: what it will be called with, or their shapes and dtypes.
+
+    Returns:
+        The compiled function, which gives a plain tree, and that tree's shapes, dtypes and
+        shardings.
+    """
+    tree = jax.eval_shape(init, *args)
+    placed = shardings(tree, mesh)
+    return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), abstract(tree, placed)
 
 
 def global_batch(batch, mesh: Mesh):

@@ -27,10 +27,9 @@ from clu import metric_writers
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from nvg_jax import checkpoint, cli, models, sharding
+from nvg_jax import checkpoint, cli, models, preemption, programs, sharding
 from nvg_jax.data import eval_batches, open_source, train_loader
 from nvg_jax.layers import TransformerConfig
-from nvg_jax.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
 from nvg_jax.pipeline import (
     TOKENIZER_META,
@@ -39,9 +38,7 @@ from nvg_jax.pipeline import (
     check_tokenizer,
 )
 from nvg_jax.sampling import Settings
-from nvg_jax.state import TrainState
 from nvg_jax.steps import generators as generator_steps
-from nvg_jax.steps import tokenizer as tokenizer_steps
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import RECONSTRUCTION_LOSSES
 
@@ -173,38 +170,12 @@ class Trainer:
         settings = self.config.tokenizer_training
         steps = self.num_steps(settings)
         warmup = self.epochs_to_steps(settings, settings.soft_index_epochs)
-        config = OptimizerConfig(**settings.optimizer)
-        optimizer = make_optimizer(config, settings.batch_size, steps)
-        model = self.tokenizer
-
-        def init(key):
-            return TrainState.create(tokenizer_steps.init_params(model, key), optimizer)
-
-        state, placed = sharding.initialise(init, self.mesh, jax.random.fold_in(self.key, 0))
-        step_fns = {
-            soft: jax.jit(
-                functools.partial(
-                    tokenizer_steps.train_step,
-                    model=model,
-                    optimizer=optimizer,
-                    config=config,
-                    reconstruction=settings.reconstruction,
-                    soft_index=soft,
-                ),
-                donate_argnums=0,
-                out_shardings=(placed, self.replicated),
-            )
-            for soft in (True, False)
-        }
-        eval_fn = jax.jit(
-            functools.partial(tokenizer_steps.eval_step, model=model),
-            out_shardings=self.replicated,
-        )
+        program = programs.tokenizer_training(self.config, self.mesh, steps)
 
         def evaluate(state, writer, step):
             psnr, counts, shown = [], 0, None
             for batch in self.test_batches(settings.batch_size):
-                out = eval_fn(state.params, batch)
+                out = program.evaluate(state.params, batch)
                 mask = sharding.to_host(batch["mask"])
                 psnr.append(np.asarray(out["psnr"])[mask])
                 counts = counts + np.asarray(out["code_counts"])
@@ -224,12 +195,12 @@ class Trainer:
 
         self.fit(
             "tokenizer",
-            state=state,
-            step_fn=lambda state, batch, step: step_fns[step < warmup](state, batch),
+            program=program,
+            init=lambda: program.init(jax.random.fold_in(self.key, 0)),
+            step_fn=lambda state, batch, step: program.step(state, batch, soft_index=step < warmup),
             batches=self.training_batches(settings.batch_size, self.config.seed),
             settings=settings,
             steps=steps,
-            schedule=learning_rate_schedule(config, settings.batch_size, steps),
             meta={
                 "tokenizer": dataclass_dict(self.tokenizer_config),
                 "class_names": list(self.train_source.class_names),
@@ -278,51 +249,13 @@ class Trainer:
             self.tokenizer_config.num_stages, self.tokenizer_config.codebook_size
         )
         steps = self.num_steps(settings)
-        optimizer_config = OptimizerConfig(**settings.optimizer)
-        optimizer = make_optimizer(optimizer_config, settings.batch_size, steps)
-        transformers = {name: TransformerConfig(**config[name]) for name in names}
-        generators = {
-            name: models.make_generator(
-                name, transformer, self.tokenizer_config, num_classes, config.dtype
-            )
-            for name, transformer in transformers.items()
-        }
-        canvas_scale = jnp.asarray(tokenizer_meta["canvas_scale"], jnp.float32)
-
-        def init(key, codebook):
-            states = {}
-            for name, model in generators.items():
-                name_key = jax.random.fold_in(key, models.GENERATORS.index(name))
-                params = generator_steps.init_params(model, name_key, codebook)
-                states[name] = TrainState.create(params, optimizer)
-            return states
-
+        program = programs.generator_training(config, self.mesh, steps, names, num_classes)
+        canvas_scale = np.asarray(tokenizer_meta["canvas_scale"], np.float32)
         codebook = tokenizer_params["quantizer"]["codebook"]
-        states, placed = sharding.initialise(
-            init, self.mesh, jax.random.fold_in(self.key, 1), codebook
-        )
-        step_fn = jax.jit(
-            functools.partial(
-                generator_steps.train_step,
-                models=generators,
-                optimizers=dict.fromkeys(names, optimizer),
-                configs=dict.fromkeys(names, optimizer_config),
-                tokenizer=self.tokenizer,
-                class_dropout=config.class_dropout,
-            ),
-            donate_argnums=0,
-            out_shardings=(placed, self.replicated),
-        )
-        eval_fn = jax.jit(
-            functools.partial(
-                generator_steps.eval_step, models=generators, tokenizer=self.tokenizer
-            ),
-            out_shardings=self.replicated,
-        )
         train_key = jax.random.fold_in(self.key, 2)
         meta = {
             **tokenizer_meta,
-            **{name: dataclass_dict(transformer) for name, transformer in transformers.items()},
+            **{name: dataclass_dict(TransformerConfig(**config[name])) for name in names},
             "sampling": sampling,
             "tokenizer_workdir": str(Path(config.tokenizer_workdir or self.workdir).absolute()),
         }
@@ -336,7 +269,7 @@ class Trainer:
                 share = float(batch["mask"].sum())
                 if share < len(batch["mask"]):
                     continue  # filled up at the end of the split, or with an unreadable image
-                out = jax.device_get(eval_fn(ema, tokenizer_params, canvas_scale, batch))
+                out = jax.device_get(program.evaluate(ema, tokenizer_params, canvas_scale, batch))
                 totals = {k: totals.get(k, 0) + v * share for k, v in out.items()}
                 count += share
             if len(names) == 2 and jax.process_count() == 1:
@@ -352,14 +285,14 @@ class Trainer:
 
         self.fit(
             run,
-            state=states,
-            step_fn=lambda states, batch, step: step_fn(
+            program=program,
+            init=lambda: program.init(jax.random.fold_in(self.key, 1), codebook),
+            step_fn=lambda states, batch, step: program.step(
                 states, tokenizer_params, canvas_scale, batch, train_key
             ),
             batches=self.training_batches(settings.batch_size, config.seed + 1),
             settings=settings,
             steps=steps,
-            schedule=learning_rate_schedule(optimizer_config, settings.batch_size, steps),
             meta=meta,
             evaluate=evaluate,
         )
@@ -384,11 +317,8 @@ class Trainer:
                 f"The tokenizer in {folder} was trained on a data set with other classes than "
                 f"{self.config.data.name!r} has. Use the same data, or another workdir."
             )
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated),
-            abstract_params(meta, "tokenizer"),
-        )
-        params = checkpoint.read_part(folder, {"params": abstract})["params"]
+        params = checkpoint.read(folder, lambda m: {"params": abstract_params(m, "tokenizer")})
+        params = jax.device_put(params[1]["params"], self.replicated)
         return {key: meta[key] for key in TOKENIZER_META}, params
 
     # The loop.
@@ -397,12 +327,12 @@ class Trainer:
         self,
         run: str,
         *,
-        state,
+        program: programs.Program,
+        init: Callable,
         step_fn: Callable,
         batches: grain.DatasetIterator,
         settings: ml_collections.ConfigDict,
         steps: int,
-        schedule: Callable,
         meta: dict[str, Any],
         evaluate: Callable,
         on_end: Callable | None = None,
@@ -411,27 +341,32 @@ class Trainer:
 
         Args:
             run: the name of the run and of its folder.
-            state: the initial state, placed.
+            program: for the abstract state and the learning rate of a step.
+            init: () -> the initial state, placed; called if there is no checkpoint.
             step_fn: (state, batch, step) -> (state, metrics).
             settings: batch_size, log_every, eval_every, save_every.
-            schedule: the learning rate of a step, for the log.
             meta: stored with every checkpoint.
             evaluate: (state, writer, step) -> metrics; also writes pictures.
             on_end: state -> metadata that the last checkpoint adds.
+
+        Raises:
+            Preempted: the process was asked to end; the state is saved.
         """
         folder = self.workdir / run
         checkpoints = checkpoint.Checkpoints(folder, settings.keep)
         config = json.loads(self.config.to_json_best_effort())
         meta = {**meta, "config": config, "steps": steps}
-        start = checkpoints.latest_step or 0
-        if start:
-            check_resume(checkpoint.read_meta(folder), meta, folder)
+        start = 0
+        if checkpoints.latest_step is None:
+            state = init()
+        else:
+            state, position, start = checkpoints.restore(
+                program.state, lambda stored: check_resume(stored, meta, folder)
+            )
+            batches.set_state(position)
         if start >= steps:
             logger.info("%s: finished at step %d", run, start)
-            checkpoints.close()
-            return
-        if start:
-            state = checkpoints.restore(checkpoint.abstract(state), batches)
+        elif start:
             logger.info("%s: going on at step %d of %d", run, start, steps)
         main_process = jax.process_index() == 0
         writers = [metric_writers.SummaryWriter(str(folder))] if main_process else []
@@ -441,21 +376,26 @@ class Trainer:
             state, metrics = step_fn(state, sharding.global_batch(next(batches), self.mesh), step)
             window.append(metrics)
             done = step + 1
+            preempted = preemption.noticed()
             evaluated = done % settings.eval_every == 0 or done == steps
-            saved = done % settings.save_every == 0 or done == steps
+            saved = preempted or done % settings.save_every == 0 or done == steps
             if done % settings.log_every == 0 or evaluated or saved:
                 scalars = summarise(jax.device_get(window), run, done)
                 now = time.monotonic()
                 rate = len(window) / (now - window_start)
                 scalars["images_per_second"] = rate * settings.batch_size
-                scalars["learning_rate"] = float(schedule(step))
+                scalars["learning_rate"] = float(program.schedule(step))
                 remaining = (now - run_start) / (done - start) * (steps - done)
                 writer.write_scalars(done, scalars)
                 log_progress(run, done, steps, scalars, rate, remaining)
                 window = []
             if saved:
                 last = on_end(state) if on_end and done == steps else {}
-                checkpoints.save(done, state, {**meta, **last}, batches)
+                checkpoints.save(done, state, {**meta, **last}, batches.get_state())
+            if preempted:
+                checkpoints.close()
+                writer.close()
+                raise preemption.Preempted(f"{run}: asked to end; saved at step {done} of {steps}")
             if evaluated:
                 results = evaluate(state, writer, done)
                 results = {f"test_{k}": v for k, v in flatten(results).items()}
@@ -572,6 +512,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+    preemption.watch()
     train(FLAGS.config, FLAGS.workdir)
 
 

@@ -14,13 +14,14 @@ LEVELS = (
     ("sampling", "evaluation"),
     ("steps",),
     ("models",),
+    ("programs",),
     ("pipeline",),
-    ("train", "sample", "evaluate", "convert"),
+    ("train", "sample", "evaluate", "convert", "compile", "tokenize"),
 )
 # These know no model: of the package they import only each other. Every level may import them.
 FREE = (
-    "checkpoint", "cli", "data", "optimizers", "pictures", "published", "sharding", "state",
-    "torch_files",
+    "checkpoint", "cli", "data", "optimizers", "pictures", "preemption", "published", "sharding",
+    "state", "torch_files",
 )  # fmt: skip
 STRANGERS = (("structure", "content"), ("content", "structure"))  # never, whatever their level
 
