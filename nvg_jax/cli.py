@@ -18,7 +18,7 @@ MISTAKE = 2
 flags.DEFINE_boolean(
     "distributed",
     False,
-    "One of several processes; JAX finds the others (TPU pod, GKE, SLURM, MPI).",
+    "One of several processes; JAX finds the others (TPU, GKE, SLURM).",
 )
 flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX cannot know.")
 flags.DEFINE_integer("num_processes", None, "With --coordinator_address: how many processes.")

@@ -14,7 +14,8 @@ import numpy as np
 
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
-ACTIVATION_AXES = ("batch", "length", "embed")
+ZEROS = nn.initializers.zeros
+ACTIVATION_AXES = ("batch", "length", None)
 
 
 def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
@@ -90,11 +91,12 @@ def attention(q, k, v):
     """Softmax attention over the whole sequence, no mask; q, k, v (B, N, heads, head_dim).
 
     For a GPU or TPU XLA's own attention. For a CPU batch and heads are folded into one axis and the
-    softmax is divided by its sum after the product with the values, which is faster there.
+    softmax is divided by its sum after the product with the values, which is faster there; only
+    where each device has all heads, as split ones cannot be folded in place.
     """
     mesh = jax.sharding.get_abstract_mesh()  # knows the devices that are compiled for
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    if platform != "cpu":
+    if platform != "cpu" or mesh.shape.get("tensor", 1) > 1:
         return jax.nn.dot_product_attention(q, k, v)
     batch, length, heads, head_dim = q.shape
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, head_dim) for x in (q, k, v))
@@ -118,22 +120,54 @@ def modulate(x, shift, scale):
     return (1 + scale[:, None]) * x + shift[:, None]
 
 
-def dense(features: int, axes: tuple[str, str], dtype, name: str, init=None) -> nn.Dense:
-    """A linear layer with bias whose kernel (in, out) has the logical axes `axes`."""
-    init = init or nn.initializers.xavier_uniform()
-    return nn.Dense(
-        features,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        name=name,
-    )
+def whole(parameter, axes: Sequence[str | None] | None = None):
+    """A parameter as the arithmetic wants it: collected from the devices that share its storage.
+
+    Said where a parameter is used, so that the compiler moves parameters and not activations, one
+    layer at a time. `axes` names what stays split.
+    """
+    return nn.with_logical_constraint(parameter, axes or (None,) * parameter.ndim)
 
 
-def embedding(count: int, width: int, dtype, name: str) -> nn.Embed:
+class Dense(nn.Module):
+    """A linear layer with bias; `axes` are the logical axes of its kernel (in, out) in storage."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def parameters(self, width: int):
+        """The kernel (width, features) and bias (features,) in `dtype`, whole."""
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            (width, self.features),
+        )
+        bias_init = nn.with_logical_partitioning(ZEROS, self.axes[1:])
+        bias = self.param("bias", bias_init, (self.features,))
+        return whole(kernel.astype(self.dtype)), whole(bias.astype(self.dtype))
+
+    def __call__(self, x):
+        """x (..., width) -> (..., features) in `dtype`."""
+        kernel, bias = self.parameters(x.shape[-1])
+        return x.astype(self.dtype) @ kernel + bias
+
+
+class Embedding(nn.Module):
     """A table (count, width) of learned vectors."""
-    init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, "embed"))
-    return nn.Embed(count, width, dtype=dtype, embedding_init=init, name=name)
+
+    count: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids):
+        """ids int (...) -> (..., width) in `dtype`."""
+        init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, "embed"))
+        table = self.param("embedding", init, (self.count, self.width))
+        return whole(table.astype(self.dtype))[ids]
 
 
 class HeadNorm(nn.Module):
@@ -163,21 +197,29 @@ class Block(nn.Module):
         """x (B, N, C), drop_rate scalar, vec (B, C) -> (x (B, N, C), None), for `nn.scan`."""
         batch, length, width = x.shape
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
-        modulation = dense(
-            3 * width, ("embed", "mlp"), self.dtype, "modulation", nn.initializers.zeros
-        )
+        modulation = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
         shift, scale, gate = jnp.split(modulation(nn.silu(vec)), 3, axis=-1)
-        hidden = dense((3 + self.mlp_ratio) * width, ("embed", "mlp"), self.dtype, "linear1")(
-            modulate(layer_norm(x), shift, scale)
+
+        # q, k, v and the hidden channels as parts (P) of the same width, so that a "tensor" axis
+        # splits each part, and attention by whole heads.
+        parts = 3 + self.mlp_ratio
+        linear1 = Dense(parts * width, ("embed", "mlp"), self.dtype, name="linear1")
+        kernel, bias = linear1.parameters(width)
+        kernel = whole(kernel.reshape(width, parts, width), (None, None, "mlp"))
+        bias = whole(bias.reshape(parts, width), (None, "mlp"))
+        hidden = jnp.einsum("bnc,cpd->bnpd", modulate(layer_norm(x), shift, scale), kernel) + bias
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", None, "mlp"))
+        q, k, v = (
+            hidden[:, :, part].reshape(batch, length, self.num_heads, -1) for part in range(3)
         )
-        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
-        q, k, v, mlp = jnp.split(hidden, (width, 2 * width, 3 * width), axis=-1)
-        q, k, v = (y.reshape(batch, length, self.num_heads, -1) for y in (q, k, v))
         q = rotate(HeadNorm(name="query_norm")(q), cos, sin)
         k = rotate(HeadNorm(name="key_norm")(k), cos, sin)
-        attended = attention(q, k, v).reshape(batch, length, width)
-        joined = jnp.concatenate([attended, nn.gelu(mlp, approximate=True)], axis=-1)
-        out = gate[:, None] * dense(width, ("mlp", "embed"), self.dtype, "linear2")(joined)
+        attended = attention(q, k, v).reshape(batch, length, 1, width)
+        joined = jnp.concatenate([attended, nn.gelu(hidden[:, :, 3:], approximate=True)], axis=2)
+        linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
+        kernel, bias = linear2.parameters((1 + self.mlp_ratio) * width)
+        kernel = whole(kernel.reshape(-1, width, width), (None, "mlp", None))
+        out = gate[:, None] * (jnp.einsum("bnpd,pdc->bnc", joined, kernel) + bias)
         if not deterministic:
             keep = 1 - drop_rate
             kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch, 1, 1))
@@ -253,13 +295,11 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x, vec):
         """x (B, N, C), vec (B, C) -> float32 (B, N, features)."""
-        zeros = nn.initializers.zeros
-        modulation = dense(2 * x.shape[-1], ("embed", "mlp"), self.dtype, "modulation", zeros)
+        modulation = Dense(2 * x.shape[-1], ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
         shift, scale = jnp.split(modulation(nn.silu(vec)), 2, axis=-1)
         x = modulate(layer_norm(x), shift, scale)
-        return dense(self.features, ("embed", None), self.dtype, "linear", zeros)(x).astype(
-            jnp.float32
-        )
+        linear = Dense(self.features, ("embed", None), self.dtype, ZEROS, name="linear")
+        return linear(x).astype(jnp.float32)
 
 
 def timestep_embedding(t, dim: int = 64):

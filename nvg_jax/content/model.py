@@ -27,16 +27,12 @@ class ContentGenerator(nn.Module):
             nn.with_logical_partitioning(layers.EMBEDDING_INIT, (None, None, None)),
             (1, length, self.latent_dim),
         )
-        self.canvas_embed = layers.dense(t.width, (None, "embed"), self.dtype, "canvas_embed")
-        self.class_embed = layers.embedding(
-            self.num_classes + 1, t.width, self.dtype, "class_embed"
-        )
-        self.stage_embed = layers.embedding(self.num_stages, t.width, self.dtype, "stage_embed")
+        self.canvas_embed = layers.Dense(t.width, (None, "embed"), self.dtype)
+        self.class_embed = layers.Embedding(self.num_classes + 1, t.width, self.dtype)
+        self.stage_embed = layers.Embedding(self.num_stages, t.width, self.dtype)
         self.blocks = layers.Transformer(t, self.dtype)
         self.canvas_head = layers.Head(self.latent_dim, self.dtype)
-        self.token_head = layers.dense(
-            self.codebook_size, (None, "vocab"), jnp.float32, "token_head"
-        )
+        self.token_head = layers.Dense(self.codebook_size, (None, "vocab"), jnp.float32)
 
     def predict_canvas(
         self, canvas, structure, stage, class_ids, canvas_scale, deterministic: bool = True

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nvg_jax.layers import whole
 from nvg_jax.optimizers import OptimizerConfig
 from nvg_jax.state import TrainState
 from nvg_jax.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def train_step(
     """
 
     def loss_fn(params):
-        images = batch["image"]
+        params, images = jax.tree.map(whole, params), batch["image"]
         restored, quantized = model.apply({"params": params}, images, soft_index)
         losses = {
             "reconstruction": RECONSTRUCTION_LOSSES[reconstruction](restored, images),

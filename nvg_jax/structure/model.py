@@ -20,14 +20,12 @@ class StructureGenerator(nn.Module):
     def setup(self):
         t = self.transformer
         self.num_bits = (self.grid[0] * self.grid[1]).bit_length() - 1
-        self.structure_embed = layers.dense(t.width, (None, "embed"), self.dtype, "structure_embed")
-        self.canvas_embed = layers.dense(t.width, (None, "embed"), self.dtype, "canvas_embed")
-        self.class_embed = layers.embedding(
-            self.num_classes + 1, t.width, self.dtype, "class_embed"
-        )
-        self.stage_embed = layers.embedding(self.num_bits - 1, t.width, self.dtype, "stage_embed")
-        self.time_in = layers.dense(t.width, (None, "embed"), self.dtype, "time_in")
-        self.time_out = layers.dense(t.width, ("embed", "embed_out"), self.dtype, "time_out")
+        self.structure_embed = layers.Dense(t.width, (None, "embed"), self.dtype)
+        self.canvas_embed = layers.Dense(t.width, (None, "embed"), self.dtype)
+        self.class_embed = layers.Embedding(self.num_classes + 1, t.width, self.dtype)
+        self.stage_embed = layers.Embedding(self.num_bits - 1, t.width, self.dtype)
+        self.time_in = layers.Dense(t.width, (None, "embed"), self.dtype)
+        self.time_out = layers.Dense(t.width, ("embed", "embed_out"), self.dtype)
         self.blocks = layers.Transformer(t, self.dtype)
         self.head = layers.Head(self.num_bits, self.dtype)
 

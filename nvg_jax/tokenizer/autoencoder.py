@@ -57,7 +57,7 @@ class ResidualBlock(nn.Module):
         h = conv(self.features, 3, self.dtype, "conv2")(h)
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.dtype, "shortcut")(x)
-        return nn.with_logical_constraint(x + h, ("batch", "height", "width", "conv_out"))
+        return nn.with_logical_constraint(x + h, ("batch", "height", "width", None))
 
 
 class Encoder(nn.Module):
