@@ -2,44 +2,80 @@
 
 Reconstruction of held-out images, class agreement of samples by a classifier that was fitted on
 real images and knows nothing of NVG, their distance to the training images, and a Frechet
-distance in the classifier's features. Writes metrics.json, samples.png and stages.png.
+distance in the classifier's features. Writes metrics.json, samples.png and stages.png. Several
+processes share the reconstruction and the sampling; process 0 measures and writes.
 """
 
 import json
+import logging
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from nvg_jax import cli
 from nvg_jax.data import Source, open_source
 from nvg_jax.data.transforms import Transform, decode
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
-from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
-from nvg_jax.pipeline import Pipeline
-from nvg_jax.sample import define_flags, sample_batches, settings_from_flags, stages_picture
+from nvg_jax.pictures import image_grid, reconstruction_grid, replacing, save_png
+from nvg_jax.pipeline import Output, Pipeline
+from nvg_jax.sample import (
+    Samples,
+    define_flags,
+    gather,
+    own_share,
+    settings_from_flags,
+    stages_picture,
+)
 
 FLAGS = flags.FLAGS
+logger = logging.getLogger("nvg_jax")
+STAGES_SHOWN = 4  # samples in the picture of the stages
 MAX_BYTES = 4 << 30  # of one split's images in memory
 COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
 
 
-def load_images(source: Source, transform: Transform, limit: int) -> tuple[np.ndarray, ...]:
+def load_images(
+    source: Source, transform: Transform, limit: int, on_bad: str = "error"
+) -> tuple[np.ndarray, np.ndarray]:
     """At most `limit` images of a split, drawn once and for all, and their labels.
+
+    Args:
+        on_bad: what an unreadable image does: "error" stops, "skip" leaves it out with a warning.
 
     Returns:
         float32 (N, H, W, 3) in [-1, 1] and int (N,). N is also bounded by MAX_BYTES.
+
+    Raises:
+        ValueError: an unreadable image, with its name.
     """
     height, width = transform.image_size
     limit = min(limit, len(source), MAX_BYTES // (height * width * 3 * 4))
     indices = np.sort(np.random.default_rng(0).permutation(len(source))[:limit])
     images, labels = np.empty((limit, height, width, 3), np.float32), np.empty(limit, np.int64)
-    for place, index in enumerate(indices):
-        item = source[int(index)]
-        images[place], labels[place] = transform(decode(item["image"])), item["label"]
-    return images, labels
+    count = 0
+    for index in indices:
+        name = f"record {index}"
+        try:
+            item = source[int(index)]
+            name = item["name"]
+            image = decode(item["image"])
+        except Exception as error:  # readers of damaged files raise errors of many kinds
+            if on_bad != "skip":
+                raise ValueError(
+                    f"{name}: {error}. Mend it or take it out of the data set to evaluate."
+                ) from error
+            logger.warning("left out %s: %s", name, error)
+            continue
+        images[count], labels[count] = transform(image), item["label"]
+        count += 1
+    if count == 0:
+        raise ValueError(f"None of the {limit} images to evaluate with can be read.")
+    return images[:count], labels[:count]
 
 
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:
@@ -50,13 +86,39 @@ def balanced(labels: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(turn, kind="stable")[:count]
 
 
-def reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int = 100) -> np.ndarray:
-    parts = []
-    for first in range(0, len(images), batch_size):
-        part = images[first : first + batch_size]
+def reconstruct(
+    pipeline: Pipeline, images: np.ndarray, batch_size: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
+    """The PSNR of all images, the work dealt out to the processes, and some reconstructions.
+
+    Returns:
+        float64 (N,), and, of the process's first batch, float32 (batch_size, H, W, 3).
+    """
+    num_batches = -(-len(images) // batch_size)
+    own = own_share(num_batches)
+    psnr, first = np.empty((len(own), batch_size)), None
+    for place, batch in enumerate(own):
+        part = images[batch * batch_size : (batch + 1) * batch_size]
         filled = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)])
-        parts.append(pipeline.reconstruct(filled)[: len(part)])
-    return np.concatenate(parts)
+        restored = pipeline.reconstruct(filled)
+        psnr[place] = metrics.psnr(filled, restored)
+        first = restored if first is None else first
+    return gather(psnr, num_batches).reshape(-1)[: len(images)], first
+
+
+def draw(samples: Samples) -> tuple[np.ndarray, Output | None]:
+    """The images of all samples, the work dealt out to the processes.
+
+    Returns:
+        float32 (N, H, W, 3) in [-1, 1], and the process's first batch.
+    """
+    own, first = own_share(samples.num_batches), None
+    images = np.zeros((len(own), samples.batch_size, *samples.image_shape), np.float32)
+    for place, (_, output) in enumerate(samples.make_all(own)):
+        images[place, : len(output.images)] = output.images
+        first = first or output
+    images = gather(images, samples.num_batches)
+    return images.reshape(-1, *samples.image_shape)[: len(samples)], first
 
 
 def evaluate(
@@ -67,12 +129,20 @@ def evaluate(
     seed: int,
     batch_size: int,
     **settings,
-) -> dict:
-    """Writes pictures and metrics.json into `out`; returns the metrics.
+) -> dict | None:
+    """Writes pictures and metrics.json into `out`.
 
     Args:
-        data: "name", "data_dir" and "resize" as in the section `data` of a config.
+        data: "name", "data_dir", "resize" and, if there, "on_bad" as in the section `data` of a
+            config.
         settings: of `Pipeline.sample`.
+
+    Returns:
+        The metrics in process 0, None in the others.
+
+    Raises:
+        ValueError: the model cannot sample, the data is not what it was trained on, or an image
+            cannot be read.
     """
     pipeline.check_can_sample()
     transform = Transform(pipeline.tokenizer.config.image_size, data["resize"] or None)
@@ -85,12 +155,22 @@ def evaluate(
             f"The model has {len(pipeline.class_names)} classes and the data set {data['name']!r} "
             f"has {sources[0].num_classes}; evaluate on the data it was trained on."
         )
-    train_images, train_labels = load_images(sources[0], transform, 60_000)
-    test_images, test_labels = load_images(sources[1], transform, 10_000)
+    on_bad = data.get("on_bad", "error")
+    if jax.process_index() == 0:
+        train_images, train_labels = load_images(sources[0], transform, 60_000, on_bad)
+    test_images, test_labels = load_images(sources[1], transform, 10_000, on_bad)
 
-    restored = reconstruct(pipeline, test_images)
-    results = {"test_psnr": float(metrics.psnr(test_images, restored).mean())}
-    save_png(out / "reconstructions.png", reconstruction_grid(test_images[:12], restored[:12]))
+    psnr, restored = reconstruct(pipeline, test_images)
+    results = {"test_psnr": float(psnr.mean())}
+
+    classes = np.arange(num_samples) % len(pipeline.class_names)
+    start = time.monotonic()
+    samples = Samples(pipeline, classes.tolist(), 1, min(batch_size, num_samples), seed, settings)
+    images, first = draw(samples)
+    results["samples"] = num_samples
+    results["seconds_per_sample"] = (time.monotonic() - start) / num_samples
+    if jax.process_index():
+        return None
 
     if data["name"] == "digits":
         classifier = DigitClassifier(train_images, train_labels)
@@ -99,16 +179,6 @@ def evaluate(
     real, _ = metrics.class_agreement(classifier.predict(test_images), test_labels)
     results["classifier_accuracy_on_real_test_images"] = real
 
-    classes = np.arange(num_samples) % len(pipeline.class_names)
-    start, images, first = time.monotonic(), [], None
-    for batch in sample_batches(
-        pipeline, classes.tolist(), min(batch_size, num_samples), seed, **settings
-    ):
-        first = first or batch
-        images.append(batch.images)
-    images = np.concatenate(images)
-    results["samples"] = num_samples
-    results["seconds_per_sample"] = (time.monotonic() - start) / num_samples
     agreement, per_class = metrics.class_agreement(classifier.predict(images), classes)
     results["class_agreement"] = agreement
     results["class_agreement_per_class"] = {
@@ -130,9 +200,12 @@ def evaluate(
         results["frechet_images"] = len(chosen)
 
     columns = len(pipeline.class_names) if len(pipeline.class_names) <= 20 else 10
+    save_png(out / "reconstructions.png", reconstruction_grid(test_images[:12], restored[:12]))
     save_png(out / "samples.png", image_grid(images[: 8 * columns], columns=columns))
-    save_png(out / "stages.png", stages_picture(pipeline, first, np.arange(4)))
-    (out / "metrics.json").write_text(json.dumps(results, indent=1) + "\n")
+    stages_shown = min(STAGES_SHOWN, len(first.images))
+    save_png(out / "stages.png", stages_picture(pipeline, first, np.arange(stages_shown)))
+    with replacing(out / "metrics.json") as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
     return results
 
 
@@ -157,8 +230,10 @@ def main(_):
         FLAGS.batch_size,
         **settings_from_flags(),
     )
-    print(json.dumps(results, indent=1))
-    print(f"metrics.json, samples.png, stages.png and reconstructions.png: {out}")
+    if results is not None:
+        print(json.dumps(results, indent=1))
+        print(f"metrics.json, samples.png, stages.png and reconstructions.png: {out}")
+    multihost_utils.sync_global_devices("the metrics are written")
 
 
 if __name__ == "__main__":
