@@ -1,0 +1,212 @@
+"""VGG16 with the LPIPS heads, and the vision transformer of DINO and DINOv2.
+
+Images are float (B, H, W, 3) in [-1, 1]. Parameters are float32 and come from
+`nvg_jax.pretrained.load`; nothing here is random, so gradients flow to the images alone.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvg_jax.layers import attention
+
+VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+# What LPIPS subtracts and divides by, for images in [-1, 1].
+LPIPS_SHIFT = np.float32([-0.030, -0.088, -0.188])
+LPIPS_SCALE = np.float32([0.458, 0.448, 0.450])
+# Of ImageNet, for images in [0, 1].
+IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
+IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
+
+DEPTH = 12  # blocks of either transformer
+HEAD_DIM = 64
+VIT_IMAGE = 224  # pixels of their square input
+SIZES = {"dino": {"width": 384, "patch": 16}, "dinov2": {"width": 768, "patch": 14}}
+DINO_TAPS = (2, 5, 8, 11)
+
+
+def lpips(params, images_a, images_b, dtype=jnp.float32):
+    """Perceptual distance LPIPS v0.1 on VGG16 features (Zhang et al., arXiv 1801.03924).
+
+    Args:
+        params: of "lpips".
+        images_a, images_b: float (B, H, W, 3) in [-1, 1], H and W at least 16.
+        dtype: of the VGG16's arithmetic; features are compared in float32.
+
+    Returns:
+        float32 (B,), at least 0 and 0 for equal images.
+
+    Raises:
+        ValueError: images of another shape or type.
+    """
+    for images in (images_a, images_b):
+        _check(images, min(images.shape[1:3], default=0) >= 16, "at least 16 x 16 pixels")
+    if images_a.shape != images_b.shape:
+        raise ValueError(
+            f"LPIPS compares images of one shape, got {images_a.shape} and {images_b.shape}."
+        )
+    return Lpips(dtype).apply({"params": params}, images_a, images_b)
+
+
+def dino(params, images, dtype=jnp.float32):
+    """Token sequences of DINO ViT-S/16 (Caron et al., arXiv 2104.14294) for the discriminator.
+
+    Args:
+        params: of "dino".
+        images: float (B, 224, 224, 3) in [-1, 1].
+        dtype: of the arithmetic.
+
+    Returns:
+        Five arrays `dtype` (B, 197, 384): after the patch embedding with its positions, and after
+        blocks 2, 5, 8 and 11 (counted from 0), without the final norm. The class token is the
+        first, the 14 x 14 patches follow row by row.
+
+    Raises:
+        ValueError: images of another shape or type.
+    """
+    size = (VIT_IMAGE, VIT_IMAGE)
+    _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
+    model = VisionTransformer(**SIZES["dino"], dtype=dtype)
+    embedded, outputs, _ = model.apply({"params": params}, imagenet_normalised(images))
+    return (embedded, *(outputs[i] for i in DINO_TAPS))
+
+
+def dinov2(params, images, dtype=jnp.float32):
+    """Normalised patch tokens of DINOv2 ViT-B/14 (Oquab et al., arXiv 2304.07193), for REPA.
+
+    Args:
+        params: of "dinov2".
+        images: float (B, H, W, 3) in [-1, 1]; resized to 224 x 224, bicubic with antialiasing.
+        dtype: of the arithmetic.
+
+    Returns:
+        float32 (B, 256, 768) after the final norm: 16 x 16 patches row by row, no class token.
+
+    Raises:
+        ValueError: images of another shape or type.
+    """
+    _check(images, True, "any number of pixels")
+    shape = (images.shape[0], VIT_IMAGE, VIT_IMAGE, 3)
+    images = jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
+    model = VisionTransformer(**SIZES["dinov2"], dtype=dtype)
+    _, _, tokens = model.apply({"params": params}, imagenet_normalised(images))
+    return tokens[:, 1:].astype(jnp.float32)
+
+
+def _check(images, size_fits: bool, size: str):
+    floating = jnp.issubdtype(images.dtype, jnp.floating)
+    if not (images.ndim == 4 and images.shape[-1] == 3 and floating and size_fits):
+        raise ValueError(
+            f"Expected float images (B, H, W, 3) in [-1, 1] of {size}, got {images.dtype} "
+            f"{images.shape}."
+        )
+
+
+def imagenet_normalised(images):
+    """float32 images as the transformers were trained on, from float images in [-1, 1]."""
+    return ((images.astype(jnp.float32) + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (Simonyan and Zisserman, arXiv 1409.1556)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        """x (B, H, W, 3) -> the last activations of each of the five levels, `dtype`."""
+        levels, count = [], 0
+        for channels in VGG_CHANNELS:
+            if levels:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            for features in channels:
+                conv = nn.Conv(features, (3, 3), dtype=self.dtype, name=f"conv{count}")
+                x, count = nn.relu(conv(x)), count + 1
+            levels.append(x)
+        return levels
+
+
+class Lpips(nn.Module):
+    """Distance of unit VGG16 features, a weight for every channel."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images_a, images_b):
+        """Two of (B, H, W, 3) in [-1, 1] -> float32 (B,)."""
+        vgg = VGG16(self.dtype, name="vgg")
+        levels_a, levels_b = (
+            vgg((x.astype(jnp.float32) - LPIPS_SHIFT) / LPIPS_SCALE) for x in (images_a, images_b)
+        )
+        distance = 0.0
+        for level, (a, b) in enumerate(zip(levels_a, levels_b)):
+            weights = self.param(f"head{level}", nn.initializers.ones, a.shape[-1:])
+            difference = jnp.square(unit_channels(a) - unit_channels(b))
+            distance += (difference * weights).sum(-1).mean((1, 2))
+        return distance
+
+
+def unit_channels(x):
+    """x (..., C) divided by its length + 1e-10, float32; zero stays zero, also in the gradient."""
+    x = x.astype(jnp.float32)
+    square = jnp.square(x).sum(-1, keepdims=True)
+    length = jnp.sqrt(jnp.where(square > 0, square, 1))
+    return jnp.where(square > 0, x / (length + 1e-10), 0)
+
+
+class VisionTransformer(nn.Module):
+    """Twelve blocks on patches of 224 x 224 pixels and a class token."""
+
+    width: int
+    patch: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images):
+        """images (B, 224, 224, 3), normalised, to three of `dtype`, N = 1 + patches.
+
+        Returns:
+            (embedded tokens (B, N, C), tokens after each block (12, B, N, C), tokens after the
+            last block and the final norm (B, N, C)).
+        """
+        zeros, size = nn.initializers.zeros, (self.patch, self.patch)
+        length = 1 + (VIT_IMAGE // self.patch) ** 2
+        first = self.param("class_token", zeros, (1, 1, self.width))
+        position = self.param("position", zeros, (1, length, self.width))
+        patches = nn.Conv(self.width, size, size, "VALID", dtype=self.dtype, name="patches")(images)
+        patches = patches.reshape(images.shape[0], -1, self.width)
+        first = jnp.broadcast_to(first, (images.shape[0], 1, self.width)).astype(self.dtype)
+        x = embedded = jnp.concatenate([first, patches], axis=1) + position.astype(self.dtype)
+        blocks = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
+        )
+        x, outputs = blocks(self.dtype, name="blocks")(x, None)
+        return embedded, outputs, layer_norm(self.dtype, "norm")(x)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each after a layer norm and added to its input."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, _):
+        """x (B, N, C) -> (y, y) of the same shape, for `nn.scan`."""
+        batch, length, width = x.shape
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        q, k, v = jnp.split(
+            dense(3 * width, name="qkv")(layer_norm(self.dtype, "norm1")(x)), 3, axis=-1
+        )
+        q, k, v = (y.reshape(batch, length, -1, HEAD_DIM) for y in (q, k, v))
+        x += dense(width, name="projection")(attention(q, k, v).reshape(x.shape))
+        hidden = dense(4 * width, name="mlp_in")(layer_norm(self.dtype, "norm2")(x))
+        x += dense(width, name="mlp_out")(nn.gelu(hidden, approximate=False))
+        return x, x
+
+
+def layer_norm(dtype, name: str) -> nn.LayerNorm:
+    """Layer normalisation with scale and bias, eps 1e-6, statistics in float32."""
+    return nn.LayerNorm(1e-6, dtype=dtype, use_fast_variance=False, name=name)
