@@ -104,7 +104,7 @@ class Checkpoints:
         except Exception as error:  # of many kinds, from the threads and libraries that write
             raise OSError(
                 f"A checkpoint could not be written to {self._folder} "
-                f"({last_line(error)}). Earlier checkpoints are as they were; make room or give "
+                f"({short(error)}). Earlier checkpoints are as they were; make room or give "
                 "the right to write, and start again to go on from the last one."
             ) from error
 
@@ -198,7 +198,7 @@ def attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         result = read()
     except Exception as error:  # damage comes as errors of many kinds
-        reason = last_line(error)
+        reason = short(error)
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.array(reason is not None))
         if failed.any():
@@ -206,9 +206,10 @@ def attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
     return result, reason
 
 
-def last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+def short(error: Exception) -> str:
+    """The first sentence of an error; those of the storage library go on for pages."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0][:300]
 
 
 def warn(folder: Path, step: int, reason: str):

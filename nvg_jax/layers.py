@@ -78,13 +78,34 @@ def rope_angles(positions, split: Sequence[int]):
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: what is compiled for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def rotate(x, cos, sin):
-    """Turns the interleaved channel pairs of x (B, N, heads, head_dim) by the angles (B, N, .)."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
+    """Turns the interleaved channel pairs of x (B, N, heads, head_dim) by the angles (B, N, .).
+
+    Each pair (even, odd) becomes (cos * even - sin * odd, sin * even + cos * odd). For a GPU or TPU
+    the other channel of every pair comes from an exact product with a fixed matrix: taking the
+    pairs apart costs a TPU a quarter of all memory traffic of a block.
+    """
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    if platform() == "cpu":
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+        even, odd = pairs[..., 0], pairs[..., 1]
+        turned = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
+        return turned.reshape(x.shape).astype(x.dtype)
+    even = np.arange(0, x.shape[-1], 2)
+    other = np.zeros((x.shape[-1],) * 2, np.float32)
+    other[even + 1, even], other[even, even + 1] = -1, 1
+    partner = jnp.einsum(
+        "bnhc,cd->bnhd", x, other.astype(x.dtype), precision=jax.lax.Precision.HIGHEST
+    )
+    cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(sin, 2, axis=-1)
+    turned = cos * x.astype(jnp.float32) + sin * partner.astype(jnp.float32)
+    return turned.astype(x.dtype)
 
 
 def attention(q, k, v):
@@ -94,9 +115,8 @@ def attention(q, k, v):
     softmax is divided by its sum after the product with the values, which is faster there; only
     where each device has all heads, as split ones cannot be folded in place.
     """
-    mesh = jax.sharding.get_abstract_mesh()  # knows the devices that are compiled for
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    if platform != "cpu" or mesh.shape.get("tensor", 1) > 1:
+    split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+    if platform() != "cpu" or split:
         return jax.nn.dot_product_attention(q, k, v)
     batch, length, heads, head_dim = q.shape
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, head_dim) for x in (q, k, v))

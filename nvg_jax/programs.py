@@ -90,6 +90,13 @@ def generator_training(
     evaluate: (averaged parameters, tokenizer parameters, canvas scale, batch). The arguments are
     those of `nvg_jax.steps.generators`.
     """
+    for name in names:
+        heads = config[name].width // config[name].head_dim
+        if heads % mesh.shape["tensor"]:
+            raise ValueError(
+                f"The {heads} attention heads of the {name} generator do not split over "
+                f"mesh.tensor={mesh.shape['tensor']}; use a divisor of {heads}."
+            )
     settings = config.generator_training
     optimizer_config = OptimizerConfig(**settings.optimizer)
     optimizer = make_optimizer(optimizer_config, settings.batch_size, steps)

@@ -214,9 +214,9 @@ class Trainer:
     def measure_canvas_scale(self, params, batch_size: int) -> list[float]:
         """1 / std of the inputs of all stages (1 for the first) and of the final canvas."""
 
-        @jax.jit
-        def moments(params, images):
-            canvases = generator_steps.encode(self.tokenizer, params, images).canvases
+        @functools.partial(jax.jit, out_shardings=self.replicated)
+        def moments(params, batch):
+            canvases = generator_steps.encode(self.tokenizer, params, batch).canvases
             return canvases.mean((0, 2, 3)), jnp.square(canvases).mean((0, 2, 3))
 
         count = math.ceil(min(len(self.train_source), SCALE_IMAGES) / batch_size)
@@ -224,9 +224,7 @@ class Trainer:
         totals = 0
         for _ in range(count):
             batch = sharding.global_batch(next(batches), self.mesh)
-            totals = totals + np.asarray(
-                jax.device_get(moments(params, batch["image"])), np.float64
-            )
+            totals = totals + np.asarray(jax.device_get(moments(params, batch)), np.float64)
         batches.close()
         mean, square = totals / count
         variance = square - mean**2
@@ -261,27 +259,28 @@ class Trainer:
         }
         sampler = None
 
-        def evaluate(states, writer, step):
+        def draw_samples(params):
             nonlocal sampler
+            if sampler is None:
+                sampler = Pipeline(meta, params)
+            else:  # what it has compiled stays
+                sampler.params = params
+            classes = np.arange(min(num_classes, 10)).repeat(4)
+            return image_grid(sampler.sample(classes, seed=config.seed).images, columns=8)
+
+        def evaluate(states, writer, step):
             ema = {name: state.ema_params for name, state in states.items()}
             totals, count = {}, 0
             for batch in self.test_batches(settings.batch_size):
-                share = float(batch["mask"].sum())
-                if share < len(batch["mask"]):
-                    continue  # filled up at the end of the split, or with an unreadable image
                 out = jax.device_get(program.evaluate(ema, tokenizer_params, canvas_scale, batch))
+                share = sharding.to_host(batch["mask"]).sum()
                 totals = {k: totals.get(k, 0) + v * share for k, v in out.items()}
                 count += share
-            if len(names) == 2 and jax.process_count() == 1:
-                params = {"tokenizer": tokenizer_params, **ema}
-                if sampler is None:
-                    sampler = Pipeline(meta, params)
-                else:  # what it has compiled stays
-                    sampler.params = params
-                classes = np.arange(min(num_classes, 10)).repeat(4)
-                images = sampler.sample(classes, seed=config.seed).images
-                save_picture(writer, self.workdir / run, step, image_grid(images, columns=8))
-            return {k: v / count for k, v in totals.items()} if count else {}
+            if len(names) == 2:
+                params = jax.tree.map(sharding.to_host, {"tokenizer": tokenizer_params, **ema})
+                if jax.process_index() == 0:  # samples on its own devices
+                    save_picture(writer, self.workdir / run, step, draw_samples(params))
+            return {k: v / count for k, v in totals.items()}
 
         self.fit(
             run,

@@ -182,3 +182,16 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(na
         losses.append(loss)
     assert losses[0] != losses[1]
     np.testing.assert_allclose(*losses, rtol=0.05)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_rotation_turns_each_pair_of_channels(monkeypatch, platform):
+    """Two heads with the same angles: a quarter turn of the first pair, none of the second."""
+    monkeypatch.setattr(layers, "platform", lambda: platform)
+    x = jnp.array([[[[1.0, 2, 3, 4], [5, 6, 7, 8]]]])
+    cos, sin = jnp.array([[[0.0, 1.0]]]), jnp.array([[[1.0, 0.0]]])
+    expected = [[[[-2.0, 1, 3, 4], [-6, 5, 7, 8]]]]
+    np.testing.assert_array_equal(layers.rotate(x, cos, sin), expected)
+    half = layers.rotate(x.astype(jnp.bfloat16), cos, sin)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half.astype(jnp.float32), expected)

@@ -7,7 +7,9 @@ from nvg_jax import granularity
 from nvg_jax.tokenizer.quantizer import Quantized
 
 
-def content_losses(predict_canvas, token_logits, quantized: Quantized) -> dict[str, jax.Array]:
+def content_losses(
+    predict_canvas, token_logits, quantized: Quantized, weights=None
+) -> dict[str, jax.Array]:
     """The losses of each stage, averaged over the batch.
 
     Args:
@@ -16,6 +18,7 @@ def content_losses(predict_canvas, token_logits, quantized: Quantized) -> dict[s
             through the stages of an image first.
         token_logits: (..., D) -> (..., V), as `ContentGenerator.token_logits`.
         quantized: the images' sequence, canvases and unique tokens.
+        weights: float32 (B,), the share of each image in the averages, 1 in all; alike if None.
 
     Returns:
         "canvas_loss" (mean squared error of the final canvas), "token_loss" (cross-entropy of the
@@ -38,12 +41,15 @@ def content_losses(predict_canvas, token_logits, quantized: Quantized) -> dict[s
     ]
     logits = token_logits(jnp.concatenate(means, axis=1))  # (B, 2L - 1, V)
     ids = jnp.concatenate(quantized.stage_tokens, axis=1)
-    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1)[..., 0]
     correct = logits.argmax(-1) == ids
     ends = [2**stage - 1 for stage in range(1, stages)]
-    by_stage = lambda x: jnp.stack([part.mean() for part in jnp.split(x, ends, axis=1)])
+    average = lambda x: jnp.average(x, axis=0, weights=weights)
+    by_stage = lambda x: average(
+        jnp.stack([part.mean(1) for part in jnp.split(x, ends, axis=1)], axis=1)
+    )
     return {
-        "canvas_loss": jnp.square(predicted - final[:, None]).mean((0, 2, 3)),
+        "canvas_loss": average(jnp.square(predicted - final[:, None]).mean((2, 3))),
         "token_loss": by_stage(-log_likelihood),
         "token_accuracy": by_stage(correct.astype(jnp.float32)),
     }

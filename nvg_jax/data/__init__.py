@@ -1,6 +1,13 @@
-"""Images with class labels, from a data set on disk to batches: sources, transforms, loader."""
+"""Labelled images, or their sequences, from a data set on disk to batches."""
 
-from nvg_jax.data.loader import eval_batches, train_loader
-from nvg_jax.data.sources import Source, open_source
+from nvg_jax.data.loader import crop_batches, eval_batches, train_loader
+from nvg_jax.data.sources import GranularitySource, Source, open_source
 
-__all__ = ["Source", "eval_batches", "open_source", "train_loader"]
+__all__ = [
+    "GranularitySource",
+    "Source",
+    "crop_batches",
+    "eval_batches",
+    "open_source",
+    "train_loader",
+]

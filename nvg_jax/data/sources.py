@@ -1,7 +1,8 @@
 """Data sets as random-access sources of still encoded images with their labels.
 
 Digits of scikit-learn, IDX files, folders of images, and data sets prepared by TensorFlow
-Datasets (TFDS) all become a `Source`, which is all that the loader knows of them.
+Datasets (TFDS) all become a `Source`, which is all that the loader knows of them. The one source
+without images holds what a tokenizer has made of them.
 """
 
 import abc
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from nvg_jax.data import cache
 
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # of Debian's dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
@@ -119,6 +122,39 @@ class TfdsSource(Source):
         return {"image": record["image"], "label": int(record["label"]), "name": name}
 
 
+class GranularitySource(Source):
+    """A split of a cache of granularity sequences; the index is that of an image.
+
+    An item has, in place of "image", "crops": its sequences, an array of `cache.crop_dtype`.
+
+    Attributes:
+        tokenizer: the sizes of the tokenizer that made them, a dictionary.
+        tokenizer_hash: a hash of its weights.
+    """
+
+    def __init__(self, folder: pathlib.Path, split: str):
+        meta = cache.read_meta(folder)
+        super().__init__(meta["class_names"])
+        self.tokenizer, self.tokenizer_hash = meta["tokenizer"], meta["tokenizer_hash"]
+        self._folder, self._records = folder, cache.Records(folder, split, meta)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        label, crops = self._records[index]
+        return {"crops": crops, "label": label, "name": self._records.name(index)}
+
+    def check_tokenizer(self, tokenizer_hash: str):
+        """Raises ValueError if the sequences were made by another tokenizer."""
+        if self.tokenizer_hash != tokenizer_hash:
+            raise ValueError(
+                f"The sequences in {self._folder} were made with another tokenizer (weights "
+                f"{self.tokenizer_hash}) than the one to train with ({tokenizer_hash}). Make them "
+                "again with nvg_jax.tokenize, or use their own tokenizer."
+            )
+
+
 def open_source(
     name: str,
     split: str,
@@ -129,10 +165,10 @@ def open_source(
     """Opens one split of a data set.
 
     Args:
-        name: "digits", "fashion_mnist", "image_folder" or "tfds:NAME".
+        name: "digits", "fashion_mnist", "image_folder", "tfds:NAME" or "granularity".
         split: "train" or "test".
-        data_dir: the folder the data set lies in. "image_folder" needs it; "fashion_mnist" and
-            "tfds:NAME" have a default; "digits" takes none.
+        data_dir: the folder the data set lies in. "image_folder" and "granularity" need it;
+            "fashion_mnist" and "tfds:NAME" have a default; "digits" takes none.
         class_names: the classes a model was trained with; the data set must have the same, in
             the same order.
 
@@ -154,10 +190,16 @@ def open_source(
         source = _image_folder(split, data_dir)
     elif name.startswith("tfds:"):
         source = _tfds(name.removeprefix("tfds:"), split, data_dir or TFDS_DIR)
+    elif name == "granularity":
+        if not data_dir:
+            raise ValueError(
+                "The data set granularity needs data_dir, the folder that nvg_jax.tokenize wrote."
+            )
+        source = GranularitySource(pathlib.Path(data_dir), split)
     else:
         raise ValueError(
-            f"There is no data set '{name}'; choose digits, fashion_mnist, image_folder or "
-            "tfds:NAME."
+            f"There is no data set '{name}'; choose digits, fashion_mnist, image_folder, "
+            "tfds:NAME or granularity."
         )
     if class_names is not None and tuple(class_names) != source.class_names:
         raise ValueError(

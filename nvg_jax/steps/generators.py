@@ -3,6 +3,8 @@
 Either one alone or both together, as the paper trains them; each has its own state.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,7 +15,8 @@ from nvg_jax.content.model import ContentGenerator
 from nvg_jax.optimizers import OptimizerConfig
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import Quantized, Tokenizer
+from nvg_jax.tokenizer import Quantized, Sequence, Tokenizer
+from nvg_jax.tokenizer.quantizer import at_positions
 
 Generator = ContentGenerator | StructureGenerator
 
@@ -44,13 +47,16 @@ def init_params(model: Generator, key, codebook=None):
     return params
 
 
-def loss_terms(model: Generator, params, quantized: Quantized, class_ids, canvas_scale, key):
+def loss_terms(
+    model: Generator, params, quantized: Quantized, class_ids, canvas_scale, key, weights=None
+):
     """(scalar loss, {name: float32 per stage}) of one generator on an encoded batch.
 
     Args:
         class_ids: int32 (B,), the null class where the label was dropped.
         canvas_scale: float32 (S + 1,).
         key: None to evaluate without drop path; the flow's noise then comes from seed 0.
+        weights: float32 (B,), the share of each image, 1 in all; alike if None.
     """
     batch = class_ids.shape[0]
     structure, canvases = quantized.sequence.structure, quantized.canvases
@@ -71,6 +77,7 @@ def loss_terms(model: Generator, params, quantized: Quantized, class_ids, canvas
             canvases,
             jax.random.normal(noise_key, (batch, structure.shape[2], stages - 1)),
             draw_times(time_key, batch, learned),
+            weights,
         )  # fmt: skip
         return losses.mean(), {"flow_loss": losses}
     terms = content_losses(
@@ -80,13 +87,33 @@ def loss_terms(model: Generator, params, quantized: Quantized, class_ids, canvas
         ),
         lambda missing: apply(missing, method="token_logits"),
         quantized,
+        weights,
     )  # fmt: skip
     return (terms["canvas_loss"] + terms["token_loss"]).mean(), terms
 
 
-def encode(tokenizer: Tokenizer, params, images) -> Quantized:
-    """The frozen tokenizer's sequence and canvases of images."""
-    return jax.lax.stop_gradient(tokenizer.apply({"params": params}, images, method="encode"))
+def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
+    """The frozen tokenizer's sequence and canvases of a batch.
+
+    Args:
+        batch: {"image": float32 (B, H, W, 3) in [-1, 1]}, or what is kept of such a sequence:
+            {"structure": int (B, L), the labels of the finest stage, "tokens": int (B, 2L - 1),
+            those of the clusters of stage 0, 1, ... K after each other}.
+
+    Returns:
+        Quantized; from a kept sequence its `losses` are None, as the latent is not known.
+    """
+    apply = functools.partial(tokenizer.apply, {"params": params})
+    if "image" in batch:
+        return jax.lax.stop_gradient(apply(batch["image"], method="encode"))
+    finest, tokens = (batch[name].astype(jnp.int32) for name in ("structure", "tokens"))
+    stages = granularity.num_stages(finest.shape[1])
+    structure = finest[:, None] >> jnp.arange(stages)[::-1, None]
+    stage_tokens = jnp.split(tokens, [2**stage - 1 for stage in range(1, stages)], axis=1)
+    at = [at_positions(ids, structure[:, stage]) for stage, ids in enumerate(stage_tokens)]
+    sequence = Sequence(structure, jnp.stack(at, axis=1))
+    canvases = jax.lax.stop_gradient(apply(sequence, method="canvases"))
+    return Quantized(sequence, canvases, tuple(stage_tokens), None)
 
 
 def train_step(
@@ -102,7 +129,7 @@ def train_step(
     tokenizer: Tokenizer,
     class_dropout: float,
 ):
-    """One step of every generator in `states` on {"image", "label"}.
+    """One step of every generator in `states` on a batch for `encode` with its "label".
 
     Args:
         states: a TrainState for each name ("structure", "content") in `models`.
@@ -111,7 +138,7 @@ def train_step(
     Returns:
         The states and the metrics, each name followed by its generator.
     """
-    quantized = encode(tokenizer, tokenizer_params, batch["image"])
+    quantized = encode(tokenizer, tokenizer_params, batch)
     states, metrics = dict(states), {}
     for index, name in enumerate(sorted(states)):
         state, model = states[name], models[name]
@@ -130,12 +157,16 @@ def train_step(
 
 
 def eval_step(params, tokenizer_params, canvas_scale, batch, *, models, tokenizer: Tokenizer):
-    """Losses of every generator in `params` on {"image", "label"}, without dropout."""
-    quantized = encode(tokenizer, tokenizer_params, batch["image"])
+    """Losses of every generator in `params` on a batch as in `train_step`, without dropout.
+
+    Images where the batch's "mask", bool (B,), is False do not count.
+    """
+    quantized = encode(tokenizer, tokenizer_params, batch)
+    weights = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
     metrics = {}
     for name in params:
         loss, terms = loss_terms(
-            models[name], params[name], quantized, batch["label"], canvas_scale, None
+            models[name], params[name], quantized, batch["label"], canvas_scale, None, weights
         )
         metrics.update({f"{name}/{k}": v for k, v in {"loss": loss, **terms}.items()})
     return metrics

@@ -7,7 +7,7 @@ from nvg_jax import granularity
 from nvg_jax.structure import flow
 
 
-def structure_losses(velocity, structure, canvases, noise, times):
+def structure_losses(velocity, structure, canvases, noise, times, weights=None):
     """Flow-matching loss of each learned split, float32 (K - 1,).
 
     Args:
@@ -18,6 +18,7 @@ def structure_losses(velocity, structure, canvases, noise, times):
         canvases: float32 (B, S, L, D), the canvas after each stage.
         noise: float32 (B, L, K), shared by the stages of an image.
         times: float32 (B, K - 1) in [0, 1].
+        weights: float32 (B,), the share of each image in the averages, 1 in all; alike if None.
     """
     batch, stages, length = structure.shape
     num_bits, learned = stages - 1, stages - 2
@@ -32,7 +33,7 @@ def structure_losses(velocity, structure, canvases, noise, times):
         noisy, fold(times), fold(embedding[:, :learned]), fold(canvases[:, :learned]), stage
     )
     error = jnp.square(noise - predicted - target).mean((1, 2))
-    return error.reshape(batch, learned).mean(0)
+    return jnp.average(error.reshape(batch, learned), axis=0, weights=weights)
 
 
 def draw_times(key, batch: int, learned: int):

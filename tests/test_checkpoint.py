@@ -1,0 +1,221 @@
+"""Checkpoints: what was saved comes back exactly, or the one before it, or a sentence."""
+
+import gc
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nvg_jax.checkpoint import Checkpoints, checksums, read, read_meta
+
+# After an error Orbax leaves coroutines behind that Python complains of.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+META = {"name": "run", "scale": [1.0, 0.3333333333333333], "none": None, "sizes": [3, 4]}
+
+
+def make_state(value: int) -> dict:
+    rng = np.random.default_rng(value)
+    return {
+        "params": {"kernel": jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)},
+        "half": jnp.asarray(rng.normal(size=(33,)), jnp.bfloat16),
+        "step": jnp.int32(value),
+    }
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def save(folder, *steps, keep=3):
+    checkpoints = Checkpoints(folder, keep)
+    for step in steps:
+        checkpoints.save(step, make_state(step), {**META, "of": step}, {"next_index": 10 * step})
+    checkpoints.close()
+
+
+def same(found, state) -> bool:
+    return all(
+        np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True)
+    )
+
+
+def restore(folder):
+    """(state, position, step) as a run that goes on gets them."""
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.restore(abstract(make_state(0)), lambda meta: None)
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture(autouse=True)
+def clear_up():
+    yield
+    gc.collect()  # the complaints come here, where they are filtered
+
+
+@pytest.fixture
+def two(tmp_path):
+    save(tmp_path / "run", 1, 2)
+    return tmp_path / "run"
+
+
+def test_what_was_saved_comes_back(two):
+    state, position, step = restore(two)
+    assert step == 2 and position == {"next_index": 20} and same(state, make_state(2))
+    assert read_meta(two) == {**META, "of": 2, "step": 2}
+    wanted = {"params": abstract(make_state(0)["params"])}
+    meta, part = read(two, lambda meta: wanted if meta["of"] == 2 else None)
+    assert meta["step"] == 2 and same(part, {"params": make_state(2)["params"]})
+    assert read_meta(two / "nowhere") is None and read_meta(two.parent) is None
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    save(tmp_path / "run", 1, 2, 3, keep=2)
+    kept = sorted(int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit())
+    assert kept == [2, 3]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int32, np.uint8])
+def test_every_single_bit_counts(dtype):
+    array = (np.arange(12).reshape(3, 4) % 2).astype(dtype)
+    first = int(checksums([jnp.asarray(array)])[0])
+    width = array.dtype.itemsize
+    bits = range(8 * width)
+    for index in (0, 5, 11):
+        for bit in bits:
+            raw = bytearray(array.tobytes())
+            raw[index * width + bit // 8] ^= 1 << bit % 8
+            changed = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
+            assert int(checksums([jnp.asarray(changed)])[0]) != first
+    swapped = array[:, ::-1]
+    assert int(checksums([jnp.asarray(swapped)])[0]) != first
+
+
+def flip(path, position, bit):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_anywhere_never_gives_wrong_numbers(two, tmp_path, caplog):
+    """The newest checkpoint, or the one before it; exactly, for training and for readers."""
+    rng = np.random.default_rng(0)
+    files = sorted(
+        path for path in (two / "2").rglob("*") if path.is_file() and path.stat().st_size
+    )
+    assert len(files) > 5
+    fell_back = 0
+    largest = max(files, key=lambda path: path.stat().st_size)
+    for file in files:
+        for trial in range(6 if file == largest else 1):
+            copy = tmp_path / f"copy_{file.name}_{trial}"
+            shutil.copytree(two, copy)
+            flip(copy / file.relative_to(two), int(rng.integers(file.stat().st_size)), trial)
+            meta, part = read(copy, lambda meta: {"params": abstract(make_state(0)["params"])})
+            assert meta["of"] == meta["step"]
+            assert same(part, {"params": make_state(meta["step"])["params"]})
+            state, position, step = restore(copy)
+            assert position == {"next_index": 10 * step} and same(state, make_state(step))
+            fell_back += step == 1
+            shutil.rmtree(copy)
+    assert fell_back >= 6
+    assert "is damaged" in caplog.text
+
+
+def test_truncated_missing_and_broken_files_give_the_one_before(two, tmp_path, caplog):
+    largest = max((two / "2").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    metadata = next((two / "2" / "meta").glob("*"))
+    for number, damage in enumerate(
+        (
+            lambda copy: os.truncate(copy / largest.relative_to(two), 100),
+            lambda copy: (copy / largest.relative_to(two)).unlink(),
+            lambda copy: (copy / metadata.relative_to(two)).write_text("{"),
+            lambda copy: shutil.rmtree(copy / "2" / "state"),
+        )
+    ):
+        copy = tmp_path / str(number)
+        shutil.copytree(two, copy)
+        damage(copy)
+        wanted = {"params": abstract(make_state(0)["params"])}
+        meta, part = read(copy, lambda meta: wanted)
+        assert meta["step"] == 1 and same(part["params"], make_state(1)["params"])
+        state, _, step = restore(copy)
+        assert step == 1 and same(state, make_state(1))
+        assert (copy / "damaged_2").is_dir() and not (copy / "2").exists()
+        save(copy, 2)  # as the run that goes on will
+        assert restore(copy)[2] == 2
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert any("The checkpoint of step 2" in r.getMessage() for r in warnings)
+
+
+def test_when_all_are_damaged_nothing_is_begun_anew(two):
+    for step in ("1", "2"):
+        largest = max((two / step).rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+        os.truncate(largest, 10)
+    with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
+        restore(two)
+    with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
+        read(two, lambda meta: abstract(make_state(0)))
+    assert (two / "1").is_dir() and (two / "2").is_dir()
+
+
+def test_another_model_is_no_damage(two):
+    other = make_state(0)
+    other["params"]["kernel"] = jnp.zeros((64, 47))
+    with pytest.raises(ValueError, match=r"params/kernel should be float32 \(64, 47\)"):
+        read(two, lambda meta: abstract(other))
+    checkpoints = Checkpoints(two)
+    with pytest.raises(ValueError, match="are of another model"):
+        checkpoints.restore(abstract(other), lambda meta: None)
+    checkpoints.close()
+    assert restore(two)[2] == 2
+
+
+def test_a_save_that_was_cut_off_does_not_count(two):
+    shutil.copytree(two / "2", two / "3.orbax-checkpoint-tmp")
+    assert read_meta(two)["step"] == 2 and restore(two)[2] == 2
+    save(two, 3)
+    assert restore(two)[2] == 3
+
+
+def fill_disk(folder):
+    """Saves where files are limited to less than the checkpoint takes, as on a full disk."""
+    checkpoints = Checkpoints(folder)
+    big = make_state(3) | {"big": jnp.asarray(np.random.default_rng(0).normal(size=1 << 18))}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, resource.RLIM_INFINITY))
+    try:
+        checkpoints.save(3, big, META)
+        checkpoints.wait()
+    except OSError as error:
+        print(error, flush=True)
+    os._exit(0)  # what Orbax leaves behind complains on the way out
+
+
+def test_a_full_disk_is_a_sentence_and_the_old_ones_stay(two):
+    run = subprocess.run(
+        [sys.executable, __file__, two],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert f"could not be written to {two}" in run.stdout and "make room" in run.stdout, run
+    state, _, step = restore(two)
+    assert step == 2 and same(state, make_state(2))
+
+
+if __name__ == "__main__":
+    fill_disk(sys.argv[1])

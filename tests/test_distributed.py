@@ -1,0 +1,287 @@
+"""One training on many devices and in several processes: the same numbers, no wasted traffic.
+
+Run as a script, this file is the process with eight devices that the tests look into.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import digits
+from nvg_jax import checkpoint, models, programs, sharding
+from nvg_jax.pipeline import Pipeline, abstract_params
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.train import Trainer, dataclass_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 20
+MESHES = {
+    "one device": None,
+    "data 8": (8, 1, 1),
+    "fsdp 8": (1, 8, 1),
+    "data 2 fsdp 2 tensor 2": (2, 2, 2),
+}
+
+
+def run_config():
+    config = digits.get_config("runlocal")
+    for training in (config.tokenizer_training, config.generator_training):
+        training.update(steps=STEPS, log_every=1, save_every=10, eval_every=STEPS)
+        training.optimizer.update(learning_rate=1e-3)
+    return config
+
+
+def losses_on(mesh) -> dict[str, list[float]]:
+    """The losses of STEPS steps of both trainings, from the seed and the data of `run_config`."""
+    config = run_config()
+    trainer = Trainer(config, Path("unused"), mesh)
+    curves = {}
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        program = programs.tokenizer_training(config, mesh, STEPS)
+        state = program.init(jax.random.fold_in(trainer.key, 0))
+        replicate = jax.jit(
+            lambda tree: jax.tree.map(jnp.copy, tree),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+        tokenizer = replicate(state.params)  # of its own: the step takes the state's memory
+        batches = trainer.training_batches(16, config.seed)
+        taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
+        metrics = []
+        for batch in taken:
+            state, found = program.step(state, batch, soft_index=False)
+            metrics.append(found)
+        curves["tokenizer"] = [float(m["loss"]) for m in jax.device_get(metrics)]
+
+        program = programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
+        states = program.init(
+            jax.random.fold_in(trainer.key, 1), tokenizer["quantizer"]["codebook"]
+        )
+        key, metrics = jax.random.fold_in(trainer.key, 2), []
+        for batch in taken:
+            states, found = program.step(states, tokenizer, np.ones(6, np.float32), batch, key)
+            metrics.append(found)
+        for name in models.GENERATORS:
+            curves[name] = [float(m[f"{name}/loss"]) for m in jax.device_get(metrics)]
+    return curves
+
+
+def collectives(compiled) -> list[tuple[str, int, str]]:
+    """(kind, elements of the largest result, operation) of every collective of a program."""
+    found = []
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for line in compiled.as_text().splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(-start)?\(", line)
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+            operation = re.search(r'op_name="([^"]*)"', line)
+            found.append((match[2], max(sizes), operation[1] if operation else ""))
+    return found
+
+
+def compiled_step(mesh, stage: str):
+    """The program of a stage on a mesh and its compiled step; nothing is run."""
+    config, split = run_config(), NamedSharding(mesh, sharding.BATCH_SPEC)
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.float32, sharding=split),
+        "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=split),
+    }
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        if stage == "tokenizer":
+            program = programs.tokenizer_training(config, mesh, STEPS)
+            return program, program.step.lower(program.state, batch, soft_index=False).compile()
+        program = programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
+        meta = {"tokenizer": dataclass_dict(TokenizerConfig(**config.tokenizer))}
+        tokenizer = sharding.abstract(
+            abstract_params(meta, "tokenizer"), NamedSharding(mesh, PartitionSpec())
+        )
+        key, scale = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((6,), jnp.float32)
+        lowered = program.step.lower(program.state, tokenizer, scale, batch, key)
+        return program, lowered.compile()
+
+
+def leaf_sizes(program) -> list[int]:
+    """Numbers of elements of all parameters, and of one layer of stacked ones."""
+    sizes = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
+        sizes.add(leaf.size)
+        if "blocks" in jax.tree_util.keystr(path):
+            sizes.add(leaf.size // leaf.shape[0])
+    return sorted(sizes)
+
+
+def observe() -> dict:
+    seen = {"curves": {}, "collectives": {}, "sizes": {}}
+    for name, sizes in MESHES.items():
+        mesh = sharding.make_mesh(*(sizes or (1, 1, 1)), devices=jax.devices()[: sizes and 8 or 1])
+        seen["curves"][name] = losses_on(mesh)
+        if sizes:
+            for stage in ("tokenizer", "generators"):
+                program, compiled = compiled_step(mesh, stage)
+                seen["collectives"][f"{stage}, {name}"] = collectives(compiled)
+                seen["sizes"][stage] = leaf_sizes(program)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if MESHES[name]])
+@pytest.mark.parametrize("stage", ["tokenizer", *models.GENERATORS])
+def test_every_mesh_gives_the_losses_of_one_device(seen, stage, name):
+    alone, found = seen["curves"]["one device"][stage], seen["curves"][name][stage]
+    assert len(set(alone)) == STEPS
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if MESHES[name]])
+@pytest.mark.parametrize("stage", ["tokenizer", "generators"])
+def test_only_parameters_and_gradients_travel(seen, stage, name):
+    """No gather of activations, nothing moved about; sums of gradients, metrics and no more.
+
+    Over "tensor" one sum of the residual for each half of a block, as planned.
+    """
+    data, fsdp, tensor = MESHES[name]
+    sizes = set(seen["sizes"][stage])
+    found = seen["collectives"][f"{stage}, {name}"]
+    assert found
+    for kind, size, operation in found:
+        if kind == "all-gather":
+            assert fsdp * tensor > 1 and size in sizes, operation
+        elif kind == "all-reduce":
+            residual = tensor > 1 and re.search("bnpd,pdc->bnc|bnc,cpd->bnpd", operation)
+            # A gradient may be summed before or after it is cut to its share.
+            share = any(size * cut in sizes for cut in (1, 2, 4, 8))
+            assert residual or share or size <= 9, (size, operation)
+        else:
+            raise AssertionError(f"{kind} of {size} elements: {operation}")
+    if fsdp > 1:
+        assert any(kind == "all-gather" for kind, _, _ in found)
+
+
+def test_heads_that_do_not_split_are_refused():
+    config = run_config()
+    mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.MESH_AXES)
+    with pytest.raises(ValueError, match="2 attention heads .* do not split over mesh.tensor=3"):
+        programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
+
+
+# Two processes.
+
+
+def logged(folder) -> dict:
+    """{(tag, step): value} of every scalar in the event files of a run."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util import tensor_util
+
+    values = {}
+    for path in folder.glob("events*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                array = tensor_util.make_ndarray(value.tensor)
+                if array.dtype == np.float32 and array.ndim == 0:
+                    values[value.tag, event.step] = float(array)
+    return values
+
+
+def start(workdir, *arguments, processes: int = 2, devices: int = 2):
+    """The training command in several processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    }
+    command = [
+        sys.executable, "-m", "nvg_jax.train", "--config=configs/digits.py:runlocal",
+        f"--workdir={workdir}", *arguments,
+    ]  # fmt: skip
+    if processes > 1:
+        command += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+    return [
+        subprocess.Popen(
+            command + ([f"--process_id={index}"] if processes > 1 else []),
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def finish(processes) -> list[str]:
+    return [process.communicate()[1] for process in processes]
+
+
+def test_two_processes_train_stop_on_a_signal_and_go_on(tmp_path):
+    """Four devices of two processes: a SIGTERM to one saves in both; then to the end as alone."""
+    from nvg_jax.train import train
+
+    arguments = [
+        f"--config.{stage}_training.{key}={value}"
+        for stage in ("tokenizer", "generator")
+        for key, value in (
+            ("steps", STEPS), ("log_every", 1), ("save_every", 10), ("eval_every", STEPS),
+            ("optimizer.learning_rate", 1e-3),
+        )
+    ]  # fmt: skip
+    running = start(tmp_path / "two", *arguments)
+    for line in running[0].stderr:
+        if "tokenizer 3/" in line:
+            running[1].send_signal(signal.SIGTERM)
+            break
+    outputs = finish(running)
+    assert [process.returncode for process in running] == [75, 75], outputs
+    stopped = checkpoint.read_meta(tmp_path / "two" / "tokenizer")["step"]
+    assert 3 <= stopped < STEPS
+
+    running = start(tmp_path / "two", *arguments)
+    outputs = finish(running)
+    assert [process.returncode for process in running] == [0, 0], outputs
+    assert f"going on at step {stopped} of {STEPS}" in outputs[0]
+    assert "going on" not in outputs[1]  # one process tells
+
+    train(run_config(), tmp_path / "one")
+    for run, tags in (
+        ("tokenizer", ("loss", "test_psnr")),
+        ("generators", ("content/loss", "structure/loss", "test_content/loss")),
+    ):
+        alone, found = logged(tmp_path / "one" / run), logged(tmp_path / "two" / run)
+        for tag in tags:
+            curve = {key: value for key, value in alone.items() if key[0] == tag}
+            assert len(curve) == (1 if tag.startswith("test") else STEPS)
+            for key, value in curve.items():
+                np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=str(key))
+        assert list((tmp_path / "two" / run).glob("pictures_*.png"))
+    # What two processes wrote, one reads: on another number of devices and of processes.
+    Pipeline.from_pretrained(tmp_path / "two").sample([0])
+
+
+if __name__ == "__main__":
+    flags.FLAGS(sys.argv[:1])
+    print(json.dumps(observe()))

@@ -1,0 +1,120 @@
+"""Runs that are killed at any moment end with the weights of a run that was left alone."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from absl import flags
+
+from configs import digits
+from nvg_jax import preemption, sharding
+from nvg_jax.train import train
+
+KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "6"))
+
+
+def run(workdir):
+    """The work of a process."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])
+    config = digits.get_config("runlocal")
+    config.tokenizer_training.save_every = config.generator_training.save_every = 2
+    train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """Starts `run` in a process of its own that has already imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_faults"])
+
+    def spawn(*arguments):
+        process = context.Process(target=run, args=arguments)
+        process.start()
+        return process
+
+    return spawn
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def content(folder):
+    """Every item of the latest checkpoint of a run: the state's bits, the rest as JSON."""
+    with ocp.CheckpointManager(folder) as manager:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+        found = manager.restore(manager.latest_step(), args=items)
+    meta = found["meta"]
+    meta["meta"].pop("tokenizer_workdir", None)  # the one thing that names the folder
+    meta.pop("digest")
+    return jax.tree.map(np.asarray, found["state"]), meta
+
+
+def assert_same_run(folder, whole):
+    for name in ("tokenizer", "generators"):
+        (state, meta), (whole_state, whole_meta) = content(folder / name), content(whole / name)
+        jax.tree.map(np.testing.assert_array_equal, state, whole_state)
+        assert meta == whole_meta
+
+
+def progress(folder) -> tuple[int, ...]:
+    """The steps of both runs' finished checkpoints, as the names of the folders tell."""
+    steps = lambda run: [int(path.name) for path in run.glob("*") if path.name.isdigit()]
+    return tuple(max(steps(folder / run), default=0) for run in ("tokenizer", "generators"))
+
+
+def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path):
+    """Every other one at any moment, the rest around a save, so that the run gets on."""
+    rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
+    reached = []
+    for kill in range(KILLS):
+        before = set(tmp_path.rglob("*tmp*"))
+        process = spawn(tmp_path)
+        if kill % 2:
+            while process.is_alive() and not set(tmp_path.rglob("*tmp*")) - before:
+                time.sleep(0.002)  # until a save begins
+        process.join(rng.uniform(0, 0.6 if kill % 2 else 6))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        reached.append(progress(tmp_path))
+    assert reached == sorted(reached), "a kill lost finished checkpoints"
+    assert reached[-1] > (0, 0)
+    process = spawn(tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(tmp_path, whole)
+    print("after each kill:", reached)
+
+
+def test_asked_to_end_it_saves_at_once_and_loses_no_step(whole, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    place, calls = sharding.global_batch, []
+
+    def count(batch, mesh):
+        calls.append(batch)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(sharding, "global_batch", count)
+    try:
+        preemption.watch()
+        with pytest.raises(preemption.Preempted, match="tokenizer: .* saved at step 3 of 12"):
+            run(tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        preemption._asked.clear()
+    assert progress(tmp_path) == (3, 0)
+    run(tmp_path)
+    assert_same_run(tmp_path, whole)
