@@ -1,0 +1,9 @@
+"""Sweeps, one a module; launch/sweep.py says what is in it and runs it."""
+
+
+def product(choices: dict[str, list]) -> list[dict]:
+    """Every combination of one value for each key; the last key changes fastest."""
+    runs = [{}]
+    for key, values in choices.items():
+        runs = [run | {key: value} for run in runs for value in values]
+    return runs

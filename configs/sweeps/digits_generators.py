@@ -1,0 +1,23 @@
+"""Learning rate and regularisation of the digits' generators, on one tokenizer.
+
+python -m nvg_jax.train --config=configs/digits.py --config.stage=tokenizer --workdir=runs/digits
+python launch/sweep.py --sweep=configs/sweeps/digits_generators.py --workdir=runs/sweep --submit
+
+The generators memorise the 1,497 images if trained for long, so what regularises them (drop path,
+how long the average of the weights is) is to be chosen together with the learning rate.
+"""
+
+from configs.sweeps import product
+
+CONFIG = "configs/digits.py"
+FIXED = {"stage": "generators", "tokenizer_workdir": "runs/digits"}
+
+
+def get_sweep():
+    return product(
+        {
+            "generator_training.optimizer.learning_rate": [8e-3, 1.6e-2, 3.2e-2],
+            "generator_training.optimizer.ema_decay": [0.995, 0.998],
+            "content.drop_path": [0.0, 0.1],
+        }
+    )

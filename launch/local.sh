@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Training on this machine, on all its accelerators, started again when it is interrupted.
+#
+#     launch/local.sh [--dry_run] -- --config=configs/digits.py --workdir=runs/digits
+#
+# What stands after -- goes to `python -m nvg_jax.train`. Paths count from the repository.
+#
+#     --processes=N    N processes that find each other on localhost: a rehearsal, on the
+#                      CPU, of training on several machines
+#     --port=PORT      their coordinator's port (12355)
+#     --dry_run        prints the commands and runs none (so does DRY_RUN=1)
+#
+# Environment: PYTHON (python), JAX_COMPILATION_CACHE_DIR (WORKDIR/jax_cache), and that of
+# launch/restart.sh.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+processes=1
+port=12355
+while (($#)); do
+    case $1 in
+        --processes=*) processes=${1#*=} ;;
+        --port=*) port=${1#*=} ;;
+        --dry_run) dry_run=1 ;;
+        --help) print_help && exit ;;
+        --) shift && break ;;
+        *) fail "unknown argument $1; training arguments stand after --, see $0 --help" ;;
+    esac
+    shift
+done
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes must be a whole number from 1, not '$processes'"
+take_train_arguments "$@"
+
+run cd "$root"
+restart=(bash launch/restart.sh "${PYTHON:-python}" -m nvg_jax.train "${train_arguments[@]}")
+if ((processes == 1)); then
+    run exec env "$jax_cache" "${restart[@]}"
+    exit
+fi
+
+pids=()
+signalled=
+stop() {
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+}
+trap 'signalled=1; stop' TERM INT
+
+for ((id = 0; id < processes; id++)); do
+    process=(
+        env "JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}" "$jax_cache" "${restart[@]}"
+        "--coordinator_address=127.0.0.1:$port" "--num_processes=$processes" "--process_id=$id"
+    )
+    if [[ $dry_run ]]; then
+        echo "$(quote "${process[@]}") &"
+    else
+        "${process[@]}" &
+        pids+=($!)
+    fi
+done
+if [[ $dry_run ]]; then
+    echo wait
+    exit
+fi
+
+code=0
+while true; do
+    ended=0
+    wait -n || ended=$?
+    if [[ $signalled ]]; then # not a process that ended, but the signal
+        signalled=
+        continue
+    fi
+    ((ended != 127)) || break # none is left
+    if ((ended && !code)); then
+        code=$ended
+        stop # the others would wait for it
+    fi
+done
+exit "$code"

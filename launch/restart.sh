@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Runs a command again until it has ended: the rule of restarting, for every launcher.
+#
+#     launch/restart.sh [--dry_run] COMMAND...
+#
+#     the command's exit code
+#     0        it is done: ends with 0
+#     2        a mistake of the user, or a loss that is not finite: ends with 2
+#     75       preempted, and the state is saved: starts it again at once
+#     other    a crash, or killed: starts it again after a pause; after too many
+#              crashes in a row, ends with 1
+#
+# SIGTERM or Ctrl-C is passed on to the command, which saves; then this ends with the
+# command's exit code and does not start it again, since the machine is going away.
+#
+# Environment:
+#     NVG_MAX_CRASHES=5       crashes in a row that are followed by a new start
+#     NVG_RESTART_PAUSE=15    seconds before a new start after a crash
+#     NVG_LONG_RUN=600        a run of this many seconds begins the count of crashes anew
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+while (($#)); do
+    case $1 in
+        --help) print_help && exit ;;
+        --dry_run) dry_run=1 ;;
+        -*) fail "unknown argument $1; see $0 --help" ;;
+        *) break ;;
+    esac
+    shift
+done
+(($#)) || fail "no command to run; see $0 --help"
+max_crashes=${NVG_MAX_CRASHES:-5}
+pause=${NVG_RESTART_PAUSE:-15}
+long_run=${NVG_LONG_RUN:-600}
+for number in "$max_crashes" "$pause" "$long_run"; do
+    [[ $number =~ ^[0-9]+$ ]] ||
+        fail "NVG_MAX_CRASHES, NVG_RESTART_PAUSE and NVG_LONG_RUN are whole numbers, not '$number'"
+done
+if [[ $dry_run ]]; then
+    quote "$@"
+    exit
+fi
+command -v -- "$1" >/dev/null || fail "there is no command '$1'"
+
+say() {
+    echo "restart.sh: $*" >&2
+}
+
+child=
+stopping=
+signalled=
+pass_on() {
+    stopping=1
+    signalled=1
+    if [[ $child ]]; then
+        kill -TERM "$child" 2>/dev/null || true
+    fi
+}
+trap pass_on TERM INT
+
+# Runs a command and sets code to its exit code.
+run_child() {
+    "$@" &
+    child=$!
+    if [[ $stopping ]]; then # the signal came before the child was known
+        pass_on
+    fi
+    while true; do
+        signalled=
+        code=0
+        wait "$child" || code=$? # a signal ends this early
+        [[ $signalled ]] || break
+    done
+    child=
+}
+
+crashes=0
+while true; do
+    started=$SECONDS
+    run_child "$@"
+    if ((code == 0 || code == 2)) || [[ $stopping ]]; then
+        exit "$code"
+    fi
+    if ((code == 75)); then
+        crashes=0
+        say "exit code 75 (preempted, state saved); starting again"
+        continue
+    fi
+    if ((SECONDS - started >= long_run)); then
+        crashes=0
+    fi
+    crashes=$((crashes + 1))
+    if ((crashes > max_crashes)); then
+        say "exit code $code; $crashes crashes in a row, giving up"
+        exit 1
+    fi
+    say "exit code $code (crash $crashes of at most $max_crashes in a row); starting again in $pause s"
+    run_child sleep "$pause"
+    if [[ $stopping ]]; then
+        exit 143
+    fi
+done

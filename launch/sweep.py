@@ -1,0 +1,239 @@
+"""Starts one training run for each entry of a sweep, or prints the commands (the default).
+
+    python launch/sweep.py --sweep=configs/sweeps/digits_generators.py --workdir=runs/sweep
+    python launch/sweep.py --sweep=... --workdir=... --submit
+    python launch/sweep.py --sweep=... --workdir=/shared/sweep --launcher=slurm \\
+        --launcher_args="--nodes=1 --gpus-per-node=8 --exclusive" --submit
+
+Run it in the repository's folder. A sweep is a Python file with CONFIG (a configuration file, with
+its variant if any), get_sweep(), a list of dictionaries of overrides such as {"content.depth": 8},
+and, if the runs have some in common, FIXED, a dictionary of those. Every run has its own folder
+below --workdir, named after its overrides, and goes on where it was when it is submitted again.
+What stands after `--` is given to every run.
+"""
+
+import argparse
+import difflib
+import hashlib
+import importlib.util
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME_LENGTH = 180  # file systems allow 255, and a job name may add to it
+
+
+def main():
+    try:
+        options, extra = parse_arguments(sys.argv[1:])
+        commands = sweep_commands(options, extra)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if not options.submit:
+        print("\n".join(map(shlex.join, commands)))
+        return
+    for number, command in enumerate(commands, 1):
+        print(f"run {number} of {len(commands)}: {shlex.join(command)}", flush=True)
+        code = run(command)
+        if code:
+            print(f"error: run {number} ended with exit code {code}", file=sys.stderr)
+            sys.exit(code if code > 0 else 128 - code)
+
+
+def run(command: Sequence[str]) -> int:
+    """Runs a command to its end and gives its exit code; Ctrl-C and SIGTERM are for it to obey."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: process.terminate())
+    return process.wait()
+
+
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command line, and the training arguments after `--`."""
+    extra = []
+    if "--" in arguments:
+        split = arguments.index("--")
+        arguments, extra = arguments[:split], arguments[split + 1 :]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sweep", required=True, help="file of the sweep")
+    parser.add_argument("--workdir", required=True, help="folder above the folders of the runs")
+    parser.add_argument("--launcher", choices=("local", "slurm", "gke"), default="local")
+    parser.add_argument(
+        "--launcher_args", default="", help="more arguments of the launcher (slurm: of sbatch)"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry_run", action="store_true", help="print the commands; the default")
+    mode.add_argument("--submit", action="store_true", help="run the commands, one after another")
+    return parser.parse_args(arguments), extra
+
+
+def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[list[str]]:
+    """The command of every run, all checked.
+
+    Raises:
+        ValueError: a sweep that cannot be, with the run and the key.
+    """
+    config_name, fixed, sweep = load_sweep(options.sweep)
+    config = parse_config(config_name, [])
+    commands, names = [], {}
+    for number, overrides in enumerate(sweep, 1):
+        where = f"run {number} of {options.sweep}"
+        try:
+            if both := fixed.keys() & overrides.keys():
+                raise ValueError(f"{min(both)} is also in FIXED; give it in one place.")
+            every = typed_overrides(config, {**fixed, **overrides})
+            arguments = [f"--config.{key}={as_text(value)}" for key, value in every.items()]
+            check_parsed(parse_config(config_name, arguments + list(extra)), every)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        name = run_name({key: every[key] for key in overrides})
+        if name in names:
+            raise ValueError(f"{where} is {name}, as run {names[name]} is; leave out one.")
+        names[name] = number
+        commands.append(
+            launcher_command(options, name)
+            + ["--", f"--config={config_name}", f"--workdir={options.workdir.rstrip('/')}/{name}"]
+            + arguments
+            + list(extra)
+        )
+    return commands
+
+
+def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any]]]:
+    """CONFIG, FIXED and get_sweep() of a sweep file."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"there is no sweep file {file}.")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # sweeps import configs
+    spec = importlib.util.spec_from_file_location("sweep_definition", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config_name, sweep = module.CONFIG, module.get_sweep()
+    except Exception as error:  # whatever the file of the user raises
+        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    if not (
+        isinstance(sweep, list) and sweep and all(isinstance(entry, Mapping) for entry in sweep)
+    ):
+        raise ValueError(f"get_sweep() of {file} must give a list of dictionaries, not {sweep!r}.")
+    return config_name, getattr(module, "FIXED", {}), sweep
+
+
+def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.ConfigDict:
+    """The configuration as training would parse it."""
+    if not (ROOT / config_name.split(":")[0]).is_file():
+        raise ValueError(f"there is no configuration file {config_name} in {ROOT}.")
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    argv = ["sweep", f"--config={ROOT / config_name}", *overrides]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        return values.config
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        message = str(error).strip().splitlines()[-1].strip()
+        arguments = shlex.join([f"--config={config_name}", *overrides])
+        raise ValueError(f"{arguments}: {message}") from error
+
+
+def typed_overrides(
+    config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The overrides with keys sorted and each value of the type that its setting has.
+
+    Raises:
+        ValueError: a key that is no setting, or a value of another type.
+    """
+    settings = dict(leaves(config))
+    typed = {}
+    for key, value in sorted(overrides.items()):
+        if key not in settings:
+            inside = [name for name in settings if name.startswith(f"{key}.")]
+            if inside:
+                raise ValueError(f"{key} is a section; name one of its settings, as {inside[0]}.")
+            near = difflib.get_close_matches(key, settings, 1, 0) or ["?"]
+            raise ValueError(f"there is no setting {key}; did you mean {near[0]}?")
+        wanted = type(settings[key])
+        if wanted is float and type(value) is int:
+            value = float(value)
+        elif wanted is tuple and type(value) is list:
+            value = tuple(value)
+        if type(value) is not wanted:
+            raise ValueError(
+                f"{key} is of type {wanted.__name__} (by default {settings[key]!r}), "
+                f"and {value!r} is of type {type(value).__name__}."
+            )
+        typed[key] = value
+    return typed
+
+
+def leaves(config: ml_collections.ConfigDict, prefix: str = ""):
+    """(dotted key, value) of every setting."""
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def as_text(value: Any) -> str:
+    """A value as config_flags parses it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def check_parsed(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]):
+    """Raises ValueError if a configuration does not have the values of a run."""
+    settings = dict(leaves(config))
+    for key, value in overrides.items():
+        if settings[key] != value or type(settings[key]) is not type(value):
+            raise ValueError(
+                f"{key} would be {settings[key]!r} and not {value!r}; do not set after -- what the "
+                "sweep sets."
+            )
+
+
+def run_name(overrides: Mapping[str, Any]) -> str:
+    """A folder name from the overrides: the same for the same overrides, in every sweep."""
+    parts = []
+    for key, value in sorted(overrides.items()):
+        text = "-".join(map(as_text, value)) if isinstance(value, tuple) else as_text(value)
+        parts.append(f"{key}={text}")
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", ",".join(parts)) or "base"
+    if len(name) > NAME_LENGTH:
+        name = f"{name[: NAME_LENGTH - 9]}-{short_hash(name)}"
+    return name
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
+    """The command of one run, up to the `--` before the training arguments."""
+    arguments = shlex.split(options.launcher_args)
+    if options.launcher == "slurm":
+        return ["sbatch", f"--job-name={name}", *arguments, "launch/slurm.sbatch"]
+    if options.launcher == "gke":  # whose names are short and of small letters
+        sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")[:18]
+        return ["bash", "launch/gke_xpk.sh", f"--name={sweep}-{short_hash(name)}", *arguments]
+    return ["bash", "launch/local.sh", *arguments]
+
+
+if __name__ == "__main__":
+    main()
