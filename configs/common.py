@@ -34,6 +34,7 @@ def base() -> ml_collections.ConfigDict:
             stage="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
             tokenizer_workdir="",  # where the generators' tokenizer is, if not in --workdir
+            pretrained_dir="",  # of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # of the arithmetic; bfloat16 on accelerators
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the rest of the devices
             data=dict(
@@ -63,10 +64,22 @@ def base() -> ml_collections.ConfigDict:
                 batch_size=256,
                 epochs=100.0,
                 reconstruction="l1",  # or l2
+                perceptual_weight=1.0,  # LPIPS; 0: off
+                adversarial_weight=0.1,  # 0: no discriminator
+                lecam_weight=0.001,
+                discriminator="dino",  # or small, for small images and without pretrained weights
+                discriminator_weight_decay=5e-4,
                 soft_index_epochs=1.0,  # IBQ warm-up
                 optimizer=tokenizer_optimizer,
             ),
-            generator_training=run | dict(batch_size=768, epochs=200.0, optimizer=optimizer),
+            generator_training=run
+            | dict(
+                batch_size=768,
+                epochs=200.0,
+                repa_weight=0.5,  # alignment of the content generator with DINOv2; 0: off
+                repa_block=8,
+                optimizer=optimizer,
+            ),
             sampling=dict(
                 temperature=1.0,
                 top_k=0,
@@ -87,6 +100,12 @@ def transformer(width: int, depth: int, head_dim: int = 64, drop_path: float = -
     )
 
 
+def without_pretrained(config: ml_collections.ConfigDict):
+    """Turns off what needs pretrained networks: perceptual and adversarial losses, REPA."""
+    config.tokenizer_training.update(perceptual_weight=0.0, adversarial_weight=0.0)
+    config.generator_training.repa_weight = 0.0
+
+
 def choose(arg: str | None, variants) -> list[str]:
     """The variants that a comma-separated argument names, checked."""
     names = [name for name in (arg or "").split(",") if name]
@@ -101,6 +120,7 @@ def choose(arg: str | None, variants) -> list[str]:
 
 def run_locally(config: ml_collections.ConfigDict):
     """Shrinks a preset to 8-pixel images and a few steps of tiny models: seconds on a CPU."""
+    without_pretrained(config)
     config.dtype = "float32"
     config.data.update(num_workers=0, num_threads=1)
     config.tokenizer.update(

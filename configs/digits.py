@@ -12,6 +12,7 @@ from configs import common
 def get_config(arg: str | None = None):
     variants = common.choose(arg, ("demo", "runlocal"))
     config = common.base()
+    common.without_pretrained(config)
     config.data.update(name="digits", resize=8)
     # Four channels and 32 codes: a latent with little in it that cannot be predicted.
     config.tokenizer.update(

@@ -13,6 +13,7 @@ from configs import common
 def get_config(arg: str | None = None):
     variants = common.choose(arg, ("runlocal",))
     config = common.base()
+    common.without_pretrained(config)
     config.data.update(name="fashion_mnist", resize=32)
     config.tokenizer.update(
         image_size=(32, 32),

@@ -24,6 +24,7 @@ def get_config(arg: str | None = None):
         raise ValueError(f"Choose one image size, got {', '.join(sizes)}.")
     latent_size, channels, multipliers, depth, batch_size = SIZES[sizes[0]]
     config = common.base()
+    common.without_pretrained(config)
     config.data.update(name="image_folder", num_workers=4)
     config.tokenizer.update(
         image_size=(int(sizes[0]),) * 2,

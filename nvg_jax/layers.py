@@ -214,7 +214,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, drop_rate, vec, cos, sin, deterministic: bool):
-        """x (B, N, C), drop_rate scalar, vec (B, C) -> (x (B, N, C), None), for `nn.scan`."""
+        """x (B, N, C), drop_rate scalar, vec (B, C) -> x (B, N, C)."""
         batch, length, width = x.shape
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         modulation = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
@@ -244,7 +244,7 @@ class Block(nn.Module):
             keep = 1 - drop_rate
             kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch, 1, 1))
             out = jnp.where(kept, out / keep.astype(out.dtype), 0)
-        return nn.with_logical_constraint(x + out, ACTIVATION_AXES), None
+        return nn.with_logical_constraint(x + out, ACTIVATION_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,23 +287,32 @@ class Transformer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, vec, positions, deterministic: bool):
-        """x (B, N, C), vec (B, C), positions (B, N, 3 + K) -> (B, N, C)."""
+    def __call__(self, x, vec, positions, deterministic: bool, tap: int = 0):
+        """x (B, N, C), vec (B, C), positions (B, N, 3 + K) -> two of (B, N, C).
+
+        After all blocks, and after the first `tap` of them.
+        """
         c = self.config
         cos, sin = rope_angles(positions, rope_split(c.head_dim, positions.shape[-1] - 3))
         block = Block
         if c.remat:
             block = nn.remat(block, prevent_cse=False, static_argnums=(6,))
+
+        def apply(block, carry, layer):
+            (x, tapped), (number, drop_rate) = carry, layer
+            x = block(x, drop_rate, vec, cos, sin, deterministic)
+            return (x, jnp.where(number == tap, x, tapped)), None
+
         blocks = nn.scan(
-            block,
+            apply,
             variable_axes={"params": 0},
             split_rngs={"params": True, "drop_path": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c.width // c.head_dim, c.mlp_ratio, self.dtype, name="blocks")
-        drop_rates = jnp.linspace(0.0, c.drop_path, c.depth)
-        return blocks(x, drop_rates, vec, cos, sin, deterministic)[0]
+        )
+        block = block(c.width // c.head_dim, c.mlp_ratio, self.dtype, name="blocks")
+        layers = 1 + jnp.arange(c.depth), jnp.linspace(0.0, c.drop_path, c.depth)
+        return blocks(block, (x, x), layers)[0]
 
 
 class Head(nn.Module):

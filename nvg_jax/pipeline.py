@@ -67,7 +67,7 @@ def generate_batch(
         stages = jnp.full(classes.shape, stage)
         embedding = granularity.structure_embedding(labels, stage, num_bits)
         apply = functools.partial(content.apply, {"params": params["content"]})
-        final = apply(canvas, embedding, stages, classes, canvas_scale, method="predict_canvas")
+        final, _ = apply(canvas, embedding, stages, classes, canvas_scale, method="predict_canvas")
         missing = granularity.cluster_means(final - canvas, labels, length)
         return apply(missing, method="token_logits")
 

@@ -4,6 +4,7 @@ All take and give arrays that are placed on a mesh, and are traced inside `jax.s
 `nn.logical_axis_rules` of `nvg_jax.sharding`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nvg_jax import models, sharding
+from nvg_jax import models, pretrained, sharding
 from nvg_jax.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.state import TrainState
 from nvg_jax.steps import generators as generator_steps
@@ -28,41 +29,81 @@ class Program(NamedTuple):
     init: (key, ...) -> the initial state.
     step: (state, ...) -> (state, metrics); takes the memory of the state it is given.
     evaluate: (parameters, ...) -> metrics.
-    state: the abstract state, every leaf with its sharding.
+    arguments: the abstract arguments of `step` at the configured batch size, with their shardings;
+        `step.lower(*arguments)` compiles it without any data. The first is the state.
+    frozen: names of the pretrained networks that the losses look through.
     schedule: step -> learning rate.
     """
 
     init: Callable
     step: Callable
     evaluate: Callable
-    state: Any
+    arguments: tuple
+    frozen: tuple[str, ...]
     schedule: optax.Schedule
+
+    @property
+    def state(self) -> Any:
+        """The abstract state, every leaf with its sharding."""
+        return self.arguments[0]
+
+
+def abstract_batch(tokenizer: TokenizerConfig, batch_size: int, mesh: Mesh):
+    """The abstract training batch of images and labels."""
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, *tokenizer.image_size, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+    return sharding.abstract(batch, NamedSharding(mesh, sharding.BATCH_SPEC))
+
+
+def abstract_frozen(names: Sequence[str], mesh: Mesh):
+    """The abstract parameters of pretrained networks, whole on every device."""
+    return sharding.abstract(
+        {name: pretrained.abstract(name) for name in names}, NamedSharding(mesh, PartitionSpec())
+    )
 
 
 def tokenizer_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> Program:
     """Training of the tokenizer over `steps` steps.
 
-    init: (key). step: (state, batch, soft_index), soft_index a Python bool. evaluate: (raw
-    parameters, batch). The arguments are those of `nvg_jax.steps.tokenizer`.
+    init: (key). step: (state, frozen, batch, key, soft_index), soft_index a Python bool.
+    evaluate: (raw parameters, frozen, batch). They are those of `nvg_jax.steps.tokenizer`.
     """
     settings = config.tokenizer_training
+    losses = tokenizer_steps.Losses(
+        **{field.name: settings[field.name] for field in dataclasses.fields(tokenizer_steps.Losses)}
+    )
     optimizer_config = OptimizerConfig(**settings.optimizer)
-    optimizer = make_optimizer(optimizer_config, settings.batch_size, steps)
-    model = models.make_tokenizer(TokenizerConfig(**config.tokenizer), config.dtype)
+    optimizers = dict(
+        optimizer=make_optimizer(optimizer_config, settings.batch_size, steps),
+        discriminator_optimizer=make_optimizer(
+            dataclasses.replace(optimizer_config, weight_decay=settings.discriminator_weight_decay),
+            settings.batch_size,
+            steps,
+        ),
+    )
+    tokenizer_config = TokenizerConfig(**config.tokenizer)
+    model = models.make_tokenizer(tokenizer_config, config.dtype)
+    discriminator = losses.make_discriminator(jnp.dtype(config.dtype))
+    key = jax.eval_shape(jax.random.key, 0)
     init, state = sharding.initialiser(
-        lambda key: TrainState.create(tokenizer_steps.init_params(model, key), optimizer),
+        functools.partial(
+            tokenizer_steps.init_state, model, discriminator=discriminator, **optimizers
+        ),
         mesh,
-        jax.eval_shape(jax.random.key, 0),
+        key,
     )
     replicated = NamedSharding(mesh, PartitionSpec())
     step = functools.partial(
         tokenizer_steps.train_step,
         model=model,
-        optimizer=optimizer,
+        discriminator=discriminator,
         config=optimizer_config,
-        reconstruction=settings.reconstruction,
+        losses=losses,
+        **optimizers,
     )
-    evaluate = functools.partial(tokenizer_steps.eval_step, model=model)
+    batch = abstract_batch(tokenizer_config, settings.batch_size, mesh)
     return Program(
         init=init,
         step=jax.jit(
@@ -71,8 +112,11 @@ def tokenizer_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int
             static_argnames="soft_index",
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated),
         ),
-        evaluate=jax.jit(evaluate, out_shardings=replicated),
-        state=state,
+        evaluate=jax.jit(
+            functools.partial(tokenizer_steps.eval_step, model=model), out_shardings=replicated
+        ),
+        arguments=(state, abstract_frozen(losses.pretrained, mesh), batch, key),
+        frozen=losses.pretrained,
         schedule=learning_rate_schedule(optimizer_config, settings.batch_size, steps),
     )
 
@@ -86,7 +130,7 @@ def generator_training(
 ) -> Program:
     """Training of the generators `names` ("content", "structure", or both) over `steps` steps.
 
-    init: (key, codebook). step: (states, tokenizer parameters, canvas scale, batch, key).
+    init: (key, codebook). step: (states, tokenizer parameters, frozen, canvas scale, batch, key).
     evaluate: (averaged parameters, tokenizer parameters, canvas scale, batch). The arguments are
     those of `nvg_jax.steps.generators`.
     """
@@ -101,6 +145,10 @@ def generator_training(
     optimizer_config = OptimizerConfig(**settings.optimizer)
     optimizer = make_optimizer(optimizer_config, settings.batch_size, steps)
     tokenizer_config = TokenizerConfig(**config.tokenizer)
+    repa = None
+    if settings.repa_weight and "content" in names:
+        repa = generator_steps.Repa(settings.repa_weight, settings.repa_block)
+        repa.check(config.content.depth, tokenizer_config.latent_size)
     tokenizer = models.make_tokenizer(tokenizer_config, config.dtype)
     generators = {
         name: models.make_generator(
@@ -113,14 +161,15 @@ def generator_training(
         states = {}
         for name, model in generators.items():
             name_key = jax.random.fold_in(key, models.GENERATORS.index(name))
-            params = generator_steps.init_params(model, name_key, codebook)
+            params = generator_steps.init_params(model, name_key, codebook, repa is not None)
             states[name] = TrainState.create(params, optimizer)
         return states
 
     codebook = jax.ShapeDtypeStruct(
         (tokenizer_config.codebook_size, tokenizer_config.latent_dim), jnp.float32
     )
-    init, state = sharding.initialiser(init, mesh, jax.eval_shape(jax.random.key, 0), codebook)
+    key = jax.eval_shape(jax.random.key, 0)
+    init, state = sharding.initialiser(init, mesh, key, codebook)
     replicated = NamedSharding(mesh, PartitionSpec())
     step = functools.partial(
         generator_steps.train_step,
@@ -129,7 +178,13 @@ def generator_training(
         configs=dict.fromkeys(names, optimizer_config),
         tokenizer=tokenizer,
         class_dropout=config.class_dropout,
+        repa=repa,
     )
+    tokenizer_params = sharding.abstract(
+        jax.eval_shape(functools.partial(tokenizer_steps.init_params, tokenizer), key), replicated
+    )
+    canvas_scale = jax.ShapeDtypeStruct((tokenizer_config.num_stages + 1,), jnp.float32)
+    frozen = ("dinov2",) if repa else ()
     evaluate = functools.partial(generator_steps.eval_step, models=generators, tokenizer=tokenizer)
     return Program(
         init=init,
@@ -139,6 +194,14 @@ def generator_training(
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated),
         ),
         evaluate=jax.jit(evaluate, out_shardings=replicated),
-        state=state,
+        arguments=(
+            state,
+            tokenizer_params,
+            abstract_frozen(frozen, mesh),
+            canvas_scale,
+            abstract_batch(tokenizer_config, settings.batch_size, mesh),
+            key,
+        ),
+        frozen=frozen,
         schedule=learning_rate_schedule(optimizer_config, settings.batch_size, steps),
     )

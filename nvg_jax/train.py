@@ -27,7 +27,7 @@ from clu import metric_writers
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from nvg_jax import checkpoint, cli, models, preemption, programs, sharding
+from nvg_jax import checkpoint, cli, models, preemption, pretrained, programs, sharding
 from nvg_jax.data import eval_batches, open_source, train_loader
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
@@ -40,7 +40,6 @@ from nvg_jax.pipeline import (
 from nvg_jax.sampling import Settings
 from nvg_jax.steps import generators as generator_steps
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.tokenizer.losses import RECONSTRUCTION_LOSSES
 
 logger = logging.getLogger("nvg_jax")
 
@@ -89,11 +88,6 @@ def check_config(config: ml_collections.ConfigDict):
         for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
             if config[name][key] < 1:
                 raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
-    if config.tokenizer_training.reconstruction not in RECONSTRUCTION_LOSSES:
-        raise ValueError(
-            f"tokenizer_training.reconstruction must be one of {', '.join(RECONSTRUCTION_LOSSES)}, "
-            f"got {config.tokenizer_training.reconstruction!r}."
-        )
 
 
 class Trainer:
@@ -164,6 +158,12 @@ class Trainer:
     def epochs_to_steps(self, settings: ml_collections.ConfigDict, epochs: float) -> int:
         return round(epochs * len(self.train_source) / settings.batch_size)
 
+    def load_frozen(self, program: programs.Program) -> dict[str, Any]:
+        """The pretrained networks that a program's losses look through, whole on every device."""
+        cache = self.config.pretrained_dir or None
+        params = {name: pretrained.load(name, cache) for name in program.frozen}
+        return jax.device_put(params, self.replicated)
+
     # The tokenizer.
 
     def train_tokenizer(self):
@@ -171,18 +171,22 @@ class Trainer:
         steps = self.num_steps(settings)
         warmup = self.epochs_to_steps(settings, settings.soft_index_epochs)
         program = programs.tokenizer_training(self.config, self.mesh, steps)
+        frozen = self.load_frozen(program)
+        train_key = jax.random.fold_in(self.key, 3)
 
         def evaluate(state, writer, step):
-            psnr, counts, shown = [], 0, None
+            quality, counts, shown = {}, 0, None
             for batch in self.test_batches(settings.batch_size):
-                out = program.evaluate(state.params, batch)
+                out = program.evaluate(state.params, frozen, batch)
                 mask = sharding.to_host(batch["mask"])
-                psnr.append(np.asarray(out["psnr"])[mask])
+                for name in {"psnr", "lpips"} & out.keys():
+                    quality.setdefault(name, []).append(np.asarray(out[name])[mask])
                 counts = counts + np.asarray(out["code_counts"])
                 if shown is None:
                     images = sharding.to_host(batch["image"])[mask]
                     shown = images[:16], np.asarray(out["restored"])[mask][:16]
-            scalars = {"psnr": np.concatenate(psnr).mean(), **usage(counts)}
+            scalars = {name: np.concatenate(parts).mean() for name, parts in quality.items()}
+            scalars |= usage(counts)
             save_picture(writer, self.workdir / "tokenizer", step, reconstruction_grid(*shown))
             return scalars
 
@@ -197,7 +201,9 @@ class Trainer:
             "tokenizer",
             program=program,
             init=lambda: program.init(jax.random.fold_in(self.key, 0)),
-            step_fn=lambda state, batch, step: program.step(state, batch, soft_index=step < warmup),
+            step_fn=lambda state, batch, step: program.step(
+                state, frozen, batch, train_key, soft_index=step < warmup
+            ),
             batches=self.training_batches(settings.batch_size, self.config.seed),
             settings=settings,
             steps=steps,
@@ -248,6 +254,7 @@ class Trainer:
         )
         steps = self.num_steps(settings)
         program = programs.generator_training(config, self.mesh, steps, names, num_classes)
+        frozen = self.load_frozen(program)
         canvas_scale = np.asarray(tokenizer_meta["canvas_scale"], np.float32)
         codebook = tokenizer_params["quantizer"]["codebook"]
         train_key = jax.random.fold_in(self.key, 2)
@@ -287,7 +294,7 @@ class Trainer:
             program=program,
             init=lambda: program.init(jax.random.fold_in(self.key, 1), codebook),
             step_fn=lambda states, batch, step: program.step(
-                states, tokenizer_params, canvas_scale, batch, train_key
+                states, tokenizer_params, frozen, canvas_scale, batch, train_key
             ),
             batches=self.training_batches(settings.batch_size, config.seed + 1),
             settings=settings,

@@ -23,9 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import digits
 from nvg_jax import checkpoint, models, programs, sharding
-from nvg_jax.pipeline import Pipeline, abstract_params
-from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.train import Trainer, dataclass_dict
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.train import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
@@ -49,7 +48,7 @@ def losses_on(mesh) -> dict[str, list[float]]:
     """The losses of STEPS steps of both trainings, from the seed and the data of `run_config`."""
     config = run_config()
     trainer = Trainer(config, Path("unused"), mesh)
-    curves = {}
+    curves, key = {}, jax.random.fold_in(trainer.key, 2)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         program = programs.tokenizer_training(config, mesh, STEPS)
         state = program.init(jax.random.fold_in(trainer.key, 0))
@@ -62,7 +61,7 @@ def losses_on(mesh) -> dict[str, list[float]]:
         taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
         metrics = []
         for batch in taken:
-            state, found = program.step(state, batch, soft_index=False)
+            state, found = program.step(state, {}, batch, key, soft_index=False)
             metrics.append(found)
         curves["tokenizer"] = [float(m["loss"]) for m in jax.device_get(metrics)]
 
@@ -70,9 +69,9 @@ def losses_on(mesh) -> dict[str, list[float]]:
         states = program.init(
             jax.random.fold_in(trainer.key, 1), tokenizer["quantizer"]["codebook"]
         )
-        key, metrics = jax.random.fold_in(trainer.key, 2), []
+        metrics = []
         for batch in taken:
-            states, found = program.step(states, tokenizer, np.ones(6, np.float32), batch, key)
+            states, found = program.step(states, tokenizer, {}, np.ones(6, np.float32), batch, key)
             metrics.append(found)
         for name in models.GENERATORS:
             curves[name] = [float(m[f"{name}/loss"]) for m in jax.device_get(metrics)]
@@ -95,23 +94,13 @@ def collectives(compiled) -> list[tuple[str, int, str]]:
 
 def compiled_step(mesh, stage: str):
     """The program of a stage on a mesh and its compiled step; nothing is run."""
-    config, split = run_config(), NamedSharding(mesh, sharding.BATCH_SPEC)
-    batch = {
-        "image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.float32, sharding=split),
-        "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=split),
-    }
+    config = run_config()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         if stage == "tokenizer":
             program = programs.tokenizer_training(config, mesh, STEPS)
-            return program, program.step.lower(program.state, batch, soft_index=False).compile()
+            return program, program.step.lower(*program.arguments, soft_index=False).compile()
         program = programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
-        meta = {"tokenizer": dataclass_dict(TokenizerConfig(**config.tokenizer))}
-        tokenizer = sharding.abstract(
-            abstract_params(meta, "tokenizer"), NamedSharding(mesh, PartitionSpec())
-        )
-        key, scale = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((6,), jnp.float32)
-        lowered = program.step.lower(program.state, tokenizer, scale, batch, key)
-        return program, lowered.compile()
+        return program, program.step.lower(*program.arguments).compile()
 
 
 def leaf_sizes(program) -> list[int]:

@@ -70,7 +70,7 @@ def content_output(params, model, **changes):
         class_ids=jnp.array([0, 3]),
         canvas_scale=jnp.array([1.0, 2.0, 3.0, 4.0]),
     )
-    return model.apply({"params": params}, **(args | changes), method="predict_canvas")
+    return model.apply({"params": params}, **(args | changes), method="predict_canvas")[0]
 
 
 def test_the_content_generator_sees_each_input_and_scales_the_canvas():

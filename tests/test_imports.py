@@ -20,8 +20,8 @@ LEVELS = (
 )
 # These know no model: of the package they import only each other. Every level may import them.
 FREE = (
-    "checkpoint", "cli", "data", "hlo", "optimizers", "pictures", "preemption", "published", "sharding",
-    "state", "torch_files",
+    "checkpoint", "cli", "data", "hlo", "optimizers", "pictures", "preemption", "published",
+    "sharding", "state", "torch_files",
 )  # fmt: skip
 STRANGERS = (("structure", "content"), ("content", "structure"))  # never, whatever their level
 

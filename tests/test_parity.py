@@ -326,7 +326,7 @@ def training(load, expected):
             terms["canvas"] = content.apply(
                 {"params": params["content"]}, canvas, embedding, stage,
                 jnp.repeat(class_ids, stages), canvas_scale, method="predict_canvas",
-            )  # fmt: skip
+            )[0]  # fmt: skip
             return terms["canvas"]
 
         def token_logits(missing):
@@ -463,7 +463,7 @@ def one_stage(load, meta):
         final = apply(
             canvas, embedding, jnp.full(len(canvas), stage), both(class_ids), canvas_scale,
             method="predict_canvas",
-        )  # fmt: skip
+        )[0]  # fmt: skip
         missing = granularity.cluster_means(final - canvas, labels, labels.shape[1])
         logits = apply(missing, method="token_logits")
         return final, guided(logits, scale)

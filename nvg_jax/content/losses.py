@@ -53,3 +53,19 @@ def content_losses(
         "token_loss": by_stage(-log_likelihood),
         "token_accuracy": by_stage(correct.astype(jnp.float32)),
     }
+
+
+def alignment_loss(projected, targets):
+    """REPA: one minus the cosine between features and targets, averaged over positions.
+
+    Args:
+        projected: float (B * S, L, F), through the stages of an image first.
+        targets: float32 (B, L, F), shared by the stages of an image.
+
+    Returns:
+        float32 (S,), averaged over the images.
+    """
+    projected = projected.astype(jnp.float32).reshape(len(targets), -1, *targets.shape[1:])
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+    cosine = jnp.einsum("bslf,blf->bsl", unit(projected), unit(targets))
+    return 1 - cosine.mean((0, 2))

@@ -35,9 +35,16 @@ class ContentGenerator(nn.Module):
         self.token_head = layers.Dense(self.codebook_size, (None, "vocab"), jnp.float32)
 
     def predict_canvas(
-        self, canvas, structure, stage, class_ids, canvas_scale, deterministic: bool = True
+        self,
+        canvas,
+        structure,
+        stage,
+        class_ids,
+        canvas_scale,
+        deterministic: bool = True,
+        tap: int = 0,
     ):
-        """The predicted final canvas, float32 (B, L, D).
+        """The predicted final canvas, float32 (B, L, D), and features (B, L, C) on the way to it.
 
         Args:
             canvas: float32 (B, L, D) before the stage.
@@ -47,6 +54,7 @@ class ContentGenerator(nn.Module):
             canvas_scale: float32 (S + 1,), 1 / std of the inputs of all stages and of the final
                 canvas; the network sees and predicts canvases of unit variance.
             deterministic: False turns drop path on (rng "drop_path").
+            tap: the features are those after so many blocks; 0 takes what enters the first.
         """
         scaled = canvas * canvas_scale[stage][:, None, None]
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
@@ -54,8 +62,8 @@ class ContentGenerator(nn.Module):
         x = jnp.concatenate([class_token[:, None], self.canvas_embed(scaled)], axis=1)
         positions = layers.rope_positions(structure, (0,), self.grid)
         vec = class_token + self.stage_embed(stage)
-        x = self.blocks(x, vec, positions, deterministic)
-        return self.canvas_head(x[:, 1:], vec) / canvas_scale[-1]
+        x, tapped = self.blocks(x, vec, positions, deterministic, tap)
+        return self.canvas_head(x[:, 1:], vec) / canvas_scale[-1], tapped[:, 1:]
 
     def token_logits(self, missing):
         """float32 (..., V), logits of the token that brings what is missing.
@@ -67,5 +75,17 @@ class ContentGenerator(nn.Module):
         return self.token_head(missing)
 
     def __call__(self, canvas, structure, stage, class_ids, canvas_scale):
-        canvas_hat = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
+        canvas_hat, _ = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
         return self.token_logits(canvas_hat - canvas)
+
+
+class RepaProjector(nn.Module):
+    """From the content generator's features (..., C) to DINOv2's (..., 768), for training alone."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        for name in ("hidden1", "hidden2"):
+            x = nn.silu(layers.Dense(2048, ("embed", "mlp"), self.dtype, name=name)(x))
+        return layers.Dense(768, ("embed", "mlp"), self.dtype, name="out")(x)

@@ -3,15 +3,16 @@
 Either one alone or both together, as the paper trains them; each has its own state.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nvg_jax import granularity
-from nvg_jax.content.losses import content_losses
-from nvg_jax.content.model import ContentGenerator
+from nvg_jax import granularity, pretrained
+from nvg_jax.content.losses import alignment_loss, content_losses
+from nvg_jax.content.model import ContentGenerator, RepaProjector
 from nvg_jax.optimizers import OptimizerConfig
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
@@ -19,10 +20,43 @@ from nvg_jax.tokenizer import Quantized, Sequence, Tokenizer
 from nvg_jax.tokenizer.quantizer import at_positions
 
 Generator = ContentGenerator | StructureGenerator
+DINO_GRID = (16, 16)  # patches of DINOv2 ViT-B/14 on 224 x 224 pixels
 
 
-def init_params(model: Generator, key, codebook=None):
+@dataclasses.dataclass(frozen=True)
+class Repa:
+    """Representation alignment of the content generator (Yu et al., arXiv 2410.06940).
+
+    The features after `block` blocks, through a small network of their own, are drawn towards
+    DINOv2's of the same image; `weight` 0 leaves it out.
+    """
+
+    weight: float
+    block: int
+
+    def check(self, depth: int, grid: tuple[int, int]):
+        """Raises ValueError for a content generator that cannot be aligned."""
+        if self.weight < 0:
+            raise ValueError(
+                f"generator_training.repa_weight must be 0 or more, got {self.weight}."
+            )
+        if self.weight and not 1 <= self.block <= depth:
+            raise ValueError(
+                f"generator_training.repa_block must be one of the content generator's {depth} "
+                f"blocks, 1 .. {depth}, got {self.block}."
+            )
+        if self.weight and grid != DINO_GRID:
+            raise ValueError(
+                f"REPA compares with the {DINO_GRID[0]} x {DINO_GRID[1]} patches of DINOv2 and "
+                f"needs a latent of that size, not {grid[0]} x {grid[1]}; turn it off with "
+                "--config.generator_training.repa_weight=0."
+            )
+
+
+def init_params(model: Generator, key, codebook=None, repa: bool = False):
     """Freshly initialised parameters, boxed with their logical axes.
+
+    With `repa` the content generator's hold those of its projector too, under "repa".
 
     With a codebook (V, D) the content generator's token head starts as its nearest-code rule:
     logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. A small
@@ -44,11 +78,23 @@ def init_params(model: Generator, key, codebook=None):
         head = {"kernel": codebook.T / scale, "bias": -jnp.square(codebook).sum(1) / (2 * scale)}
         boxes = params["token_head"]
         params = params | {"token_head": {k: boxes[k].replace_boxed(v) for k, v in head.items()}}
+    if repa and isinstance(model, ContentGenerator):
+        features = jnp.zeros((1, 1, model.transformer.width))
+        projector = RepaProjector(model.dtype).init(jax.random.fold_in(key, 1), features)
+        params = params | {"repa": projector["params"]}
     return params
 
 
 def loss_terms(
-    model: Generator, params, quantized: Quantized, class_ids, canvas_scale, key, weights=None
+    model: Generator,
+    params,
+    quantized: Quantized,
+    class_ids,
+    canvas_scale,
+    key,
+    weights=None,
+    repa: Repa | None = None,
+    targets=None,
 ):
     """(scalar loss, {name: float32 per stage}) of one generator on an encoded batch.
 
@@ -57,6 +103,8 @@ def loss_terms(
         canvas_scale: float32 (S + 1,).
         key: None to evaluate without drop path; the flow's noise then comes from seed 0.
         weights: float32 (B,), the share of each image, 1 in all; alike if None.
+        repa, targets: of the content generator: how to align it, and with what features, float32
+            (B, L, 768); without, it is not aligned.
     """
     batch = class_ids.shape[0]
     structure, canvases = quantized.sequence.structure, quantized.canvases
@@ -80,16 +128,24 @@ def loss_terms(
             weights,
         )  # fmt: skip
         return losses.mean(), {"flow_loss": losses}
-    terms = content_losses(
-        lambda canvas, embedding, stage: apply(
+    tapped = []
+
+    def predict_canvas(canvas, embedding, stage):
+        predicted, features = apply(
             canvas, embedding, stage, jnp.repeat(class_ids, stages), canvas_scale,
-            deterministic=deterministic, method="predict_canvas",
-        ),
-        lambda missing: apply(missing, method="token_logits"),
-        quantized,
-        weights,
-    )  # fmt: skip
-    return (terms["canvas_loss"] + terms["token_loss"]).mean(), terms
+            deterministic=deterministic, tap=repa.block if repa else 0, method="predict_canvas",
+        )  # fmt: skip
+        tapped.append(features)
+        return predicted
+
+    token_logits = lambda missing: apply(missing, method="token_logits")
+    terms = content_losses(predict_canvas, token_logits, quantized, weights)
+    losses = terms["canvas_loss"] + terms["token_loss"]
+    if repa:
+        projected = RepaProjector(model.dtype).apply({"params": params["repa"]}, tapped[0])
+        terms["repa_loss"] = alignment_loss(projected, targets)
+        losses += repa.weight * terms["repa_loss"]
+    return losses.mean(), terms
 
 
 def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
@@ -119,6 +175,7 @@ def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
 def train_step(
     states,
     tokenizer_params,
+    frozen,
     canvas_scale,
     batch,
     key,
@@ -128,17 +185,22 @@ def train_step(
     configs: dict[str, OptimizerConfig],
     tokenizer: Tokenizer,
     class_dropout: float,
+    repa: Repa | None,
 ):
     """One step of every generator in `states` on a batch for `encode` with its "label".
 
     Args:
         states: a TrainState for each name ("structure", "content") in `models`.
+        frozen: {"dinov2": its parameters} if the content generator is aligned.
         key: the run's key; the step number is folded in.
 
     Returns:
         The states and the metrics, each name followed by its generator.
     """
     quantized = encode(tokenizer, tokenizer_params, batch)
+    targets = repa and jax.lax.stop_gradient(
+        pretrained.dinov2(frozen["dinov2"], batch["image"], tokenizer.dtype)
+    )
     states, metrics = dict(states), {}
     for index, name in enumerate(sorted(states)):
         state, model = states[name], models[name]
@@ -147,9 +209,12 @@ def train_step(
         dropped = jax.random.bernoulli(drop_key, class_dropout, batch["label"].shape)
         class_ids = jnp.where(dropped, model.num_classes, batch["label"])
         (loss, terms), grads = jax.value_and_grad(
-            lambda params: loss_terms(model, params, quantized, class_ids, canvas_scale, loss_key),
+            lambda params: loss_terms(
+                model, params, quantized, class_ids, canvas_scale, loss_key,
+                repa=repa, targets=targets,
+            ),
             has_aux=True,
-        )(state.params)
+        )(state.params)  # fmt: skip
         states[name] = state.update(grads, optimizers[name], configs[name].ema_decay)
         terms = {"loss": loss, "grad_norm": optax.tree.norm(grads), **terms}
         metrics.update({f"{name}/{key}": value for key, value in terms.items()})

@@ -53,5 +53,5 @@ class StructureGenerator(nn.Module):
             [class_token[:, None], self.canvas_embed(canvas), self.structure_embed(noisy)], axis=1
         )
         positions = layers.rope_positions(structure, (CANVAS_KIND, 0), self.grid)
-        x = self.blocks(x, vec, positions, deterministic)
+        x, _ = self.blocks(x, vec, positions, deterministic)
         return self.head(x[:, 1 + length :], vec)

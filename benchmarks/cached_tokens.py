@@ -1,0 +1,103 @@
+"""Time of a generator training step from images and from cached sequences.
+
+python -m benchmarks.cached_tokens [--repeats=5] [--presets=digits,imagenet256]
+
+imagenet256 is the published tokenizer (256 pixels, L = 256) at batch 2 with generators of two
+blocks of d16's width: the whole preset is too large for a CPU.
+"""
+
+import argparse
+import os
+import time
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from configs import common, digits, imagenet256
+from nvg_jax import programs, sharding
+from nvg_jax.data.cache import compact, crop_dtype
+from nvg_jax.models import GENERATORS, make_tokenizer
+from nvg_jax.steps.generators import encode
+from nvg_jax.steps.tokenizer import init_params
+from nvg_jax.tokenizer import TokenizerConfig
+
+
+def preset(name: str):
+    if name == "digits":
+        return digits.get_config()
+    config = imagenet256.get_config("d16")
+    config.dtype = "float32"
+    config.generator_training.update(batch_size=2, repa_weight=0.0)  # sequences have no image
+    config.content = common.transformer(1024, 2)
+    config.structure = common.transformer(512, 2)
+    return config
+
+
+def smooth_images(batch: int, size: tuple[int, int]) -> np.ndarray:
+    """Random images in [-1, 1] whose neighbouring pixels are alike, as in photographs."""
+    noise = np.random.default_rng(0).normal(size=(batch, *size, 3))
+    rows, columns = (np.fft.fftfreq(n)[:, None] for n in size)
+    spectrum = 1 / np.maximum(np.hypot(rows, columns[:, 0]), 1 / max(size))
+    images = np.fft.ifft2(np.fft.fft2(noise, axes=(1, 2)) * spectrum[..., None], axes=(1, 2)).real
+    return (images / np.abs(images).max()).astype(np.float32)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--presets", default="digits,imagenet256")
+    args = parser.parse_args()
+    mesh = sharding.make_mesh()
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {args.repeats} steps of each")
+    for name in args.presets.split(","):
+        config = preset(name)
+        sizes = TokenizerConfig(**config.tokenizer)
+        count = config.generator_training.batch_size
+        tokenizer = make_tokenizer(sizes)
+        images = smooth_images(count, sizes.image_size)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            params = jax.jit(lambda key: sharding.unbox(init_params(tokenizer, key)))(
+                jax.random.key(0)
+            )
+            sequence = jax.jit(
+                lambda params, images: encode(tokenizer, params, {"image": images}).sequence
+            )(params, images)
+            stored = compact(*map(np.asarray, sequence), crop_dtype(config.tokenizer))
+            batches = {
+                "images": {"image": images},
+                "sequences": {key: np.ascontiguousarray(stored[key]) for key in stored.dtype.names},
+            }
+            program = programs.generator_training(config, mesh, 1000, GENERATORS, 10)
+            seconds = step_seconds(program, batches, params, sizes, mesh, args.repeats)
+        print(f"{name}, batch {count}, median of a step, load average {os.getloadavg()[0]:.1f}:")
+        medians = {kind: np.median(values, axis=0) for kind, values in seconds.items()}
+        for kind, (wall, cpu) in medians.items():
+            print(f"    from {kind:9}  {1e3 * wall:9.1f} ms  {1e3 * cpu:9.1f} ms of CPU time")
+        ratio = medians["images"] / medians["sequences"]
+        print(f"    ratio           {ratio[0]:9.2f}     {ratio[1]:9.2f}", flush=True)
+
+
+def step_seconds(program, batches, tokenizer_params, sizes, mesh, repeats: int):
+    """{kind of batch: [(seconds, seconds of CPU time) of each step after the one that compiles]}.
+
+    The kinds take turns, so that other work on the machine slows all of them alike.
+    """
+    states = program.init(jax.random.key(0), tokenizer_params["quantizer"]["codebook"])
+    canvas_scale = np.ones(sizes.num_stages + 1, np.float32)
+    seconds = {kind: [] for kind in batches}
+    for _ in range(1 + repeats):
+        for kind, batch in batches.items():
+            labels = np.arange(len(next(iter(batch.values()))), dtype=np.int32) % 10
+            batch = sharding.global_batch({**batch, "label": labels}, mesh)
+            wall, cpu = time.perf_counter(), time.process_time()
+            states, metrics = program.step(
+                states, tokenizer_params, {}, canvas_scale, batch, jax.random.key(1)
+            )
+            jax.block_until_ready((states, metrics))
+            seconds[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {kind: values[1:] for kind, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
