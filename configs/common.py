@@ -38,7 +38,7 @@ def base() -> ml_collections.ConfigDict:
             dtype="float32",  # of the arithmetic; bfloat16 on accelerators
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the rest of the devices
             data=dict(
-                name="",  # digits, fashion_mnist, image_folder, tfds:NAME
+                name="",  # digits, fashion_mnist, image_folder, tfds:NAME, granularity
                 data_dir="",
                 resize=0,  # short side before the crop; 0: image size * 288 / 256
                 pad=0,  # random shifts by up to this many pixels

@@ -4,14 +4,15 @@ python -m nvg_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion
 python -m nvg_jax.evaluate --workdir=runs/fashion --num_samples=10000
 
 The IDX files are looked for where Debian's package dataset-fashion-mnist puts them; give another
-folder with --config.data.data_dir. Variant: `:runlocal`.
+folder with --config.data.data_dir. Variants: `:runlocal`; `:adversarial`, whose tokenizer is also
+trained against a small discriminator.
 """
 
 from configs import common
 
 
 def get_config(arg: str | None = None):
-    variants = common.choose(arg, ("runlocal",))
+    variants = common.choose(arg, ("adversarial", "runlocal"))
     config = common.base()
     common.without_pretrained(config)
     config.data.update(name="fashion_mnist", resize=32)
@@ -46,4 +47,6 @@ def get_config(arg: str | None = None):
     if "runlocal" in variants:
         common.run_locally(config)
         config.data.resize = 8
+    if "adversarial" in variants:
+        config.tokenizer_training.update(adversarial_weight=0.1, discriminator="small")
     return config

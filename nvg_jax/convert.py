@@ -2,7 +2,8 @@
 
 With --generator=d16.ckpt too, the written folder samples; without, it encodes and reconstructs.
 `--workdir=runs/digits --to-safetensors --out=FOLDER` is the way back: it writes the weights of a
-run, or of a converted folder, under the published names.
+run, or of a converted folder, under the published names. `--pretrained=dino --from=FILE` takes over
+a network that the training losses look through (docs/pretrained_features.md).
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from nvg_jax import checkpoint, cli, published
+from nvg_jax import checkpoint, cli, pretrained, published
 from nvg_jax.models import GENERATORS
 from nvg_jax.pipeline import Pipeline, abstract_params
 from nvg_jax.sampling import Settings
@@ -184,7 +185,16 @@ def _check_new(folder: str | Path):
 
 
 def main(_):
-    given = {name for name in ("autoencoder", "generator", "workdir") if FLAGS[name].value}
+    given = {name for name in ("autoencoder", "generator", "workdir", "out") if FLAGS[name].value}
+    if FLAGS.pretrained:
+        if given or FLAGS.to_safetensors or not FLAGS["from"].value:
+            raise ValueError("--pretrained takes --from (and --pretrained_dir), and nothing else.")
+        written = pretrained.convert(FLAGS.pretrained, FLAGS["from"].value, FLAGS.pretrained_dir)
+        print(f"written: {written}")
+        return
+    if "out" not in given:
+        raise ValueError("Give --out, a new folder to write.")
+    given.remove("out")
     if FLAGS.to_safetensors:
         if given != {"workdir"}:
             raise ValueError("--to-safetensors takes --workdir and --out, and no checkpoints.")
@@ -216,5 +226,7 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("to_safetensors", False, "Write --workdir under the published names.")
     flags.DEFINE_alias("to-safetensors", "to_safetensors")
     flags.DEFINE_string("out", None, "Folder to write; must be new or empty.")
-    flags.mark_flags_as_required(["out"])
+    flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of the training losses.")
+    flags.DEFINE_list("from", None, "Its published file, or files.")
+    flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")
     cli.run(main)

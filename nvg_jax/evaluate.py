@@ -86,24 +86,16 @@ def balanced(labels: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(turn, kind="stable")[:count]
 
 
-def reconstruct(
-    pipeline: Pipeline, images: np.ndarray, batch_size: int = 100
-) -> tuple[np.ndarray, np.ndarray]:
-    """The PSNR of all images, the work dealt out to the processes, and some reconstructions.
-
-    Returns:
-        float64 (N,), and, of the process's first batch, float32 (batch_size, H, W, 3).
-    """
+def reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int = 100) -> np.ndarray:
+    """All images through the tokenizer and back, the work dealt out to the processes."""
     num_batches = -(-len(images) // batch_size)
     own = own_share(num_batches)
-    psnr, first = np.empty((len(own), batch_size)), None
+    restored = np.empty((len(own), batch_size, *images.shape[1:]), np.float32)
     for place, batch in enumerate(own):
         part = images[batch * batch_size : (batch + 1) * batch_size]
         filled = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)])
-        restored = pipeline.reconstruct(filled)
-        psnr[place] = metrics.psnr(filled, restored)
-        first = restored if first is None else first
-    return gather(psnr, num_batches).reshape(-1)[: len(images)], first
+        restored[place] = pipeline.reconstruct(filled)
+    return gather(restored, num_batches).reshape(-1, *images.shape[1:])[: len(images)]
 
 
 def draw(samples: Samples) -> tuple[np.ndarray, Output | None]:
@@ -130,7 +122,7 @@ def evaluate(
     batch_size: int,
     **settings,
 ) -> dict | None:
-    """Writes pictures and metrics.json into `out`.
+    """Writes pictures and metrics.json into `out`; without generators, of the tokenizer alone.
 
     Args:
         data: "name", "data_dir", "resize" and, if there, "on_bad" as in the section `data` of a
@@ -141,10 +133,8 @@ def evaluate(
         The metrics in process 0, None in the others.
 
     Raises:
-        ValueError: the model cannot sample, the data is not what it was trained on, or an image
-            cannot be read.
+        ValueError: the data is not what the model was trained on, or an image cannot be read.
     """
-    pipeline.check_can_sample()
     transform = Transform(pipeline.tokenizer.config.image_size, data["resize"] or None)
     sources = [
         open_source(data["name"], split, data_dir=data["data_dir"] or None)
@@ -160,15 +150,17 @@ def evaluate(
         train_images, train_labels = load_images(sources[0], transform, 60_000, on_bad)
     test_images, test_labels = load_images(sources[1], transform, 10_000, on_bad)
 
-    psnr, restored = reconstruct(pipeline, test_images)
-    results = {"test_psnr": float(psnr.mean())}
+    restored = reconstruct(pipeline, test_images)
+    results = {"test_psnr": float(metrics.psnr(test_images, restored).mean())}
 
-    classes = np.arange(num_samples) % len(pipeline.class_names)
-    start = time.monotonic()
-    samples = Samples(pipeline, classes.tolist(), 1, min(batch_size, num_samples), seed, settings)
-    images, first = draw(samples)
-    results["samples"] = num_samples
-    results["seconds_per_sample"] = (time.monotonic() - start) / num_samples
+    if pipeline.can_sample:
+        classes = np.arange(num_samples) % len(pipeline.class_names)
+        start = time.monotonic()
+        batch_size = min(batch_size, num_samples)
+        samples = Samples(pipeline, classes.tolist(), 1, batch_size, seed, settings)
+        images, first = draw(samples)
+        results["samples"] = num_samples
+        results["seconds_per_sample"] = (time.monotonic() - start) / num_samples
     if jax.process_index():
         return None
 
@@ -176,18 +168,48 @@ def evaluate(
         classifier = DigitClassifier(train_images, train_labels)
     else:
         classifier = train_classifier(train_images, train_labels, len(pipeline.class_names))
+        results["frechet_of_reconstructions"] = metrics.frechet_distance(
+            classifier.features(restored), classifier.features(test_images)
+        )
     real, _ = metrics.class_agreement(classifier.predict(test_images), test_labels)
     results["classifier_accuracy_on_real_test_images"] = real
+    kept, _ = metrics.class_agreement(classifier.predict(restored), test_labels)
+    results["classifier_accuracy_on_reconstructions"] = kept
+    save_png(out / "reconstructions.png", reconstruction_grid(test_images[:12], restored[:12]))
+    if pipeline.can_sample:
+        results |= judge_samples(
+            classifier,
+            images,
+            classes,
+            pipeline.class_names,
+            train_images,
+            test_images,
+            test_labels,
+        )
+        columns = len(pipeline.class_names) if len(pipeline.class_names) <= 20 else 10
+        save_png(out / "samples.png", image_grid(images[: 8 * columns], columns=columns))
+        stages_shown = min(STAGES_SHOWN, len(first.images))
+        save_png(out / "stages.png", stages_picture(pipeline, first, np.arange(stages_shown)))
+    with replacing(out / "metrics.json") as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+    return results
 
+
+def judge_samples(
+    classifier, images, classes, class_names, train_images, test_images, test_labels
+) -> dict:
+    """Metrics of samples, float32 (N, H, W, 3), that were drawn for `classes`, int (N,)."""
     agreement, per_class = metrics.class_agreement(classifier.predict(images), classes)
-    results["class_agreement"] = agreement
-    results["class_agreement_per_class"] = {
-        pipeline.class_names[label]: share for label, share in per_class.items()
+    results = {
+        "class_agreement": agreement,
+        "class_agreement_per_class": {
+            class_names[label]: share for label, share in per_class.items()
+        },
+        "copying": metrics.copying_report(
+            images[:COPY_CHECK_IMAGES], train_images, test_images[:COPY_CHECK_IMAGES]
+        ),
     }
-    results["copying"] = metrics.copying_report(
-        images[:COPY_CHECK_IMAGES], train_images, test_images[:COPY_CHECK_IMAGES]
-    )
-    if data["name"] != "digits":  # the digits are too few for it
+    if not isinstance(classifier, DigitClassifier):  # the digits are too few for it
         chosen = balanced(test_labels, len(images))
         features = classifier.features(train_images)
         for name, part in (
@@ -198,14 +220,6 @@ def evaluate(
                 classifier.features(part), features
             )
         results["frechet_images"] = len(chosen)
-
-    columns = len(pipeline.class_names) if len(pipeline.class_names) <= 20 else 10
-    save_png(out / "reconstructions.png", reconstruction_grid(test_images[:12], restored[:12]))
-    save_png(out / "samples.png", image_grid(images[: 8 * columns], columns=columns))
-    stages_shown = min(STAGES_SHOWN, len(first.images))
-    save_png(out / "stages.png", stages_picture(pipeline, first, np.arange(stages_shown)))
-    with replacing(out / "metrics.json") as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
     return results
 
 
@@ -232,7 +246,7 @@ def main(_):
     )
     if results is not None:
         print(json.dumps(results, indent=1))
-        print(f"metrics.json, samples.png, stages.png and reconstructions.png: {out}")
+        print(f"metrics.json and pictures: {out}")
     multihost_utils.sync_global_devices("the metrics are written")
 
 

@@ -31,7 +31,6 @@ class Program(NamedTuple):
     evaluate: (parameters, ...) -> metrics.
     arguments: the abstract arguments of `step` at the configured batch size, with their shardings;
         `step.lower(*arguments)` compiles it without any data. The first is the state.
-    frozen: names of the pretrained networks that the losses look through.
     schedule: step -> learning rate.
     """
 
@@ -39,13 +38,33 @@ class Program(NamedTuple):
     step: Callable
     evaluate: Callable
     arguments: tuple
-    frozen: tuple[str, ...]
     schedule: optax.Schedule
 
     @property
     def state(self) -> Any:
         """The abstract state, every leaf with its sharding."""
         return self.arguments[0]
+
+
+def tokenizer_losses(config: ml_collections.ConfigDict) -> tokenizer_steps.Losses:
+    """The losses that a configuration's tokenizer is trained with, checked."""
+    fields = dataclasses.fields(tokenizer_steps.Losses)
+    return tokenizer_steps.Losses(**{f.name: config.tokenizer_training[f.name] for f in fields})
+
+
+def representation_alignment(config: ml_collections.ConfigDict) -> generator_steps.Repa | None:
+    """How a configuration's content generator is aligned, checked; None if it is not."""
+    settings = config.generator_training
+    repa = generator_steps.Repa(settings.repa_weight, settings.repa_block)
+    repa.check(config.content.depth, tuple(config.tokenizer.latent_size))
+    return repa if repa.weight else None
+
+
+def pretrained_names(config: ml_collections.ConfigDict, run: str) -> tuple[str, ...]:
+    """The pretrained networks that a run ("tokenizer", "content", ...) looks through."""
+    if run == "tokenizer":
+        return tokenizer_losses(config).pretrained
+    return ("dinov2",) if run != "structure" and representation_alignment(config) else ()
 
 
 def abstract_batch(tokenizer: TokenizerConfig, batch_size: int, mesh: Mesh):
@@ -70,10 +89,7 @@ def tokenizer_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int
     init: (key). step: (state, frozen, batch, key, soft_index), soft_index a Python bool.
     evaluate: (raw parameters, frozen, batch). They are those of `nvg_jax.steps.tokenizer`.
     """
-    settings = config.tokenizer_training
-    losses = tokenizer_steps.Losses(
-        **{field.name: settings[field.name] for field in dataclasses.fields(tokenizer_steps.Losses)}
-    )
+    settings, losses = config.tokenizer_training, tokenizer_losses(config)
     optimizer_config = OptimizerConfig(**settings.optimizer)
     optimizers = dict(
         optimizer=make_optimizer(optimizer_config, settings.batch_size, steps),
@@ -116,7 +132,6 @@ def tokenizer_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int
             functools.partial(tokenizer_steps.eval_step, model=model), out_shardings=replicated
         ),
         arguments=(state, abstract_frozen(losses.pretrained, mesh), batch, key),
-        frozen=losses.pretrained,
         schedule=learning_rate_schedule(optimizer_config, settings.batch_size, steps),
     )
 
@@ -145,10 +160,7 @@ def generator_training(
     optimizer_config = OptimizerConfig(**settings.optimizer)
     optimizer = make_optimizer(optimizer_config, settings.batch_size, steps)
     tokenizer_config = TokenizerConfig(**config.tokenizer)
-    repa = None
-    if settings.repa_weight and "content" in names:
-        repa = generator_steps.Repa(settings.repa_weight, settings.repa_block)
-        repa.check(config.content.depth, tokenizer_config.latent_size)
+    repa = representation_alignment(config) if "content" in names else None
     tokenizer = models.make_tokenizer(tokenizer_config, config.dtype)
     generators = {
         name: models.make_generator(
@@ -184,7 +196,6 @@ def generator_training(
         jax.eval_shape(functools.partial(tokenizer_steps.init_params, tokenizer), key), replicated
     )
     canvas_scale = jax.ShapeDtypeStruct((tokenizer_config.num_stages + 1,), jnp.float32)
-    frozen = ("dinov2",) if repa else ()
     evaluate = functools.partial(generator_steps.eval_step, models=generators, tokenizer=tokenizer)
     return Program(
         init=init,
@@ -197,11 +208,10 @@ def generator_training(
         arguments=(
             state,
             tokenizer_params,
-            abstract_frozen(frozen, mesh),
+            abstract_frozen(("dinov2",) if repa else (), mesh),
             canvas_scale,
             abstract_batch(tokenizer_config, settings.batch_size, mesh),
             key,
         ),
-        frozen=frozen,
         schedule=learning_rate_schedule(optimizer_config, settings.batch_size, steps),
     )

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from nvg_jax import checkpoint, cli, models, preemption, pretrained, programs, sharding
-from nvg_jax.data import eval_batches, open_source, train_loader
+from nvg_jax.data import GranularitySource, eval_batches, open_source, train_loader
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
 from nvg_jax.pipeline import (
@@ -74,7 +74,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path):
 
 
 def check_config(config: ml_collections.ConfigDict):
-    """Raises ValueError for settings that no run can have, before anything is read or compiled."""
+    """Raises ValueError for what no run can have, before data is read or anything compiled."""
     if config.stage not in RUNS:
         raise ValueError(f"Unknown stage {config.stage!r}; choose one of {', '.join(RUNS)}.")
     if config.dtype not in ("float32", "bfloat16"):
@@ -88,6 +88,24 @@ def check_config(config: ml_collections.ConfigDict):
         for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
             if config[name][key] < 1:
                 raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
+    for run in RUNS[config.stage]:
+        for name in programs.pretrained_names(config, run):
+            pretrained.load(name, config.pretrained_dir or None)  # not only when its turn comes
+        if run != "tokenizer" and programs.pretrained_names(config, run) and cached(config):
+            raise ValueError(
+                "Cached sequences have no images for REPA to compare with; turn it off with "
+                "--config.generator_training.repa_weight=0, or train from the images."
+            )
+    if "tokenizer" in RUNS[config.stage] and cached(config):
+        raise ValueError(
+            f"stage={config.stage} trains a tokenizer, which takes images and no cached "
+            "sequences. Train the generators with stage=generators and tokenizer_workdir."
+        )
+
+
+def cached(config: ml_collections.ConfigDict) -> bool:
+    """Whether the data are sequences that `nvg_jax.tokenize` has kept."""
+    return config.data.name == "granularity"
 
 
 class Trainer:
@@ -158,11 +176,13 @@ class Trainer:
     def epochs_to_steps(self, settings: ml_collections.ConfigDict, epochs: float) -> int:
         return round(epochs * len(self.train_source) / settings.batch_size)
 
-    def load_frozen(self, program: programs.Program) -> dict[str, Any]:
-        """The pretrained networks that a program's losses look through, whole on every device."""
+    def load_frozen(self, run: str) -> dict[str, Any]:
+        """The pretrained networks that a run's losses look through, whole on every device."""
+        names = programs.pretrained_names(self.config, run)
         cache = self.config.pretrained_dir or None
-        params = {name: pretrained.load(name, cache) for name in program.frozen}
-        return jax.device_put(params, self.replicated)
+        return jax.device_put(
+            {name: pretrained.load(name, cache) for name in names}, self.replicated
+        )
 
     # The tokenizer.
 
@@ -171,7 +191,7 @@ class Trainer:
         steps = self.num_steps(settings)
         warmup = self.epochs_to_steps(settings, settings.soft_index_epochs)
         program = programs.tokenizer_training(self.config, self.mesh, steps)
-        frozen = self.load_frozen(program)
+        frozen = self.load_frozen("tokenizer")
         train_key = jax.random.fold_in(self.key, 3)
 
         def evaluate(state, writer, step):
@@ -254,7 +274,7 @@ class Trainer:
         )
         steps = self.num_steps(settings)
         program = programs.generator_training(config, self.mesh, steps, names, num_classes)
-        frozen = self.load_frozen(program)
+        frozen = self.load_frozen(run)
         canvas_scale = np.asarray(tokenizer_meta["canvas_scale"], np.float32)
         codebook = tokenizer_params["quantizer"]["codebook"]
         train_key = jax.random.fold_in(self.key, 2)
@@ -325,6 +345,8 @@ class Trainer:
             )
         params = checkpoint.read(folder, lambda m: {"params": abstract_params(m, "tokenizer")})
         params = jax.device_put(params[1]["params"], self.replicated)
+        if isinstance(self.train_source, GranularitySource):
+            self.train_source.check_tokenizer(meta["hash"])
         return {key: meta[key] for key in TOKENIZER_META}, params
 
     # The loop.

@@ -1,0 +1,229 @@
+"""The tokenizer against its discriminator in one step, and REPA in the content generator's loss."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import digits, imagenet256
+from nvg_jax import models, pretrained, programs, sharding
+from nvg_jax.content.losses import alignment_loss
+from nvg_jax.layers import Transformer, TransformerConfig
+from nvg_jax.steps import generators, tokenizer
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.tokenizer.losses import LeCam
+
+SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
+MODEL = models.make_tokenizer(SIZES)
+LOSSES = tokenizer.Losses("l1", 0.0, 0.3, 0.5, "small")
+DISCRIMINATOR = LOSSES.make_discriminator(jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def state():
+    init = lambda key: sharding.unbox(
+        tokenizer.init_state(MODEL, key, optax.sgd(0.1), DISCRIMINATOR, optax.sgd(0.1))
+    )
+    state = jax.jit(init)(jax.random.key(0))
+    averages = LeCam(real=jnp.float32(0.3), fake=jnp.float32(-0.2))
+    return state.replace(adversary=state.adversary.replace(lecam=averages))
+
+
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+KEY = jax.random.key(3)
+
+
+def close(a, b):
+    scale = max(np.abs(y).max() for y in jax.tree.leaves(b))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_one_step_has_the_gradients_of_two(state):
+    """The combined loss against a step of the tokenizer alone, then one of the discriminator."""
+    terms = functools.partial(
+        tokenizer.loss_terms, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
+        soft_index=False,
+    )  # fmt: skip
+    adversary = state.adversary
+    both, (metrics, _) = jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
+        state.params, adversary.params, adversary, {}, IMAGES, KEY
+    )
+    fake_key, real_key = jax.random.split(KEY)
+    see = lambda images, key: tokenizer.discriminator_inputs(
+        DISCRIMINATOR, {}, images, key, jnp.float32
+    )
+    old = {"params": adversary.params, "spectral": adversary.spectral}
+
+    def tokenizer_alone(params):
+        restored, quantized = MODEL.apply({"params": params}, IMAGES)
+        logits = DISCRIMINATOR.apply(old, see(restored, fake_key))
+        adversarial = jnp.log1p(jnp.exp(-logits.mean(1))).mean()
+        return jnp.abs(restored - IMAGES).mean() + quantized.losses.mean() + 0.3 * adversarial
+
+    value, grads = jax.jit(jax.value_and_grad(tokenizer_alone))(state.params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    close(both[0], grads)
+
+    restored = jax.jit(MODEL.apply)({"params": state.params}, IMAGES)[0]  # a pass of its own
+
+    def discriminator_alone(params):
+        real, new = DISCRIMINATOR.apply(
+            {**old, "params": params}, see(IMAGES, real_key), mutable=["spectral"]
+        )
+        fake = DISCRIMINATOR.apply({"params": params, **new}, see(restored, fake_key))
+        hinge = (jnp.maximum(1 - real, 0).mean() + jnp.maximum(1 + fake, 0).mean()) / 2
+        lecam = (jnp.maximum(real + 0.2, 0) ** 2).mean() + (jnp.maximum(0.3 - fake, 0) ** 2).mean()
+        return hinge + 0.5 * lecam
+
+    value, grads = jax.jit(jax.value_and_grad(discriminator_alone))(adversary.params)
+    np.testing.assert_allclose(
+        metrics["discriminator_loss"] + 0.5 * metrics["lecam_loss"], value, rtol=1e-5
+    )
+    close(both[1], grads)
+    assert min(np.abs(g).max() for g in jax.tree.leaves(both[0])) > 0
+
+
+def test_a_step_moves_both_players_and_their_memory(state):
+    step = jax.jit(
+        functools.partial(
+            tokenizer.train_step, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
+            optimizer=optax.sgd(0.1), discriminator_optimizer=optax.sgd(0.1), soft_index=False,
+            config=programs.OptimizerConfig(ema_decay=0.9),
+        )
+    )  # fmt: skip
+    new, metrics = step(state, {}, {"image": IMAGES}, KEY)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, state)
+    for part in (moved.params, moved.adversary.params, moved.adversary.spectral):
+        assert np.mean(jax.tree.leaves(part)) > 0.7  # the vectors of one logit cannot turn
+    assert moved.adversary.lecam.real and moved.adversary.lecam.fake
+    again, _ = step(state, {}, {"image": IMAGES}, KEY)
+    jax.tree.map(np.testing.assert_array_equal, new, again)
+    assert np.isfinite(jax.tree.leaves(metrics)[0]).all()
+
+
+def test_wrong_losses_get_a_sentence():
+    config = digits.get_config("runlocal")
+    for change, message in (
+        (dict(reconstruction="l3"), "reconstruction must be one of l1, l2, got 'l3'"),
+        (dict(discriminator="big"), "discriminator must be one of dino, small"),
+        (dict(adversarial_weight=-1.0), "adversarial_weight must be 0 or more"),
+    ):
+        changed = config.copy_and_resolve_references()
+        changed.tokenizer_training.update(change)
+        with pytest.raises(ValueError, match=message):
+            programs.tokenizer_losses(changed)
+    for change, message in (
+        (dict(repa_weight=1.0, repa_block=3), r"one of the content generator's 2 blocks, .* got 3"),
+        (dict(repa_weight=1.0, repa_block=1), "needs a latent of that size, not 4 x 4"),
+        (dict(repa_weight=-1.0), "repa_weight must be 0 or more"),
+    ):
+        changed = config.copy_and_resolve_references()
+        changed.generator_training.update(change)
+        with pytest.raises(ValueError, match=message):
+            programs.representation_alignment(changed)
+
+
+# REPA.
+
+
+def test_alignment_is_one_minus_the_cosine_of_each_stage():
+    targets = jnp.array([[[3.0, 0.0], [0.0, 2.0]]])  # one image, two positions
+    projected = jnp.array(
+        [
+            [[1.0, 0.0], [0.0, 5.0]],  # the same directions
+            [[-2.0, 0.0], [0.0, 1.0]],  # one opposite
+            [[0.0, 7.0], [1.0, 0.0]],  # all at right angles
+        ]
+    )
+    np.testing.assert_allclose(alignment_loss(projected, targets), [0, 1, 1], atol=1e-6)
+    both = alignment_loss(jnp.concatenate([projected, projected[::-1]]), targets.repeat(2, axis=0))
+    np.testing.assert_allclose(both, [0.5, 1, 0.5], atol=1e-6)
+
+
+def test_the_tap_is_what_a_transformer_of_so_many_blocks_gives():
+    rng = np.random.default_rng(0)
+    x, vec = rng.normal(size=(2, 5, 32)), rng.normal(size=(2, 32))
+    positions = rng.integers(0, 3, (2, 5, 5))
+    deep = Transformer(TransformerConfig(32, 3, head_dim=16), jnp.float32)
+    init = functools.partial(deep.init, deterministic=True)
+    variables = sharding.unbox(jax.eval_shape(init, jax.random.key(0), x, vec, positions))
+    leaves, tree = jax.tree.flatten(variables)
+    leaves = [rng.normal(size=leaf.shape, scale=0.1) for leaf in leaves]
+    variables = jax.tree.unflatten(tree, leaves)
+    for count in (1, 2, 3):
+        shallow = Transformer(TransformerConfig(32, count, head_dim=16), jnp.float32)
+        first = jax.tree.map(lambda leaf, count=count: leaf[:count], variables)
+        expected = shallow.apply(first, x, vec, positions, True)[0]
+        last, tapped = deep.apply(variables, x, vec, positions, True, count)
+        np.testing.assert_allclose(tapped, expected, rtol=2e-5, atol=2e-5)
+        assert (count == 3) == bool(np.allclose(tapped, last, atol=1e-4))
+
+
+def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
+    sizes = TokenizerConfig(
+        image_size=(32, 32), latent_size=(16, 16), latent_dim=4, codebook_size=16,
+        base_channels=32, channel_multipliers=(1, 1), blocks_per_level=1,
+    )  # fmt: skip
+    model = models.make_generator("content", TransformerConfig(32, 3, head_dim=32), sizes, 2)
+    init = functools.partial(generators.init_params, model, repa=True)
+    params = sharding.unbox(jax.eval_shape(init, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    params = jax.tree.unflatten(
+        tree, [rng.normal(size=x.shape, scale=0.1).astype(np.float32) for x in leaves]
+    )
+    encoder = models.make_tokenizer(sizes)
+    images = rng.uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
+    init = functools.partial(tokenizer.init_params, encoder)
+    weights = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(1))
+    encode = jax.jit(functools.partial(generators.encode, encoder))
+    quantized = encode(weights, {"image": images})
+    targets = rng.normal(size=(1, 256, 768)).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def difference(params):
+        """What REPA adds to the loss."""
+        loss = lambda *repa: generators.loss_terms(
+            model, params, quantized, jnp.array([1]), jnp.ones(10), jax.random.key(0), None, *repa
+        )[0]
+        return loss(generators.Repa(0.5, 2), targets) - loss()
+
+    grads = difference(params)
+    by_block = np.abs(grads["blocks"]["blocks"]["linear1"]["kernel"]).max((1, 2))
+    assert by_block[0] > 1e-6 and by_block[1] > 1e-6 and by_block[2] < 1e-8
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads["repa"]))
+    assert np.abs(grads["token_head"]["kernel"]).max() < 1e-8
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "content"])
+def test_the_published_presets_train_with_every_loss(stage):
+    """Traced in full size, nothing is computed; the weights of the frozen networks are not here."""
+    config = imagenet256.get_config("d16")
+    config.tokenizer_training.batch_size = config.generator_training.batch_size = 2
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        if stage == "tokenizer":
+            program = programs.tokenizer_training(config, mesh, 10)
+            arguments = dict(soft_index=True)
+            expected = {"perceptual_loss", "adversarial_loss", "discriminator_loss", "lecam_loss"}
+            frozen = {"lpips", "dino"}
+        else:
+            program = programs.generator_training(config, mesh, 10, ("content",), 1000)
+            arguments, expected, frozen = {}, {"content/repa_loss"}, {"dinov2"}
+        state, metrics = jax.eval_shape(
+            functools.partial(program.step, **arguments), *program.arguments
+        )
+    assert expected <= metrics.keys()
+    assert (
+        {run for run in frozen}
+        == set(programs.pretrained_names(config, stage))
+        <= set(pretrained.NAMES)
+    )
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(state) == shapes(program.state)
