@@ -1,0 +1,505 @@
+"""Reads the text of XLA's HLO: what a program computes, moves through memory and communicates.
+
+A compiled program's own cost analysis counts the body of a loop once; here bodies are multiplied by
+their trip counts. Knows nothing of models, and only counts: no time is measured.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # of an element; the other names end in their bits
+# These move nothing: names for parts of what is there, or the end of a transfer already counted.
+FREE = frozenset(
+    "after-all bitcast bitcast-convert constant domain get-tuple-element opt-barrier parameter "
+    "partition-id replica-id tuple while conditional call async-start async-update".split()
+)
+# Custom calls of the TPU that compute and move nothing by themselves.
+MEMORY_CALLS = ("AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast")
+ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)((?::[^{}]*)?)\})?")
+NAME = re.compile(r"%([\w.\-]+)")
+
+
+class Array(NamedTuple):
+    """One array of an instruction's result.
+
+    dims: sizes. order: dimensions from the fastest varying one on. tile: of the fastest dimensions,
+    slowest first, () if untiled. in_hbm: in the device's main memory, not in a faster one.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    order: tuple[int, ...]
+    tile: tuple[int, ...]
+    in_hbm: bool
+
+    def bytes(self, padded: bool = True) -> int:
+        """Its size, by default with the padding that tiles bring."""
+        dims = [self.dims[i] for i in self.order]  # the fastest first
+        if padded:
+            dims += [1] * (len(self.tile) - len(dims))
+            for i, size in enumerate(reversed(self.tile)):
+                dims[i] = -(-dims[i] // size) * size
+        bits = BITS.get(self.dtype)
+        if bits is None:
+            bits = int(re.search(r"\d+", self.dtype)[0])
+        return math.prod(dims) * bits // 8
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One line: `%name = result opcode(operands), attributes`; `text` are operands and attributes.
+
+    root: the result of its computation.
+    """
+
+    name: str
+    opcode: str
+    result: list[Array]
+    operands: list[str]
+    text: str
+    root: bool
+
+    def attribute(self, pattern: str) -> str | None:
+        found = re.search(pattern, self.text)
+        return found[1] if found else None
+
+    @property
+    def op_name(self) -> str:
+        """The operation of the Python program that it comes from."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
+    @property
+    def target(self) -> str | None:
+        """What a custom call calls."""
+        return self.attribute(r'custom_call_target="([^"]*)"')
+
+    @property
+    def called(self) -> list[str]:
+        """Computations of a fusion, a call or an asynchronous start, the branches of a choice."""
+        if self.opcode not in ("fusion", "call", "async-start", "conditional"):
+            return []
+        branches = self.attribute(r"branch_computations=\{([^}]*)\}")
+        if branches is not None:
+            return operand_names(branches)
+        return re.findall(r"(?:calls|to_apply|(?:true|false)_computation)=%?([\w.\-]+)", self.text)
+
+
+class Computation:
+    """A named list of instructions."""
+
+    def __init__(self, instructions: list[Instruction]):
+        self.instructions = instructions
+        self.by_name = {instruction.name: instruction for instruction in instructions}
+        self.root = next(i for i in instructions if i.root)
+        self.users = collections.defaultdict(list)
+        for instruction in instructions:
+            for operand in set(instruction.operands):
+                self.users[operand].append(instruction)
+
+    def parameter(self, number: int) -> Instruction:
+        return next(
+            i
+            for i in self.instructions
+            if i.opcode == "parameter" and i.text.startswith(f"{number})")
+        )
+
+    def operand(self, instruction: Instruction, number: int) -> Instruction:
+        """An operand, looking through copies and changes of shape."""
+        found = self.by_name[instruction.operands[number]]
+        while found.opcode in ("bitcast", "copy", "copy-done", "copy-start", "reshape", "convert"):
+            found = self.by_name[found.operands[0]]
+        return found
+
+
+class Module(NamedTuple):
+    computations: dict[str, Computation]
+    entry: str
+
+
+class Collective(NamedTuple):
+    """One communication between the devices of a group, as often as it runs.
+
+    kind: one of COLLECTIVES. count: how often. bytes: of its data on one device each time (for an
+    all-gather the gathered result). group: devices that take part. shapes: of its results.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+    group: int
+    shapes: tuple[str, ...]
+    op_name: str
+
+    @property
+    def bytes_sent(self) -> float:
+        """What one device sends to its neighbours in all, by the ring algorithm."""
+        rounds = {"all-reduce": 2, "collective-permute": self.group / max(self.group - 1, 1)}
+        share = (self.group - 1) / self.group * rounds.get(self.kind, 1)
+        return self.count * self.bytes * share
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one device does in one run of a program.
+
+    flops: of matrix products and convolutions, multiplications and additions. hbm_bytes: read from
+    and written to the device's main memory, an estimate. unknown_loops: the Python operations of
+    loops whose trip count depends on the data; they are counted as one trip. custom_calls: kernels
+    whose contents are not visible here, by name.
+    """
+
+    flops: int = 0
+    hbm_bytes: int = 0
+    collectives: list[Collective] = dataclasses.field(default_factory=list)
+    unknown_loops: list[str] = dataclasses.field(default_factory=list)
+    custom_calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+def parse(text: str) -> Module:
+    """Reads a module's text, as `lowered.as_text("hlo")` and `compiled.as_text()` give it.
+
+    Raises:
+        ValueError: there is no entry computation in it.
+    """
+    computations, entry, lines, name = {}, None, None, ""
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header and not line.startswith("HloModule"):
+            name, lines = header[2], []
+            entry = name if header[1] else entry
+        elif line.startswith("}") and lines:
+            computations[name], lines = Computation(lines), None
+        elif lines is not None and " = " in line:
+            lines.append(parse_instruction(line))
+    if entry is None:
+        raise ValueError("This is no text of an HLO module: it has no ENTRY computation.")
+    return Module(computations, entry)
+
+
+def parse_instruction(line: str) -> Instruction:
+    left, right = line.strip().split(" = ", 1)
+    root = left.startswith("ROOT ")
+    end = closing(right) + 1 if right.startswith("(") else right.index(" ")
+    opcode, text = right[end:].strip().split("(", 1)
+    operands = "(" + text
+    operands = operands[1 : closing(operands)]
+    return Instruction(
+        name=left.removeprefix("ROOT ").removeprefix("%"),
+        opcode=opcode,
+        result=parse_arrays(right[:end]),
+        operands=operand_names(operands) if opcode not in ("constant", "parameter") else [],
+        text=text,
+        root=root,
+    )
+
+
+def operand_names(text: str) -> list[str]:
+    """The names in "f32[2,3]{1,0} %a, b": with or without types, with or without "%"."""
+    if "%" in text:
+        return NAME.findall(text)
+    return re.findall(r"([A-Za-z_][\w.\-]*)\s*(?:,|$)", text)
+
+
+def closing(text: str) -> int:
+    """Where the parenthesis that opens the text is closed."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return index
+    raise ValueError(f"Unbalanced parentheses in {text[:80]!r}.")
+
+
+def parse_arrays(text: str) -> list[Array]:
+    """The arrays of a type, that of a tuple one after the other."""
+    arrays = []
+    for dtype, dims, order, layout in ARRAY.findall(text):
+        dims = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
+        order = tuple(map(int, order.split(","))) if order else tuple(reversed(range(len(dims))))
+        tile = re.search(r"T\(([\d,]+)\)", layout)
+        space = re.search(r"S\((\d+)\)", layout)
+        arrays.append(
+            Array(
+                dtype=dtype,
+                dims=dims,
+                order=order,
+                tile=tuple(map(int, tile[1].split(","))) if tile else (),
+                in_hbm=space is None or space[1] == "0",
+            )
+        )
+    return arrays
+
+
+def cost(module: Module) -> Cost:
+    """Walks the module from its entry."""
+    total = Cost()
+    _walk(module, module.entry, 1, None, total)
+    return total
+
+
+def _walk(module: Module, name: str, times: int, channels: set[str] | None, total: Cost):
+    """Adds `times` runs of a computation.
+
+    Args:
+        channels: inside a fusion, which moves nothing through memory, the communication channels
+            that the computation around it has used so far; None outside. A collective that runs
+            beside arithmetic stands in several fusions, on one channel.
+    """
+    fused = channels is not None
+    channels = set() if channels is None else channels
+    computation = module.computations[name]
+    for instruction in computation.instructions:
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = trip_count(module, computation, instruction)
+            if trips is None:
+                total.unknown_loops.append(instruction.op_name)
+                trips = 1
+            for part in ("condition", "body"):
+                inner = instruction.attribute(part + r"=%?([\w.\-]+)")
+                _walk(module, inner, times * trips, None, total)
+            continue
+        for inner in instruction.called:
+            inside = channels if fused or opcode == "fusion" else None
+            _walk(module, inner, times, inside, total)
+        if opcode == "dot":
+            total.flops += times * dot_flops(computation, instruction)
+        elif opcode == "convolution":
+            total.flops += times * convolution_flops(computation, instruction)
+        elif opcode == "custom-call" and not fused and instruction.target not in MEMORY_CALLS:
+            total.custom_calls[instruction.target] += times
+        kind = opcode.removesuffix("-start")
+        channel = instruction.attribute(r"channel_id=(\d+)")
+        if kind in COLLECTIVES and (channel is None or channel not in channels):
+            channels.add(channel)
+            total.collectives.append(collective(computation, instruction, kind, times))
+            total.hbm_bytes += times * hbm_bytes(module, computation, instruction)
+        elif not fused:
+            total.hbm_bytes += times * hbm_bytes(module, computation, instruction)
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often a loop runs: XLA's own note, or that of a counter from a constant to a constant."""
+    known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
+    if known:
+        return int(known)
+    condition, body = (
+        module.computations[loop.attribute(part + r"=%?([\w.\-]+)")]
+        for part in ("condition", "body")
+    )
+    test = condition.root
+    operands = [condition.operand(test, i) for i in range(len(test.operands))]
+    if test.opcode == "fusion":
+        inner = module.computations[test.called[0]]
+        test = inner.root
+        if test.opcode == "compare":
+            numbers = [inner.operand(test, i) for i in (0, 1)]
+            operands = [
+                operands[int(i.text.split(")")[0])] if i.opcode == "parameter" else i
+                for i in numbers
+            ]
+    if test.opcode != "compare" or test.attribute(r"direction=(\w+)") != "LT":
+        return None
+    counter, limit = operands
+    if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
+        return None
+    index = int(counter.attribute(r"index=(\d+)"))
+    start = computation.operand(computation.operand(loop, 0), index)
+    step = body.operand(body.root, index)
+    if start.opcode != "constant" or step.opcode != "add":
+        return None
+    addends = [body.operand(step, i) for i in (0, 1)]
+    steps = [constant(i) for i in addends if i.opcode == "constant"]
+    if len(steps) != 1 or steps[0] < 1:
+        return None
+    return max(0, math.ceil((constant(limit) - constant(start)) / steps[0]))
+
+
+def constant(instruction: Instruction) -> int:
+    return int(instruction.text.split(")")[0])
+
+
+def dot_flops(computation: Computation, instruction: Instruction) -> int:
+    """Two for each element of the result and each contracted one."""
+    left = computation.by_name[instruction.operands[0]].result[0]
+    contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    size = math.prod(left.dims[int(i)] for i in contracted.split(",") if i)
+    return 2 * math.prod(instruction.result[0].dims) * size
+
+
+def convolution_flops(computation: Computation, instruction: Instruction) -> int:
+    """Two for each product of an element of the input, not of its padding, with one of the kernel.
+
+    On a TPU every matrix product is written as a convolution, its batch as dilated windows.
+    """
+    labels = instruction.attribute(r"dim_labels=([\w?]+->[\w?]+)")
+    inputs, kernel, output = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
+    sizes = [computation.by_name[name].result[0].dims for name in instruction.operands[:2]]
+    inputs, kernel = (dict(zip(part, dims)) for part, dims in zip((inputs, kernel), sizes))
+    output = dict(zip(output, instruction.result[0].dims))
+    window = instruction.attribute(r"window=\{([^}]*)\}") or ""
+    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=(\S+)", window)}
+    products = output["b"] * output["f"] * kernel["i"]
+    for axis in sorted(key for key in kernel if key.isdigit()):
+        number = int(axis)
+        get = lambda key, default: window[key][number] if key in window else default
+        products *= window_products(
+            inputs[axis],
+            kernel[axis],
+            output[axis],
+            stride=int(get("stride", 1)),
+            low=int(str(get("pad", "0_0")).split("_")[0]),
+            input_dilation=int(get("lhs_dilate", 1)),
+            kernel_dilation=int(get("rhs_dilate", 1)),
+        )
+    return 2 * products
+
+
+def window_products(
+    inputs: int,
+    kernel: int,
+    outputs: int,
+    stride: int = 1,
+    low: int = 0,
+    input_dilation: int = 1,
+    kernel_dilation: int = 1,
+) -> int:
+    """Pairs of an output and a kernel position along one axis that meet an element of the input."""
+    count = 0
+    for output, tap in itertools.product(range(outputs), range(kernel)):
+        place = output * stride + tap * kernel_dilation - low
+        count += 0 <= place < inputs * input_dilation and place % input_dilation == 0
+    return count
+
+
+def collective(
+    computation: Computation, instruction: Instruction, kind: str, times: int
+) -> Collective:
+    operands = [a for name in instruction.operands for a in computation.by_name[name].result]
+    results = results_of(instruction, len(operands))
+    counted = results if kind == "all-gather" else operands
+    return Collective(
+        kind=kind,
+        count=times,
+        bytes=sum(array.bytes(padded=False) for array in counted),
+        group=group_size(instruction),
+        shapes=tuple(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in results),
+        op_name=instruction.op_name,
+    )
+
+
+def results_of(instruction: Instruction, operands: int) -> list[Array]:
+    """The results, of an asynchronous start without what stands beside them."""
+    if instruction.opcode in ("copy-start", "all-reduce-start"):  # (results, operands, ...)
+        return instruction.result[:operands]
+    if instruction.opcode.endswith("-start"):  # (operands, results, ...)
+        return instruction.result[operands:][:operands]
+    return instruction.result
+
+
+def group_size(instruction: Instruction) -> int:
+    """How many devices communicate with each other; 2 where only pairs are given."""
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", instruction.text)
+    if axes:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
+        parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(part or sizes[name]) for name, part in parts)
+    iota = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]<=")
+    if iota:
+        return int(iota)
+    groups = instruction.attribute(r"replica_groups=\{\{([\d,]*)\}")
+    return len(groups.split(",")) if groups else 2
+
+
+def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """What an instruction outside of fusions reads from and writes to main memory.
+
+    Every operand once and every result once, padding included; of a slice only the slice, of an
+    update in place only the update.
+    """
+    opcode = instruction.opcode
+    if opcode in FREE or opcode.endswith("-done") or instruction.target in MEMORY_CALLS:
+        return 0
+    operands = [computation.by_name[name].result for name in instruction.operands]
+    results = results_of(instruction, sum(map(len, operands)))
+    if opcode == "fusion":
+        inner = module.computations[instruction.called[0]]
+        read = sum(
+            min(sum(map(size_in_hbm, arrays)), read_bytes(module, inner, number))
+            for number, arrays in enumerate(operands)
+        )
+        return read + sum(written_bytes(module, inner, instruction.result))
+    if opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+        return size_in_hbm(results[0]) + operands[0][0].in_hbm * results[0].bytes()
+    if opcode in ("dynamic-update-slice", "scatter"):
+        update = operands[1 if opcode == "dynamic-update-slice" else -1][0]
+        return size_in_hbm(update) + results[0].in_hbm * update.bytes()
+    return sum(map(size_in_hbm, itertools.chain(*operands, results)))
+
+
+def size_in_hbm(array: Array) -> int:
+    return array.bytes() if array.in_hbm else 0
+
+
+def passes(instruction: Instruction) -> bool:
+    """Whether an instruction in a fusion hands memory on or is a collective, counted by itself."""
+    opcode = instruction.opcode
+    return opcode == "tuple" or opcode in COLLECTIVES or instruction.target in MEMORY_CALLS
+
+
+def read_bytes(module: Module, computation: Computation, number: int) -> float:
+    """What a fusion reads of a parameter: all of it, or the slices that it takes."""
+    total, waiting = 0, [computation.parameter(number)]
+    while waiting:
+        value = waiting.pop()
+        for user in computation.users[value.name]:
+            place = user.operands.index(value.name)
+            if user.opcode == "bitcast":
+                waiting.append(user)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                total += user.result[0].bytes()
+            elif user.opcode == "dynamic-update-slice" and place == 0 or passes(user):
+                pass
+            elif user.opcode == "fusion":
+                total += read_bytes(module, module.computations[user.called[0]], place)
+            else:
+                return math.inf
+    return total
+
+
+def written_bytes(module: Module, computation: Computation, result: list[Array]) -> Iterator[int]:
+    """What a fusion writes of each part of its result: all of it, or an update in place."""
+    root = computation.root
+    parts = [root]
+    if root.opcode == "tuple":
+        parts = [computation.by_name[name] for name in root.operands]
+    elif passes(root):
+        return
+    if len(parts) != len(result):  # a nested fusion of several results
+        yield from map(size_in_hbm, result)
+        return
+    for part, array in zip(parts, result):
+        while part.opcode == "bitcast":
+            part = computation.by_name[part.operands[0]]
+        if not array.in_hbm or part.opcode == "parameter" or passes(part):
+            yield 0
+        elif part.opcode == "dynamic-update-slice":
+            yield computation.by_name[part.operands[1]].result[0].bytes()
+        elif part.opcode == "fusion" and len(part.result) == 1:
+            yield from written_bytes(module, module.computations[part.called[0]], [array])
+        else:
+            yield array.bytes()

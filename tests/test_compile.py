@@ -1,0 +1,346 @@
+"""The reader of HLO on small texts, the arithmetic by hand, a compilation for a real topology."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nvg_jax import compile as aot
+from nvg_jax import hlo
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A loop of five rounds: a product of 8 x 16 and 16 x 32, its gradient-like sum over 4 devices,
+# and one row of a stack of five read in a fusion.
+LOOP = """\
+HloModule loop, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%row (stack: f32[5,8,16], at: s32[]) -> f32[8,16] {
+  %stack = f32[5,8,16]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,16]{2,1,0} dynamic-slice(%stack, %at, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16]{1,0} bitcast(%slice)
+}
+
+%body (state: (s32[], f32[5,8,16], f32[16,32], f32[8,32])) -> (s32[], f32[5,8,16], f32[16,32], f32[8,32]) {
+  %state = (s32[], f32[5,8,16]{2,1,0}, f32[16,32]{1,0}, /*index=3*/f32[8,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %one = s32[] constant(1)
+  %next = s32[]{:S(6)} add(%i, %one)
+  %xs = f32[5,8,16]{2,1,0} get-tuple-element(%state), index=1
+  %w = f32[16,32]{1,0} get-tuple-element(%state), index=2
+  %x = f32[8,16]{1,0:S(1)} fusion(%xs, %i), kind=kLoop, calls=%row
+  %y = f32[8,32]{1,0:S(1)} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %all = f32[8,32]{1,0} all-reduce(%y), replica_groups={{0,1,2,3}}, to_apply=%add, metadata={op_name="jit(f)/grad" x=1}
+  ROOT %out = (s32[], f32[5,8,16]{2,1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}) tuple(%next, %xs, %w, %all)
+}
+
+%condition (state: (s32[], f32[5,8,16], f32[16,32], f32[8,32])) -> pred[] {
+  %state = (s32[], f32[5,8,16]{2,1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (xs: f32[5,8,16], w: f32[16,32], y: f32[8,32]) -> f32[8,32] {
+  %xs = f32[5,8,16]{2,1,0} parameter(0)
+  %w = f32[16,32]{1,0} parameter(1)
+  %y = f32[8,32]{1,0} parameter(2)
+  %start = s32[] constant(0)
+  %state = (s32[], f32[5,8,16]{2,1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}) tuple(%start, %xs, %w, %y)
+  %loop = (s32[], f32[5,8,16]{2,1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}) while(%state), condition=%condition, body=%body
+  ROOT %result = f32[8,32]{1,0} get-tuple-element(%loop), index=3
+}
+"""  # noqa: E501
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    cost = hlo.cost(hlo.parse(LOOP))
+    assert cost.flops == 5 * 2 * 8 * 16 * 32
+    assert cost.unknown_loops == [] and not cost.custom_calls
+    (reduced,) = cost.collectives
+    assert reduced.kind == "all-reduce" and reduced.count == 5 and reduced.group == 4
+    assert reduced.bytes == 8 * 32 * 4 and reduced.op_name == "jit(f)/grad"
+    assert reduced.bytes_sent == 5 * 2 * 3 / 4 * 1024  # a ring: scatter-reduce, then gather
+
+
+def test_memory_traffic_of_a_loop():
+    # A round reads one row (not the stack) and w; the row and the product stay in fast memory (S),
+    # where the sum reads one and writes main memory; the counter: read, and the test's result.
+    row, w, summed = 8 * 16 * 4, 16 * 32 * 4, 8 * 32 * 4
+    counter = (4 + 4) + 4  # next = i + one; the fusion's index
+    test = 4 + 4 + 1
+    assert hlo.cost(hlo.parse(LOOP)).hbm_bytes == 5 * (row + w + summed + counter + test)
+
+
+def test_a_loop_that_depends_on_the_data_counts_once_and_is_named():
+    text = LOOP.replace("compare(%i, %limit), direction=LT", "compare(%i, %limit), direction=NE")
+    text = text.replace("body=%body", 'body=%body, metadata={op_name="clustering"}')
+    cost = hlo.cost(hlo.parse(text))
+    assert cost.unknown_loops == ["clustering"] and cost.flops == 2 * 8 * 16 * 32
+    known = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+    assert hlo.cost(hlo.parse(known)).flops == 7 * 2 * 8 * 16 * 32
+
+
+def test_other_starts_and_steps_of_a_counter():
+    module = hlo.parse(LOOP.replace("%start = s32[] constant(0)", "%start = s32[] constant(2)"))
+    assert hlo.cost(module).flops == 3 * 2 * 8 * 16 * 32
+    module = hlo.parse(LOOP.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"))
+    assert hlo.cost(module).flops == 3 * 2 * 8 * 16 * 32  # at 0, 2 and 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,8]<=[16]", 8),
+        ("[4,4]<=[4,4]T(1,0)", 4),
+        ("mesh['axis_0'=8,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=8,'axis_1'=4] {'axis_0','axis_1'}", 32),
+        ("mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+    ],
+)
+def test_devices_of_a_collective(groups, size):
+    module = hlo.parse(LOOP.replace("{{0,1,2,3}}", groups))
+    assert hlo.cost(module).collectives[0].group == size
+
+
+def test_gathers_and_scatters():
+    text = """\
+HloModule m
+ENTRY %main (x: bf16[4,8]) -> bf16[2,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %begin = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %whole = bf16[16,8]{1,0} all-gather-done(%begin)
+  ROOT %part = bf16[4,8]{1,0} reduce-scatter(%whole), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+    cost = hlo.cost(hlo.parse(text))
+    gather, scatter = cost.collectives
+    assert (gather.kind, gather.bytes, gather.bytes_sent) == ("all-gather", 256, 3 / 4 * 256)
+    assert gather.shapes == ("bf16[16,8]",)
+    assert (scatter.kind, scatter.bytes, scatter.bytes_sent) == ("reduce-scatter", 256, 192)
+    assert cost.hbm_bytes == 2 * (64 + 256)
+
+
+def test_a_collective_beside_arithmetic_counts_once():
+    """As TPUs run it: begun in one fusion, going on in another, on the same channel."""
+    text = """\
+HloModule m
+%begin (x: bf16[1,8]) -> (bf16[1,8], bf16[4,8]) {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %all = bf16[4,8]{1,0} all-gather(%x), channel_id=3, replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
+  ROOT %on = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) custom-call(%all), custom_call_target="AsyncCollectiveStart"
+}
+%beside (x: bf16[1,8], to: bf16[4,8], y: f32[8]) -> (f32[8], bf16[1,8], bf16[4,8]) {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %to = bf16[4,8]{1,0} parameter(1)
+  %y = f32[8]{0} parameter(2)
+  %z = f32[8]{0} negate(%y)
+  %all = bf16[4,8]{1,0} all-gather(%x), channel_id=3, replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
+  ROOT %out = (f32[8]{0}, bf16[1,8]{1,0}, bf16[4,8]{1,0}) tuple(%z, %x, %all)
+}
+ENTRY %main (x: bf16[1,8], y: f32[8]) -> f32[8] {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %start = (bf16[1,8]{1,0}, bf16[4,8]{1,0}) fusion(%x), kind=kCustom, calls=%begin
+  %a = bf16[1,8]{1,0} get-tuple-element(%start), index=0
+  %b = bf16[4,8]{1,0} get-tuple-element(%start), index=1
+  %next = (f32[8]{0}, bf16[1,8]{1,0}, bf16[4,8]{1,0}) fusion(%a, %b, %y), kind=kLoop, calls=%beside
+  ROOT %z = f32[8]{0} get-tuple-element(%next), index=0
+}
+"""  # noqa: E501
+    cost = hlo.cost(hlo.parse(text))
+    (gather,) = cost.collectives
+    assert (gather.kind, gather.count, gather.bytes, gather.group) == ("all-gather", 1, 64, 4)
+    assert cost.hbm_bytes == (16 + 64) + (32 + 32) and not cost.custom_calls
+
+
+def test_calls_and_every_branch_of_a_choice_count():
+    text = """\
+HloModule m
+product.1 {
+  x.2 = f32[4,4]{1,0} parameter(0)
+  ROOT dot.3 = f32[4,4]{1,0} dot(x.2, x.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+same.4 {
+  ROOT x.5 = f32[4,4]{1,0} parameter(0)
+}
+ENTRY main.6 {
+  x.7 = f32[4,4]{1,0} parameter(0)
+  called.8 = f32[4,4]{1,0} call(x.7), to_apply=product.1
+  which.9 = s32[] constant(0)
+  ROOT chosen.10 = f32[4,4]{1,0} conditional(which.9, x.7, x.7), branch_computations={product.1, same.4}
+}
+"""  # noqa: E501
+    assert hlo.cost(hlo.parse(text)).flops == 2 * (2 * 4 * 4 * 4)
+
+
+def test_tiles_pad_and_fast_memory_costs_nothing():
+    (array,) = hlo.parse_arrays("f32[2,257,5]{0,1,2:T(8,128)}")  # 2 is the fastest axis
+    assert array.bytes(padded=False) == 4 * 2 * 257 * 5
+    assert array.bytes() == 4 * 128 * 264 * 5
+    (fast, slow) = hlo.parse_arrays("(bf16[3]{0:S(1)}, /*index=1*/pred[3]{0:T(512)(128)(4,1)})")
+    assert not fast.in_hbm and slow.in_hbm and slow.bytes() == 512
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "expected"),
+    [
+        # Five inputs, a kernel of three, padding one on each side: all but the two corners.
+        ((5, 3, 5), {"low": 1}, 3 * 5 - 2),
+        ((5, 3, 3), {}, 9),
+        ((6, 3, 2), {"stride": 2}, 6),
+        # A batch of four products written as a dilated window: one each.
+        ((4, 4, 4), {"stride": 3, "input_dilation": 4}, 4),
+        ((5, 2, 3), {"kernel_dilation": 2}, 6),
+    ],
+)
+def test_products_of_a_window(sizes, options, expected):
+    assert hlo.window_products(*sizes, **options) == expected
+
+
+def test_flops_of_a_program_as_written():
+    """Counted by hand: a product and a convolution in a loop of three, with a gradient."""
+
+    def f(w, kernel, x):
+        def step(x, _):
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return x @ w + jnp.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0))), None
+
+        return jax.lax.scan(step, x, length=3)[0].sum()
+
+    shapes = [(6, 6), (3, 3, 6, 6), (2, 8, 8, 6)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    product, convolution = 2 * (2 * 8 * 8) * 6 * 6, 2 * (2 * 6 * 6) * 9 * 6 * 6
+    text = jax.jit(f).lower(*args).as_text("hlo")
+    assert hlo.cost(hlo.parse(text)).flops == 3 * (product + convolution)
+    gradient = jax.jit(jax.grad(f, argnums=(0, 1, 2))).lower(*args).as_text("hlo")
+    assert hlo.cost(hlo.parse(gradient)).flops == 3 * 3 * (product + convolution)
+
+
+def test_a_text_that_is_no_hlo():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("module @jit_f {\n}\n")
+
+
+# The arithmetic of the report.
+
+CHIP = aot.Chip(flops=100.0, hbm=1000, hbm_bandwidth=10.0, ici_bandwidth=5.0)
+
+
+def test_roofline_by_hand():
+    times = aot.roofline(flops=400.0, hbm_bytes=50.0, ici_bytes=5.0, model_flops=300.0, device=CHIP)
+    assert (times["compute"], times["hbm"], times["ici"]) == (4.0, 5.0, 1.0)
+    assert times["seconds"] == 5.0 and times["bound"] == "hbm"
+    assert times["mfu"] == 300 / (5 * 100)
+    assert times["seconds_in_turn"] == 10.0 and times["mfu_in_turn"] == 0.3
+
+
+def test_memory_counts_what_is_given_away_once():
+    class Stats:
+        argument_size_in_bytes = 100
+        output_size_in_bytes = 90
+        alias_size_in_bytes = 80
+        temp_size_in_bytes = 30
+        generated_code_size_in_bytes = 5
+
+    memory = aot.memory_of(Stats, 200.0)
+    assert memory["outputs"] == 10 and memory["total"] == 145 and memory["hbm"] == 200
+
+
+@pytest.mark.parametrize(
+    ("limit", "start", "ways"),
+    [(768, 768, 64), (1000, 768, 64), (100, 768, 64), (64, 64, 64), (63, 768, 64), (7, 1, 1)],
+)
+def test_the_largest_batch(limit, start, ways):
+    tried = []
+
+    def fits(size):
+        assert size % ways == 0 and size > 0
+        tried.append(size)
+        return size <= limit
+
+    assert aot.largest(fits, start, ways) == limit // ways * ways
+    assert len(tried) == len(set(tried)) <= 10  # each compilation takes minutes
+
+
+def run(*args: str, env=None, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "nvg_jax.compile", *args],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        **kwargs,
+    )
+
+
+def test_sentences():
+    with pytest.raises(ValueError, match="Unknown topology 'v5p'.*v5e:16x16"):
+        aot.find_target("v5p", {})
+    with pytest.raises(ValueError, match="Unknown topology 'v9:2x2'"):
+        aot.find_target("v9:2x2", {})
+    result = run("--config=configs/digits.py:runlocal", "--topology=v5e")
+    assert result.returncode == 2 and result.stderr.startswith("error: Unknown topology 'v5e'")
+    assert result.stderr.count("\n") == 1
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    compiler = aot.Compiler(None, aot.Target("v5e:2x2", mesh, CHIP), "train", 1, 1)
+    with pytest.raises(ValueError, match="A batch of 0 does not divide .* such as 1"):
+        compiler.check_batch(0)
+
+
+def test_no_compiler_for_tpus(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
+        aot.find_target("v5e:2x2", {})
+
+
+def test_stages_are_single_programs():
+    config = type("Config", (), {"stage": "all"})
+    assert aot.training_run(config) == "generators"
+    config.stage = "separate"
+    with pytest.raises(ValueError, match="stage=separate is no single program"):
+        aot.training_run(config)
+
+
+@pytest.fixture(scope="module")
+def libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('the compiler for TPUs is not installed: pip install "jax[tpu]"')
+
+
+def test_the_training_step_for_a_topology(libtpu, tmp_path):
+    file = tmp_path / "report.json"
+    args = ["--config=configs/digits.py:runlocal", "--topology=v5e:2x2"]
+    result = run(
+        *args, f"--json={file}", "--config.mesh.fsdp=2", "--config.generator_training.batch_size=8"
+    )
+    assert result.returncode == 0, result.stderr
+    assert aot.ESTIMATE in result.stdout and "MFU" in result.stdout
+    report = json.loads(file.read_text())
+    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and report["batch_size"] == 8
+    assert report["fits"] and report["memory"]["hbm"] == 16 * 2**30
+    assert set(report["parameters"]) == {"content", "structure", "tokenizer", "total"}
+    # Nothing is computed again in this preset; the compiler may merge some small products.
+    assert 0.9 < report["executed_flops"] / report["model_flops"] < 1.1
+    assert set(report["collectives_by_kind"]) >= {"all-reduce"}
+    batch = run(*args, "--batch_size=6")
+    assert batch.returncode == 2 and "such as 4" in batch.stderr
+    missing = run(*args[:1], "--topology=v5e:3x7")
+    assert missing.returncode == 2 and "no topology 'v5e:3x7'" in missing.stderr
