@@ -7,17 +7,24 @@ metadata. Whoever reads compares them, and takes the checkpoint before a damaged
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 logger = logging.getLogger("nvg_jax")
+
+
+def storage_path(folder: str | os.PathLike) -> epath.Path:
+    """The absolute path of a folder, on a disk or in a bucket (gs://...)."""
+    folder = os.fspath(folder)
+    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
 
 
 class Checkpoints:
@@ -27,8 +34,8 @@ class Checkpoints:
     in every call.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self._folder = Path(folder).absolute()
+    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+        self._folder = storage_path(folder)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -121,7 +128,7 @@ class Checkpoints:
 # Reading.
 
 
-def read_meta(folder: str | Path) -> dict[str, Any] | None:
+def read_meta(folder: str | os.PathLike) -> dict[str, Any] | None:
     """The metadata of the newest checkpoint of a folder, None if there is no checkpoint.
 
     "step" is the checkpoint's. See `read` about damaged ones.
@@ -131,7 +138,7 @@ def read_meta(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read(
-    folder: str | Path, part: Callable[[dict[str, Any]], Any]
+    folder: str | os.PathLike, part: Callable[[dict[str, Any]], Any]
 ) -> tuple[dict[str, Any], Any] | None:
     """The metadata and a part of the state of the newest undamaged checkpoint of a folder.
 
@@ -146,7 +153,7 @@ def read(
     Raises:
         ValueError: all checkpoints are damaged, or have other leaves.
     """
-    folder = Path(folder).absolute()
+    folder = storage_path(folder)
     if not folder.is_dir():
         return None
     with ocp.CheckpointManager(folder) as manager:
@@ -212,7 +219,7 @@ def short(error: Exception) -> str:
     return lines[0].split(". ")[0][:300]
 
 
-def warn(folder: Path, step: int, reason: str):
+def warn(folder: epath.Path, step: int, reason: str):
     logger.warning(
         "The checkpoint of step %d in %s is damaged (%s); taking the one before it.",
         step,
@@ -240,7 +247,7 @@ def describe(state) -> dict[str, list]:
     }
 
 
-def check_leaves(stored: dict[str, list], wanted, folder: Path):
+def check_leaves(stored: dict[str, list], wanted, folder: epath.Path):
     """Raises ValueError if a checkpoint lacks a leaf of an abstract tree, or has another size."""
     for name, leaf in leaf_names(wanted).items():
         found = stored.get(name)

@@ -1,6 +1,7 @@
 """Pictures of images, reconstructions and stages, as uint8 arrays (H, W, 3), and their files."""
 
 import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -91,7 +92,14 @@ def replacing(path: Path):
         ) from error
 
 
+def png(picture: np.ndarray) -> bytes:
+    """The PNG file of a uint8 (H, W, 3) picture."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "png")
+    return file.getvalue()
+
+
 def save_png(path: str | Path, picture: np.ndarray):
     """Writes a uint8 (H, W, 3) picture, whole or not at all."""
     with replacing(Path(path)) as file:
-        Image.fromarray(picture).save(file, "png")
+        file.write(png(picture))

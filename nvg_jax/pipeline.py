@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import shutil
+import os
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import checkpoint, granularity
@@ -177,13 +177,13 @@ class Pipeline:
     # Reading and writing.
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Pipeline":
+    def from_pretrained(cls, folder: str | os.PathLike) -> "Pipeline":
         """Opens a workdir, or a folder that `save_pretrained` or a conversion wrote.
 
         Raises:
             ValueError: there is no such folder, or no model in it.
         """
-        folder = Path(folder)
+        folder = checkpoint.storage_path(folder)
         found = checkpoint.read(
             folder / EXPORT_FOLDER,
             lambda meta: {
@@ -195,7 +195,7 @@ class Pipeline:
         return cls(*found) if found else cls.from_workdir(folder)
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path) -> "Pipeline":
+    def from_workdir(cls, workdir: str | os.PathLike) -> "Pipeline":
         """Opens the latest checkpoints of a training run: raw tokenizer, averaged generators.
 
         The tokenizer is the workdir's own, or the one that its generators say they used.
@@ -204,7 +204,7 @@ class Pipeline:
             ValueError: no such folder, no tokenizer to be found, or a generator that was trained
                 with another tokenizer.
         """
-        workdir = Path(workdir)
+        workdir = checkpoint.storage_path(workdir)
         if not workdir.is_dir():
             raise ValueError(
                 f"There is no folder {workdir}. Give the --workdir of a training run, or a folder "
@@ -242,18 +242,18 @@ class Pipeline:
             params[name] = part[name]["ema_params"]
         return cls(meta, params)
 
-    def save_pretrained(self, folder: str | Path):
+    def save_pretrained(self, folder: str | os.PathLike):
         """Writes everything to a folder for `from_pretrained`; an earlier export is replaced.
 
         Raises:
             ValueError: the folder is a training run's, whose checkpoints the export would hide.
         """
-        folder = Path(folder)
+        folder = checkpoint.storage_path(folder)
         if any((folder / run).is_dir() for run in ("tokenizer", "generators", *GENERATORS)):
             raise ValueError(f"{folder} holds a training run; export to another folder.")
         folder = folder / EXPORT_FOLDER
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rmtree()
         checkpoints = checkpoint.Checkpoints(folder)
         checkpoints.save(0, self.params, self.meta)
         checkpoints.close()
@@ -520,15 +520,15 @@ def abstract_params(meta: dict[str, Any], name: str):
     return unbox(jax.eval_shape(init, jax.random.key(0)))
 
 
-def find_tokenizer(workdir: Path, *elsewhere: str) -> Path:
+def find_tokenizer(workdir: epath.Path, *elsewhere: str) -> epath.Path:
     """The folder of the tokenizer's run: in the workdir, else in one of the workdirs elsewhere."""
-    for folder in (workdir, *map(Path, elsewhere)):
+    for folder in (workdir, *map(checkpoint.storage_path, elsewhere)):
         if (folder / "tokenizer").is_dir():
             return folder / "tokenizer"
     return workdir / "tokenizer"
 
 
-def check_tokenizer(run_meta: dict[str, Any], tokenizer_meta: dict[str, Any], run: Path):
+def check_tokenizer(run_meta: dict[str, Any], tokenizer_meta: dict[str, Any], run: epath.Path):
     """Raises ValueError if a generator's run used another tokenizer than the one beside it."""
     if run_meta["hash"] != tokenizer_meta["hash"]:
         raise ValueError(

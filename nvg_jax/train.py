@@ -11,9 +11,9 @@ import functools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -24,13 +24,14 @@ import ml_collections
 import numpy as np
 from absl import flags
 from clu import metric_writers
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from nvg_jax import checkpoint, cli, models, preemption, pretrained, programs, sharding
 from nvg_jax.data import GranularitySource, eval_batches, open_source, train_loader
 from nvg_jax.layers import TransformerConfig
-from nvg_jax.pictures import image_grid, reconstruction_grid, save_png
+from nvg_jax.pictures import image_grid, png, reconstruction_grid
 from nvg_jax.pipeline import (
     TOKENIZER_META,
     Pipeline,
@@ -54,14 +55,14 @@ RUNS = {  # --config.stage -> the runs it takes, each in its own folder of the w
 SCALE_IMAGES = 10_000  # images that the canvas scales are measured on, at most
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path):
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     """Trains the parts that `config.stage` names; goes on where `workdir` stands.
 
     Raises:
         ValueError: a setting or data that cannot be, with what would do.
         FloatingPointError: a loss that is not finite, with its step and term.
     """
-    workdir = Path(workdir)
+    workdir = checkpoint.storage_path(workdir)
     check_config(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -111,9 +112,12 @@ def cached(config: ml_collections.ConfigDict) -> bool:
 class Trainer:
     """What the runs share: configuration, data, mesh."""
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh
+    ):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.tokenizer_workdir = checkpoint.storage_path(config.tokenizer_workdir or workdir)
         source = functools.partial(
             open_source, config.data.name, data_dir=config.data.data_dir or None
         )
@@ -282,7 +286,9 @@ class Trainer:
             **tokenizer_meta,
             **{name: dataclass_dict(TransformerConfig(**config[name])) for name in names},
             "sampling": sampling,
-            "tokenizer_workdir": str(Path(config.tokenizer_workdir or self.workdir).absolute()),
+            "tokenizer_workdir": str(
+                checkpoint.storage_path(config.tokenizer_workdir or self.workdir)
+            ),
         }
         sampler = None
 
@@ -325,7 +331,9 @@ class Trainer:
 
     def load_tokenizer(self):
         """The trained tokenizer to build on: (its metadata, its raw parameters, replicated)."""
-        folder = Path(self.config.tokenizer_workdir or self.workdir) / "tokenizer"
+        folder = (
+            checkpoint.storage_path(self.config.tokenizer_workdir or self.workdir) / "tokenizer"
+        )
         meta = checkpoint.read_meta(folder)
         if meta is None or meta["hash"] is None:
             raise ValueError(
@@ -497,7 +505,7 @@ def log_evaluation(run, done, results):
     logger.info("%s %d  held out: %s", run, done, shown)
 
 
-def check_resume(stored: dict[str, Any], meta: dict[str, Any], folder: Path):
+def check_resume(stored: dict[str, Any], meta: dict[str, Any], folder: epath.Path):
     """Raises ValueError if a run was started with other settings than it is to go on with."""
     if "content" in meta or "structure" in meta:
         check_tokenizer(stored, meta, folder)
@@ -523,11 +531,11 @@ def check_resume(stored: dict[str, Any], meta: dict[str, Any], folder: Path):
             )
 
 
-def save_picture(writer, folder: Path, step: int, picture: np.ndarray):
+def save_picture(writer, folder: epath.Path, step: int, picture: np.ndarray):
     """A uint8 picture (H, W, 3) as a PNG in the run's folder and in TensorBoard."""
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(folder / f"pictures_{step:07d}.png", picture)
+        (folder / f"pictures_{step:07d}.png").write_bytes(png(picture))
         writer.write_images(step, {"pictures": picture[None]})
 
 
