@@ -114,13 +114,7 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
             f"There is no topology {topology!r} ({str(error).splitlines()[0]}). Sizes that exist: "
             "v5e and v6e 2x2 to 16x16, v4 and v5p 2x2x1, 2x2x2, 2x2x4, 4x4x4, 8x8x8 and so on."
         ) from error
-    try:
-        mesh = sharding.make_mesh(**mesh, devices=devices)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"A mesh of {mesh} does not lie along the axes of {topology}: each size must be the "
-            "product of whole axes, as 8 of 8x8 or 4 and 16 of 4x4x4."
-        ) from error
+    mesh = sharding.make_mesh(**mesh, devices=devices)
     share = len(devices) // len({tuple(device.coords) for device in devices})  # devices a chip
     return Target(topology, mesh, Chip(*(value / share for value in CHIPS[name])))
 

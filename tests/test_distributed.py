@@ -19,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
+from etils import epath
 
 from configs import digits
 from nvg_jax import checkpoint, models, programs, sharding
+from nvg_jax.pipeline import Pipeline
 from nvg_jax.train import Trainer, train
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
 MESHES = {
-    "one device": None,
+    "one device": (1, 1, 1),
     "data 8": (8, 1, 1),
     "fsdp 8": (1, 8, 1),
     "data 2 fsdp 2 tensor 2": (2, 2, 2),
@@ -43,38 +44,68 @@ def run_config():
     return config
 
 
-def losses_on(mesh) -> dict[str, list[float]]:
-    """The losses of STEPS steps of both trainings, from the seed and the data of `run_config`."""
+def train_on(mesh) -> dict[str, dict]:
+    """Twenty steps of both trainings, from the seed and the data of `run_config`.
+
+    Returns:
+        {training: {"curves", "collectives" and "sizes" of its compiled step}}.
+    """
     config = run_config()
-    trainer = Trainer(config, Path("unused"), mesh)
-    curves, key = {}, jax.random.fold_in(trainer.key, 2)
+    trainer = Trainer(config, epath.Path("unused"), mesh)
+    key = jax.device_put(jax.random.fold_in(trainer.key, 2), trainer.replicated)
+    scale = jax.device_put(np.ones(6, np.float32), trainer.replicated)
+    batches = trainer.training_batches(16, config.seed)
+    taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
+    found = {}
+
+    def steps(name, program, state, *fixed, **static):
+        step = program.step.lower(state, *fixed, taken[0], key, **static).compile()
+        metrics = []
+        for batch in taken:
+            state, values = step(state, *fixed, batch, key)
+            metrics.append(values)
+        curves = {
+            tag: [float(m[tag]) for m in jax.device_get(metrics)]
+            for tag in metrics[0]
+            if tag.endswith("loss") and metrics[0][tag].ndim == 0
+        }
+        found[name] = {
+            "curves": curves, "collectives": collectives(step), "sizes": leaf_sizes(program)
+        }  # fmt: skip
+        return state
+
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         program = programs.tokenizer_training(config, mesh, STEPS)
         state = program.init(jax.random.fold_in(trainer.key, 0))
-        replicate = jax.jit(
-            lambda tree: jax.tree.map(jnp.copy, tree),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-        )
-        tokenizer = replicate(state.params)  # of its own: the step takes the state's memory
-        batches = trainer.training_batches(16, config.seed)
-        taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
-        metrics = []
-        for batch in taken:
-            state, found = program.step(state, {}, batch, key, soft_index=False)
-            metrics.append(found)
-        curves["tokenizer"] = [float(m["loss"]) for m in jax.device_get(metrics)]
-
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=trainer.replicated)
+        tokenizer = copy(state.params)  # of its own: the step takes the state's memory
+        steps("tokenizer", program, state, {}, soft_index=False)
         program = programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
         states = program.init(
             jax.random.fold_in(trainer.key, 1), tokenizer["quantizer"]["codebook"]
         )
-        metrics = []
-        for batch in taken:
-            states, found = program.step(states, tokenizer, {}, np.ones(6, np.float32), batch, key)
-            metrics.append(found)
-        for name in models.GENERATORS:
-            curves[name] = [float(m[f"{name}/loss"]) for m in jax.device_get(metrics)]
-    return curves
+        states = steps("generators", program, states, tokenizer, {}, scale)
+    if dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}:
+        params = {name: state.ema_params for name, state in states.items()}
+        found["sampling"] = sampling_collectives(config, {"tokenizer": tokenizer, **params})
+    return found
+
+
+def sampling_collectives(config, params) -> list[tuple[str, int, str]]:
+    """The collectives of the program that eight devices sample with."""
+    meta = {name: config[name].to_dict() for name in params}
+    meta |= {"class_names": list("0123456789"), "canvas_scale": [1.0] * 6}
+    pipe = Pipeline(meta, params)
+    jitted, seen = pipe._generate, []
+
+    def look(*args, **static):
+        compiled = jitted.lower(*args, **static).compile()
+        seen.append(collectives(compiled))
+        return compiled(*args)
+
+    pipe._generate = look
+    assert pipe.sample(range(8), flow_steps=1, content_guidance=2.0).images.shape == (8, 8, 8, 3)
+    return seen[0]
 
 
 def collectives(compiled) -> list[tuple[str, int, str]]:
@@ -91,17 +122,6 @@ def collectives(compiled) -> list[tuple[str, int, str]]:
     return found
 
 
-def compiled_step(mesh, stage: str):
-    """The program of a stage on a mesh and its compiled step; nothing is run."""
-    config = run_config()
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        if stage == "tokenizer":
-            program = programs.tokenizer_training(config, mesh, STEPS)
-            return program, program.step.lower(*program.arguments, soft_index=False).compile()
-        program = programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
-        return program, program.step.lower(*program.arguments).compile()
-
-
 def leaf_sizes(program) -> list[int]:
     """Numbers of elements of all parameters, and of one layer of stacked ones."""
     sizes = set()
@@ -113,15 +133,10 @@ def leaf_sizes(program) -> list[int]:
 
 
 def observe() -> dict:
-    seen = {"curves": {}, "collectives": {}, "sizes": {}}
+    seen = {}
     for name, sizes in MESHES.items():
-        mesh = sharding.make_mesh(*(sizes or (1, 1, 1)), devices=jax.devices()[: sizes and 8 or 1])
-        seen["curves"][name] = losses_on(mesh)
-        if sizes:
-            for stage in ("tokenizer", "generators"):
-                program, compiled = compiled_step(mesh, stage)
-                seen["collectives"][f"{stage}, {name}"] = collectives(compiled)
-                seen["sizes"][stage] = leaf_sizes(program)
+        devices = jax.devices()[: math.prod(sizes)]
+        seen[name] = train_on(sharding.make_mesh(*sizes, devices=devices))
     return seen
 
 
@@ -138,15 +153,20 @@ def seen():
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if MESHES[name]])
-@pytest.mark.parametrize("stage", ["tokenizer", *models.GENERATORS])
+OTHERS = [name for name in MESHES if name != "one device"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("stage", ["tokenizer", "generators"])
 def test_every_mesh_gives_the_losses_of_one_device(seen, stage, name):
-    alone, found = seen["curves"]["one device"][stage], seen["curves"][name][stage]
-    assert len(set(alone)) == STEPS
-    np.testing.assert_allclose(found, alone, rtol=1e-5)
+    alone, found = seen["one device"][stage]["curves"], seen[name][stage]["curves"]
+    assert alone.keys() == found.keys() and alone
+    for tag in alone:
+        assert len(set(alone[tag])) == STEPS
+        np.testing.assert_allclose(found[tag], alone[tag], rtol=1e-5, err_msg=tag)
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if MESHES[name]])
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("stage", ["tokenizer", "generators"])
 def test_only_parameters_and_gradients_travel(seen, stage, name):
     """No gather of activations, nothing moved about; sums of gradients, metrics and no more.
@@ -154,8 +174,7 @@ def test_only_parameters_and_gradients_travel(seen, stage, name):
     Over "tensor" one sum of the residual for each half of a block, as planned.
     """
     data, fsdp, tensor = MESHES[name]
-    sizes = set(seen["sizes"][stage])
-    found = seen["collectives"][f"{stage}, {name}"]
+    sizes, found = set(seen[name][stage]["sizes"]), seen[name][stage]["collectives"]
     assert found
     for kind, size, operation in found:
         if kind == "all-gather":
@@ -169,6 +188,10 @@ def test_only_parameters_and_gradients_travel(seen, stage, name):
             raise AssertionError(f"{kind} of {size} elements: {operation}")
     if fsdp > 1:
         assert any(kind == "all-gather" for kind, _, _ in found)
+
+
+def test_sampling_on_many_devices_needs_no_word_between_them(seen):
+    assert seen["data 8"]["sampling"] == []
 
 
 def test_heads_that_do_not_split_are_refused():

@@ -8,15 +8,17 @@ def guided(network, class_ids, null_id: int, scale):
     """A network's output moved away from the null class: null + scale * (cond - null).
 
     Args:
-        network: (doubled, class_ids (2B,)) -> (2B, ...), where doubled(x) repeats a (B, ...)
-            array for both halves, the conditional one first.
+        network: (doubled, class_ids (2B,)) -> (2B, ...), where doubled(x) repeats each row of a
+            (B, ...) array, for the class and for the null class. So both stay where the row is
+            when a batch is split over devices.
         scale: None for no guidance at all (the null branch is not computed), else a scalar.
     """
     if scale is None:
         return network(lambda x: x, class_ids)
-    classes = jnp.concatenate([class_ids, jnp.full_like(class_ids, null_id)])
-    both = network(lambda x: jnp.concatenate([x, x]), classes)
-    cond, null = jnp.split(both, 2)
+    classes = jnp.stack([class_ids, jnp.full_like(class_ids, null_id)], axis=1)
+    both = network(lambda x: jnp.repeat(x, 2, axis=0), classes.ravel())
+    both = both.reshape(len(class_ids), 2, *both.shape[1:])
+    cond, null = both[:, 0], both[:, 1]
     return null + scale * (cond - null)
 
 
