@@ -124,6 +124,17 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Waits for what is being saved, also when an error ends the run, which it then is."""
+        try:
+            self.close()
+        except OSError:
+            if kind is None:
+                raise
+
 
 # Reading.
 

@@ -408,40 +408,41 @@ class Trainer:
         writers = [metric_writers.SummaryWriter(str(folder))] if main_process else []
         writer = metric_writers.MultiWriter(writers)
         window, window_start, run_start = [], time.monotonic(), time.monotonic()
-        for step in range(start, steps):
-            state, metrics = step_fn(state, sharding.global_batch(next(batches), self.mesh), step)
-            window.append(metrics)
-            done = step + 1
-            preempted = preemption.noticed()
-            evaluated = done % settings.eval_every == 0 or done == steps
-            saved = preempted or done % settings.save_every == 0 or done == steps
-            if done % settings.log_every == 0 or evaluated or saved:
-                scalars = summarise(jax.device_get(window), run, done)
-                now = time.monotonic()
-                rate = len(window) / (now - window_start)
-                scalars["images_per_second"] = rate * settings.batch_size
-                scalars["learning_rate"] = float(program.schedule(step))
-                remaining = (now - run_start) / (done - start) * (steps - done)
-                writer.write_scalars(done, scalars)
-                log_progress(run, done, steps, scalars, rate, remaining)
-                window = []
-            if saved:
-                last = on_end(state) if on_end and done == steps else {}
-                checkpoints.save(done, state, {**meta, **last}, batches.get_state())
-            if preempted:
-                checkpoints.close()
-                writer.close()
-                raise preemption.Preempted(f"{run}: asked to end; saved at step {done} of {steps}")
-            if evaluated:
-                results = evaluate(state, writer, done)
-                results = {f"test_{k}": v for k, v in flatten(results).items()}
-                writer.write_scalars(done, results)
-                log_evaluation(run, done, results)
-            if not window:
-                window_start = time.monotonic()
-        checkpoints.close()
-        batches.close()
-        writer.close()
+        with checkpoints, contextlib.closing(batches), contextlib.closing(writer):
+            for step in range(start, steps):
+                state, metrics = step_fn(
+                    state, sharding.global_batch(next(batches), self.mesh), step
+                )
+                window.append(metrics)
+                done = step + 1
+                preempted = preemption.noticed()
+                evaluated = done % settings.eval_every == 0 or done == steps
+                saved = preempted or done % settings.save_every == 0 or done == steps
+                if done % settings.log_every == 0 or evaluated or saved:
+                    scalars = summarise(jax.device_get(window), run, done)
+                    now = time.monotonic()
+                    rate = len(window) / (now - window_start)
+                    scalars["images_per_second"] = rate * settings.batch_size
+                    scalars["learning_rate"] = float(program.schedule(step))
+                    remaining = (now - run_start) / (done - start) * (steps - done)
+                    writer.write_scalars(done, scalars)
+                    log_progress(run, done, steps, scalars, rate, remaining)
+                    window = []
+                if saved:
+                    last = on_end(state) if on_end and done == steps else {}
+                    checkpoints.save(done, state, {**meta, **last}, batches.get_state())
+                if preempted:
+                    checkpoints.wait()
+                    raise preemption.Preempted(
+                        f"{run}: asked to end; saved at step {done} of {steps}"
+                    )
+                if evaluated:
+                    results = evaluate(state, writer, done)
+                    results = {f"test_{k}": v for k, v in flatten(results).items()}
+                    writer.write_scalars(done, results)
+                    log_evaluation(run, done, results)
+                if not window:
+                    window_start = time.monotonic()
 
 
 def summarise(window: list[dict[str, Any]], run: str, last_step: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from nvg_jax import layers, models
+from nvg_jax import layers, models, programs
 from nvg_jax.optimizers import OptimizerConfig
 from nvg_jax.sampling import Settings
 from nvg_jax.sharding import unbox
@@ -18,7 +18,7 @@ from nvg_jax.tokenizer import TokenizerConfig
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {
     "digits": ("demo", "runlocal"),
-    "fashion_mnist": ("runlocal",),
+    "fashion_mnist": ("adversarial", "runlocal"),
     "image_folder": ("64", "128", "256", "runlocal"),
     "imagenet256": ("d16", "d20", "d24", "runlocal"),
 }
@@ -169,3 +169,18 @@ def test_published_recipe():
     assert sampling.content_guidance[0] == 1 and sampling.content_guidance[-1] == 3.5
     assert sampling.structure_guidance[0] == 1 and sampling.structure_guidance[-1] == 2.5
     assert sampling.top_p[0] == 1 and sampling.top_p[-1] == 0.5 and sampling.flow_steps == 25
+
+
+def test_the_losses_that_need_other_networks():
+    """All of the paper's for ImageNet; none where a laptop or one's own images are the aim."""
+    published = programs.tokenizer_losses(load("imagenet256"))
+    assert (published.perceptual_weight, published.adversarial_weight) == (1.0, 0.1)
+    assert published.pretrained == ("lpips", "dino")
+    repa = programs.representation_alignment(load("imagenet256"))
+    assert (repa.weight, repa.block) == (0.5, 8)
+    for name, arg in EVERY:
+        if name != "imagenet256" or "runlocal" in (arg or ""):
+            config = load(name, arg)
+            assert programs.pretrained_names(config, "tokenizer") == ()
+            assert programs.pretrained_names(config, "generators") == ()
+    assert programs.tokenizer_losses(load("fashion_mnist", "adversarial")).adversarial_weight > 0

@@ -66,7 +66,7 @@ def test_guidance_moves_away_from_the_null_class():
     np.testing.assert_array_equal(plain, [11, 29])
     for scale, expected in ((0, [35, 45]), (1, [11, 29]), (2, [-13, 13]), (0.5, [23, 37])):
         np.testing.assert_array_equal(guided(network, class_ids, 5, scale), expected)
-    assert seen == [[1, 3]] + 4 * [[1, 3, 5, 5]]  # without a scale the null class is not computed
+    assert seen == [[1, 3]] + 4 * [[1, 5, 3, 5]]  # without a scale the null class is not computed
 
 
 def test_a_number_holds_for_all_stages():
