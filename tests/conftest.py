@@ -11,7 +11,7 @@ os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "0",
-    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=1",
     "JAX_COMPILATION_CACHE_DIR": CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
 }
