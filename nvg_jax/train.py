@@ -294,12 +294,14 @@ class Trainer:
 
         def draw_samples(params):
             nonlocal sampler
-            if sampler is None:
-                sampler = Pipeline(meta, params)
-            else:  # what it has compiled stays
-                sampler.params = params
             classes = np.arange(min(num_classes, 10)).repeat(4)
-            return image_grid(sampler.sample(classes, seed=config.seed).images, columns=8)
+            # Of this process alone: in the mesh of all, every operation would wait for the others.
+            with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
+                if sampler is None:
+                    sampler = Pipeline(meta, params)
+                else:  # what it has compiled stays
+                    sampler.params = params
+                return image_grid(sampler.sample(classes, seed=config.seed).images, columns=8)
 
         def evaluate(states, writer, step):
             ema = {name: state.ema_params for name, state in states.items()}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nvg_jax.checkpoint import Checkpoints, checksums, read, read_meta
+from nvg_jax.checkpoint import Checkpoints, checksums, read, read_meta, storage_path
 
 # After an error Orbax leaves coroutines behind that Python complains of.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -80,6 +80,12 @@ def test_what_was_saved_comes_back(two):
     meta, part = read(two, lambda meta: wanted if meta["of"] == 2 else None)
     assert meta["step"] == 2 and same(part, {"params": make_state(2)["params"]})
     assert read_meta(two / "nowhere") is None and read_meta(two.parent) is None
+
+
+def test_folders_on_disks_and_in_buckets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(storage_path("runs/a")) == str(tmp_path / "runs" / "a")
+    assert str(storage_path("gs://bucket/a") / "b") == "gs://bucket/a/b"
 
 
 def test_the_last_ones_are_kept(tmp_path):

@@ -74,15 +74,20 @@ def progress(folder) -> tuple[int, ...]:
     return tuple(max(steps(folder / run), default=0) for run in ("tokenizer", "generators"))
 
 
+def saves(folder) -> set[str]:
+    """Unfinished saves, which come and go while one looks (os.walk takes that)."""
+    return {name for _, names, _ in os.walk(folder) for name in names if "tmp" in name}
+
+
 def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path):
     """Every other one at any moment, the rest around a save, so that the run gets on."""
     rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
     reached = []
     for kill in range(KILLS):
-        before = set(tmp_path.rglob("*tmp*"))
+        before = saves(tmp_path)
         process = spawn(tmp_path)
         if kill % 2:
-            while process.is_alive() and not set(tmp_path.rglob("*tmp*")) - before:
+            while process.is_alive() and not saves(tmp_path) - before:
                 time.sleep(0.002)  # until a save begins
         process.join(rng.uniform(0, 0.6 if kill % 2 else 6))
         os.kill(process.pid, signal.SIGKILL)

@@ -424,7 +424,7 @@ def test_velocity_of_one_flow_step(raw, expected):
         vec = inside["class_embed"] + inside["time_out"] + inside["stage_embed"]
         close(vec, row["vec"], NETWORK)
         if "tokens_out" in row:
-            close(inside["blocks"], row["tokens_out"], NETWORK)
+            close(inside["blocks"][0], row["tokens_out"], NETWORK)
 
 
 def guidance(meta, kind: str) -> tuple[float, float]:
