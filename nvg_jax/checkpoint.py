@@ -71,24 +71,20 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints and all are damaged, or of a state of other sizes.
         """
-        damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            content, reason = attempt(lambda: read_content(self._manager, step))
-            if reason is None:
-                check(content["meta"])
-                check_leaves(content["leaves"], state, self._folder)
-                restored, reason = attempt(lambda: restore_state(self._manager, step, state))
-                if reason is None:
-                    reason = difference(content["leaves"], restored)
-            if reason is None:
-                self._put_aside(damaged)
-                return restored, content["position"], step
-            warn(self._folder, step, reason)
-            damaged.append(step)
-        raise ValueError(
-            f"Every checkpoint in {self._folder} is damaged (steps {sorted(damaged)}). Put back a "
-            "copy, or remove the folder to start anew."
-        )
+
+        def wanted(meta):
+            check(meta)
+            return state
+
+        found, damaged = newest(self._manager, self._folder, wanted, restore_state)
+        if found is None:
+            raise ValueError(
+                f"Every checkpoint in {self._folder} is damaged (steps {sorted(damaged)}). Put "
+                "back a copy, or remove the folder to start anew."
+            )
+        self._put_aside(damaged)
+        step, content, restored = found
+        return restored, content["position"], step
 
     def _put_aside(self, steps: list[int]):
         if not steps:
@@ -168,21 +164,41 @@ def read(
     if not folder.is_dir():
         return None
     with ocp.CheckpointManager(folder) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        for step in steps:
-            content, reason = attempt(lambda: read_content(manager, step))
-            if reason is None:
-                wanted = part(content["meta"])
-                check_leaves(content["leaves"], wanted, folder)
-                state, reason = attempt(lambda: restore_part(manager, step, wanted))
-                if reason is None:
-                    reason = difference(content["leaves"], state)
-            if reason is None:
-                return {**content["meta"], "step": step}, state
-            warn(folder, step, reason)
-    if steps:
-        raise ValueError(f"Every checkpoint in {folder} is damaged (steps {steps}).")
+        found, damaged = newest(manager, folder, part, restore_part)
+    if found is not None:
+        step, content, state = found
+        return {**content["meta"], "step": step}, state
+    if damaged:
+        raise ValueError(f"Every checkpoint in {folder} is damaged (steps {damaged}).")
     return None
+
+
+def newest(
+    manager: ocp.CheckpointManager,
+    folder: epath.Path,
+    wanted: Callable[[dict[str, Any]], Any],
+    restore: Callable[[ocp.CheckpointManager, int, Any], Any],
+) -> tuple[tuple[int, dict[str, Any], Any] | None, list[int]]:
+    """((step, content, restored tree) of the newest undamaged checkpoint or None, damaged steps).
+
+    Args:
+        wanted: from the metadata to the abstract tree to restore.
+        restore: (manager, step, abstract tree) -> tree.
+    """
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        content, reason = attempt(lambda: read_content(manager, step))
+        if reason is None:
+            abstract = wanted(content["meta"])
+            check_leaves(content["leaves"], abstract, folder)
+            state, reason = attempt(lambda: restore(manager, step, abstract))
+            if reason is None:
+                reason = difference(content["leaves"], state)
+        if reason is None:
+            return (step, content, state), damaged
+        warn(folder, step, reason)
+        damaged.append(step)
+    return None, damaged
 
 
 def read_content(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
