@@ -90,8 +90,6 @@ def check_config(config: ml_collections.ConfigDict):
             if config[name][key] < 1:
                 raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
     for run in RUNS[config.stage]:
-        for name in programs.pretrained_names(config, run):
-            pretrained.load(name, config.pretrained_dir or None)  # not only when its turn comes
         if run != "tokenizer" and programs.pretrained_names(config, run) and cached(config):
             raise ValueError(
                 "Cached sequences have no images for REPA to compare with; turn it off with "
@@ -118,6 +116,11 @@ class Trainer:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.tokenizer_workdir = checkpoint.storage_path(config.tokenizer_workdir or workdir)
+        # Of all runs at once, so that a file that is missing is not found out days later.
+        names = {n for run in RUNS[config.stage] for n in programs.pretrained_names(config, run)}
+        self.pretrained = {
+            name: pretrained.load(name, config.pretrained_dir or None) for name in sorted(names)
+        }
         source = functools.partial(
             open_source, config.data.name, data_dir=config.data.data_dir or None
         )
@@ -180,13 +183,10 @@ class Trainer:
     def epochs_to_steps(self, settings: ml_collections.ConfigDict, epochs: float) -> int:
         return round(epochs * len(self.train_source) / settings.batch_size)
 
-    def load_frozen(self, run: str) -> dict[str, Any]:
+    def frozen(self, run: str) -> dict[str, Any]:
         """The pretrained networks that a run's losses look through, whole on every device."""
         names = programs.pretrained_names(self.config, run)
-        cache = self.config.pretrained_dir or None
-        return jax.device_put(
-            {name: pretrained.load(name, cache) for name in names}, self.replicated
-        )
+        return jax.device_put({name: self.pretrained[name] for name in names}, self.replicated)
 
     # The tokenizer.
 
@@ -195,7 +195,7 @@ class Trainer:
         steps = self.num_steps(settings)
         warmup = self.epochs_to_steps(settings, settings.soft_index_epochs)
         program = programs.tokenizer_training(self.config, self.mesh, steps)
-        frozen = self.load_frozen("tokenizer")
+        frozen = self.frozen("tokenizer")
         train_key = jax.random.fold_in(self.key, 3)
 
         def evaluate(state, writer, step):
@@ -278,7 +278,7 @@ class Trainer:
         )
         steps = self.num_steps(settings)
         program = programs.generator_training(config, self.mesh, steps, names, num_classes)
-        frozen = self.load_frozen(run)
+        frozen = self.frozen(run)
         canvas_scale = np.asarray(tokenizer_meta["canvas_scale"], np.float32)
         codebook = tokenizer_params["quantizer"]["codebook"]
         train_key = jax.random.fold_in(self.key, 2)

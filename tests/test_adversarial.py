@@ -1,15 +1,13 @@
 """Discriminator, DiffAug and adversarial losses; batch statistics over eight devices."""
 
 import json
-import os
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import on_eight_devices
 
 from nvg_jax import sharding
 from nvg_jax.tokenizer import augment, losses
@@ -365,15 +363,7 @@ def observe() -> dict:
 
 
 def test_eight_devices_agree_with_one():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    seen = json.loads(run.stdout)
+    seen = on_eight_devices(__file__)
     assert seen["share"] == [3, 3, 4, 4]  # of 3, 3, 8, 8
     assert seen["size"]["1/1"] > 1e-3
     for path, size in seen["size"].items():

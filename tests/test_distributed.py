@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from absl import flags
 from etils import epath
+from helpers import logged, on_eight_devices
 
 from configs import digits
 from nvg_jax import checkpoint, models, programs, sharding
@@ -142,15 +143,7 @@ def observe() -> dict:
 
 @pytest.fixture(scope="module")
 def seen():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return on_eight_devices(__file__)
 
 
 OTHERS = [name for name in MESHES if name != "one device"]
@@ -205,21 +198,6 @@ def test_heads_that_do_not_split_are_refused():
 
 
 # Two processes.
-
-
-def logged(folder) -> dict:
-    """{(tag, step): value} of every scalar in the event files of a run."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.util import tensor_util
-
-    values = {}
-    for path in folder.glob("events*"):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                array = tensor_util.make_ndarray(value.tensor)
-                if array.dtype == np.float32 and array.ndim == 0:
-                    values[value.tag, event.step] = float(array)
-    return values
 
 
 def start(workdir, *arguments, processes: int = 2, devices: int = 2):

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from conftest import ROOT
+from helpers import logged
 from PIL import Image
 
 from configs import digits
@@ -49,21 +50,6 @@ def weights(folder):
         restore = ocp.args.Composite(state=ocp.args.StandardRestore())
         state = manager.restore(manager.latest_step(), args=restore)["state"]
     return jax.tree.map(np.asarray, state)
-
-
-def logged(folder):
-    """{(tag, step): value} of every scalar in the event files of a run."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.util import tensor_util
-
-    values = {}
-    for path in folder.glob("events*"):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                array = tensor_util.make_ndarray(value.tensor)
-                if array.dtype == np.float32 and array.ndim == 0:
-                    values[value.tag, event.step] = float(array)
-    return values
 
 
 def test_a_run_leaves_checkpoints_metrics_and_pictures(workdir):

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -12,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import on_eight_devices
 
 from nvg_jax import layers, models, sharding
 from nvg_jax.state import TrainState
@@ -120,15 +118,7 @@ def observe() -> dict:
 
 @pytest.fixture(scope="module")
 def seen():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return on_eight_devices(__file__)
 
 
 def test_one_size_of_a_mesh_may_be_the_rest(seen):

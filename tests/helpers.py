@@ -1,0 +1,36 @@
+"""What several test files use. Imports no conftest, so that tests can run as scripts too."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+
+def on_eight_devices(script: str) -> dict:
+    """The JSON that a test file prints when it is run as a script with eight devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def logged(folder):
+    """{(tag, step): value} of every scalar in the event files of a run."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util import tensor_util
+
+    values = {}
+    for path in folder.glob("events*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                array = tensor_util.make_ndarray(value.tensor)
+                if array.dtype == np.float32 and array.ndim == 0:
+                    values[value.tag, event.step] = float(array)
+    return values
