@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nvg_jax.granularity import num_stages
+from nvg_jax.granularity import all_stages, num_stages
 
 
 @jax.jit
@@ -53,8 +53,7 @@ def greedy_hierarchy(points: Array) -> Array:
         children = [_take(half, order, 1) for half in halves]
         order = jnp.stack(children, axis=-1).reshape(order.shape[0], 2 * order.shape[1])
     finest = jnp.argsort(order, axis=-1)
-    labels = finest[:, None, :] >> jnp.arange(stages)[::-1, None]
-    return labels.astype(jnp.int32).reshape(*batch, stages, length)
+    return all_stages(finest).astype(jnp.int32).reshape(*batch, stages, length)
 
 
 _take = jnp.take_along_axis

@@ -58,6 +58,12 @@ def _bit_shifts(stage: int | Array, num_bits: int) -> Array:
     return jnp.asarray(stage)[..., None, None] - 1 - jnp.arange(num_bits)
 
 
+def all_stages(finest: Array) -> Array:
+    """The maps of all stages: int (..., L), labels 0..L-1 of the finest one -> int (..., S, L)."""
+    stages = num_stages(finest.shape[-1])
+    return finest[..., None, :] >> jnp.arange(stages)[::-1, None]
+
+
 def cluster_means(values: Array, labels: Array, num_clusters: int) -> Array:
     """The mean of the values of each cluster; differentiable in the values.
 

@@ -19,6 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from nvg_jax.checkpoint import digest
+from nvg_jax.pictures import replacing
 
 FORMAT = 1
 SHARD_SIZE = 4096  # images of a file
@@ -297,9 +298,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: dict[str, Any]):
     """Writes JSON with its checksum; the file is there as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump({**content, "digest": digest(content)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps({**content, "digest": digest(content)}, indent=1).encode())

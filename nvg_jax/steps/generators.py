@@ -164,7 +164,7 @@ def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
         return jax.lax.stop_gradient(apply(batch["image"], method="encode"))
     finest, tokens = (batch[name].astype(jnp.int32) for name in ("structure", "tokens"))
     stages = granularity.num_stages(finest.shape[1])
-    structure = finest[:, None] >> jnp.arange(stages)[::-1, None]
+    structure = granularity.all_stages(finest)
     stage_tokens = jnp.split(tokens, [2**stage - 1 for stage in range(1, stages)], axis=1)
     at = [at_positions(ids, structure[:, stage]) for stage, ids in enumerate(stage_tokens)]
     sequence = Sequence(structure, jnp.stack(at, axis=1))
