@@ -8,12 +8,17 @@ import sys
 import numpy as np
 
 
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a process with so many devices, whose compilation counts most."""
+    flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+    return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+
+
 def on_eight_devices(script: str) -> dict:
     """The JSON that a test file prints when it is run as a script with eight devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, script],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=with_devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

@@ -5,7 +5,6 @@ Run as a script, this file is the process with eight devices that the tests look
 
 import json
 import math
-import os
 import re
 import signal
 import socket
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 from absl import flags
 from etils import epath
-from helpers import logged, on_eight_devices
+from helpers import logged, on_eight_devices, with_devices
 
 from configs import digits
 from nvg_jax import checkpoint, models, programs, sharding
@@ -205,9 +204,6 @@ def start(workdir, *arguments, processes: int = 2, devices: int = 2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    }
     command = [
         sys.executable, "-m", "nvg_jax.train", "--config=configs/digits.py:runlocal",
         f"--workdir={workdir}", *arguments,
@@ -218,7 +214,7 @@ def start(workdir, *arguments, processes: int = 2, devices: int = 2):
         subprocess.Popen(
             command + ([f"--process_id={index}"] if processes > 1 else []),
             cwd=ROOT,
-            env=environment,
+            env=with_devices(devices),
             stderr=subprocess.PIPE,
             text=True,
         )
