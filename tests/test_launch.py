@@ -195,6 +195,8 @@ def start_restart(job, **environment):
         env={"PATH": os.environ["PATH"]} | environment,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that a shell runs in the background inherit that interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
