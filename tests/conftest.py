@@ -4,14 +4,14 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before jax starts. Most of the time of these tests is compilation: less optimisation of tiny
+# Before jax starts. Most of the time of these tests is compilation: no optimisation of tiny
 # programs, and what one test or its subprocess compiled is there for the next.
 CACHE = tempfile.TemporaryDirectory(prefix="nvg_jax_tests_")
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "0",
-    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=1",
+    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0",
     "JAX_COMPILATION_CACHE_DIR": CACHE.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
 }

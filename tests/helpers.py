@@ -9,8 +9,8 @@ import numpy as np
 
 
 def with_devices(count: int) -> dict[str, str]:
-    """The environment of a process with so many devices, whose compilation counts most."""
-    flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+    """The environment of a process with so many devices."""
+    flags = f"--xla_force_host_platform_device_count={count}"
     return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
 
 

@@ -81,7 +81,11 @@ def test_real_points_of_256_positions():
     lattice = np.stack(np.meshgrid(*[np.arange(2)] * 8), -1).reshape(256, 8)
     equal = np.ones((256, 8))
     points = np.stack([normal, clumpy, duplicates, lattice, equal]).astype(np.float32)
-    assert_sequential(points)
+    # Duplicates are equally far from others only where all distances are rounded alike: by the
+    # vector instructions of the default compilation, not of the tests' unoptimised one.
+    default = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    labels = greedy_hierarchy.lower(points).compile(compiler_options=default)(points)
+    np.testing.assert_array_equal(labels, np.stack([sequential(one) for one in points]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
