@@ -195,11 +195,18 @@ def start_restart(job, **environment):
         env={"PATH": os.environ["PATH"]} | environment,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that a shell runs in the background inherit that interrupts are ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
+@pytest.fixture
+def interrupts():
+    """Children can be interrupted, also where a shell runs the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("code", [75, 0, 1])
 def test_restart_passes_the_signal_on_and_waits_for_the_save(tmp_path, number, code):
