@@ -153,7 +153,10 @@ def in_mesh(mesh: Mesh):
 def lower_training(
     config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, images: int, num_classes: int
 ):
-    """The training step of `config.stage` -> (lowered, {network: abstract parameters})."""
+    """The training step of `config.stage` -> (lowered, {network: abstract parameters}).
+
+    The tokenizer's is that of its warm-up, which does more, if it has one.
+    """
     run, config = training_run(config), config.copy_and_resolve_references()
     settings = config[training_settings(run)]
     settings.batch_size = batch_size
@@ -161,7 +164,8 @@ def lower_training(
     with in_mesh(mesh):
         if run == "tokenizer":
             program = programs.tokenizer_training(config, mesh, steps)
-            lowered = program.step.lower(*program.arguments, soft_index=False)
+            soft_index = settings.soft_index_epochs > 0
+            lowered = program.step.lower(*program.arguments, soft_index=soft_index)
             networks = {run: program.state.params}
             if program.state.adversary:
                 networks["discriminator"] = program.state.adversary.params

@@ -28,7 +28,10 @@ FREE = frozenset(
     "partition-id replica-id tuple while conditional call async-start async-update".split()
 )
 # Custom calls of the TPU that compute and move nothing by themselves.
-MEMORY_CALLS = ("AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast")
+MEMORY_CALLS = (
+    "AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
+    "PrepareAsyncCallDone", "PrepareAsyncCallStart",
+)  # fmt: skip
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)((?::[^{}]*)?)\})?")
 NAME = re.compile(r"%([\w.\-]+)")
 

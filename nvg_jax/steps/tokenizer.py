@@ -131,12 +131,12 @@ def code_counts(stage_tokens, codebook_size: int):
 
 
 def discriminator_inputs(discriminator: nn.Module, frozen, images, key, dtype):
-    """What the discriminator sees of images (B, H, W, 3) after augmentation (DiffAug)."""
+    """What the discriminator sees of images (B, H, W, 3): DiffAug, then its input size."""
     input_key, augment_key = jax.random.split(key)
+    images = augment(images, augment_key)
     if not isinstance(discriminator, DiscriminatorHeads):
-        return augment(images, augment_key)
-    images = augment(discriminator_input(images, input_key), augment_key)
-    tokens = pretrained.dino(frozen["dino"], images, dtype)
+        return images
+    tokens = pretrained.dino(frozen["dino"], discriminator_input(images, input_key), dtype)
     return [tap[:, 1:] + tap[:, :1] for tap in tokens]  # patches, the class token added to each
 
 

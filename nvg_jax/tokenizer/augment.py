@@ -1,4 +1,4 @@
-"""What happens to images before the discriminator: DiffAug, and the way to its input size.
+"""What happens to images before the discriminator: DiffAug, then the way to its input size.
 
 Everything is a pure function of images and key, differentiable with respect to the images, and
 draws for every image on its own. Images are float32 (B, H, W, 3) in [-1, 1]; 0 is grey. Two calls
@@ -34,7 +34,7 @@ def translate(images, key, ratio: float = 1 / 8):
     """Shifts by whole pixels, at most `ratio` of the side each way; zeros come in at the edge."""
     matrices = []
     for axis_key, size in zip(jax.random.split(key), images.shape[1:3]):
-        limit = round(size * ratio)
+        limit = int(size * ratio + 0.5)
         shift = jax.random.randint(axis_key, images.shape[:1], -limit, limit + 1)
         matrices.append(selection(-shift, size, size))
     return resample(images, *matrices)
@@ -63,7 +63,7 @@ def cutout(images, key, ratio: float = 0.2):
     """
     inside = []
     for axis_key, size in zip(jax.random.split(key), images.shape[1:3]):
-        length = round(size * ratio)
+        length = int(size * ratio + 0.5)
         centre = jax.random.randint(axis_key, images.shape[:1], 0, size + 1 - length % 2)
         place = jnp.arange(size) - (centre - length // 2)[:, None]
         inside.append((0 <= place) & (place < length))
