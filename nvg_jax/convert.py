@@ -189,7 +189,8 @@ def main(_):
     if FLAGS.pretrained:
         if given or FLAGS.to_safetensors or not FLAGS["from"].value:
             raise ValueError("--pretrained takes --from (and --pretrained_dir), and nothing else.")
-        written = pretrained.convert(FLAGS.pretrained, FLAGS["from"].value, FLAGS.pretrained_dir)
+        files = [file for files in FLAGS["from"].value for file in files.split(",")]
+        written = pretrained.convert(FLAGS.pretrained, files, FLAGS.pretrained_dir)
         print(f"written: {written}")
         return
     if "out" not in given:
@@ -227,6 +228,6 @@ if __name__ == "__main__":
     flags.DEFINE_alias("to-safetensors", "to_safetensors")
     flags.DEFINE_string("out", None, "Folder to write; must be new or empty.")
     flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of the training losses.")
-    flags.DEFINE_list("from", None, "Its published file, or files.")
+    flags.DEFINE_multi_string("from", None, "Its published file, or files.")
     flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")
     cli.run(main)

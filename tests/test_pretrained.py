@@ -13,6 +13,7 @@ from test_torch_files import ordered, storage, tensor, write_legacy, write_zip
 
 from nvg_jax import pretrained
 from nvg_jax.pretrained.networks import layer_norm, unit_channels
+from nvg_jax.torch_files import read_state_dict
 
 CLOSE = 1e-4  # largest difference over largest value
 HEADS = FOLDER / "lpips_vgg.pth"
@@ -249,6 +250,33 @@ def test_lpips_needs_both_files(expected, tmp_path):
         pretrained.convert("lpips", [HEADS], tmp_path)
     with pytest.raises(ValueError, match="repeats tensors of another file: lin0"):
         pretrained.convert("lpips", [HEADS, HEADS], tmp_path)
+
+
+def test_lpips_as_the_package_saves_the_whole_of_it(expected, lpips_cache, tmp_path):
+    """Five slices of VGG16, every head under two names, the normalisation's constants."""
+    first_of_slice = (0, 4, 9, 16, 23)
+    tensors = {}
+    for key, x in reference_weights(expected, "lpips").items():
+        _, number, kind = key.split(".")
+        number_of_slice = sum(int(number) >= first for first in first_of_slice)
+        tensors[f"net.slice{number_of_slice}.{number}.{kind}"] = x
+    for key, x in read_state_dict(HEADS).items():
+        tensors[key] = tensors[key.replace("lin", "lins.")] = x
+    tensors["scaling_layer.shift"] = tensors["scaling_layer.scale"] = np.ones((1, 3, 1, 1), "f4")
+    file = save_torch(tmp_path / "lpips.pth", tensors)
+    pretrained.convert("lpips", [file], tmp_path)
+    expected_params = pretrained.load("lpips", lpips_cache)
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load("lpips", tmp_path), expected_params)
+
+
+def test_positions_for_224_pixels_stay(expected, tmp_path):
+    tensors = stand_ins(expected, "dinov2")
+    tensors["pos_embed"] = seeded("pos_embed", (1, 257, 768))
+    file = tmp_path / "dinov2.safetensors"
+    save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, file)
+    pretrained.convert("dinov2", [file], tmp_path)
+    position = pretrained.load("dinov2", tmp_path)["position"]
+    np.testing.assert_array_equal(position, tensors["pos_embed"])
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -49,7 +49,7 @@ SOURCES = {
             "vgg.pth": "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/"
             "weights/v0.1/vgg.pth",
         },
-        r"classifier\..*",
+        r"(classifier|pre_logits|head|lins|scaling_layer)\..*",
         "tokenizer_training.perceptual_weight=0",
     ),
     "dino": Source(
@@ -89,7 +89,8 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
     Args:
         name: one of NAMES.
         files: the published ones, or timm's, from `torch.save` or as .safetensors. "lpips" needs
-            two, torchvision's VGG16 and the heads of the package lpips.
+            two, torchvision's (or timm's) VGG16 and the heads of the package lpips, or one, the
+            state dict of its `LPIPS(net="vgg")`.
         cache: folder, by default that of $NVG_CACHE, else ~/.cache/nvg_jax.
 
     Returns:
@@ -103,6 +104,8 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
     tensors = {}
     for file in map(Path, files):
         found = _read(file, source.unneeded)
+        # lpips numbers VGG16's layers as torchvision does, within five slices.
+        found = {re.sub(r"^net\.slice\d\.", "features.", key): x for key, x in found.items()}
         if twice := [key for key in found if key in tensors]:
             raise ValueError(f"{file} repeats tensors of another file: {_listed(twice)}.")
         tensors |= found
@@ -191,7 +194,14 @@ def _read(file: Path, unneeded: str) -> dict[str, np.ndarray]:
 
 def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray]):
     """Raises ValueError unless the tensors are those of the published files."""
-    shapes = _lpips_shapes() if name == "lpips" else _vit_shapes(name)
+    if name == "lpips":
+        shapes = _lpips_shapes()
+    else:
+        shapes = _vit_shapes(name)
+        # timm's networks for 224 x 224 pixels have the positions that we need.
+        needed = (1, 1 + (VIT_IMAGE // SIZES[name]["patch"]) ** 2, SIZES[name]["width"])
+        if "pos_embed" in tensors and tensors["pos_embed"].shape == needed:
+            shapes["pos_embed"] = needed
     problems = {
         "missing": [f"{key} {shape}" for key, shape in shapes.items() if key not in tensors],
         "unexpected": [key for key in tensors if key not in shapes],
