@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,27 @@ from jax.experimental import multihost_utils
 
 logger = logging.getLogger("nvg_jax")
 
+# What a user must mend; the errors of the libraries that write only tell it in words.
+UNWRITABLE = re.compile(
+    "no space left|quota|file too large|permission.denied|not permitted|read-only", re.IGNORECASE
+)
+
 
 def storage_path(folder: str | os.PathLike) -> epath.Path:
     """The absolute path of a folder, on a disk or in a bucket (gs://...)."""
     folder = os.fspath(folder)
     return epath.Path(folder if "://" in folder else os.path.abspath(folder))
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves it to `preemption` to ask whether the processes are to end.
+
+    JAX finds the step at which all of them stop by the numbers they ask with; two who count
+    differently would make each other miss it.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -36,7 +53,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self._folder = storage_path(folder)
-        self._manager = ocp.CheckpointManager(
+        self._manager = Manager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, cleanup_tmp_directories=True
@@ -51,7 +68,8 @@ class Checkpoints:
         """Begins to save a state, JSON-able metadata and the data iterator's position.
 
         Raises:
-            OSError: this checkpoint or the one before it could not be written.
+            OSError: there is no room, or no right to write, for this checkpoint or the one before.
+                Other failures, of a network or another process, are raised as they are.
         """
         content = {"meta": meta, "position": position, "leaves": describe(state)}
         content["digest"] = digest(content)
@@ -105,6 +123,8 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # of many kinds, from the threads and libraries that write
+            if not UNWRITABLE.search(str(error)):
+                raise
             raise OSError(
                 f"A checkpoint could not be written to {self._folder} "
                 f"({short(error)}). Earlier checkpoints are as they were; make room or give "
@@ -127,7 +147,7 @@ class Checkpoints:
         """Waits for what is being saved, also when an error ends the run, which it then is."""
         try:
             self.close()
-        except OSError:
+        except Exception:
             if kind is None:
                 raise
 
@@ -205,6 +225,8 @@ def read_content(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """The JSON of a checkpoint: "meta", "position" and "leaves"; raises if it is damaged."""
     items = ocp.args.Composite(meta=ocp.args.JsonRestore())
     content = manager.restore(step, args=items)["meta"]
+    if "digest" not in content:
+        raise ValueError("it has no checksums; an older version of this program wrote it")
     if content.pop("digest") != digest(content):
         raise ValueError("its metadata has another checksum")
     return content

@@ -46,6 +46,14 @@ def run(main):
     except preemption.Preempted as notice:
         logger.warning("%s", notice)
         sys.exit(preemption.EXIT_CODE)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or flags.FLAGS.verbosity > 0:
+            raise
+        mistake(
+            f"The devices have too little memory ({str(error).splitlines()[0]}). Use a smaller "
+            "batch, more devices, or in training a larger --config.mesh.fsdp; python -m "
+            "nvg_jax.compile tells what a step takes on a TPU."
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         if flags.FLAGS.verbosity > 0:
             raise

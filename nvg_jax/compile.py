@@ -519,6 +519,8 @@ def main(_):
     config = FLAGS.config
     if FLAGS.program == "train":
         training_run(config)  # raises before anything is compiled
+    if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
+        raise ValueError(f"The folder of --json={FLAGS.json} does not exist; make it first.")
     target = find_target(FLAGS.topology, config.mesh.to_dict())
     images, num_classes = IMAGENET
     if config.data.name != "tfds:imagenet2012":
@@ -529,7 +531,14 @@ def main(_):
     if batch_size is None and FLAGS.program == "sample":
         batch_size = -(-SAMPLES // ways) * ways
     elif batch_size is None:
-        batch_size = config[training_settings(training_run(config))].batch_size
+        asked = config[training_settings(training_run(config))].batch_size
+        batch_size = -(-asked // ways) * ways
+        if batch_size != asked:
+            logger.warning(
+                "The config's batch of %d does not divide over the %d shares of the mesh; this is "
+                "for %d. Training needs --config.%s.batch_size=%d, or another --config.mesh.",
+                asked, ways, batch_size, training_settings(training_run(config)), batch_size,
+            )  # fmt: skip
     if FLAGS.find_batch:
         batch_size = find_batch(compiler, batch_size)
     report = compiler.report(batch_size)

@@ -232,6 +232,12 @@ class Pipeline:
                 f"--config=... --workdir={workdir}`."
             )
         meta = {key: found[0][key] for key in (*TOKENIZER_META, "config")}
+        if runs and meta["hash"] is None:
+            raise ValueError(
+                f"The tokenizer in {tokenizer} stands at step {found[0]['step']}, before the end "
+                "of its training, and the generators need the finished one. Put back a copy of "
+                "its last checkpoint, or let `python -m nvg_jax.train` finish it."
+            )
         params = {"tokenizer": found[1]["params"]}
         for name, (run, run_meta) in runs.items():
             check_tokenizer(run_meta, meta, run)

@@ -198,7 +198,13 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
     """
     path = folder / SETTINGS_FILE
     if path.exists():
-        begun = json.loads(path.read_text())
+        try:
+            begun = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, which says how the samples there were made, is damaged ({error}). Give "
+                "another --out, or delete that folder to start anew."
+            ) from error
         differ = [
             f"{name} was {reprlib.repr(begun.get(name))} and is {reprlib.repr(value)} now"
             for name, value in description.items()

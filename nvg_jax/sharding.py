@@ -34,7 +34,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     """A mesh of `devices`, by default all of all processes; one size may be -1, "the rest".
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or slices of TPUs (tori
+            without a link between them) do not divide "data".
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -47,7 +48,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             "the sizes must multiply to it, and one of them may be -1 for the rest."
         )
     # Orders the devices of a torus so that neighbours on an axis are near each other.
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # GPUs call every machine a slice, and fsdp may well span machines.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data={sizes[0]} must be a multiple of the {slices} slices, between which only "
+            "gradients are to travel; use a smaller mesh.fsdp or mesh.tensor."
+        )
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices,
+            allow_split_physical_axes=True,
+        )  # fmt: skip
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -104,10 +119,25 @@ def initialiser(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
     return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), abstract(tree, placed)
 
 
+def processes_split_batch(mesh: Mesh) -> bool:
+    """Whether every process holds as many rows of a batch as any other, and no row twice."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = {}
+    for device, (row,) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((ways,)).items():
+        rows.setdefault(device.process_index, set()).add(row.start or 0)
+    counts = [len(held) for held in rows.values()]
+    return sum(counts) == ways and len(set(counts)) == 1
+
+
 def global_batch(batch, mesh: Mesh):
     """Arrays whose leading axis is this process's share -> global arrays split over the batch."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def place(x):
+        shape = (len(x) * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(place, batch)
 
 
 def to_host(array) -> np.ndarray:

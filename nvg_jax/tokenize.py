@@ -69,6 +69,11 @@ def prepare(
     pipeline: Pipeline, data: dict[str, Any], crops: int, seed: int
 ) -> tuple[dict[str, Source], dict[str, Any]]:
     """The splits of the data, and the settings that decide what the cache holds."""
+    if pipeline.meta["hash"] is None:
+        raise ValueError(
+            "The training of this tokenizer is not finished, and generators will be trained on the "
+            "finished one only. Let `python -m nvg_jax.train` finish it first."
+        )
     if crops < 1:
         raise ValueError(f"crops must be at least 1, got {crops}.")
     # Converted weights know the number of their classes at most; then the data names them.

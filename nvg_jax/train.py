@@ -133,10 +133,16 @@ class Trainer:
     def process_batch_size(self, batch_size: int) -> int:
         """This process's share of a global batch."""
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if batch_size % ways or ways % jax.process_count():
+        if batch_size % ways:
             raise ValueError(
-                f"batch_size {batch_size} must be a multiple of data x fsdp = {ways}, and that of "
-                f"the {jax.process_count()} processes, so that each has its own part of a batch."
+                f"batch_size {batch_size} must be a multiple of data x fsdp = {ways}, so that "
+                "every device has its part of a batch."
+            )
+        if not sharding.processes_split_batch(self.mesh):
+            raise ValueError(
+                f"The mesh (data, fsdp, tensor) = {tuple(self.mesh.shape.values())} lays tensor "
+                f"over devices of several of the {jax.process_count()} processes, which would need "
+                "the same images. Use a smaller mesh.tensor, and fsdp for the rest."
             )
         return batch_size // jax.process_count()
 
@@ -336,12 +342,14 @@ class Trainer:
         folder = (
             checkpoint.storage_path(self.config.tokenizer_workdir or self.workdir) / "tokenizer"
         )
-        meta = checkpoint.read_meta(folder)
-        if meta is None or meta["hash"] is None:
+        # One read: weights and metadata of the same checkpoint, also where a newer one is damaged.
+        found = checkpoint.read(folder, lambda m: {"params": abstract_params(m, "tokenizer")})
+        if found is None or found[0]["hash"] is None:
             raise ValueError(
                 f"The generators need a trained tokenizer and {folder} has none that is finished. "
                 "Run with --config.stage=tokenizer (or all) first."
             )
+        meta, params = found
         if TokenizerConfig(**meta["tokenizer"]) != self.tokenizer_config:
             raise ValueError(
                 f"The tokenizer in {folder} has other sizes than config.tokenizer: "
@@ -353,8 +361,7 @@ class Trainer:
                 f"The tokenizer in {folder} was trained on a data set with other classes than "
                 f"{self.config.data.name!r} has. Use the same data, or another workdir."
             )
-        params = checkpoint.read(folder, lambda m: {"params": abstract_params(m, "tokenizer")})
-        params = jax.device_put(params[1]["params"], self.replicated)
+        params = jax.device_put(params["params"], self.replicated)
         if isinstance(self.train_source, GranularitySource):
             self.train_source.check_tokenizer(meta["hash"])
         return {key: meta[key] for key in TOKENIZER_META}, params
@@ -513,7 +520,8 @@ def check_resume(stored: dict[str, Any], meta: dict[str, Any], folder: epath.Pat
     if "content" in meta or "structure" in meta:
         check_tokenizer(stored, meta, folder)
     training = "tokenizer_training" if folder.name == "tokenizer" else "generator_training"
-    shown = {"log_every", "eval_every", "save_every", "keep", "num_threads", "prefetch", "on_bad"}
+    shown = {"log_every", "eval_every", "save_every", "keep"}
+    shown |= {"data_dir", "num_threads", "prefetch", "on_bad"}  # the same data may lie elsewhere
 
     def settings(meta):
         config = meta["config"]

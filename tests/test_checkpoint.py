@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import multihost
 
 from nvg_jax.checkpoint import Checkpoints, checksums, read, read_meta, storage_path
 
@@ -193,6 +194,31 @@ def test_another_model_is_no_damage(two):
 def test_a_save_that_was_cut_off_does_not_count(two):
     shutil.copytree(two / "2", two / "3.orbax-checkpoint-tmp")
     assert read_meta(two)["step"] == 2 and restore(two)[2] == 2
+    save(two, 3)
+    assert restore(two)[2] == 3
+
+
+def test_other_failures_are_not_called_a_full_disk(two, monkeypatch):
+    checkpoints = Checkpoints(two)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the connection was lost")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="connection was lost"):
+        patch.setattr(checkpoints._manager, "save", fail)
+        checkpoints.save(3, make_state(3), META)
+    checkpoints.save(3, make_state(3), META)
+    checkpoints.close()
+    assert restore(two)[2] == 3
+
+
+def test_orbax_does_not_ask_whether_to_end(two, monkeypatch):
+    """Training does, with numbers of its own; JAX would mix up the two."""
+
+    def ask(step):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(multihost, "reached_preemption", ask)
     save(two, 3)
     assert restore(two)[2] == 3
 

@@ -1,7 +1,9 @@
 """All stages on tiny digits models: training, resuming, sampling, wrong use."""
 
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,13 +17,19 @@ from helpers import logged
 from PIL import Image
 
 from configs import digits
-from nvg_jax import Pipeline, Sequence, checkpoint, sharding
+from nvg_jax import Pipeline, Sequence, checkpoint, cli, programs, sharding
 from nvg_jax.granularity import is_even_hierarchy
 from nvg_jax.train import train
 
+WARM_UP = 8  # steps of the tokenizer's 12
+
 
 def run_config(**changes):
+    """With what digits leave out: a discriminator, and a warm-up that ends within the run."""
     config = digits.get_config("runlocal")
+    config.tokenizer_training.update(
+        adversarial_weight=0.1, discriminator="small", soft_index_epochs=WARM_UP * 16 / 1497
+    )
     config.update(changes)
     return config
 
@@ -176,6 +184,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
     if stage == "generators":
         (tmp_path / "tokenizer").symlink_to(workdir / "tokenizer")
     place, calls = sharding.global_batch, []
+    training, warm = programs.tokenizer_training, []
 
     def interrupt(batch, mesh):
         calls.append(1)
@@ -183,11 +192,22 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return place(batch, mesh)
 
-    monkeypatch.setattr(sharding, "global_batch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    def watched(*args):
+        program = training(*args)
+
+        def step(*args, soft_index):
+            warm.append(soft_index)
+            return program.step(*args, soft_index=soft_index)
+
+        return program._replace(step=step)
+
+    monkeypatch.setattr(programs, "tokenizer_training", watched)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sharding, "global_batch", interrupt)
         train(run_config(stage=stage), tmp_path)
-    monkeypatch.undo()
     train(run_config(stage=stage), tmp_path)
+    if stage == "tokenizer":  # six steps, then from the checkpoint of the fourth on
+        assert warm == [True] * 6 + [step < WARM_UP for step in range(4, 12)]
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / stage), weights(workdir / stage))
     whole, parts = logged(workdir / stage), logged(tmp_path / stage)
     losses = {key for key in whole if "loss" in key[0]}
@@ -219,6 +239,32 @@ def test_generators_refuse_another_tokenizer(workdir, tmp_path):
     other_sizes.tokenizer.codebook_size = 32
     with pytest.raises(ValueError, match="other sizes"):
         train(other_sizes, tmp_path)
+
+
+# Orbax leaves coroutines behind after an error, which Python complains of.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_weights_and_metadata_come_from_one_checkpoint(workdir, tmp_path):
+    """The finished tokenizer is damaged, the one before it is not finished: no one builds on it."""
+    shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
+    for path in (tmp_path / "tokenizer" / "12" / "state").rglob("d/*"):  # the metadata are in meta/
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match="has none that is finished"):
+        train(run_config(stage="generators"), tmp_path)
+    shutil.copytree(workdir / "generators", tmp_path / "generators")
+    with pytest.raises(ValueError, match="stands at step 8, before the end of its training"):
+        Pipeline.from_pretrained(tmp_path)
+    gc.collect()  # the complaints come here, where they are ignored
+
+
+def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys):
+    def main(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(cli.app, "run", lambda start, **_: main(None))
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 2
+    assert "error: The devices have too little memory (RESOURCE" in capsys.readouterr().err
 
 
 def test_wrong_use_gets_a_sentence(pipe, images, tmp_path, workdir):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,7 @@ import pytest
 from helpers import on_eight_devices
 
 from nvg_jax import layers, models, sharding
+from nvg_jax.checkpoint import Checkpoints
 from nvg_jax.state import TrainState
 from nvg_jax.steps import generators, tokenizer
 from nvg_jax.tokenizer import TokenizerConfig
@@ -49,6 +51,36 @@ def test_sizes_of_a_mesh():
             sharding.make_mesh(*sizes, devices=device)
 
 
+class Chip:
+    """What a mesh asks of a device."""
+
+    platform, device_kind, core_on_chip = "tpu", "none that is known", 0
+
+    def __init__(self, number: int, per_process: int, per_slice: int):
+        self.id, self.process_index = number, number // per_process
+        self.slice_index, place = divmod(number, per_slice)
+        self.coords = (place, 0, 0)
+
+
+def test_between_slices_lies_the_data_axis():
+    chips = [Chip(number, 4, 8) for number in range(16)]
+    mesh = sharding.make_mesh(-1, 2, 2, devices=chips)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert slices.shape == (4, 2, 2) and (np.ptp(slices, axis=(1, 2)) == 0).all()
+    assert sorted(slices[:, 0, 0]) == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"mesh.data=1 must be a multiple of the 2 slices"):
+        sharding.make_mesh(1, 16, 1, devices=chips)
+
+
+def test_every_process_has_rows_of_its_own():
+    chips = [Chip(number, 4, 16) for number in range(16)]
+    split = lambda *sizes: sharding.processes_split_batch(sharding.make_mesh(*sizes, devices=chips))
+    assert split(16, 1, 1) and split(2, 8, 1) and split(4, 1, 4) and split(4, 2, 2)
+    assert not split(2, 1, 8) and not split(1, 1, 16)  # eight devices have the same rows
+    uneven = [Chip(number, 3, 16) for number in range(4)]
+    assert not sharding.processes_split_batch(sharding.make_mesh(4, 1, 1, devices=uneven))
+
+
 def test_unboxing_leaves_plain_arrays_alone():
     boxed = {"a": nn.LogicallyPartitioned(np.ones(2), ("embed",)), "b": np.ones(3)}
     plain = sharding.unbox(boxed)
@@ -77,7 +109,7 @@ def share_of_a_device(init, model, mesh) -> float:
 
 def observe() -> dict:
     """What the tests below look at."""
-    seen = {"meshes": {}, "shares": {}}
+    seen = {"meshes": {}, "shares": {}, "restored": {}}
     for sizes in ((-1, 1, 1), (2, -1, 2), (1, 8, 1), (4, 1, -1)):
         seen["meshes"][str(sizes)] = list(sharding.make_mesh(*sizes).shape.values())
     try:
@@ -113,6 +145,20 @@ def observe() -> dict:
             seen["shares"][f"{name} {sizes}"] = share
         share = share_of_a_device(tokenizer.init_params, models.make_tokenizer(config), mesh)
         seen["shares"][f"tokenizer {sizes}"] = share
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        for sizes in ((1, 8, 1), (2, 2, 1), (1, 2, 2), (1, 1, 1)):
+            devices = jax.devices()[: math.prod(sizes)]
+            _, wanted = sharding.initialiser(init, sharding.make_mesh(*sizes, devices=devices), key)
+            found, _, _ = checkpoints.restore(wanted, lambda meta: None)
+            same = jax.tree.map(lambda a, b: np.array_equal(a, b), found, state)
+            seen["restored"][str(sizes)] = all(jax.tree.leaves(same)) and place(found) == place(
+                wanted
+            )
+        checkpoints.close()
     return seen
 
 
@@ -154,6 +200,11 @@ def test_names_become_shares(seen):
 
 def test_a_sharded_start_has_the_values_of_one_device(seen):
     assert seen["values"]
+
+
+@pytest.mark.parametrize("sizes", ["(1, 8, 1)", "(2, 2, 1)", "(1, 2, 2)", "(1, 1, 1)"])
+def test_a_checkpoint_of_eight_devices_goes_to_any_mesh(seen, sizes):
+    assert seen["restored"][sizes]
 
 
 def test_a_batch_is_split_over_data_and_fsdp(seen):

@@ -88,6 +88,46 @@ def test_one_step_has_the_gradients_of_two(state):
     assert min(np.abs(g).max() for g in jax.tree.leaves(both[0])) > 0
 
 
+def test_lpips_is_added_with_its_weight(state, monkeypatch):
+    """With a distance in its place that is easily worked out."""
+    monkeypatch.setattr(
+        pretrained, "lpips", lambda params, a, b, dtype: params * jnp.square(a - b).mean((1, 2, 3))
+    )
+    terms = functools.partial(
+        tokenizer.loss_terms, model=MODEL, discriminator=None, soft_index=False,
+        losses=tokenizer.Losses("l2", 0.7, 0.0, 0.0, "small"),
+    )  # fmt: skip
+    grad = jax.jit(jax.value_and_grad(terms, has_aux=True))
+    plain, (metrics, _) = grad(state.params, None, None, {"lpips": 0.0}, IMAGES, KEY)[0]
+    weighted, (more, _) = grad(state.params, None, None, {"lpips": 3.0}, IMAGES, KEY)[0]
+    assert metrics["perceptual_loss"] == 0 and metrics["loss"] == plain
+    np.testing.assert_allclose(more["perceptual_loss"], 3 * metrics["reconstruction_loss"], 1e-5)
+    np.testing.assert_allclose(weighted - plain, 0.7 * more["perceptual_loss"], 1e-4)
+
+
+def test_what_the_heads_on_dino_see(monkeypatch):
+    """Augmented images, then cut to size, through DINO; patches with the class token added."""
+    monkeypatch.setattr(tokenizer, "augment", lambda images, key: images + 1)
+    monkeypatch.setattr(
+        tokenizer, "discriminator_input", lambda images, key: 2 * images[:, :224, :224]
+    )
+
+    def dino(params, images, dtype):
+        patches = images[:, ::16, ::16, :1].reshape(len(images), 196, 1)
+        return [
+            params * tap + jnp.concatenate([100 * patches[:, :1] ** 0, patches], 1)
+            for tap in range(5)
+        ]
+
+    monkeypatch.setattr(pretrained, "dino", dino)
+    heads = tokenizer.Losses("l1", 0.0, 0.1, 0.0, "dino").make_discriminator(jnp.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 256, 256, 3))
+    taps = tokenizer.discriminator_inputs(heads, {"dino": 1000.0}, images, KEY, jnp.float32)
+    patches = 2 * (images[:, :224:16, :224:16, :1] + 1).reshape(2, 196, 1)
+    for tap, found in enumerate(taps):
+        np.testing.assert_allclose(found, patches + 100 + 2000 * tap, rtol=1e-6)
+
+
 def test_a_step_moves_both_players_and_their_memory(state):
     step = jax.jit(
         functools.partial(

@@ -177,6 +177,11 @@ def open_source(
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split '{split}'; choose one of {', '.join(SPLITS)}.")
+    if data_dir and "://" in data_dir:
+        raise ValueError(
+            f"Data are read from folders, and '{data_dir}' is none; mount the bucket on every "
+            "machine (gcsfuse; docs/launch.md) and give the folder it is mounted on."
+        )
     if name == "digits":
         if data_dir:
             raise ValueError(

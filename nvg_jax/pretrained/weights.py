@@ -167,6 +167,11 @@ def _known(name: str) -> str:
 
 def _path(name: str, cache: str | Path | None) -> Path:
     folder = cache or os.environ.get("NVG_CACHE") or "~/.cache/nvg_jax"
+    if "://" in str(folder):
+        raise ValueError(
+            f"Pretrained networks are kept in folders, and {folder} is none; mount the bucket on "
+            "every machine (gcsfuse; docs/launch.md) and give the folder it is mounted on."
+        )
     return Path(folder).expanduser().absolute() / f"{name}.safetensors"
 
 
