@@ -2,7 +2,7 @@
 
 python -m nvg_jax.train --config=configs/imagenet256.py:d16 --workdir=runs/imagenet-d16
 docs/data.md says how to prepare the data. Variants combine with commas: d16,runlocal runs every
-stage in a minute on a CPU, on the digits, with the code paths of this preset.
+stage in a minute on a CPU, on the digits, without the losses that need pretrained networks.
 """
 
 from configs import common

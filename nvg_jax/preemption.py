@@ -27,7 +27,9 @@ def watch():
 
 
 def noticed() -> bool:
-    """Whether to save and stop after the present step; every process calls it after every step.
+    """Whether to save and stop after the present step.
+
+    Every process asks as often as any other, after every step of its work.
 
     With several processes a SIGTERM to any of them counts, at one and the same step of all.
     """

@@ -175,6 +175,8 @@ class Trainer:
             eval_batches(self.test_source, **self.loader_options(batch_size))
         ) as batches:
             for batch in batches:
+                if preemption.noticed():  # an evaluation can take longer than one is given
+                    raise preemption.Preempted("asked to end while evaluating")
                 yield sharding.global_batch(batch, self.mesh)
 
     def num_steps(self, settings: ml_collections.ConfigDict) -> int:
@@ -440,13 +442,19 @@ class Trainer:
                 if saved:
                     last = on_end(state) if on_end and done == steps else {}
                     checkpoints.save(done, state, {**meta, **last}, batches.get_state())
+                if evaluated and not preempted:
+                    try:
+                        results = evaluate(state, writer, done)
+                    except preemption.Preempted:
+                        preempted = True
                 if preempted:
+                    if not saved:
+                        checkpoints.save(done, state, meta, batches.get_state())
                     checkpoints.wait()
                     raise preemption.Preempted(
                         f"{run}: asked to end; saved at step {done} of {steps}"
                     )
                 if evaluated:
-                    results = evaluate(state, writer, done)
                     results = {f"test_{k}": v for k, v in flatten(results).items()}
                     writer.write_scalars(done, results)
                     log_evaluation(run, done, results)

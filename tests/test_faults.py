@@ -102,24 +102,25 @@ def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path):
     print("after each kill:", reached)
 
 
-def test_asked_to_end_it_saves_at_once_and_loses_no_step(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch,step", [(3, 3), (14, 12)])  # the second: after the last step
+def test_asked_to_end_it_saves_at_once_and_loses_no_step(whole, tmp_path, monkeypatch, batch, step):
     handler = signal.getsignal(signal.SIGTERM)
     place, calls = sharding.global_batch, []
 
-    def count(batch, mesh):
-        calls.append(batch)
-        if len(calls) == 3:
+    def count(images, mesh):
+        calls.append(images)
+        if len(calls) == batch:
             os.kill(os.getpid(), signal.SIGTERM)
-        return place(batch, mesh)
+        return place(images, mesh)
 
     monkeypatch.setattr(sharding, "global_batch", count)
     try:
         preemption.watch()
-        with pytest.raises(preemption.Preempted, match="tokenizer: .* saved at step 3 of 12"):
+        with pytest.raises(preemption.Preempted, match=f"tokenizer: .* saved at step {step} of 12"):
             run(tmp_path)
     finally:
         signal.signal(signal.SIGTERM, handler)
         preemption._asked.clear()
-    assert progress(tmp_path) == (3, 0)
+    assert progress(tmp_path) == (step, 0)
     run(tmp_path)
     assert_same_run(tmp_path, whole)
