@@ -528,16 +528,15 @@ def main(_):
         images, num_classes = len(source), source.num_classes
     compiler = Compiler(config, target, FLAGS.program, images, num_classes)
     batch_size, ways = FLAGS.batch_size, target.batch_ways
-    if batch_size is None and FLAGS.program == "sample":
-        batch_size = -(-SAMPLES // ways) * ways
-    elif batch_size is None:
-        asked = config[training_settings(training_run(config))].batch_size
+    if batch_size is None:
+        settings = training_settings(training_run(config)) if FLAGS.program == "train" else None
+        asked = config[settings].batch_size if settings else SAMPLES
         batch_size = -(-asked // ways) * ways
-        if batch_size != asked:
+        if settings and batch_size != asked:
             logger.warning(
                 "The config's batch of %d does not divide over the %d shares of the mesh; this is "
                 "for %d. Training needs --config.%s.batch_size=%d, or another --config.mesh.",
-                asked, ways, batch_size, training_settings(training_run(config)), batch_size,
+                asked, ways, batch_size, settings, batch_size,
             )  # fmt: skip
     if FLAGS.find_batch:
         batch_size = find_batch(compiler, batch_size)

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from conftest import ROOT
-from helpers import logged
+from helpers import logged, with_devices
 from PIL import Image
 
 from configs import digits
@@ -118,10 +118,7 @@ def test_eight_devices_give_the_same_samples(pipe, workdir, tmp_path):
         f"out = nvg_jax.Pipeline.from_pretrained({str(workdir)!r}).sample([1, 2, 3], seed=4)\n"
         f"np.savez({str(tmp_path / 'out.npz')!r}, images=out.images, tokens=out.sequence.tokens)"
     )
-    python(
-        code,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}",
-    )
+    python(code, XLA_FLAGS=with_devices(8)["XLA_FLAGS"])
     other, here = np.load(tmp_path / "out.npz"), pipe.sample([1, 2, 3], seed=4)
     np.testing.assert_array_equal(other["tokens"], here.sequence.tokens)
     np.testing.assert_allclose(other["images"], here.images, atol=1e-5)
