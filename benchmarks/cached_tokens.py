@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from configs import common, digits, imagenet256
-from nvg_jax import programs, sharding
-from nvg_jax.data.cache import compact, crop_dtype
-from nvg_jax.models import GENERATORS, make_tokenizer
-from nvg_jax.steps.generators import encode
-from nvg_jax.steps.tokenizer import init_params
+from nvg_jax.data.sequences import compact, crop_dtype
+from nvg_jax.models import GENERATORS, init_tokenizer, make_tokenizer
+from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training import programs
+from nvg_jax.training.generators import encode
 
 
 def preset(name: str):
@@ -35,7 +35,7 @@ def preset(name: str):
 
 
 def smooth_images(batch: int, size: tuple[int, int]) -> np.ndarray:
-    """Random images in [-1, 1] whose neighbouring pixels are alike, as in photographs."""
+    """Random images in [-1, 1] whose neighboring pixels are alike, as in photographs."""
     noise = np.random.default_rng(0).normal(size=(batch, *size, 3))
     rows, columns = (np.fft.fftfreq(n)[:, None] for n in size)
     spectrum = 1 / np.maximum(np.hypot(rows, columns[:, 0]), 1 / max(size))
@@ -57,7 +57,7 @@ def main():
         tokenizer = make_tokenizer(sizes)
         images = smooth_images(count, sizes.image_size)
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-            params = jax.jit(lambda key: sharding.unbox(init_params(tokenizer, key)))(
+            params = jax.jit(lambda key: sharding.unbox(init_tokenizer(tokenizer, key)))(
                 jax.random.key(0)
             )
             sequence = jax.jit(

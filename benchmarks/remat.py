@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nvg_jax import layers
-from nvg_jax.sharding import unbox
+from nvg_jax.runtime.sharding import unbox
 
 
 def seconds(function, argument, repeats: int) -> float:

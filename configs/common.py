@@ -31,14 +31,14 @@ def base() -> ml_collections.ConfigDict:
     )
     return ml_collections.ConfigDict(
         dict(
-            stage="all",  # tokenizer, structure, content, generators, separate, all
+            part="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
             tokenizer_workdir="",  # where the generators' tokenizer is, if not in --workdir
             pretrained_dir="",  # of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # of the arithmetic; bfloat16 on accelerators
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the rest of the devices
             data=dict(
-                name="",  # digits, fashion_mnist, image_folder, tfds:NAME, granularity
+                name="",  # digits, fashion_mnist, image_folder, tfds:NAME, sequences
                 data_dir="",
                 resize=0,  # short side before the crop; 0: image size * 288 / 256
                 pad=0,  # random shifts by up to this many pixels
@@ -69,7 +69,7 @@ def base() -> ml_collections.ConfigDict:
                 lecam_weight=0.001,
                 discriminator="dino",  # or small, for small images and without pretrained weights
                 discriminator_weight_decay=5e-4,
-                soft_index_epochs=1.0,  # IBQ warm-up
+                index_backprop_epochs=1.0,  # IBQ warm-up
                 optimizer=tokenizer_optimizer,
             ),
             generator_training=run
@@ -138,5 +138,5 @@ def run_locally(config: ml_collections.ConfigDict):
         training.update(batch_size=16, epochs=0.0, steps=12, log_every=2, save_every=4)
         training.update(eval_every=12)
         training.optimizer.update(warmup_steps=2, learning_rate=1e-2)
-    config.tokenizer_training.soft_index_epochs = 0.0
+    config.tokenizer_training.index_backprop_epochs = 0.0
     config.sampling.flow_steps = 2

@@ -34,12 +34,12 @@ def get_config(arg: str | None = None):
         log_every=50,
         eval_every=400,
         save_every=400,
-        soft_index_epochs=0.0,
+        index_backprop_epochs=0.0,
     )
     config.tokenizer_training.optimizer.update(
         learning_rate=1.6e-2, warmup_steps=50, final=0.02, ema_decay=0.99
     )
-    # The content generator begins to memorise the 1,497 images after some 2,500 steps.
+    # The content generator begins to memorize the 1,497 images after some 2,500 steps.
     config.generator_training.update(
         batch_size=32, epochs=0.0, steps=2400, log_every=100, eval_every=800, save_every=800
     )

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (60,000 grey images of clothing) at 32 x 32 pixels, on a CPU in under an hour.
+"""Fashion-MNIST (60,000 gray images of clothing) at 32 x 32 pixels, on a CPU in under an hour.
 
 python -m nvg_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion
 python -m nvg_jax.evaluate --workdir=runs/fashion --num_samples=10000
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None):
     config.tokenizer_training.update(
         batch_size=16, epochs=0.0, steps=2000, log_every=50, eval_every=2000, save_every=500
     )
-    config.tokenizer_training.soft_index_epochs = 0.0
+    config.tokenizer_training.index_backprop_epochs = 0.0
     config.tokenizer_training.optimizer.update(
         learning_rate=2e-2, warmup_steps=100, final=0.02, ema_decay=0.99
     )

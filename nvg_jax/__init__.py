@@ -18,6 +18,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from nvg_jax import clustering  # noqa: E402
 from nvg_jax.pipeline import Output, Pipeline  # noqa: E402
-from nvg_jax.tokenizer import Sequence  # noqa: E402
+from nvg_jax.tokenizer import GranularitySequence  # noqa: E402
 
-__all__ = ["Output", "Pipeline", "Sequence", "clustering"]
+__all__ = ["Output", "Pipeline", "GranularitySequence", "clustering"]

@@ -11,7 +11,7 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from nvg_jax import preemption
+from nvg_jax.runtime import preemption
 
 MISTAKE = 2
 
@@ -100,7 +100,7 @@ def parse_flags(argv):
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
-        if isinstance(error.__context__, KeyError):  # a misspelt key, quoted twice
+        if isinstance(error.__context__, KeyError):  # a misspelled key, quoted twice
             error = error.__context__
         text = str(error.args[0])
         lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -2,7 +2,7 @@
 
 Bottom up, every level pairs the clusters of the level below: greedily, the pair of centroids with
 the smallest Euclidean distance first. The greedy result is found in rounds instead of pair by
-pair: two clusters that are each other's nearest free neighbour are a pair of the greedy result,
+pair: two clusters that are each other's nearest free neighbor are a pair of the greedy result,
 whatever happens elsewhere, so each round takes all such pairs at once.
 """
 

@@ -2,7 +2,7 @@
 
 python -m nvg_jax.compile --config=configs/imagenet256.py:d24 --topology=v5p:8x8x8
 
-The training step that `train` runs, or with --program=sample the sampler. `--config.stage=` picks
+The training step that `train` runs, or with --program=sample the sampler. `--config.part=` picks
 the training (tokenizer, structure, content, generators; all: generators), `--config.mesh.fsdp=` and
 so on the mesh, `--find_batch` the largest global batch that fits. Needs TPU's compiler: pip install
 "jax[tpu]". Times are roofline estimates from the compiled program, nothing is measured.
@@ -33,12 +33,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from nvg_jax import cli, hlo, models, programs, sharding
+from nvg_jax import cli, models
+from nvg_jax.aot import hlo
 from nvg_jax.data import open_source
-from nvg_jax.pipeline import abstract_params, generate_batch
+from nvg_jax.models import abstract_params
+from nvg_jax.pipeline import generate_batch
+from nvg_jax.runtime import sharding
 from nvg_jax.sampling import Settings
 from nvg_jax.sampling.generate import make_program
-from nvg_jax.tokenizer import Sequence, Tokenizer, TokenizerConfig
+from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
+from nvg_jax.training import programs
 
 GIB = 2**30
 IMAGENET = (1_281_167, 1000)  # images to train on and classes of tfds:imagenet2012
@@ -52,7 +56,7 @@ class Chip(NamedTuple):
     """Published figures of a chip.
 
     flops: bfloat16 operations a second. hbm: bytes of main memory. hbm_bandwidth: bytes a second.
-    ici_bandwidth: bytes a second that it can send to its neighbours over all links together.
+    ici_bandwidth: bytes a second that it can send to its neighbors over all links together.
     """
 
     flops: float
@@ -128,12 +132,12 @@ def abstract_batch(mesh: Mesh, batch_size: int, *shape: int, dtype=jnp.float32):
 
 
 def training_run(config: ml_collections.ConfigDict) -> str:
-    """Which training `config.stage` means here; of "all" the generators."""
+    """Which training `config.part` means here; of "all" the generators."""
     runs = ("tokenizer", *models.GENERATORS, "generators")
-    run = "generators" if config.stage == "all" else config.stage
+    run = "generators" if config.part == "all" else config.part
     if run not in runs:
         raise ValueError(
-            f"--config.stage={config.stage} is no single program; choose one of {', '.join(runs)}."
+            f"--config.part={config.part} is no single program; choose one of {', '.join(runs)}."
         )
     return run
 
@@ -153,7 +157,7 @@ def in_mesh(mesh: Mesh):
 def lower_training(
     config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, images: int, num_classes: int
 ):
-    """The training step of `config.stage` -> (lowered, {network: abstract parameters}).
+    """The training step of `config.part` -> (lowered, {network: abstract parameters}).
 
     The tokenizer's is that of its warm-up, which does more, if it has one.
     """
@@ -164,8 +168,8 @@ def lower_training(
     with in_mesh(mesh):
         if run == "tokenizer":
             program = programs.tokenizer_training(config, mesh, steps)
-            soft_index = settings.soft_index_epochs > 0
-            lowered = program.step.lower(*program.arguments, soft_index=soft_index)
+            index_backprop = settings.index_backprop_epochs > 0
+            lowered = program.step.lower(*program.arguments, index_backprop=index_backprop)
             networks = {run: program.state.params}
             if program.state.adversary:
                 networks["discriminator"] = program.state.adversary.params
@@ -190,7 +194,7 @@ def lower_sampling(
     meta |= {name: config[name].to_dict() for name in models.GENERATORS}
     replicated = NamedSharding(mesh, PartitionSpec())
     params = {
-        name: sharding.abstract(abstract_params(meta, name), replicated)
+        name: sharding.with_shardings(abstract_params(meta, name), replicated)
         for name in ("tokenizer", *models.GENERATORS)
     }
     generators = {
@@ -213,7 +217,7 @@ def lower_sampling(
         batch(dtype=jax.eval_shape(jax.random.key, 0).dtype),
         batch(length, stages - 1),
         values,
-        Sequence(ids(stages, length), ids(stages, length)),
+        GranularitySequence(ids(stages, length), ids(stages, length)),
     )
     with jax.set_mesh(mesh):
         jitted = jax.jit(generate, static_argnames="program")
@@ -328,7 +332,7 @@ class Compiler:
             ) from error
 
     def model_flops(self, batch_size: int) -> int:
-        """FLOPs of all devices together, of the program as written, without rematerialisation."""
+        """FLOPs of all devices together, of the program as written, without rematerialization."""
         config = self.config.copy_and_resolve_references()
         config.content.remat = config.structure.remat = False
         text = self.lower(config, batch_size)[0].as_text("hlo")

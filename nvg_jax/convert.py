@@ -18,11 +18,13 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from nvg_jax import checkpoint, cli, pretrained, published
-from nvg_jax.models import GENERATORS
-from nvg_jax.pipeline import Pipeline, abstract_params
+from nvg_jax import cli, pretrained
+from nvg_jax.models import GENERATORS, abstract_params
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime import checkpoint
 from nvg_jax.sampling import Settings
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.torch_interop import weight_names
 
 # As the published figures were sampled. The splits are deterministic, gumbel=True draws them.
 SAMPLING = Settings(
@@ -69,12 +71,12 @@ def read_published(
             )
     sizes = {}
     if generator is not None:
-        generator_tensors = published.read(generator, generator_weights)
+        generator_tensors = weight_names.read(generator, generator_weights)
         with _naming(generator):
-            sizes = published.generator_sizes(generator_tensors)
-    tensors = published.read(autoencoder, autoencoder_weights)
+            sizes = weight_names.generator_sizes(generator_tensors)
+    tensors = weight_names.read(autoencoder, autoencoder_weights)
     with _naming(autoencoder):
-        own = published.tokenizer_sizes(tensors, sizes.get("latent_size"))
+        own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
         meta = {
             "tokenizer": dataclasses.asdict(TokenizerConfig(**own)),
             "class_names": [str(i) for i in range(sizes.get("num_classes", 0))],
@@ -84,7 +86,7 @@ def read_published(
             },
         }
         shapes = _shapes(abstract_params(meta, "tokenizer"))
-        flat = published.from_published(tensors, shapes)
+        flat = weight_names.from_published(tensors, shapes)
     params = {"tokenizer": unflatten_dict(flat, sep="/")}
     meta["hash"] = checkpoint.fingerprint(params["tokenizer"])
     if generator is None:
@@ -99,7 +101,7 @@ def read_published(
         meta |= {name: sizes[name] for name in GENERATORS}
         shapes = _shapes({name: abstract_params(meta, name) for name in GENERATORS})
         shapes["canvas_scale"] = (TokenizerConfig(**own).num_stages + 1,)
-        flat = published.from_published(generator_tensors, shapes)
+        flat = weight_names.from_published(generator_tensors, shapes)
     meta["canvas_scale"] = flat.pop("canvas_scale").tolist()
     meta["sampling"] = dataclasses.asdict(SAMPLING)
     return meta, params | unflatten_dict(flat, sep="/")
@@ -151,12 +153,12 @@ def to_safetensors(workdir: str | Path, out: str | Path):
             "both in one file. Train the other one first."
         )
     Path(out).mkdir(parents=True, exist_ok=True)
-    tensors = published.to_published(params["tokenizer"])
+    tensors = weight_names.to_published(params["tokenizer"])
     save_file(tensors, Path(out) / "autoencoder.safetensors")
     if generators:
         both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
         both["canvas_scale"] = np.float32(pipeline.meta["canvas_scale"])
-        tensors = published.to_published(both, pipeline.tokenizer.config.latent_size)
+        tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
         save_file(tensors, Path(out) / "generator.safetensors")
 
 
@@ -221,7 +223,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("generator", None, "Published checkpoint of its generators.")
     for file, default in (("autoencoder", "raw"), ("generator", "ema")):
         flags.DEFINE_enum(
-            f"{file}_weights", default, published.WEIGHTS, "Weights, or their moving average."
+            f"{file}_weights", default, weight_names.WEIGHTS, "Weights, or their moving average."
         )
     flags.DEFINE_string("workdir", None, "A run's folder, or a converted one, for the way back.")
     flags.DEFINE_boolean("to_safetensors", False, "Write --workdir under the published names.")

@@ -21,7 +21,6 @@ from nvg_jax.data import Source, open_source
 from nvg_jax.data.transforms import Transform, decode
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
-from nvg_jax.pictures import image_grid, reconstruction_grid, replacing, save_png
 from nvg_jax.pipeline import Output, Pipeline
 from nvg_jax.sample import (
     Samples,
@@ -31,6 +30,7 @@ from nvg_jax.sample import (
     settings_from_flags,
     stages_picture,
 )
+from nvg_jax.visualize import image_grid, reconstruction_grid, replacing, save_png
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("nvg_jax")

@@ -1,7 +1,7 @@
 """What the content and the structure generator share: attention block, rotary embedding, heads.
 
-Every parameter and activation names its axes; `nvg_jax.sharding` turns the names into shardings.
-Parameters are float32, the arithmetic is in `dtype`, normalisations and softmax in float32.
+Every parameter and activation names its axes; `runtime.sharding` turns names into shardings.
+Parameters are float32, the arithmetic is in `dtype`, normalizations and softmax in float32.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def attention(q, k, v):
 
 
 def layer_norm(x):
-    """Layer normalisation over the last axis without parameters, eps 1e-6, in float32."""
+    """Layer normalization over the last axis without parameters, eps 1e-6, in float32."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
@@ -140,7 +140,7 @@ def modulate(x, shift, scale):
     return (1 + scale[:, None]) * x + shift[:, None]
 
 
-def whole(parameter, axes: Sequence[str | None] | None = None):
+def unshard(parameter, axes: Sequence[str | None] | None = None):
     """A parameter as the arithmetic wants it: collected from the devices that share its storage.
 
     Said where a parameter is used, so that the compiler moves parameters and not activations, one
@@ -167,7 +167,7 @@ class Dense(nn.Module):
         )
         bias_init = nn.with_logical_partitioning(ZEROS, self.axes[1:])
         bias = self.param("bias", bias_init, (self.features,))
-        return whole(kernel.astype(self.dtype)), whole(bias.astype(self.dtype))
+        return unshard(kernel.astype(self.dtype)), unshard(bias.astype(self.dtype))
 
     def __call__(self, x):
         """x (..., width) -> (..., features) in `dtype`."""
@@ -187,11 +187,11 @@ class Embedding(nn.Module):
         """ids int (...) -> (..., width) in `dtype`."""
         init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, "embed"))
         table = self.param("embedding", init, (self.count, self.width))
-        return whole(table.astype(self.dtype))[ids]
+        return unshard(table.astype(self.dtype))[ids]
 
 
 class HeadNorm(nn.Module):
-    """RMS normalisation of every head (..., head_dim) with a learned scale, eps 1e-6, float32."""
+    """RMS normalization of every head (..., head_dim) with a learned scale, eps 1e-6, float32."""
 
     @nn.compact
     def __call__(self, x):
@@ -225,8 +225,8 @@ class Block(nn.Module):
         parts = 3 + self.mlp_ratio
         linear1 = Dense(parts * width, ("embed", "mlp"), self.dtype, name="linear1")
         kernel, bias = linear1.parameters(width)
-        kernel = whole(kernel.reshape(width, parts, width), (None, None, "mlp"))
-        bias = whole(bias.reshape(parts, width), (None, "mlp"))
+        kernel = unshard(kernel.reshape(width, parts, width), (None, None, "mlp"))
+        bias = unshard(bias.reshape(parts, width), (None, "mlp"))
         hidden = jnp.einsum("bnc,cpd->bnpd", modulate(layer_norm(x), shift, scale), kernel) + bias
         hidden = nn.with_logical_constraint(hidden, ("batch", "length", None, "mlp"))
         q, k, v = (
@@ -238,7 +238,7 @@ class Block(nn.Module):
         joined = jnp.concatenate([attended, nn.gelu(hidden[:, :, 3:], approximate=True)], axis=2)
         linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
         kernel, bias = linear2.parameters((1 + self.mlp_ratio) * width)
-        kernel = whole(kernel.reshape(-1, width, width), (None, "mlp", None))
+        kernel = unshard(kernel.reshape(-1, width, width), (None, "mlp", None))
         out = gate[:, None] * (jnp.einsum("bnpd,pdc->bnc", joined, kernel) + bias)
         if not deterministic:
             keep = 1 - drop_rate
@@ -287,7 +287,7 @@ class Transformer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, vec, positions, deterministic: bool, tap: int = 0):
+    def __call__(self, x, vec, positions, deterministic: bool, feature_block: int = 0):
         """x (B, N, C), vec (B, C), positions (B, N, 3 + K) -> two of (B, N, C).
 
         After all blocks, and after the first `tap` of them.
@@ -301,7 +301,7 @@ class Transformer(nn.Module):
         def apply(block, carry, layer):
             (x, tapped), (number, drop_rate) = carry, layer
             x = block(x, drop_rate, vec, cos, sin, deterministic)
-            return (x, jnp.where(number == tap, x, tapped)), None
+            return (x, jnp.where(number == feature_block, x, tapped)), None
 
         blocks = nn.scan(
             apply,

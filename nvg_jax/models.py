@@ -1,16 +1,20 @@
 """From the configuration dictionaries that checkpoints and configs hold to modules."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from nvg_jax.content.model import ContentGenerator
+from nvg_jax import granularity
+from nvg_jax.content.model import ContentGenerator, RepaProjector
 from nvg_jax.layers import TransformerConfig
-from nvg_jax.steps.generators import Generator
+from nvg_jax.runtime.sharding import unbox
 from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 
 GENERATORS = ("content", "structure")
+Generator = ContentGenerator | StructureGenerator
 
 
 def make_tokenizer(config: TokenizerConfig, dtype: str = "float32") -> Tokenizer:
@@ -42,3 +46,52 @@ def make_generator(
             "nothing to learn; use a latent of at least 4 positions."
         )
     return StructureGenerator(**shared)
+
+
+def init_tokenizer(model: Tokenizer, key):
+    """Freshly initialized parameters, boxed with their logical axes."""
+    images = jnp.zeros((1, *model.config.image_size, 3))
+    return model.init(key, images)["params"]
+
+
+def init_generator(model: Generator, key, codebook=None, repa: bool = False):
+    """Freshly initialized parameters, boxed with their logical axes.
+
+    With `repa` the content generator's hold those of its projector too, under "repa".
+
+    With a codebook (V, D) the content generator's token head starts as its nearest-code rule:
+    logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. A small
+    random head first has to grow to that scale, which takes hundreds of steps.
+    """
+    length = model.grid[0] * model.grid[1]
+    num_bits = granularity.num_stages(length) - 1
+    canvas = jnp.zeros((1, length, model.latent_dim))
+    structure = jnp.ones((1, length, num_bits), jnp.int32)
+    stage = class_ids = jnp.zeros((1,), jnp.int32)
+    if isinstance(model, ContentGenerator):
+        args = canvas, structure, stage, class_ids, jnp.ones(num_bits + 2)
+    else:
+        noisy = jnp.zeros(structure.shape)
+        args = noisy, jnp.zeros((1,)), structure, canvas, stage, class_ids
+    params = model.init(key, *args)["params"]
+    if codebook is not None and isinstance(model, ContentGenerator):
+        scale = 2 * jnp.square(codebook).mean()
+        head = {"kernel": codebook.T / scale, "bias": -jnp.square(codebook).sum(1) / (2 * scale)}
+        boxes = params["token_head"]
+        params = params | {"token_head": {k: boxes[k].replace_boxed(v) for k, v in head.items()}}
+    if repa and isinstance(model, ContentGenerator):
+        features = jnp.zeros((1, 1, model.transformer.width))
+        projector = RepaProjector(model.dtype).init(jax.random.fold_in(key, 1), features)
+        params = params | {"repa": projector["params"]}
+    return params
+
+
+def abstract_params(meta: dict[str, Any], name: str):
+    """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters of a folder."""
+    config = TokenizerConfig(**meta["tokenizer"])
+    if name == "tokenizer":
+        init = functools.partial(init_tokenizer, Tokenizer(config))
+    else:
+        model = make_generator(name, meta[name], config, len(meta["class_names"]))
+        init = functools.partial(init_generator, model)
+    return unbox(jax.eval_shape(init, jax.random.key(0)))

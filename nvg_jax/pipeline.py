@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +12,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nvg_jax import checkpoint, granularity
+from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
-from nvg_jax.models import GENERATORS, make_generator
+from nvg_jax.models import GENERATORS, abstract_params, make_generator
+from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime.sharding import BATCH_SPEC, make_mesh
 from nvg_jax.sampling import generate as sampling
-from nvg_jax.sharding import BATCH_SPEC, make_mesh, unbox
-from nvg_jax.steps import generators as generator_steps
-from nvg_jax.steps import tokenizer as tokenizer_steps
 from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import Sequence, Tokenizer, TokenizerConfig
+from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
 
 EXPORT_FOLDER = "pipeline"
 TOKENIZER_META = ("tokenizer", "class_names", "canvas_scale", "hash")  # what generators build on
@@ -34,7 +33,7 @@ class Output(NamedTuple):
     """
 
     images: np.ndarray
-    sequence: Sequence
+    sequence: GranularitySequence
     canvases: np.ndarray
 
 
@@ -58,7 +57,7 @@ def generate_batch(
         params: {"tokenizer", "content", "structure"}.
 
     Returns:
-        (images float32 (B, H, W, 3), Sequence, canvases float32 (B, S, L, D)).
+        (images float32 (B, H, W, 3), GranularitySequence, canvases float32 (B, S, L, D)).
     """
     num_bits = noise.shape[-1]
     length = noise.shape[1]
@@ -153,7 +152,7 @@ class Pipeline:
             missing = [name for name in GENERATORS if name not in self.params]
             raise ValueError(
                 f"This folder has no {' and no '.join(missing)} generator yet, so it cannot "
-                "sample; train with --config.stage=generators (or all), or convert one."
+                "sample; train with --config.part=generators (or all), or convert one."
             )
 
     def class_id(self, name: int | str) -> int:
@@ -266,22 +265,22 @@ class Pipeline:
 
     # Images and sequences.
 
-    def encode(self, images) -> Sequence:
+    def encode(self, images) -> GranularitySequence:
         """The visual granularity sequences of images.
 
         Args:
             images: uint8, or float in [-1, 1], (B, H, W, 3).
 
         Returns:
-            A Sequence of .structure and .tokens, int32 (B, S, L): the cluster of, and the token
-            id at, every position in every stage.
+            A GranularitySequence of .structure and .tokens, int32 (B, S, L): the cluster of, and
+            the token id at, every position in every stage.
 
         Raises:
             ValueError: another shape, type or range.
         """
         return jax.device_get(self._tokenize(self._check_images(images), method="encode").sequence)
 
-    def decode(self, sequence: Sequence) -> np.ndarray:
+    def decode(self, sequence: GranularitySequence) -> np.ndarray:
         """The images of sequences, float32 (B, H, W, 3) in [-1, 1].
 
         Raises:
@@ -304,7 +303,7 @@ class Pipeline:
 
     def sample(
         self,
-        class_ids: SequenceOf[int | str],
+        class_ids: Sequence[int | str],
         seed: int = 0,
         structure_noise=None,
         temperature: float | None = None,
@@ -316,7 +315,7 @@ class Pipeline:
         gumbel: bool | None = None,
         *,
         first_index: int = 0,
-        given: Sequence | None = None,
+        given: GranularitySequence | None = None,
         given_tokens: int = 0,
         given_structure: int = 0,
     ) -> Output:
@@ -363,7 +362,7 @@ class Pipeline:
         if given is None:
             if given_tokens or given_structure:
                 raise ValueError("given_tokens and given_structure need a `given` sequence.")
-            given = Sequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
+            given = GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
         else:
             given = self._check_given(given, shape, given_tokens, given_structure)
         keys = sample_keys(seed, first_index + np.arange(len(ids)))
@@ -398,7 +397,7 @@ class Pipeline:
         count = len(ids)
         return Output(
             images[:count],
-            Sequence(sequence.structure[:count], sequence.tokens[:count]),
+            GranularitySequence(sequence.structure[:count], sequence.tokens[:count]),
             canvases[:count],
         )
 
@@ -445,7 +444,7 @@ class Pipeline:
             )
         return jnp.asarray(images, jnp.float32)
 
-    def _check_sequence(self, sequence: Sequence) -> Sequence:
+    def _check_sequence(self, sequence: GranularitySequence) -> GranularitySequence:
         structure, tokens = (np.asarray(part) for part in sequence)
         config = self.tokenizer.config
         expected = (len(structure), config.num_stages, config.num_positions)
@@ -457,7 +456,9 @@ class Pipeline:
                 )
         self._check_structure(structure)
         self._check_tokens(structure, tokens)
-        return Sequence(jnp.asarray(structure, jnp.int32), jnp.asarray(tokens, jnp.int32))
+        return GranularitySequence(
+            jnp.asarray(structure, jnp.int32), jnp.asarray(tokens, jnp.int32)
+        )
 
     def _check_structure(self, structure: np.ndarray):
         for stage in range(structure.shape[1]):
@@ -488,8 +489,12 @@ class Pipeline:
                 )
 
     def _check_given(
-        self, given: Sequence, shape: tuple[int, ...], given_tokens: int, given_structure: int
-    ) -> Sequence:
+        self,
+        given: GranularitySequence,
+        shape: tuple[int, ...],
+        given_tokens: int,
+        given_structure: int,
+    ) -> GranularitySequence:
         structure, tokens = (np.asarray(part) for part in given)
         if structure.shape != shape or tokens.shape != shape:
             raise ValueError(
@@ -506,24 +511,13 @@ class Pipeline:
             )
         self._check_structure(structure[:, :given_structure])
         self._check_tokens(structure[:, :given_tokens], tokens[:, :given_tokens])
-        return Sequence(structure.astype(np.int32), tokens.astype(np.int32))
+        return GranularitySequence(structure.astype(np.int32), tokens.astype(np.int32))
 
 
 def sample_keys(seed: int, indices: np.ndarray):
     """One random key for each sample index; sample i of a seed is always the same."""
     fold = lambda index: jax.random.fold_in(jax.random.key(seed), index)
     return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
-
-
-def abstract_params(meta: dict[str, Any], name: str):
-    """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters of a folder."""
-    config = TokenizerConfig(**meta["tokenizer"])
-    if name == "tokenizer":
-        init = functools.partial(tokenizer_steps.init_params, Tokenizer(config))
-    else:
-        model = make_generator(name, meta[name], config, len(meta["class_names"]))
-        init = functools.partial(generator_steps.init_params, model)
-    return unbox(jax.eval_shape(init, jax.random.key(0)))
 
 
 def find_tokenizer(workdir: epath.Path, *elsewhere: str) -> epath.Path:

@@ -22,11 +22,12 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from nvg_jax import checkpoint, cli
+from nvg_jax import cli
 from nvg_jax.data.transforms import decode
 from nvg_jax.models import GENERATORS
-from nvg_jax.pictures import image_grid, replacing, save_png, stages_grid, to_uint8
 from nvg_jax.pipeline import Output, Pipeline
+from nvg_jax.runtime import checkpoint
+from nvg_jax.visualize import image_grid, replacing, save_png, stages_grid, to_uint8
 
 GRID_LIMIT = 400  # samples in the grid
 STAGES_LIMIT = 8  # samples in the picture of the stages

@@ -1,7 +1,7 @@
 """Training: `python -m nvg_jax.train --config=configs/digits.py --workdir=runs/digits`.
 
 The tokenizer first, then the generators on what it encodes. Started again in the same workdir it
-goes on where it was. `--config.stage=` picks one part: tokenizer, structure, content, generators
+goes on where it was. `--config.part=` picks one part: tokenizer, structure, content, generators
 (both on the same batches), or all.
 """
 
@@ -28,23 +28,25 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from nvg_jax import checkpoint, cli, models, preemption, pretrained, programs, sharding
-from nvg_jax.data import GranularitySource, eval_batches, open_source, train_loader
+from nvg_jax import cli, models, pretrained
+from nvg_jax.data import SequenceSource, eval_batches, open_source, train_batches
 from nvg_jax.layers import TransformerConfig
-from nvg_jax.pictures import image_grid, png, reconstruction_grid
 from nvg_jax.pipeline import (
     TOKENIZER_META,
     Pipeline,
     abstract_params,
     check_tokenizer,
 )
+from nvg_jax.runtime import checkpoint, preemption, sharding
 from nvg_jax.sampling import Settings
-from nvg_jax.steps import generators as generator_steps
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training import generators as generator_steps
+from nvg_jax.training import programs
+from nvg_jax.visualize import image_grid, png, reconstruction_grid
 
 logger = logging.getLogger("nvg_jax")
 
-RUNS = {  # --config.stage -> the runs it takes, each in its own folder of the workdir
+RUNS = {  # --config.part -> the runs it takes, each in its own folder of the workdir
     "tokenizer": ("tokenizer",),
     "structure": ("structure",),
     "content": ("content",),
@@ -56,7 +58,7 @@ SCALE_IMAGES = 10_000  # images that the canvas scales are measured on, at most
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
-    """Trains the parts that `config.stage` names; goes on where `workdir` stands.
+    """Trains the parts that `config.part` names; goes on where `workdir` stands.
 
     Raises:
         ValueError: a setting or data that cannot be, with what would do.
@@ -67,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         trainer = Trainer(config, workdir, mesh)
-        for run in RUNS[config.stage]:
+        for run in RUNS[config.part]:
             if run == "tokenizer":
                 trainer.train_tokenizer()
             else:
@@ -76,35 +78,35 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
 
 def check_config(config: ml_collections.ConfigDict):
     """Raises ValueError for what no run can have, before data is read or anything compiled."""
-    if config.stage not in RUNS:
-        raise ValueError(f"Unknown stage {config.stage!r}; choose one of {', '.join(RUNS)}.")
+    if config.part not in RUNS:
+        raise ValueError(f"Unknown part {config.part!r}; choose one of {', '.join(RUNS)}.")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, got {config.dtype!r}.")
-    if config.tokenizer_workdir and "tokenizer" in RUNS[config.stage]:
+    if config.tokenizer_workdir and "tokenizer" in RUNS[config.part]:
         raise ValueError(
-            f"stage={config.stage} trains a tokenizer in --workdir, but tokenizer_workdir names "
-            "another one. Leave it empty, or train with stage=generators."
+            f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
+            "another one. Leave it empty, or train with part=generators."
         )
     for name in ("tokenizer_training", "generator_training"):
         for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
             if config[name][key] < 1:
                 raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
-    for run in RUNS[config.stage]:
+    for run in RUNS[config.part]:
         if run != "tokenizer" and programs.pretrained_names(config, run) and cached(config):
             raise ValueError(
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."
             )
-    if "tokenizer" in RUNS[config.stage] and cached(config):
+    if "tokenizer" in RUNS[config.part] and cached(config):
         raise ValueError(
-            f"stage={config.stage} trains a tokenizer, which takes images and no cached "
-            "sequences. Train the generators with stage=generators and tokenizer_workdir."
+            f"part={config.part} trains a tokenizer, which takes images and no cached "
+            "sequences. Train the generators with part=generators and tokenizer_workdir."
         )
 
 
 def cached(config: ml_collections.ConfigDict) -> bool:
-    """Whether the data are sequences that `nvg_jax.tokenize` has kept."""
-    return config.data.name == "granularity"
+    """Whether the data are sequences that `nvg_jax.encode` has kept."""
+    return config.data.name == "sequences"
 
 
 class Trainer:
@@ -117,7 +119,7 @@ class Trainer:
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.tokenizer_workdir = checkpoint.storage_path(config.tokenizer_workdir or workdir)
         # Of all runs at once, so that a file that is missing is not found out days later.
-        names = {n for run in RUNS[config.stage] for n in programs.pretrained_names(config, run)}
+        names = {n for run in RUNS[config.part] for n in programs.pretrained_names(config, run)}
         self.pretrained = {
             name: pretrained.load(name, config.pretrained_dir or None) for name in sorted(names)
         }
@@ -161,7 +163,7 @@ class Trainer:
         )
 
     def training_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-        return train_loader(
+        return train_batches(
             self.train_source,
             seed=seed,
             pad=self.config.data.pad,
@@ -201,7 +203,7 @@ class Trainer:
     def train_tokenizer(self):
         settings = self.config.tokenizer_training
         steps = self.num_steps(settings)
-        warmup = self.epochs_to_steps(settings, settings.soft_index_epochs)
+        warmup = self.epochs_to_steps(settings, settings.index_backprop_epochs)
         program = programs.tokenizer_training(self.config, self.mesh, steps)
         frozen = self.frozen("tokenizer")
         train_key = jax.random.fold_in(self.key, 3)
@@ -234,7 +236,7 @@ class Trainer:
             program=program,
             init=lambda: program.init(jax.random.fold_in(self.key, 0)),
             step_fn=lambda state, batch, step: program.step(
-                state, frozen, batch, train_key, soft_index=step < warmup
+                state, frozen, batch, train_key, index_backprop=step < warmup
             ),
             batches=self.training_batches(settings.batch_size, self.config.seed),
             settings=settings,
@@ -349,7 +351,7 @@ class Trainer:
         if found is None or found[0]["hash"] is None:
             raise ValueError(
                 f"The generators need a trained tokenizer and {folder} has none that is finished. "
-                "Run with --config.stage=tokenizer (or all) first."
+                "Run with --config.part=tokenizer (or all) first."
             )
         meta, params = found
         if TokenizerConfig(**meta["tokenizer"]) != self.tokenizer_config:
@@ -364,7 +366,7 @@ class Trainer:
                 f"{self.config.data.name!r} has. Use the same data, or another workdir."
             )
         params = jax.device_put(params["params"], self.replicated)
-        if isinstance(self.train_source, GranularitySource):
+        if isinstance(self.train_source, SequenceSource):
             self.train_source.check_tokenizer(meta["hash"])
         return {key: meta[key] for key in TOKENIZER_META}, params
 
@@ -430,7 +432,7 @@ class Trainer:
                 evaluated = done % settings.eval_every == 0 or done == steps
                 saved = preempted or done % settings.save_every == 0 or done == steps
                 if done % settings.log_every == 0 or evaluated or saved:
-                    scalars = summarise(jax.device_get(window), run, done)
+                    scalars = summarize(jax.device_get(window), run, done)
                     now = time.monotonic()
                     rate = len(window) / (now - window_start)
                     scalars["images_per_second"] = rate * settings.batch_size
@@ -462,7 +464,7 @@ class Trainer:
                     window_start = time.monotonic()
 
 
-def summarise(window: list[dict[str, Any]], run: str, last_step: int) -> dict[str, float]:
+def summarize(window: list[dict[str, Any]], run: str, last_step: int) -> dict[str, float]:
     """Mean metrics of the steps up to `last_step`; codebook usage over all of them.
 
     Raises:

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before jax starts. Most of the time of these tests is compilation: no optimisation of tiny
+# Before jax starts. Most of the time of these tests is compilation: no optimization of tiny
 # programs, and what one test or its subprocess compiled is there for the next.
 CACHE = tempfile.TemporaryDirectory(prefix="nvg_jax_tests_")
 os.environ |= {

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from helpers import on_eight_devices
 
-from nvg_jax import sharding
-from nvg_jax.tokenizer import augment, losses
+from nvg_jax.runtime import sharding
+from nvg_jax.tokenizer import diffaug, losses
 from nvg_jax.tokenizer.discriminator import (
     BatchNorm,
     DiscriminatorHeads,
@@ -75,7 +75,7 @@ def test_lecam():
     assert not moved.any()
 
 
-# Spectral normalisation.
+# Spectral normalization.
 
 
 def spectral_conv(width: int, kernel_size):
@@ -210,7 +210,7 @@ def test_images_get_a_gradient():
     variables = drawn(SMALL, images)
     variables |= jax.jit(lambda v: SMALL.apply(v, images, mutable=["spectral"])[1])(variables)
     value = lambda images: losses.generator_loss(
-        SMALL.apply(variables, augment.augment(images, KEY))
+        SMALL.apply(variables, diffaug.augment(images, KEY))
     )
     grads = jax.jit(jax.grad(value))(images)
     assert np.isfinite(grads).all() and (abs(grads).max((1, 2, 3)) > 0).all()
@@ -229,15 +229,15 @@ def test_pure_translation():
     images = jnp.broadcast_to(image, (400, *image.shape))
     seen = {
         next(shift for shift, one in shifted.items() if np.array_equal(one, result))
-        for result in np.asarray(jax.jit(augment.translate)(images, KEY))
+        for result in np.asarray(jax.jit(diffaug.translate)(images, KEY))
     }
     assert seen == set(shifted)
-    np.testing.assert_array_equal(augment.translate(images, KEY, ratio=0.0), images)
+    np.testing.assert_array_equal(diffaug.translate(images, KEY, ratio=0.0), images)
 
 
 def test_pure_cutout():
     """The cut is 4 x 6 of 20 x 30, or the part of that which is in the image."""
-    cut = np.asarray(jax.jit(augment.cutout)(jnp.ones((500, 20, 30, 3)), KEY)) == 0
+    cut = np.asarray(jax.jit(diffaug.cutout)(jnp.ones((500, 20, 30, 3)), KEY)) == 0
     corners = {"y": set(), "x": set()}
     for one in cut:
         rows, columns = one.any((1, 2)).nonzero()[0], one.any((0, 2)).nonzero()[0]
@@ -250,12 +250,12 @@ def test_pure_cutout():
     assert corners["y"] == set(range(19)) and corners["x"] == set(range(28))
 
     images = draw(8, 4, 20, 30, 3)
-    result = np.asarray(jax.jit(augment.cutout)(images, KEY))
+    result = np.asarray(jax.jit(diffaug.cutout)(images, KEY))
     assert ((result == images) | (result == 0)).all()
-    np.testing.assert_array_equal(augment.cutout(images, KEY, ratio=0.0), images)
+    np.testing.assert_array_equal(diffaug.cutout(images, KEY, ratio=0.0), images)
 
 
-def test_colour():
+def test_color():
     """The pixels (0, 0, 0.6) and (1, 1, 1) show the three changes apart.
 
     Their channel means are 0.2 and 1, their common mean 0.6. Brightness b moves that to 0.6 + b;
@@ -263,10 +263,10 @@ def test_colour():
     blue and red in the first pixel 0.6 s c.
     """
     pixels = jnp.broadcast_to(jnp.array([[[0.0, 0.0, 0.6], [1.0, 1.0, 1.0]]]), (300, 1, 2, 3))
-    result = np.asarray(jax.jit(augment.colour)(pixels, KEY), np.float64)[:, 0]
-    grey = result.mean(-1)
+    result = np.asarray(jax.jit(diffaug.color)(pixels, KEY), np.float64)[:, 0]
+    gray = result.mean(-1)
     brightness = result.mean((1, 2)) - 0.6
-    contrast = (grey[:, 1] - grey[:, 0]) / 0.8
+    contrast = (gray[:, 1] - gray[:, 0]) / 0.8
     saturation = (result[:, 0, 2] - result[:, 0, 0]) / 0.6 / contrast
     for values, low, high in (
         (brightness, -0.5, 0.5),
@@ -278,12 +278,12 @@ def test_colour():
     for a, b in ((brightness, contrast), (brightness, saturation), (saturation, contrast)):
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.2  # one draw each
     np.testing.assert_allclose(result[:, 0, 0], result[:, 0, 1], atol=1e-5)
-    np.testing.assert_allclose(result[:, 1] - grey[:, 1:], 0, atol=1e-5)
+    np.testing.assert_allclose(result[:, 1] - gray[:, 1:], 0, atol=1e-5)
 
 
 def test_augmentation_applies_all_three_to_every_image():
-    """On ones: the cut is zero, the shifted-in edge and the rest are two other colours."""
-    result = np.asarray(jax.jit(augment.augment)(jnp.ones((50, 16, 16, 3)), KEY))
+    """On ones: the cut is zero, the shifted-in edge and the rest are two other colors."""
+    result = np.asarray(jax.jit(diffaug.augment)(jnp.ones((50, 16, 16, 3)), KEY))
     assert all((one == 0).all(-1).sum() >= 1 for one in result)
     assert len({tuple(np.unique(one)) for one in result}) == 50
     assert {len(np.unique(one.round(4))) for one in result} <= {2, 3}
@@ -300,7 +300,7 @@ def test_crop_or_area_resize():
     images = jnp.broadcast_to(image, (600, 8, 8, 3))
     crops, resized = [], 0
     for result in np.asarray(
-        jax.jit(augment.discriminator_input, static_argnums=2)(images, KEY, 4)
+        jax.jit(diffaug.discriminator_input, static_argnums=2)(images, KEY, 4)
     ):
         if np.allclose(result, blocks, atol=1e-6):
             resized += 1
@@ -311,20 +311,20 @@ def test_crop_or_area_resize():
 
 
 def test_area_resize_of_unlike_sizes():
-    """Eight to seven pixels: adaptive pooling means two neighbours for each."""
+    """Eight to seven pixels: adaptive pooling means two neighbors for each."""
     expected = [[0.5 if i in (j, j + 1) else 0.0 for i in range(8)] for j in range(7)]
-    np.testing.assert_array_equal(augment.area_matrix(8, 7), expected)
+    np.testing.assert_array_equal(diffaug.area_matrix(8, 7), expected)
     # Five to three: from 0, 5/3, 10/3 rounded down to 5/3, 10/3, 5 rounded up.
     third = [[1 / 2, 1 / 2, 0, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3, 0], [0, 0, 0, 1 / 2, 1 / 2]]
-    np.testing.assert_allclose(augment.area_matrix(5, 3), third, rtol=1e-6)
+    np.testing.assert_allclose(diffaug.area_matrix(5, 3), third, rtol=1e-6)
 
 
 def test_input_sizes():
     images = draw(10, 2, 4, 4, 3)
-    assert augment.discriminator_input(images, KEY, 4) is images
-    assert augment.discriminator_input(draw(10, 2, 6, 9, 3), KEY, 4).shape == (2, 4, 4, 3)
+    assert diffaug.discriminator_input(images, KEY, 4) is images
+    assert diffaug.discriminator_input(draw(10, 2, 6, 9, 3), KEY, 4).shape == (2, 4, 4, 3)
     with pytest.raises(ValueError, match="is 4 x 4 and cannot be cut from images of 3 x 8"):
-        augment.discriminator_input(draw(10, 2, 3, 8, 3), KEY, 4)
+        diffaug.discriminator_input(draw(10, 2, 3, 8, 3), KEY, 4)
 
 
 # On eight devices.

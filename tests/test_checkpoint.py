@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import multihost
 
-from nvg_jax.checkpoint import Checkpoints, checksums, read, read_meta, storage_path
+from nvg_jax.runtime.checkpoint import Checkpoints, checksums, read, read_meta, storage_path
 
 # After an error Orbax leaves coroutines behind that Python complains of.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

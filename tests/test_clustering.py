@@ -82,7 +82,7 @@ def test_real_points_of_256_positions():
     equal = np.ones((256, 8))
     points = np.stack([normal, clumpy, duplicates, lattice, equal]).astype(np.float32)
     # Duplicates are equally far from others only where all distances are rounded alike: by the
-    # vector instructions of the default compilation, not of the tests' unoptimised one.
+    # vector instructions of the default compilation, not of the tests' unoptimized one.
     default = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     labels = greedy_hierarchy.lower(points).compile(compiler_options=default)(points)
     np.testing.assert_array_equal(labels, np.stack([sequential(one) for one in points]))

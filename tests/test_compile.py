@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from nvg_jax import compile as aot
-from nvg_jax import hlo
+from nvg_jax.aot import hlo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -312,10 +312,10 @@ def test_no_compiler_for_tpus(monkeypatch):
 
 
 def test_stages_are_single_programs():
-    config = type("Config", (), {"stage": "all"})
+    config = type("Config", (), {"part": "all"})
     assert aot.training_run(config) == "generators"
-    config.stage = "separate"
-    with pytest.raises(ValueError, match="stage=separate is no single program"):
+    config.part = "separate"
+    with pytest.raises(ValueError, match="part=separate is no single program"):
         aot.training_run(config)
 
 

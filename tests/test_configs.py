@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from nvg_jax import layers, models, programs
-from nvg_jax.optimizers import OptimizerConfig
+from nvg_jax import layers, models
+from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling import Settings
-from nvg_jax.sharding import unbox
-from nvg_jax.steps import generators, tokenizer
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training import programs
+from nvg_jax.training.optimizers import OptimizerConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {
@@ -70,7 +70,7 @@ def test_every_variant_is_a_whole_configuration(name, arg):
         transformer = layers.TransformerConfig(**config[part])
         layers.rope_split(transformer.head_dim, sizes.num_stages - 1)
     Settings(**config.sampling).expand(sizes.num_stages, sizes.codebook_size)
-    assert config.data.name and config.stage == "all"
+    assert config.data.name and config.part == "all"
     resize = config.data.resize or round(min(sizes.image_size) * 288 / 256)
     assert resize >= min(sizes.image_size)
 
@@ -83,7 +83,7 @@ def test_runlocal_is_tiny(name, arg):
         assert 0 < training.steps <= 20 and training.batch_size <= 16
     for part in models.GENERATORS:
         model = generator(part, config, num_classes=10)
-        assert count(parameters(generators.init_params, model)) < 100_000
+        assert count(parameters(models.init_generator, model)) < 100_000
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -137,7 +137,7 @@ def test_published_generators(size, width, content, structure, epochs):
         assert (config[name].width, config[name].depth, config[name].head_dim) == (wide, depth, 64)
         assert layers.TransformerConfig(**config[name]).drop_path == pytest.approx(0.1 * depth / 24)
         model = generator(name, config, num_classes=1000)
-        assert count(parameters(generators.init_params, model)) == expected
+        assert count(parameters(models.init_generator, model)) == expected
     training = config.generator_training
     assert (training.epochs, training.batch_size) == (epochs, 768)
 
@@ -145,7 +145,7 @@ def test_published_generators(size, width, content, structure, epochs):
 def test_published_tokenizer():
     sizes = TokenizerConfig(**load("imagenet256").tokenizer)
     assert sizes == TokenizerConfig() and sizes.num_stages == 9
-    found = parameters(tokenizer.init_params, models.make_tokenizer(sizes))
+    found = parameters(models.init_tokenizer, models.make_tokenizer(sizes))
     assert {name: count(tree) for name, tree in found.items()} == {
         "encoder": 45_025_696,
         "decoder": 65_092_355,

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from safetensors.numpy import load_file
-from test_published_keys import generator_shapes, stand_ins, tokenizer_shapes
-from test_torch_files import ordered, storage, tensor, write_zip
+from test_checkpoint_files import ordered, storage, tensor, write_zip
+from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 
 from configs import common
-from nvg_jax import Pipeline, checkpoint, convert, published
+from nvg_jax import Pipeline, convert
+from nvg_jax.runtime import checkpoint
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.torch_files import read_state_dict
+from nvg_jax.torch_interop import weight_names
+from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 CONFIG = TokenizerConfig(
     image_size=(4, 8),
@@ -37,7 +39,7 @@ SIZES = {
 def random_tensors(shapes, seed: int, prefix: str = "") -> dict[str, np.ndarray]:
     """Random tensors of published names for shapes of ours."""
     rng = np.random.default_rng(seed)
-    views = published.published_views(stand_ins(shapes))
+    views = weight_names.published_views(stand_ins(shapes))
     return {prefix + k: rng.normal(size=v.shape).astype(np.float32) for k, v in views.items()}
 
 
@@ -63,7 +65,7 @@ def write_generator(path, config=CONFIG):
     tensors = {}
     for seed, prefix in enumerate(("nvgformer.", "ema_model.nvgformer.")):
         tensors |= random_tensors(generator_shapes(SIZES, config), 10 + seed, prefix)
-        tensors[prefix + "rope_ids"] = published.rope_ids(config.latent_size)
+        tensors[prefix + "rope_ids"] = weight_names.rope_ids(config.latent_size)
     frozen = random_tensors(tokenizer_shapes(config), 1, "first_stage_model.")
     return write_checkpoint(path, tensors | frozen)
 

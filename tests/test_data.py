@@ -13,13 +13,13 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from nvg_jax.data import eval_batches, open_source, train_loader
+from nvg_jax.data import eval_batches, open_source, train_batches
 from nvg_jax.data.sources import ArraySource
 from nvg_jax.data.transforms import Transform, decode
 
 
 def numbered(count, size=4):
-    """`count` grey images; image i has the value and the label i."""
+    """`count` gray images; image i has the value and the label i."""
     values = np.arange(count)
     images = np.broadcast_to(values[:, None, None], (count, size, size)).astype(np.uint8)
     return ArraySource(images, values, [str(v) for v in values], "numbered")
@@ -171,12 +171,12 @@ def test_tfds_array_record(tmp_path):
     import tensorflow_datasets as tfds
 
     def records(split):  # ImageNet's test split has no labels
-        for label, colour in enumerate([[255, 0, 0], [0, 0, 255]]):
+        for label, color in enumerate([[255, 0, 0], [0, 0, 255]]):
             file = f"{split}_{label}.png"
             yield (
                 file,
                 {
-                    "image": np.broadcast_to(np.array(colour, np.uint8), (3, 4, 3)),
+                    "image": np.broadcast_to(np.array(color, np.uint8), (3, 4, 3)),
                     "label": -1 if split == "test" else label,
                     "file_name": file,
                 },
@@ -205,8 +205,8 @@ def test_tfds_array_record(tmp_path):
         for item in items(source):
             assert isinstance(item["image"], bytes)
             assert f"{split}_{item['label']}.png" in item["name"]
-            colour = np.asarray(decode(item["image"]))[0, 0]
-            assert colour.tolist() == ([0, 0, 255] if item["label"] else [255, 0, 0])
+            color = np.asarray(decode(item["image"]))[0, 0]
+            assert color.tolist() == ([0, 0, 255] if item["label"] else [255, 0, 0])
     with pytest.raises(ValueError, match="no version folder with a data set prepared"):
         open_source("tfds:mnist", "train", data_dir=str(tmp_path))
 
@@ -275,13 +275,13 @@ def corner(crop):
     return tuple(np.round((crop[0, 0, :2] + 1) * 127.5).astype(int).tolist())
 
 
-def test_centre_and_random_crop():
+def test_center_and_random_crop():
     transform = Transform((2, 2), resize=4)  # of 4x6 pixels, which resizing leaves alone
     image = coordinates(4, 6)
-    centre = transform(image)
-    assert centre.shape == (2, 2, 3) and centre.dtype == np.float32
+    center = transform(image)
+    assert center.shape == (2, 2, 3) and center.dtype == np.float32
     np.testing.assert_allclose(
-        centre[..., :2], np.array([[[1, 2], [1, 3]], [[2, 2], [2, 3]]]) / 127.5 - 1, atol=1e-6
+        center[..., :2], np.array([[[1, 2], [1, 3]], [[2, 2], [2, 3]]]) / 127.5 - 1, atol=1e-6
     )
     rng = np.random.default_rng(0)
     corners = {corner(transform(image, rng)) for _ in range(500)}
@@ -334,7 +334,7 @@ def assert_equal_batches(first, second):
 
 
 def test_train_epochs_hold_all_in_new_orders():
-    loader = train_loader(numbered(12), batch_size=4, seed=0, **OPTIONS)
+    loader = train_batches(numbered(12), batch_size=4, seed=0, **OPTIONS)
     batches = take(loader, 9)
     assert batches[0]["image"].shape == (4, 4, 4, 3) and batches[0]["image"].dtype == np.float32
     assert batches[0]["label"].dtype == np.int32 and set(batches[0]) == {"image", "label"}
@@ -345,7 +345,7 @@ def test_train_epochs_hold_all_in_new_orders():
     epochs = np.concatenate([batch["label"] for batch in batches]).reshape(3, 12)
     assert (np.sort(epochs) == np.arange(12)).all()
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = train_loader(numbered(12), batch_size=4, seed=1, **OPTIONS)
+    other = train_batches(numbered(12), batch_size=4, seed=1, **OPTIONS)
     assert (next(other)["label"] != epochs[0, :4]).any()
 
 
@@ -353,7 +353,9 @@ def test_resume_gives_the_same_batches(tmp_path):
     import orbax.checkpoint as ocp
 
     def loader():  # crops are random: part of what must be the same
-        return train_loader(open_source("digits", "train"), image_size=(6, 6), batch_size=5, seed=3)
+        return train_batches(
+            open_source("digits", "train"), image_size=(6, 6), batch_size=5, seed=3
+        )
 
     first = loader()
     take(first, 7)
@@ -373,7 +375,7 @@ def test_resume_gives_the_same_batches(tmp_path):
 
 def test_processes_share_the_batches_of_one():
     def loader(**options):
-        return train_loader(open_source("digits", "train"), image_size=(6, 6), seed=3, **options)
+        return train_batches(open_source("digits", "train"), image_size=(6, 6), seed=3, **options)
 
     whole = take(loader(batch_size=6), 4)
     parts = [take(loader(batch_size=2, process_index=i, process_count=3), 4) for i in range(3)]
@@ -386,7 +388,7 @@ def test_processes_share_the_batches_of_one():
 def test_processes_cover_an_epoch_without_overlap():
     labels = []
     for i in range(2):  # 10 = 5 global batches of 2 x 1
-        loader = train_loader(
+        loader = train_batches(
             numbered(10), batch_size=1, seed=0, process_index=i, process_count=2, **OPTIONS
         )
         labels.append({int(batch["label"][0]) for batch in take(loader, 5)})
@@ -396,12 +398,12 @@ def test_processes_cover_an_epoch_without_overlap():
 def test_worker_processes_give_the_same_batches():
     flags.FLAGS.mark_as_parsed()
     source = numbered(12)
-    expected = take(train_loader(source, batch_size=4, seed=0, pad=1, **OPTIONS), 6)
-    workers = train_loader(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
+    expected = take(train_batches(source, batch_size=4, seed=0, pad=1, **OPTIONS), 6)
+    workers = train_batches(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
     assert_equal_batches(take(workers, 3), expected[:3])
     state = workers.get_state()
     workers.close()
-    workers = train_loader(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
+    workers = train_batches(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
     workers.set_state(state)
     assert_equal_batches(take(workers, 3), expected[3:])
     workers.close()
@@ -442,7 +444,7 @@ def test_unreadable_files_are_named(tmp_path):
     broken_folder(tmp_path)
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"train/(ant/1|zebra/2).png: not an? "):
-        take(train_loader(source, batch_size=2, seed=0, **OPTIONS), 4)
+        take(train_batches(source, batch_size=2, seed=0, **OPTIONS), 4)
     with pytest.raises(ValueError, match=r"train/ant/1.png: not an image"):
         list(eval_batches(source, batch_size=2, **OPTIONS))
     (tmp_path / "train" / "ant" / "0.png").unlink()
@@ -457,7 +459,7 @@ def test_unreadable_files_are_skipped_and_counted(tmp_path, num_workers, caplog)
     options = dict(OPTIONS, batch_size=2, on_bad="skip", num_workers=num_workers)
 
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
-    loader = train_loader(source, seed=0, **options)
+    loader = train_batches(source, seed=0, **options)
     batches = take(loader, 12)  # four epochs
     loader.close()
     # Readable images take the places: the red of ant 0 and 2, zebra 0 and 1.
@@ -470,7 +472,7 @@ def test_unreadable_files_are_skipped_and_counted(tmp_path, num_workers, caplog)
     assert sorted(source.unreadable) == [name.format("train") for name in broken]
     assert "not an image" in source.unreadable[broken[0].format("train")]
     assert sum("Left out" in message for message in caplog.messages) == 2
-    assert_equal_batches(take(train_loader(source, seed=0, **options), 12), batches)
+    assert_equal_batches(take(train_batches(source, seed=0, **options), 12), batches)
 
     source = open_source("image_folder", "test", data_dir=str(tmp_path))
     batches = eval_batches(source, **options)
@@ -487,7 +489,7 @@ def test_a_broken_data_set_stops(tmp_path):
             (tmp_path / name / f"{i}.png").write_bytes(b"")
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match="10 records drawn in a row are unreadable"):
-        next(train_loader(source, batch_size=2, seed=0, on_bad="skip", **OPTIONS))
+        next(train_batches(source, batch_size=2, seed=0, on_bad="skip", **OPTIONS))
 
 
 def test_loader_errors():
@@ -498,4 +500,4 @@ def test_loader_errors():
         (dict(batch_size=1, on_bad="ignore"), "'error' or 'skip'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            train_loader(numbered(7), seed=0, **arguments, **OPTIONS)
+            train_batches(numbered(7), seed=0, **arguments, **OPTIONS)

@@ -22,9 +22,11 @@ from etils import epath
 from helpers import logged, on_eight_devices, with_devices
 
 from configs import digits
-from nvg_jax import checkpoint, models, programs, sharding
+from nvg_jax import models
 from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.train import Trainer, train
+from nvg_jax.training import programs
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
@@ -79,7 +81,7 @@ def train_on(mesh) -> dict[str, dict]:
         state = program.init(jax.random.fold_in(trainer.key, 0))
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=trainer.replicated)
         tokenizer = copy(state.params)  # of its own: the step takes the state's memory
-        steps("tokenizer", program, state, {}, soft_index=False)
+        steps("tokenizer", program, state, {}, index_backprop=False)
         program = programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
         states = program.init(
             jax.random.fold_in(trainer.key, 1), tokenizer["quantizer"]["codebook"]

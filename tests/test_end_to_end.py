@@ -17,9 +17,11 @@ from helpers import logged, with_devices
 from PIL import Image
 
 from configs import digits
-from nvg_jax import Pipeline, Sequence, checkpoint, cli, programs, sharding
+from nvg_jax import GranularitySequence, Pipeline, cli
 from nvg_jax.granularity import is_even_hierarchy
+from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.train import train
+from nvg_jax.training import programs
 
 
 def run_config(**changes):
@@ -175,12 +177,12 @@ WARM_UP = 8  # steps of the tokenizer's 12
 @pytest.mark.parametrize("stage", ["tokenizer", "generators"])
 def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, stage):
     """The tokenizer's with a discriminator, and a warm-up that ends within the run."""
-    config, whole = run_config(stage=stage), workdir
+    config, whole = run_config(part=stage), workdir
     if stage == "generators":
         (tmp_path / "tokenizer").symlink_to(workdir / "tokenizer")
     else:
         config.tokenizer_training.update(
-            adversarial_weight=0.1, discriminator="small", soft_index_epochs=WARM_UP * 16 / 1497
+            adversarial_weight=0.1, discriminator="small", index_backprop_epochs=WARM_UP * 16 / 1497
         )
         whole = tmp_path / "whole"
         train(config, whole)
@@ -196,9 +198,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
     def watched(*args):
         program = training(*args)
 
-        def step(*args, soft_index):
-            warm.append(soft_index)
-            return program.step(*args, soft_index=soft_index)
+        def step(*args, index_backprop):
+            warm.append(index_backprop)
+            return program.step(*args, index_backprop=index_backprop)
 
         return program._replace(step=step)
 
@@ -216,27 +218,27 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path):
-    config = run_config(stage="tokenizer")
+    config = run_config(part="tokenizer")
     config.tokenizer_training.optimizer.update(learning_rate=1e30, clip=1e30, warmup_steps=0)
     with pytest.raises(FloatingPointError, match=r"_loss.* is (nan|inf) at step \d+"):
         train(config, tmp_path)
 
 
 def test_generators_refuse_another_tokenizer(workdir, tmp_path):
-    train(run_config(stage="tokenizer", seed=1), tmp_path)
+    train(run_config(part="tokenizer", seed=1), tmp_path)
     (tmp_path / "generators").symlink_to(workdir / "generators")
     with pytest.raises(ValueError, match="another tokenizer"):
         Pipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another tokenizer"):
-        train(run_config(stage="generators", seed=1), tmp_path)
+        train(run_config(part="generators", seed=1), tmp_path)
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "tokenizer").symlink_to(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="no content and no structure generator yet"):
         Pipeline.from_pretrained(alone).sample([0])
     with pytest.raises(ValueError, match="seed = 0, and it cannot go on with 5"):
-        train(run_config(stage="tokenizer", seed=5), workdir)
-    other_sizes = run_config(stage="generators")
+        train(run_config(part="tokenizer", seed=5), workdir)
+    other_sizes = run_config(part="generators")
     other_sizes.tokenizer.codebook_size = 32
     with pytest.raises(ValueError, match="other sizes"):
         train(other_sizes, tmp_path)
@@ -250,7 +252,7 @@ def test_weights_and_metadata_come_from_one_checkpoint(workdir, tmp_path):
     for path in (tmp_path / "tokenizer" / "12" / "state").rglob("d/*"):  # the metadata are in meta/
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ValueError, match="has none that is finished"):
-        train(run_config(stage="generators"), tmp_path)
+        train(run_config(part="generators"), tmp_path)
     shutil.copytree(workdir / "generators", tmp_path / "generators")
     with pytest.raises(ValueError, match="stands at step 8, before the end of its training"):
         Pipeline.from_pretrained(tmp_path)
@@ -287,16 +289,19 @@ def test_wrong_use_gets_a_sentence(pipe, images, tmp_path, workdir):
         (lambda: pipe.sample([0], given_tokens=1), "need a `given` sequence"),
         (lambda: pipe.encode(images[0]), "must have the shape"),
         (lambda: pipe.encode(images.astype(np.float32)), r"\[-1, 1\]"),
-        (lambda: pipe.decode(Sequence(swapped, sequence.tokens)), "map of stage 4"),
-        (lambda: pipe.decode(Sequence(sequence.structure, mixed)), "stage 0 differ"),
-        (lambda: pipe.decode(Sequence(sequence.structure, sequence.tokens + 99)), "Token ids"),
+        (lambda: pipe.decode(GranularitySequence(swapped, sequence.tokens)), "map of stage 4"),
+        (lambda: pipe.decode(GranularitySequence(sequence.structure, mixed)), "stage 0 differ"),
+        (
+            lambda: pipe.decode(GranularitySequence(sequence.structure, sequence.tokens + 99)),
+            "Token ids",
+        ),
         (lambda: Pipeline.from_pretrained(tmp_path / "nowhere"), "There is no folder"),
         (lambda: Pipeline.from_pretrained(tmp_path), "no trained tokenizer"),
         (lambda: pipe.save_pretrained(workdir), "holds a training run"),
-        (lambda: train(run_config(stage="everything"), tmp_path), "Unknown stage"),
+        (lambda: train(run_config(part="everything"), tmp_path), "Unknown part"),
         (lambda: train(run_config(dtype="bf16"), tmp_path), "float32 or bfloat16"),
         (lambda: train(run_config(tokenizer_workdir="x"), tmp_path), "Leave it empty"),
-        (lambda: train(run_config(stage="content"), tmp_path), "need a trained tokenizer"),
+        (lambda: train(run_config(part="content"), tmp_path), "need a trained tokenizer"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

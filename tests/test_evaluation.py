@@ -25,9 +25,9 @@ def test_psnr_of_constant_offsets():
     np.testing.assert_allclose(metrics.psnr(images, restored)[:2], [20, 40], rtol=1e-5)
     assert metrics.psnr(images, restored)[2] == np.inf
     # An offset of 51 of 255 is a fifth, whatever the type of image: 20 log10(5) dB.
-    grey = flat(100, dtype=np.uint8)
+    gray = flat(100, dtype=np.uint8)
     for other in (flat(151, dtype=np.uint8), flat(151 / 127.5 - 1)):
-        np.testing.assert_allclose(metrics.psnr(grey, other), 20 * np.log10(5), rtol=1e-5)
+        np.testing.assert_allclose(metrics.psnr(gray, other), 20 * np.log10(5), rtol=1e-5)
 
 
 def test_psnr_is_of_each_image_not_of_the_batch():
@@ -202,20 +202,20 @@ def test_digit_classifier_of_wrong_labels():
         DigitClassifier(flat(0, 1), [9])
 
 
-def bars(count, colour):
+def bars(count, color):
     """Noisy images of 12 x 10 pixels; the class is where the bar is: left, middle or right."""
     rng = np.random.default_rng(count)
     labels = rng.integers(0, 3, count)
     images = np.broadcast_to(rng.normal(0, 0.2, (count, 12, 10, 1)), (count, 12, 10, 3)).copy()
     for image, label in zip(images, labels):
-        image[:, 1 + 3 * label : 3 + 3 * label] += colour
+        image[:, 1 + 3 * label : 3 + 3 * label] += color
     return images.clip(-1, 1).astype(np.float32), labels
 
 
 def test_train_classifier_on_bars():
-    classifier = train_classifier(*bars(200, colour=0.7), num_classes=3, steps=30)
-    assert classifier.grey
-    images, labels = bars(1100, colour=0.7)  # more than are predicted at once
+    classifier = train_classifier(*bars(200, color=0.7), num_classes=3, steps=30)
+    assert classifier.gray
+    images, labels = bars(1100, color=0.7)  # more than are predicted at once
     predicted, logits = classifier.predict(images), classifier.logits(images)
     assert (predicted == labels).mean() > 0.95
     assert logits.shape == (1100, 3) and classifier.features(images).shape == (1100, 64)
@@ -224,7 +224,7 @@ def test_train_classifier_on_bars():
     features = np.c_[classifier.features(images), np.ones(1100)]
     solution = np.linalg.lstsq(features, logits, rcond=None)[0]
     np.testing.assert_allclose(features @ solution, logits, atol=1e-3)
-    # A grey classifier sees the mean of the channels: opposite tints change nothing.
+    # A gray classifier sees the mean of the channels: opposite tints change nothing.
     tint = np.float32([0.1, -0.1, 0])
     dimmed = images * 0.8
     np.testing.assert_allclose(
@@ -232,7 +232,7 @@ def test_train_classifier_on_bars():
     )
 
 
-def test_train_classifier_sees_colour_where_there_is_colour():
+def test_train_classifier_sees_color_where_there_is_color():
     # Classes of equal brightness: more red than blue, or more blue than red.
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 100)
@@ -241,7 +241,7 @@ def test_train_classifier_sees_colour_where_there_is_colour():
         0, 0.1, (100, 8, 8, 1)
     )
     classifier = train_classifier(images, labels, num_classes=2, steps=20)
-    assert not classifier.grey
+    assert not classifier.gray
     assert (classifier.predict(images) == labels).mean() > 0.95
 
 

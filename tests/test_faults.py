@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from configs import digits
-from nvg_jax import preemption, sharding
+from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
 
 KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "6"))
@@ -43,7 +43,7 @@ def spawn():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def unshard(tmp_path_factory):
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder)

@@ -7,9 +7,9 @@ import pytest
 
 from nvg_jax import layers, models
 from nvg_jax.content.losses import content_losses
-from nvg_jax.sharding import unbox
-from nvg_jax.steps import generators as steps
-from nvg_jax.tokenizer import Quantized, Sequence, TokenizerConfig
+from nvg_jax.runtime.sharding import unbox
+from nvg_jax.tokenizer import GranularitySequence, Quantized, TokenizerConfig
+from nvg_jax.training import generators as steps
 
 CONFIG = TokenizerConfig(
     (8, 8), (2, 2), 3, 5, base_channels=32, channel_multipliers=(1, 1, 1), blocks_per_level=1
@@ -19,7 +19,7 @@ SIZES = layers.TransformerConfig(32, 2, head_dim=16, drop_path=0.5)
 
 def generator(name):
     model = models.make_generator(name, SIZES, CONFIG, num_classes=3)
-    params = unbox(jax.jit(lambda key: steps.init_params(model, key))(jax.random.key(0)))
+    params = unbox(jax.jit(lambda key: models.init_generator(model, key))(jax.random.key(0)))
     # The heads start at zero; random weights make every input visible.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -33,7 +33,7 @@ def quantized(batch=2):
     ids = tuple(jnp.arange(batch * 2**i).reshape(batch, -1) % 5 for i in range(3))
     tokens = jnp.stack([jnp.take_along_axis(ids[i], structure[:, i], 1) for i in range(3)], 1)
     canvases = jax.random.normal(jax.random.key(2), (batch, 3, 4, 3))
-    return Quantized(Sequence(structure, tokens), canvases, ids, jnp.zeros(3))
+    return Quantized(GranularitySequence(structure, tokens), canvases, ids, jnp.zeros(3))
 
 
 def test_content_losses_of_a_perfect_and_of_an_empty_prediction():
@@ -140,7 +140,7 @@ def test_drop_path_and_the_key_decide_the_loss_and_nothing_else_does(name):
 def test_the_token_head_starts_as_the_nearest_code_rule():
     model = models.make_generator("content", SIZES, CONFIG, num_classes=3)
     codebook = jax.random.normal(jax.random.key(5), (5, 3))
-    params = unbox(steps.init_params(model, jax.random.key(0), codebook))
+    params = unbox(models.init_generator(model, jax.random.key(0), codebook))
     missing = jax.random.normal(jax.random.key(6), (50, 3))
     logits = model.apply({"params": params}, missing, method="token_logits")
     distance = np.square(np.asarray(missing)[:, None] - np.asarray(codebook)).sum(-1)

@@ -11,18 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("granularity", "clustering", "layers"),
     ("tokenizer", "structure", "content", "pretrained"),
-    ("sampling", "evaluation"),
-    ("steps",),
     ("models",),
-    ("programs",),
+    ("sampling", "evaluation", "workdir"),
     ("pipeline",),
-    ("train", "sample", "evaluate", "convert", "compile", "tokenize"),
+    ("training", "jobs"),
+    ("aot", "cli"),
+    ("train", "sample", "evaluate", "convert", "compile", "encode"),
 )
 # These know no model: of the package they import only each other. Every level may import them.
-FREE = (
-    "checkpoint", "cli", "data", "hlo", "optimizers", "pictures", "preemption", "published",
-    "sharding", "state", "torch_files",
-)  # fmt: skip
+FREE = ("data", "runtime", "torch_interop", "visualize")
 STRANGERS = (("structure", "content"), ("content", "structure"))  # never, whatever their level
 
 

@@ -623,14 +623,14 @@ def get_sweep():
         ("[{'class_dropout': 1}, {'class_dropout': 1.0}]", ["run 2", "run 1"]),
         ("[]", ["list of dictionaries"]),
         ("{'seed': 1}", ["list of dictionaries"]),
-        ("[{'stage': 'content'}]", ["stage", "FIXED"]),
+        ("[{'part': 'content'}]", ["part", "FIXED"]),
         ("1 / 0", ["ZeroDivisionError"]),
     ],
 )
 def test_sweep_that_cannot_be(tmp_path, overrides, words):
     text = f"""
 CONFIG = "configs/digits.py"
-FIXED = {{"stage": "generators"}}
+FIXED = {{"part": "generators"}}
 def get_sweep():
     return {overrides}
 """

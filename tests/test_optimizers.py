@@ -10,16 +10,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from nvg_jax import layers, models
-from nvg_jax.optimizers import (
+from nvg_jax.runtime.sharding import unbox
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training.optimizers import (
     OptimizerConfig,
     decay_mask,
     learning_rate_schedule,
     make_optimizer,
 )
-from nvg_jax.sharding import unbox
-from nvg_jax.state import TrainState
-from nvg_jax.steps import generators, tokenizer
-from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training.state import TrainState
 
 SIZES = TokenizerConfig(
     (4, 4), (4, 4), 3, 5, base_channels=32, channel_multipliers=(1,), blocks_per_level=1
@@ -71,10 +70,10 @@ def test_an_unknown_schedule_gets_a_sentence():
 def init(name):
     """The parameters of one of the three models, with names on their axes."""
     if name == "tokenizer":
-        return lambda key: tokenizer.init_params(models.make_tokenizer(SIZES), key)
+        return lambda key: models.init_tokenizer(models.make_tokenizer(SIZES), key)
     transformer = layers.TransformerConfig(32, 2, head_dim=16)
     model = models.make_generator(name, transformer, SIZES, num_classes=3)
-    return lambda key: generators.init_params(model, key)
+    return lambda key: models.init_generator(model, key)
 
 
 @pytest.mark.parametrize("name", models.GENERATORS)

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from nvg_jax import clustering, convert, granularity, layers, models, published
+from nvg_jax import clustering, convert, granularity, layers, models
 from nvg_jax.content.losses import content_losses
-from nvg_jax.optimizers import OptimizerConfig, learning_rate_schedule
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling.generate import top_p_range
 from nvg_jax.sampling.guidance import filter_logits
 from nvg_jax.structure import flow
 from nvg_jax.structure.losses import structure_losses
-from nvg_jax.tokenizer import Sequence
+from nvg_jax.tokenizer import GranularitySequence
+from nvg_jax.torch_interop import weight_names
+from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule
 
 NETWORK = 1e-4  # relative error of one network: largest difference over largest value
 IMAGE = 1e-3  # of an image after all stages
@@ -133,7 +134,7 @@ def test_maps_tokens_and_canvases(load, expected, copy):
 def test_canvases_of_a_sequence(load, expected, copy):
     """From the pack's maps and tokens, by the function that sampling uses."""
     name = prefix(copy)
-    sequence = Sequence(expected[name + "labels"], expected[name + "tokens"])
+    sequence = GranularitySequence(expected[name + "labels"], expected[name + "tokens"])
     canvases = tokenize(load(copy, "raw"), sequence, method="canvases")
     close(canvases[:, -1], expected[name + "fhat"], NETWORK)
     close(canvases[:, :-1], expected[name + "canvas"][:, 1:], NETWORK)
@@ -146,12 +147,14 @@ def test_decoded_image(load, expected, copy):
     close(image, channels_last(expected[name + "decoded"]), NETWORK)
 
 
-@pytest.mark.parametrize("name, soft_index", [("vq", False), ("vqsmooth", True)])
-def test_quantizer_in_training(raw, expected, name, soft_index):
+@pytest.mark.parametrize("name, index_backprop", [("vq", False), ("vqsmooth", True)])
+def test_quantizer_in_training(raw, expected, name, index_backprop):
     """Losses, tokens and gradients; vqsmooth is the warm-up that back-propagates the choice."""
 
     def loss(latents, params):
-        quantized = raw.tokenizer.apply({"params": params}, latents, soft_index, method="quantize")
+        quantized = raw.tokenizer.apply(
+            {"params": params}, latents, index_backprop, method="quantize"
+        )
         return quantized.losses.mean(), quantized
 
     grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
@@ -164,7 +167,7 @@ def test_quantizer_in_training(raw, expected, name, soft_index):
     for stage, ids in enumerate(quantized.stage_tokens):
         same(ids, row[f"indices_{stage}"])
     close(quantized.canvases[:, -1], positions(row["fhat"]), NETWORK)
-    grads = published.published_views(
+    grads = weight_names.published_views(
         {f"quantizer/{k}": np.asarray(v) for k, v in grads["quantizer"].items()}
     )
     close(grads["quantize.embedding.weight"], row["grad_embedding"], NETWORK)
@@ -350,7 +353,7 @@ def training(load, expected):
     def run(params):
         (total, terms), grads = loss({name: params[name] for name in models.GENERATORS})
         grads = {path: np.asarray(x) for path, x in flatten_dict(grads, sep="/").items()}
-        return total, terms, published.published_views(grads)
+        return total, terms, weight_names.published_views(grads)
 
     return run
 

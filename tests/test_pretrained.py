@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from reference.pretrained import FOLDER, images, sample, seeded
 from safetensors.numpy import save_file
-from test_torch_files import ordered, storage, tensor, write_legacy, write_zip
+from test_checkpoint_files import ordered, storage, tensor, write_legacy, write_zip
 
 from nvg_jax import pretrained
 from nvg_jax.pretrained.networks import layer_norm, unit_channels
-from nvg_jax.torch_files import read_state_dict
+from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 CLOSE = 1e-4  # largest difference over largest value
 HEADS = FOLDER / "lpips_vgg.pth"
@@ -253,7 +253,7 @@ def test_lpips_needs_both_files(expected, tmp_path):
 
 
 def test_lpips_as_the_package_saves_the_whole_of_it(expected, lpips_cache, tmp_path):
-    """Five slices of VGG16, every head under two names, the normalisation's constants."""
+    """Five slices of VGG16, every head under two names, the normalization's constants."""
     first_of_slice = (0, 4, 9, 16, 23)
     tensors = {}
     for key, x in reference_weights(expected, "lpips").items():

@@ -19,8 +19,7 @@ from nvg_jax import Pipeline, sample
 from nvg_jax.data.sources import FolderSource
 from nvg_jax.data.transforms import Transform
 from nvg_jax.evaluate import evaluate, load_images
-from nvg_jax.models import GENERATORS
-from nvg_jax.pipeline import abstract_params
+from nvg_jax.models import GENERATORS, abstract_params
 
 DATA = {"name": "digits", "data_dir": "", "resize": 8}
 BATCH = 3
@@ -67,7 +66,7 @@ def expected(pipe):
 
 
 @pytest.fixture(scope="module")
-def whole(pipe, tmp_path_factory):
+def unshard(pipe, tmp_path_factory):
     """The file of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "all.npz"
     sample.write_array(samples_of(pipe), out)

@@ -12,11 +12,11 @@ import optax
 import pytest
 from helpers import on_eight_devices
 
-from nvg_jax import layers, models, sharding
-from nvg_jax.checkpoint import Checkpoints
-from nvg_jax.state import TrainState
-from nvg_jax.steps import generators, tokenizer
+from nvg_jax import layers, models
+from nvg_jax.runtime import sharding
+from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training.state import TrainState
 
 
 def params(key):
@@ -119,7 +119,7 @@ def observe() -> dict:
 
     mesh = sharding.make_mesh(2, 2, 2)
     key = jax.random.key(0)
-    make, said = sharding.initialiser(init, mesh, key)
+    make, said = sharding.sharded_init(init, mesh, key)
     state = make(key)
     seen["state"] = shard_shapes(state)
     place = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
@@ -141,9 +141,9 @@ def observe() -> dict:
         for name, width in (("content", 1024), ("structure", 512)):
             transformer = layers.TransformerConfig(width, 16)
             model = models.make_generator(name, transformer, config, 1000)
-            share = share_of_a_device(generators.init_params, model, mesh)
+            share = share_of_a_device(models.init_generator, model, mesh)
             seen["shares"][f"{name} {sizes}"] = share
-        share = share_of_a_device(tokenizer.init_params, models.make_tokenizer(config), mesh)
+        share = share_of_a_device(models.init_tokenizer, models.make_tokenizer(config), mesh)
         seen["shares"][f"tokenizer {sizes}"] = share
 
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +152,9 @@ def observe() -> dict:
         checkpoints.wait()
         for sizes in ((1, 8, 1), (2, 2, 1), (1, 2, 2), (1, 1, 1)):
             devices = jax.devices()[: math.prod(sizes)]
-            _, wanted = sharding.initialiser(init, sharding.make_mesh(*sizes, devices=devices), key)
+            _, wanted = sharding.sharded_init(
+                init, sharding.make_mesh(*sizes, devices=devices), key
+            )
             found, _, _ = checkpoints.restore(wanted, lambda meta: None)
             same = jax.tree.map(lambda a, b: np.array_equal(a, b), found, state)
             seen["restored"][str(sizes)] = all(jax.tree.leaves(same)) and place(found) == place(

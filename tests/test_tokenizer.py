@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nvg_jax import granularity
-from nvg_jax.sharding import unbox
-from nvg_jax.steps import tokenizer as steps
-from nvg_jax.tokenizer import Quantizer, Sequence, Tokenizer, TokenizerConfig
+from nvg_jax import granularity, models
+from nvg_jax.runtime.sharding import unbox
+from nvg_jax.tokenizer import GranularitySequence, Quantizer, Tokenizer, TokenizerConfig
+from nvg_jax.training import tokenizer as steps
 
 TINY = dict(base_channels=32, blocks_per_level=1, latent_dim=4, codebook_size=8)
 
@@ -40,7 +40,7 @@ def test_residual_quantization_of_a_row_of_two():
 
 def test_smoothing_is_half_a_convolution_on_top_of_the_identity():
     kernel = np.zeros((2, 3, 3, 1, 1))
-    kernel[1, 1, 0] = 1.0  # stage 1: takes the left neighbour
+    kernel[1, 1, 0] = 1.0  # stage 1: takes the left neighbor
     q = quantizer((1, 2), [[4.0], [6.0]], kernel)
     vectors = jnp.array([[[4.0], [6.0]]])
     np.testing.assert_allclose(q.smooth(vectors, 0)[0, :, 0], [4, 6])
@@ -69,7 +69,7 @@ def test_the_warm_up_reaches_every_code_and_changes_no_value():
 def test_encoding_splits_evenly_and_decoding_equals_reconstruction(latent_size, image_size):
     config = TokenizerConfig(image_size, latent_size, channel_multipliers=(1, 1, 1), **TINY)
     model = Tokenizer(config)
-    params = unbox(steps.init_params(model, jax.random.key(0)))
+    params = unbox(models.init_tokenizer(model, jax.random.key(0)))
     images = jax.random.uniform(jax.random.key(1), (3, *image_size, 3), minval=-1)
     apply = jax.jit(
         lambda *args, method=None: model.apply({"params": params}, *args, method=method),
@@ -107,5 +107,5 @@ def test_impossible_sizes_get_a_sentence(sizes, message):
 
 
 def test_sequences_are_pytrees():
-    doubled = jax.tree.map(lambda x: 2 * x, Sequence(jnp.ones(2), jnp.zeros(2)))
-    assert isinstance(doubled, Sequence) and doubled.structure.sum() == 4
+    doubled = jax.tree.map(lambda x: 2 * x, GranularitySequence(jnp.ones(2), jnp.zeros(2)))
+    assert isinstance(doubled, GranularitySequence) and doubled.structure.sum() == 4

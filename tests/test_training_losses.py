@@ -10,12 +10,13 @@ import optax
 import pytest
 
 from configs import digits, imagenet256
-from nvg_jax import models, pretrained, programs, sharding
+from nvg_jax import models, pretrained
 from nvg_jax.content.losses import alignment_loss
 from nvg_jax.layers import Transformer, TransformerConfig
-from nvg_jax.steps import generators, tokenizer
+from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import LeCam
+from nvg_jax.training import generators, programs, tokenizer
 
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
 MODEL = models.make_tokenizer(SIZES)
@@ -47,7 +48,7 @@ def test_one_step_has_the_gradients_of_two(state):
     """The combined loss against a step of the tokenizer alone, then one of the discriminator."""
     terms = functools.partial(
         tokenizer.loss_terms, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
-        soft_index=False,
+        index_backprop=False,
     )  # fmt: skip
     adversary = state.adversary
     both, (metrics, _) = jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
@@ -94,7 +95,7 @@ def test_lpips_is_added_with_its_weight(state, monkeypatch):
         pretrained, "lpips", lambda params, a, b, dtype: params * jnp.square(a - b).mean((1, 2, 3))
     )
     terms = functools.partial(
-        tokenizer.loss_terms, model=MODEL, discriminator=None, soft_index=False,
+        tokenizer.loss_terms, model=MODEL, discriminator=None, index_backprop=False,
         losses=tokenizer.Losses("l2", 0.7, 0.0, 0.0, "small"),
     )  # fmt: skip
     grad = jax.jit(jax.value_and_grad(terms, has_aux=True))
@@ -124,15 +125,15 @@ def test_what_the_heads_on_dino_see(monkeypatch):
     images = np.random.default_rng(0).uniform(-1, 1, (2, 256, 256, 3))
     taps = tokenizer.discriminator_inputs(heads, {"dino": 1000.0}, images, KEY, jnp.float32)
     patches = 2 * (images[:, :224:16, :224:16, :1] + 1).reshape(2, 196, 1)
-    for tap, found in enumerate(taps):
-        np.testing.assert_allclose(found, patches + 100 + 2000 * tap, rtol=1e-6)
+    for feature_block, found in enumerate(taps):
+        np.testing.assert_allclose(found, patches + 100 + 2000 * feature_block, rtol=1e-6)
 
 
 def test_a_step_moves_both_players_and_their_memory(state):
     step = jax.jit(
         functools.partial(
             tokenizer.train_step, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
-            optimizer=optax.sgd(0.1), discriminator_optimizer=optax.sgd(0.1), soft_index=False,
+            optimizer=optax.sgd(0.1), discriminator_optimizer=optax.sgd(0.1), index_backprop=False,
             config=programs.OptimizerConfig(ema_decay=0.9),
         )
     )  # fmt: skip
@@ -210,7 +211,7 @@ def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
         base_channels=32, channel_multipliers=(1, 1), blocks_per_level=1,
     )  # fmt: skip
     model = models.make_generator("content", TransformerConfig(32, 3, head_dim=32), sizes, 2)
-    init = functools.partial(generators.init_params, model, repa=True)
+    init = functools.partial(models.init_generator, model, repa=True)
     params = sharding.unbox(jax.eval_shape(init, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
@@ -219,7 +220,7 @@ def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
     )
     encoder = models.make_tokenizer(sizes)
     images = rng.uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
-    init = functools.partial(tokenizer.init_params, encoder)
+    init = functools.partial(models.init_tokenizer, encoder)
     weights = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(1))
     encode = jax.jit(functools.partial(generators.encode, encoder))
     quantized = encode(weights, {"image": images})
@@ -232,7 +233,7 @@ def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
         loss = lambda *repa: generators.loss_terms(
             model, params, quantized, jnp.array([1]), jnp.ones(10), jax.random.key(0), None, *repa
         )[0]
-        return loss(generators.Repa(0.5, 2), targets) - loss()
+        return loss(generators.RepaConfig(0.5, 2), targets) - loss()
 
     grads = difference(params)
     by_block = np.abs(grads["blocks"]["blocks"]["linear1"]["kernel"]).max((1, 2))
@@ -250,7 +251,7 @@ def test_the_published_presets_train_with_every_loss(stage):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         if stage == "tokenizer":
             program = programs.tokenizer_training(config, mesh, 10)
-            arguments = dict(soft_index=True)
+            arguments = dict(index_backprop=True)
             expected = {"perceptual_loss", "adversarial_loss", "discriminator_loss", "lecam_loss"}
             frozen = {"lpips", "dino"}
         else:

@@ -1,16 +1,16 @@
-"""Learning rate and regularisation of the digits' generators, on one tokenizer.
+"""Learning rate and regularization of the digits' generators, on one tokenizer.
 
-python -m nvg_jax.train --config=configs/digits.py --config.stage=tokenizer --workdir=runs/digits
+python -m nvg_jax.train --config=configs/digits.py --config.part=tokenizer --workdir=runs/digits
 python launch/sweep.py --sweep=configs/sweeps/digits_generators.py --workdir=runs/sweep --submit
 
-The generators memorise the 1,497 images if trained for long, so what regularises them (drop path,
+The generators memorize the 1,497 images if trained for long, so what regularizes them (drop path,
 how long the average of the weights is) is to be chosen together with the learning rate.
 """
 
 from configs.sweeps import product
 
 CONFIG = "configs/digits.py"
-FIXED = {"stage": "generators", "tokenizer_workdir": "runs/digits"}
+FIXED = {"part": "generators", "tokenizer_workdir": "runs/digits"}
 
 
 def get_sweep():

@@ -42,7 +42,7 @@ class ContentGenerator(nn.Module):
         class_ids,
         canvas_scale,
         deterministic: bool = True,
-        tap: int = 0,
+        feature_block: int = 0,
     ):
         """The predicted final canvas, float32 (B, L, D), and features (B, L, C) on the way to it.
 
@@ -54,7 +54,7 @@ class ContentGenerator(nn.Module):
             canvas_scale: float32 (S + 1,), 1 / std of the inputs of all stages and of the final
                 canvas; the network sees and predicts canvases of unit variance.
             deterministic: False turns drop path on (rng "drop_path").
-            tap: the features are those after so many blocks; 0 takes what enters the first.
+            feature_block: number of blocks after which the features are taken; 0 is the input.
         """
         scaled = canvas * canvas_scale[stage][:, None, None]
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
@@ -62,7 +62,7 @@ class ContentGenerator(nn.Module):
         x = jnp.concatenate([class_token[:, None], self.canvas_embed(scaled)], axis=1)
         positions = layers.rope_positions(structure, (0,), self.grid)
         vec = class_token + self.stage_embed(stage)
-        x, tapped = self.blocks(x, vec, positions, deterministic, tap)
+        x, tapped = self.blocks(x, vec, positions, deterministic, feature_block)
         return self.canvas_head(x[:, 1:], vec) / canvas_scale[-1], tapped[:, 1:]
 
     def token_logits(self, missing):

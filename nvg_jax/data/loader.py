@@ -18,8 +18,8 @@ import grain
 import numpy as np
 from absl import logging
 
-from nvg_jax.data.cache import crop_dtype
-from nvg_jax.data.sources import GranularitySource, Source
+from nvg_jax.data.sequences import crop_dtype
+from nvg_jax.data.sources import SequenceSource, Source
 from nvg_jax.data.transforms import Transform, decode
 
 MAX_DRAWS = 10  # records tried for one place of a batch before the data set counts as broken
@@ -68,7 +68,7 @@ class Options:
         return self.batch_size * self.process_count
 
 
-def train_loader(
+def train_batches(
     source: Source,
     *,
     image_size: tuple[int, int],
@@ -112,9 +112,9 @@ def train_loader(
 def eval_batches(
     source: Source, *, image_size: tuple[int, int], resize: int | None = None, **options
 ) -> grain.DatasetIterator:
-    """Every example once over all processes, in the order of the source, with centre crops.
+    """Every example once over all processes, in the order of the source, with center crops.
 
-    The arguments are those of `train_loader`; of a cache of sequences the first crop is taken.
+    The arguments are those of `train_batches`; of a cache of sequences the first crop is taken.
     The last batches are filled up, so that every process sees the same number of batches.
 
     Returns:
@@ -144,12 +144,12 @@ def crop_batches(
 ) -> grain.DatasetIterator:
     """Images start .. stop - 1 of each (start, stop) in order, each with several crops.
 
-    The arguments are those of `train_loader`. The crops of an image depend on the seed and its
+    The arguments are those of `train_batches`. The crops of an image depend on the seed and its
     index alone. A batch does not go over the end of a range, so that the last of each may be
     smaller.
 
     Args:
-        crops: random crops of each image; 0 for one from the centre.
+        crops: random crops of each image; 0 for one from the center.
 
     Returns:
         An iterator over {"image": float32 (batch, max(crops, 1), H, W, 3), "label", "mask"}, as
@@ -176,7 +176,7 @@ def _maker(
     source: Source, image_size: tuple[int, int], resize: int | None, pad: int = 0
 ) -> tuple[Callable[..., Arrays], Arrays]:
     """The function for a kind of source, and what stands in a place without an example."""
-    if isinstance(source, GranularitySource):
+    if isinstance(source, SequenceSource):
         blank = np.zeros((), crop_dtype(source.tokenizer))
         return _draw, {name: blank[name] for name in blank.dtype.names}
     transform = Transform(image_size, resize, pad)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nvg_jax.data import cache
+from nvg_jax.data import sequences
 
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # of Debian's dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
@@ -37,7 +37,7 @@ SPLITS = ("train", "test")
 
 
 class Source(abc.ABC):
-    """Labelled images by index; what Grain calls a random-access data source.
+    """Labeled images by index; what Grain calls a random-access data source.
 
     An item is {"image": an encoded image file (bytes), or uint8 (H, W) or (H, W, 3) in 0..255;
     "label": int in 0..num_classes-1; "name": the file or record, for messages}.
@@ -122,10 +122,10 @@ class TfdsSource(Source):
         return {"image": record["image"], "label": int(record["label"]), "name": name}
 
 
-class GranularitySource(Source):
+class SequenceSource(Source):
     """A split of a cache of granularity sequences; the index is that of an image.
 
-    An item has, in place of "image", "crops": its sequences, an array of `cache.crop_dtype`.
+    An item has, in place of "image", "crops": its sequences, an array of `sequences.crop_dtype`.
 
     Attributes:
         tokenizer: the sizes of the tokenizer that made them, a dictionary.
@@ -133,10 +133,10 @@ class GranularitySource(Source):
     """
 
     def __init__(self, folder: pathlib.Path, split: str):
-        meta = cache.read_meta(folder)
+        meta = sequences.read_meta(folder)
         super().__init__(meta["class_names"])
         self.tokenizer, self.tokenizer_hash = meta["tokenizer"], meta["tokenizer_hash"]
-        self._folder, self._records = folder, cache.Records(folder, split, meta)
+        self._folder, self._records = folder, sequences.Records(folder, split, meta)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -151,7 +151,7 @@ class GranularitySource(Source):
             raise ValueError(
                 f"The sequences in {self._folder} were made with another tokenizer (weights "
                 f"{self.tokenizer_hash}) than the one to train with ({tokenizer_hash}). Make them "
-                "again with nvg_jax.tokenize, or use their own tokenizer."
+                "again with nvg_jax.encode, or use their own tokenizer."
             )
 
 
@@ -165,9 +165,9 @@ def open_source(
     """Opens one split of a data set.
 
     Args:
-        name: "digits", "fashion_mnist", "image_folder", "tfds:NAME" or "granularity".
+        name: "digits", "fashion_mnist", "image_folder", "tfds:NAME" or "sequences".
         split: "train" or "test".
-        data_dir: the folder the data set lies in. "image_folder" and "granularity" need it;
+        data_dir: the folder the data set lies in. "image_folder" and "sequences" need it;
             "fashion_mnist" and "tfds:NAME" have a default; "digits" takes none.
         class_names: the classes a model was trained with; the data set must have the same, in
             the same order.
@@ -195,12 +195,12 @@ def open_source(
         source = _image_folder(split, data_dir)
     elif name.startswith("tfds:"):
         source = _tfds(name.removeprefix("tfds:"), split, data_dir or TFDS_DIR)
-    elif name == "granularity":
+    elif name == "sequences":
         if not data_dir:
             raise ValueError(
-                "The data set granularity needs data_dir, the folder that nvg_jax.tokenize wrote."
+                "The data set granularity needs data_dir, the folder that nvg_jax.encode wrote."
             )
-        source = GranularitySource(pathlib.Path(data_dir), split)
+        source = SequenceSource(pathlib.Path(data_dir), split)
     else:
         raise ValueError(
             f"There is no data set '{name}'; choose digits, fashion_mnist, image_folder, "

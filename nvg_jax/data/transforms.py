@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 def decode(image: bytes | np.ndarray) -> Image.Image:
     """Makes an 8-bit RGB image of an image file's content or of a uint8 (H, W) or (H, W, 3).
 
-    Grey becomes RGB, 16 bits become 8, transparent parts show white, CMYK and palettes are
+    Gray becomes RGB, 16 bits become 8, transparent parts show white, CMYK and palettes are
     converted, an animation gives its first frame. An EXIF orientation is not applied.
 
     Raises:
@@ -37,11 +37,11 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
         raise ValueError(f"not a readable image ({error})") from error
 
 
-def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+def _to_8_bits(gray: np.ndarray) -> np.ndarray:
     """0..65535 to uint8 0..255."""
-    if grey.min() < 0 or grey.max() > 65535:
-        raise ValueError(f"grey values of {grey.min()} to {grey.max()} do not fit into 16 bits")
-    return np.round(grey / 257).astype(np.uint8)
+    if gray.min() < 0 or gray.max() > 65535:
+        raise ValueError(f"gray values of {gray.min()} to {gray.max()} do not fit into 16 bits")
+    return np.round(gray / 257).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Transform:
 
     The image is resized (Lanczos, aspect kept) until it just covers a rectangle of the shape of
     `image_size` whose short side is `resize`; then `image_size` is cropped, at random in training
-    and from the centre otherwise. For a square, `resize` is the short side of the resized image.
+    and from the center otherwise. For a square, `resize` is the short side of the resized image.
 
     Attributes:
         image_size: height and width of the result.
@@ -83,7 +83,7 @@ class Transform:
         return tuple(round(n * resize / short) for n in self.image_size)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Gives float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None crops the centre."""
+        """Gives float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None crops the center."""
         height, width = self.cover
         if height * image.width >= width * image.height:
             width = height * image.width // image.height

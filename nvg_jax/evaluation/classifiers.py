@@ -59,7 +59,7 @@ def _labels(labels, images: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 class DigitClassifier:
-    """A support vector classifier of handwritten digits, on 8x8 grey values.
+    """A support vector classifier of handwritten digits, on 8x8 gray values.
 
     Fitted in a second on the training split of "digits" it names 98% or more of the test split.
 
@@ -84,9 +84,9 @@ class DigitClassifier:
 
     @staticmethod
     def features(images) -> np.ndarray:
-        """float32 (B, 64): the grey values in [-1, 1] of the images at 8x8 pixels."""
-        grey = to_float(images).mean(-1, keepdims=True)
-        return area_resize(grey, DIGITS_SIZE).reshape(len(grey), -1)
+        """float32 (B, 64): the gray values in [-1, 1] of the images at 8x8 pixels."""
+        gray = to_float(images).mean(-1, keepdims=True)
+        return area_resize(gray, DIGITS_SIZE).reshape(len(gray), -1)
 
 
 class _Network(nn.Module):
@@ -110,12 +110,12 @@ class Classifier:
 
     Attributes:
         num_classes: the classes are 0 to num_classes - 1.
-        grey: whether it sees the mean of the channels alone.
+        gray: whether it sees the mean of the channels alone.
         params: the network's parameters.
     """
 
     num_classes: int
-    grey: bool
+    gray: bool
     params: Any
 
     def predict(self, images) -> np.ndarray:
@@ -131,7 +131,7 @@ class Classifier:
         return self._apply(images)[1]
 
     def _apply(self, images) -> list[np.ndarray]:
-        images = _prepare(to_float(images), self.grey)
+        images = _prepare(to_float(images), self.gray)
         chunks = [
             _forward(self.params, images[start : start + CHUNK_SIZE], self.num_classes)
             for start in range(0, len(images), CHUNK_SIZE)
@@ -144,9 +144,9 @@ def _forward(params, images, num_classes: int):
     return _Network(num_classes).apply({"params": params}, images)
 
 
-def _prepare(images: np.ndarray, grey: bool) -> np.ndarray:
+def _prepare(images: np.ndarray, gray: bool) -> np.ndarray:
     """Images in [-1, 1] as the network takes them, float32 (B, 32, 32, 1 or 3)."""
-    return area_resize(images.mean(-1, keepdims=True) if grey else images, NETWORK_SIZE)
+    return area_resize(images.mean(-1, keepdims=True) if gray else images, NETWORK_SIZE)
 
 
 def train_classifier(
@@ -155,8 +155,8 @@ def train_classifier(
     """Trains a small classifier on real images with AdamW, in batches of 128.
 
     On the 60,000 training images of Fashion-MNIST it takes about 107 seconds of CPU time, shared by
-    the cores, and then names 91% or more of the test images. Where all training images are grey,
-    the classifier looks at grey values alone.
+    the cores, and then names 91% or more of the test images. Where all training images are gray,
+    the classifier looks at gray values alone.
 
     Args:
         images: real training images (N, H, W, 3).
@@ -170,8 +170,8 @@ def train_classifier(
     """
     images = to_float(images)
     labels = _labels(labels, images, num_classes).astype(np.int32)
-    grey = bool((images == images[..., :1]).all())
-    images = _prepare(images, grey)
+    gray = bool((images == images[..., :1]).all())
+    images = _prepare(images, gray)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(steps // 10, 1), steps)
     optimizer = optax.adamw(schedule, weight_decay=0.01)
     network = _Network(num_classes)
@@ -194,7 +194,7 @@ def train_classifier(
         params, state, loss = step(params, state, images[chosen], labels[chosen])
         if number % 400 == 0 or number == steps:
             logger.info("classifier: step %d of %d, loss %.3f", number, steps, loss)
-    return Classifier(num_classes, grey, params)
+    return Classifier(num_classes, gray, params)
 
 
 def _batches(num_images: int, rng: np.random.Generator):

@@ -140,7 +140,7 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
         nearer than all but 5% of those do (no part of the samples is copied).
     Both are taken strictly, without a margin for chance. Real unseen images in the place of the
     samples would scatter by `near_share_error` around a share of 5%. The distance sees copies of
-    pixels; it does not see a copy that is shifted or recoloured.
+    pixels; it does not see a copy that is shifted or recolored.
 
     Args:
         samples, train, held_out: images (B, H, W, 3) of one size, transformed alike without

@@ -70,12 +70,12 @@ def dino(params, images, dtype=jnp.float32):
     size = (VIT_IMAGE, VIT_IMAGE)
     _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
     model = VisionTransformer(**SIZES["dino"], dtype=dtype)
-    embedded, outputs, _ = model.apply({"params": params}, imagenet_normalised(images))
+    embedded, outputs, _ = model.apply({"params": params}, imagenet_normalized(images))
     return (embedded, *(outputs[i] for i in DINO_TAPS))
 
 
 def dinov2(params, images, dtype=jnp.float32):
-    """Normalised patch tokens of DINOv2 ViT-B/14 (Oquab et al., arXiv 2304.07193), for REPA.
+    """Normalized patch tokens of DINOv2 ViT-B/14 (Oquab et al., arXiv 2304.07193), for REPA.
 
     Args:
         params: of "dinov2".
@@ -92,7 +92,7 @@ def dinov2(params, images, dtype=jnp.float32):
     shape = (images.shape[0], VIT_IMAGE, VIT_IMAGE, 3)
     images = jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
     model = VisionTransformer(**SIZES["dinov2"], dtype=dtype)
-    _, _, tokens = model.apply({"params": params}, imagenet_normalised(images))
+    _, _, tokens = model.apply({"params": params}, imagenet_normalized(images))
     return tokens[:, 1:].astype(jnp.float32)
 
 
@@ -105,7 +105,7 @@ def _check(images, size_fits: bool, size: str):
         )
 
 
-def imagenet_normalised(images):
+def imagenet_normalized(images):
     """float32 images as the transformers were trained on, from float images in [-1, 1]."""
     return ((images.astype(jnp.float32) + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD
 
@@ -166,7 +166,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        """images (B, 224, 224, 3), normalised, to three of `dtype`, N = 1 + patches.
+        """images (B, 224, 224, 3), normalized, to three of `dtype`, N = 1 + patches.
 
         Returns:
             (embedded tokens (B, N, C), tokens after each block (12, B, N, C), tokens after the
@@ -208,5 +208,5 @@ class Block(nn.Module):
 
 
 def layer_norm(dtype, name: str) -> nn.LayerNorm:
-    """Layer normalisation with scale and bias, eps 1e-6, statistics in float32."""
+    """Layer normalization with scale and bias, eps 1e-6, statistics in float32."""
     return nn.LayerNorm(1e-6, dtype=dtype, use_fast_variance=False, name=name)

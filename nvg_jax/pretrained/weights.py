@@ -20,7 +20,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from nvg_jax import checkpoint
 from nvg_jax.pretrained.networks import (
     DEPTH,
     SIZES,
@@ -29,7 +28,8 @@ from nvg_jax.pretrained.networks import (
     Lpips,
     VisionTransformer,
 )
-from nvg_jax.torch_files import read_state_dict
+from nvg_jax.runtime import checkpoint
+from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from nvg_jax import granularity
 from nvg_jax.sampling.guidance import filter_logits, guided
 from nvg_jax.structure import flow
-from nvg_jax.tokenizer.quantizer import Sequence, at_positions
+from nvg_jax.tokenizer.quantizer import GranularitySequence, at_positions
 
 
 def per_stage(value, num_stages: int, name: str, schedule=np.linspace) -> tuple[float, ...]:
@@ -80,10 +80,10 @@ class Settings:
             ValueError: a value outside its range, or another count of values.
         """
 
-        def whole(start, end, count):
+        def integers(start, end, count):
             return np.round(np.linspace(start, end, count))
 
-        top_k = per_stage(self.top_k, num_stages, "top_k", whole)
+        top_k = per_stage(self.top_k, num_stages, "top_k", integers)
         top_p = per_stage(self.top_p, num_stages, "top_p", top_p_range)
         ranges = {
             name: per_stage(getattr(self, name), num_stages, name)
@@ -188,8 +188,8 @@ def generate(
     noise,
     program: Program,
     values: dict[str, jax.Array],
-    given: Sequence,
-) -> tuple[Sequence, jax.Array]:
+    given: GranularitySequence,
+) -> tuple[GranularitySequence, jax.Array]:
     """Generates the sequences of a batch.
 
     Args:
@@ -292,4 +292,4 @@ def generate(
     structure, tokens, canvases = (
         jnp.moveaxis(jnp.concatenate(parts), 0, 1) for parts in zip(*outputs)
     )
-    return Sequence(structure, tokens), canvases
+    return GranularitySequence(structure, tokens), canvases

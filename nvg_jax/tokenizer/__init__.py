@@ -1,6 +1,6 @@
 """Images to visual granularity sequences and back."""
 
 from nvg_jax.tokenizer.model import Tokenizer, TokenizerConfig
-from nvg_jax.tokenizer.quantizer import Quantized, Quantizer, Sequence
+from nvg_jax.tokenizer.quantizer import GranularitySequence, Quantized, Quantizer
 
-__all__ = ["Quantized", "Quantizer", "Sequence", "Tokenizer", "TokenizerConfig"]
+__all__ = ["Quantized", "Quantizer", "GranularitySequence", "Tokenizer", "TokenizerConfig"]

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 
 def group_count(channels: int) -> int:
-    """Groups of a group normalisation: 32, or 24 where 32 does not divide the channels."""
+    """Groups of a group normalization: 32, or 24 where 32 does not divide the channels."""
     for groups in (32, 24):
         if channels % groups == 0:
             return groups
     raise ValueError(
-        f"Group normalisation needs channels divisible by 32 or by 24, got {channels}. Choose "
+        f"Group normalization needs channels divisible by 32 or by 24, got {channels}. Choose "
         "base_channels so that every level's width is a multiple of 32 (or of 24)."
     )
 

@@ -1,6 +1,6 @@
 """The discriminator: heads over frozen features, and a small trainable stand-in for the features.
 
-Spectral normalisation keeps the vectors u and v of every weight in the collection "spectral".
+Spectral normalization keeps the vectors u and v of every weight in the collection "spectral".
 Applied with mutable=["spectral"] the discriminator makes one power iteration and returns the new
 vectors; applied without, it uses the stored ones unchanged. So a training step is:
 
@@ -8,9 +8,9 @@ vectors; applied without, it uses the stored ones unchanged. So a training step 
     discriminator's loss    apply({params, spectral}, real, mutable=["spectral"]) updates
                             apply({params, spectral of the line above}, fake)     frozen
 
-Batch normalisation takes the statistics of the batch it is given. Real and fake images are
+Batch normalization takes the statistics of the batch it is given. Real and fake images are
 separate calls in the discriminator's loss, because the generator's loss sees fake images alone:
-so a fake image is normalised alike in both. The discriminator is only used in training, so no
+so a fake image is normalized alike in both. The discriminator is only used in training, so no
 running statistics are kept. Under jit with the batch split over a mesh the means are those of the
 whole global batch. Vectors are small and lie whole on every device.
 """
@@ -94,7 +94,7 @@ class SpectralConv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalises every channel of x (B, ..., C) over all other axes; eps 1e-6, in float32."""
+    """Normalizes every channel of x (B, ..., C) over all other axes; eps 1e-6, in float32."""
 
     @nn.compact
     def __call__(self, x):
@@ -142,7 +142,7 @@ class Head(nn.Module):
 class DiscriminatorHeads(nn.Module):
     """One head for every tap of a feature network; published: five taps of 384 channels.
 
-    Parameters are float32, the arithmetic is in `dtype`, normalisations in float32.
+    Parameters are float32, the arithmetic is in `dtype`, normalizations in float32.
     """
 
     kernel_size: int = 9

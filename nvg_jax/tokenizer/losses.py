@@ -24,7 +24,7 @@ def discriminator_loss(real, fake):
 
 
 class LeCam(flax.struct.PyTreeNode):
-    """Moving averages of the mean logits, for the LeCam regulariser (Tseng et al. 2021).
+    """Moving averages of the mean logits, for the LeCam regularizer (Tseng et al. 2021).
 
     They start at zero, which is what an untrained discriminator says: the first steps are held
     close to "undecided" and need no special case.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from nvg_jax import clustering, granularity
 from nvg_jax.tokenizer.autoencoder import Decoder, Encoder, group_count
-from nvg_jax.tokenizer.quantizer import Quantized, Quantizer, Sequence
+from nvg_jax.tokenizer.quantizer import GranularitySequence, Quantized, Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +94,16 @@ class Tokenizer(nn.Module):
         grid = canvas.reshape(-1, *self.config.latent_size, self.config.latent_dim)
         return self.decoder(grid)
 
-    def quantize(self, latents, soft_index: bool = False) -> Quantized:
+    def quantize(self, latents, index_backprop: bool = False) -> Quantized:
         """Finds the structure of latents (B, L, D) and quantizes them along it."""
         structure = clustering.greedy_hierarchy(latents)
-        return self.quantizer(latents, structure, soft_index)
+        return self.quantizer(latents, structure, index_backprop)
 
     def encode(self, images) -> Quantized:
         """Images float32 (B, H, W, 3) in [-1, 1] -> their sequence and canvases."""
         return self.quantize(self.latents(images))
 
-    def canvases(self, sequence: Sequence):
+    def canvases(self, sequence: GranularitySequence):
         """float32 (B, S, L, D), the canvas after each stage of a sequence."""
         return self.quantizer.canvases(sequence)
 
@@ -115,9 +115,9 @@ class Tokenizer(nn.Module):
         """Final canvas (B, L, D) -> images float32 (B, H, W, 3) clamped to [-1, 1]."""
         return jnp.clip(self.decode_canvas(canvas), -1, 1)
 
-    def __call__(self, images, soft_index: bool = False) -> tuple[jax.Array, Quantized]:
+    def __call__(self, images, index_backprop: bool = False) -> tuple[jax.Array, Quantized]:
         """Training pass: (reconstruction, straight-through and not clamped; Quantized)."""
         latents = self.latents(images)
-        quantized = self.quantize(latents, soft_index)
+        quantized = self.quantize(latents, index_backprop)
         final = latents + jax.lax.stop_gradient(quantized.canvases[:, -1] - latents)
         return self.decode_canvas(final), quantized

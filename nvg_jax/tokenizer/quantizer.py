@@ -13,7 +13,7 @@ COMMITMENT_WEIGHT = 0.25
 FLOAT32_MATMUL = jax.lax.Precision.HIGHEST
 
 
-class Sequence(NamedTuple):
+class GranularitySequence(NamedTuple):
     """A visual granularity sequence: what every position shares and holds in every stage.
 
     structure: int32 (B, S, L), the cluster of every position, 0 .. 2**i - 1 in stage i.
@@ -32,7 +32,7 @@ class Quantized(NamedTuple):
     losses: float32 (S,), the quantizer's training loss of each stage.
     """
 
-    sequence: Sequence
+    sequence: GranularitySequence
     canvases: jax.Array
     stage_tokens: tuple[jax.Array, ...]
     losses: jax.Array
@@ -95,7 +95,7 @@ class Quantizer(nn.Module):
         """The canvas (B, L, D) with a stage's tokens, int (B, L) at every position, added."""
         return canvas + self.smooth(self.codebook[tokens], stage)
 
-    def canvases(self, sequence: Sequence):
+    def canvases(self, sequence: GranularitySequence):
         """float32 (B, S, L, D), the canvas after each stage of a sequence."""
         batch, stages, length = sequence.tokens.shape
         canvas = jnp.zeros((batch, length, self.latent_dim), jnp.float32)
@@ -111,10 +111,10 @@ class Quantizer(nn.Module):
         norms = jnp.square(vectors).sum(-1, keepdims=True) + jnp.square(self.codebook).sum(-1)
         return norms - 2 * dot
 
-    def __call__(self, latents, structure, soft_index: bool = False) -> Quantized:
+    def __call__(self, latents, structure, index_backprop: bool = False) -> Quantized:
         """Quantizes latents (B, L, D) along structure maps int (B, S, L).
 
-        With `soft_index` (the IBQ warm-up) the choice of the index is back-propagated: one-hot
+        With `index_backprop` (the IBQ warm-up) the choice of the index is back-propagated: one-hot
         + soft - stop(soft), and what is left keeps the gradient of the earlier stages' choices.
         """
         residual = jax.lax.stop_gradient(latents)
@@ -125,7 +125,7 @@ class Quantizer(nn.Module):
             means = granularity.cluster_means(residual, labels, 2**stage)
             distances = self.squared_distances(means)
             ids = distances.argmin(-1).astype(jnp.int32)
-            if soft_index:
+            if index_backprop:
                 soft = nn.softmax(-distances)
                 choice = jax.nn.one_hot(ids, self.codebook_size) + soft
                 choice = choice - jax.lax.stop_gradient(soft)
@@ -137,7 +137,7 @@ class Quantizer(nn.Module):
                 vectors = self.codebook[at_positions(ids, labels)]
             content = self.smooth(vectors, stage)
             canvas = canvas + content
-            residual = residual - (content if soft_index else jax.lax.stop_gradient(content))
+            residual = residual - (content if index_backprop else jax.lax.stop_gradient(content))
             tokens.append(at_positions(ids, labels))
             stage_tokens.append(ids)
             canvases.append(canvas)
@@ -146,7 +146,7 @@ class Quantizer(nn.Module):
                 + jnp.square(canvas - jax.lax.stop_gradient(latents)).mean()
             )
         return Quantized(
-            Sequence(structure, jnp.stack(tokens, axis=1)),
+            GranularitySequence(structure, jnp.stack(tokens, axis=1)),
             jnp.stack(canvases, axis=1),
             tuple(stage_tokens),
             jnp.stack(losses),

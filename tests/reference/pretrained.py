@@ -66,7 +66,7 @@ def main():
     def table(model):
         return json.dumps({name: list(x.shape) for name, x in shapes(model).items()})
 
-    def normalised(x):
+    def normalized(x):
         mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
         return torchvision.transforms.functional.normalize((x + 1) / 2, mean, std)
 
@@ -96,7 +96,7 @@ def main():
     # DINO ViT-S/16.
     model = fill(timm.create_model("vit_small_patch16_224", num_classes=0))
     out["dino_names"] = table(model)
-    x = normalised(channels_first(images("first", 224)))
+    x = normalized(channels_first(images("first", 224)))
     with torch.no_grad():
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
         taps = [x]
@@ -115,7 +115,7 @@ def main():
         channels_first(images("first", 256)), (224, 224), mode="bicubic", antialias=True
     )
     with torch.no_grad():
-        tokens = model.forward_features(normalised(x))
+        tokens = model.forward_features(normalized(x))
     out["dinov2"] = sample(tokens[:, 1:].numpy())
 
     np.savez_compressed(FOLDER / "pretrained.npz", **out)

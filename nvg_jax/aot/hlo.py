@@ -149,7 +149,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes_sent(self) -> float:
-        """What one device sends to its neighbours in all, by the ring algorithm."""
+        """What one device sends to its neighbors in all, by the ring algorithm."""
         rounds = {"all-reduce": 2, "collective-permute": self.group / max(self.group - 1, 1)}
         share = (self.group - 1) / self.group * rounds.get(self.kind, 1)
         return self.count * self.bytes * share

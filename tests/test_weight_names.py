@@ -9,9 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from nvg_jax import models, published
-from nvg_jax.steps import generators, tokenizer
+from nvg_jax import models
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.torch_interop import weight_names
 
 
 def shapes(init, model) -> dict[str, tuple[int, ...]]:
@@ -21,14 +21,14 @@ def shapes(init, model) -> dict[str, tuple[int, ...]]:
 
 
 def tokenizer_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
-    return shapes(tokenizer.init_params, models.make_tokenizer(config))
+    return shapes(models.init_tokenizer, models.make_tokenizer(config))
 
 
 def generator_shapes(sizes: dict, config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     found = {"canvas_scale": (config.num_stages + 1,)}
     for name in models.GENERATORS:
         model = models.make_generator(name, sizes[name], config, sizes["num_classes"])
-        found |= {f"{name}/{k}": v for k, v in shapes(generators.init_params, model).items()}
+        found |= {f"{name}/{k}": v for k, v in shapes(models.init_generator, model).items()}
     return found
 
 
@@ -38,7 +38,7 @@ def stand_ins(shapes_by_name) -> dict[str, np.ndarray]:
 
 
 def published_shapes(ours) -> dict[str, tuple[int, ...]]:
-    views = published.published_views(stand_ins(ours))
+    views = weight_names.published_views(stand_ins(ours))
     return {name: view.shape for name, view in views.items()}
 
 
@@ -49,7 +49,7 @@ def keys(parity_dir):
 
 def test_autoencoder(keys):
     names = {name: tuple(shape) for name, shape in keys["ae"]["keys"].items()}
-    config = TokenizerConfig(**published.tokenizer_sizes(stand_ins(names)))
+    config = TokenizerConfig(**weight_names.tokenizer_sizes(stand_ins(names)))
     assert config == TokenizerConfig()
     ours = tokenizer_shapes(config)
     assert published_shapes(ours) == names
@@ -60,8 +60,8 @@ def test_autoencoder(keys):
 @pytest.mark.parametrize("name, depth", [("d16", 16), ("d20", 20), ("d24", 24)])
 def test_generators(keys, name, depth):
     names = {name: tuple(shape) for name, shape in keys[name]["keys"].items()}
-    tensors = stand_ins(names) | {"rope_ids": published.rope_ids((16, 16))}
-    sizes = published.generator_sizes(tensors)
+    tensors = stand_ins(names) | {"rope_ids": weight_names.rope_ids((16, 16))}
+    sizes = weight_names.generator_sizes(tensors)
     assert sizes == {
         "content": {"width": 64 * depth, "depth": depth, "head_dim": 64, "mlp_ratio": 4},
         "structure": {"width": 32 * depth, "depth": depth, "head_dim": 64, "mlp_ratio": 4},
@@ -85,7 +85,7 @@ def test_layouts():
         "content/blocks/blocks/query_norm/scale": np.arange(4.0).reshape(2, 2),
         "quantizer/smooth_kernel": np.arange(8.0).reshape(2, 1, 1, 2, 2),
     }
-    views = published.published_views(ours)
+    views = weight_names.published_views(ours)
     conv = views["encoder.conv_in.conv.weight"]
     assert conv.shape == (4, 3, 1, 2)
     assert conv[3, 1, 0, 1] == ours["encoder/conv_in/kernel"][0, 1, 1, 3]
@@ -95,7 +95,7 @@ def test_layouts():
 
 
 def test_rope_ids_of_a_wide_grid():
-    ids = published.rope_ids((2, 4))
+    ids = weight_names.rope_ids((2, 4))
     assert ids.shape == (1, 9, 6)
     assert ids[0, 0].tolist() == [1] * 6
     assert ids[0, 6].tolist() == [0, 0, 0, 0, 1, 1]  # row 1, column 1
@@ -106,7 +106,7 @@ WEIGHT, BIAS = np.float32([[1, 2, 3], [4, 5, 6]]), np.float32([7, 8])
 
 
 def test_from_published():
-    params = published.from_published(
+    params = weight_names.from_published(
         {"content_embed.bias": BIAS, "content_embed.weight": WEIGHT.astype(np.float16)}, OURS
     )
     assert params["content/canvas_embed/kernel"].tolist() == [[1, 4], [2, 5], [3, 6]]
@@ -132,45 +132,45 @@ def test_from_published():
 )
 def test_other_tensors_are_listed(tensors, sentences):
     with pytest.raises(ValueError) as error:
-        published.from_published(tensors, OURS)
+        weight_names.from_published(tensors, OURS)
     for sentence in sentences:
         assert sentence in str(error.value)
 
 
 def test_sizes_that_cannot_be_told():
     with pytest.raises(ValueError, match="no tensor 'encoder.conv_in.conv.weight'"):
-        published.tokenizer_sizes({"rope_ids": BIAS})
+        weight_names.tokenizer_sizes({"rope_ids": BIAS})
     with pytest.raises(ValueError, match="no tensor 'rope_ids'"):
-        published.generator_sizes({"x": BIAS})
+        weight_names.generator_sizes({"x": BIAS})
     with pytest.raises(ValueError, match="row-major"):
-        published.generator_sizes({"rope_ids": published.rope_ids((2, 4))[:, ::-1]})
+        weight_names.generator_sizes({"rope_ids": weight_names.rope_ids((2, 4))[:, ::-1]})
 
 
 def test_latent_size_of_an_autoencoder(keys):
     names = {name: tuple(shape) for name, shape in keys["ae"]["keys"].items()}
-    sizes = published.tokenizer_sizes(stand_ins(names), (8, 32))
+    sizes = weight_names.tokenizer_sizes(stand_ins(names), (8, 32))
     assert TokenizerConfig(**sizes).image_size == (128, 512)
     with pytest.raises(ValueError, match="256 latent positions, which cannot be 8 x 8"):
-        published.tokenizer_sizes(stand_ins(names), (8, 8))
+        weight_names.tokenizer_sizes(stand_ins(names), (8, 8))
     del names["quantize.quant_resi.8.weight"], names["quantize.quant_resi.8.bias"]
     with pytest.raises(ValueError, match="128 latent positions.*Give its latent size"):
-        published.tokenizer_sizes(stand_ins(names))
+        weight_names.tokenizer_sizes(stand_ins(names))
 
 
-@pytest.mark.parametrize("copy", published.WEIGHTS)
+@pytest.mark.parametrize("copy", weight_names.WEIGHTS)
 def test_there_and_back_gives_the_same_bytes(parity_dir, tmp_path, copy):
     """Published -> ours -> published -> a safetensors file, both files of the pack."""
-    autoencoder = published.read(parity_dir / "ae.ckpt", copy)
-    generator = published.read(parity_dir / "generator.ckpt", copy)
-    sizes = published.generator_sizes(generator)
+    autoencoder = weight_names.read(parity_dir / "ae.ckpt", copy)
+    generator = weight_names.read(parity_dir / "generator.ckpt", copy)
+    sizes = weight_names.generator_sizes(generator)
     grid = sizes["latent_size"]
-    config = TokenizerConfig(**published.tokenizer_sizes(autoencoder, grid))
+    config = TokenizerConfig(**weight_names.tokenizer_sizes(autoencoder, grid))
     for tensors, shapes_, back_to, prefix in (
         (autoencoder, tokenizer_shapes(config), None, ""),
         (generator, generator_shapes(sizes, config), grid, "nvgformer."),
     ):
-        params = published.from_published(tensors, shapes_)
-        save_file(published.to_published(params, back_to), tmp_path / "back.safetensors")
+        params = weight_names.from_published(tensors, shapes_)
+        save_file(weight_names.to_published(params, back_to), tmp_path / "back.safetensors")
         back = load_file(tmp_path / "back.safetensors")
         assert set(back) == {prefix + name for name in tensors}
         for name, tensor in tensors.items():
@@ -180,13 +180,13 @@ def test_there_and_back_gives_the_same_bytes(parity_dir, tmp_path, copy):
 
 
 def test_copies_of_the_weights(parity_dir):
-    raw = published.read(parity_dir / "ae.ckpt", "raw")
-    averaged = published.read(parity_dir / "ae.ckpt", "ema")
+    raw = weight_names.read(parity_dir / "ae.ckpt", "raw")
+    averaged = weight_names.read(parity_dir / "ae.ckpt", "ema")
     assert set(raw) == set(averaged)
     name = "encoder.conv_in.conv.bias"
     assert not np.array_equal(raw[name], averaged[name])
     with pytest.raises(ValueError, match="holds no ema weights. Take the raw ones"):
-        published.read(parity_dir / "ae.legacy.ckpt", "ema")
+        weight_names.read(parity_dir / "ae.legacy.ckpt", "ema")
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_other_sizes_are_read_from_the_tensors(config, depths, heads):
         name: dict(width=2 * heads, depth=depth, head_dim=heads, mlp_ratio=2)
         for name, depth in zip(models.GENERATORS, depths, strict=True)
     } | {"num_classes": 10}
-    views = published.published_views(stand_ins(tokenizer_shapes(config)))
-    assert TokenizerConfig(**published.tokenizer_sizes(views, config.latent_size)) == config
-    views = published.published_views(stand_ins(generator_shapes(sizes, config)))
-    views["rope_ids"] = published.rope_ids(config.latent_size)
-    assert published.generator_sizes(views) == sizes | {
+    views = weight_names.published_views(stand_ins(tokenizer_shapes(config)))
+    assert TokenizerConfig(**weight_names.tokenizer_sizes(views, config.latent_size)) == config
+    views = weight_names.published_views(stand_ins(generator_shapes(sizes, config)))
+    views["rope_ids"] = weight_names.rope_ids(config.latent_size)
+    assert weight_names.generator_sizes(views) == sizes | {
         "latent_size": config.latent_size,
         "latent_dim": 12,
         "codebook_size": 1024,

@@ -14,12 +14,14 @@ from conftest import ROOT
 from PIL import Image
 
 from configs import digits
-from nvg_jax import Pipeline, checkpoint, programs, sharding
-from nvg_jax.data import cache, eval_batches, open_source, train_loader
-from nvg_jax.pipeline import abstract_params
-from nvg_jax.steps import generators as steps
-from nvg_jax.tokenize import prepare, tokenize, write_shards
+from nvg_jax import Pipeline
+from nvg_jax.data import eval_batches, open_source, sequences, train_batches
+from nvg_jax.encode import prepare, tokenize, write_shards
+from nvg_jax.models import abstract_params
+from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
+from nvg_jax.training import generators as steps
+from nvg_jax.training import programs
 
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)  # L = 16 of 8 x 8 pixels
 TRAIN, TEST = 10, 5  # images
@@ -59,12 +61,12 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def small_files():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "SHARD_SIZE", 4)
+        patch.setattr(sequences, "SHARD_SIZE", 4)
         yield
 
 
 @pytest.fixture(scope="module")
-def whole(pipeline, data, tmp_path_factory):
+def unshard(pipeline, data, tmp_path_factory):
     """A cache with eight crops of every training image, made in one go."""
     folder = tmp_path_factory.mktemp("caches") / "whole"
     tokenize(pipeline, folder, data, crops=8, batch_size=BATCH)
@@ -82,16 +84,16 @@ def hand_made(folder, images=6, crops=3):
         "format": 1, "tokenizer": tokenizer, "tokenizer_hash": "abc", "class_names": ["a"] * images,
         "images": {"train": images, "test": images}, "shard_size": 4,
     }  # fmt: skip
-    cache.begin(folder, settings)
-    for shard in cache.plan(settings):
+    sequences.begin(folder, settings)
+    for shard in sequences.plan(settings):
         records = []
         for image in range(shard.start, shard.stop):
-            array = np.zeros(crops, cache.crop_dtype(tokenizer))
+            array = np.zeros(crops, sequences.crop_dtype(tokenizer))
             array["structure"] = [1, 0]
             array["tokens"] = 10 * image + np.arange(crops)[:, None]
-            records.append(cache.pack(image, array))
-        cache.write_shard(folder / shard.file, records, {})
-    cache.finish(folder, settings)
+            records.append(sequences.pack(image, array))
+        sequences.write_shard(folder / shard.file, records, {})
+    sequences.finish(folder, settings)
     return folder
 
 
@@ -111,10 +113,10 @@ STORED = [7, 1, 2, 5, 3, 4, 6]
 
 
 def test_one_token_is_stored_for_each_cluster():
-    dtype = cache.crop_dtype({"latent_size": (2, 2), "codebook_size": 4096})
-    crops = cache.compact(np.array([STRUCTURE]), np.array([TOKENS]), dtype)
+    dtype = sequences.crop_dtype({"latent_size": (2, 2), "codebook_size": 4096})
+    crops = sequences.compact(np.array([STRUCTURE]), np.array([TOKENS]), dtype)
     assert crops["structure"].tolist() == STRUCTURE[2:] and crops["tokens"].tolist() == [STORED]
-    assert len(cache.pack(3, crops)) == 4 + 4 + 4 * 1 + 7 * 2
+    assert len(sequences.pack(3, crops)) == 4 + 4 + 4 * 1 + 7 * 2
 
 
 def test_the_steps_rebuild_maps_and_tokens_of_all_stages():
@@ -136,7 +138,7 @@ def test_the_steps_rebuild_maps_and_tokens_of_all_stages():
      ((2, 2), 65537, "u1 u4")],
 )  # fmt: skip
 def test_the_smallest_integers_that_hold_every_value(latent_size, codebook_size, expected):
-    dtype = cache.crop_dtype({"latent_size": latent_size, "codebook_size": codebook_size})
+    dtype = sequences.crop_dtype({"latent_size": latent_size, "codebook_size": codebook_size})
     assert " ".join(dtype[name].base.str[1:] for name in ("structure", "tokens")) == expected
 
 
@@ -144,7 +146,7 @@ def test_every_crop_is_encoded_as_the_pipeline_encodes_it(pipeline, data, whole)
     rebuild = jax.jit(lambda params, batch: steps.encode(pipeline.tokenizer, params, batch))
     for split, crops, rows in (("train", 8, (0, 1)), ("test", 1, (0,))):
         images = open_source("image_folder", split, data_dir=data["data_dir"])
-        cached = open_source("granularity", split, data_dir=str(whole))
+        cached = open_source("sequences", split, data_dir=str(whole))
         assert len(cached) == len(images) == {"train": TRAIN, "test": TEST}[split]
         assert cached.class_names == ("ant", "bee")
         kinds = 0
@@ -171,9 +173,9 @@ def test_every_crop_is_encoded_as_the_pipeline_encodes_it(pipeline, data, whole)
 
 
 def test_an_epoch_shows_one_crop_of_every_image_and_in_time_all_are_drawn(tmp_path):
-    source = open_source("granularity", "train", data_dir=str(hand_made(tmp_path / "cache")))
+    source = open_source("sequences", "train", data_dir=str(hand_made(tmp_path / "cache")))
     assert len(source) == 6
-    loader = train_loader(source, batch_size=3, seed=0, **ANY_SIZE)
+    loader = train_batches(source, batch_size=3, seed=0, **ANY_SIZE)
     drawn = set()
     for _ in range(20):
         epoch = [next(loader), next(loader)]
@@ -187,7 +189,7 @@ def test_an_epoch_shows_one_crop_of_every_image_and_in_time_all_are_drawn(tmp_pa
 
 @pytest.mark.parametrize("process_count", [1, 4])
 def test_evaluation_sees_the_first_crop_of_every_image_once(tmp_path, process_count):
-    source = open_source("granularity", "test", data_dir=str(hand_made(tmp_path / "cache")))
+    source = open_source("sequences", "test", data_dir=str(hand_made(tmp_path / "cache")))
     seen = []
     for process in range(process_count):
         for batch in eval_batches(
@@ -205,7 +207,7 @@ def test_a_flipped_bit_is_named_and_the_rest_can_be_read(tmp_path):
     folder = hand_made(tmp_path / "cache")
     record = np.array([[51]] * 3, np.uint8).tobytes()  # the tokens of image 5, crop 1
     flip(folder / "train-00001-of-00002.array_record", record)
-    source = open_source("granularity", "train", data_dir=str(folder))
+    source = open_source("sequences", "train", data_dir=str(folder))
     with pytest.raises(ValueError, match=r"train-00001-of-00002.array_record record 1 is damaged"):
         source[5]
     assert [source[i]["label"] for i in range(5)] == list(range(5))
@@ -216,14 +218,14 @@ def test_a_flipped_bit_is_named_and_the_rest_can_be_read(tmp_path):
 
 
 def test_a_record_has_a_checksum_of_its_own():
-    dtype = cache.crop_dtype({"latent_size": (1, 2), "codebook_size": 9})
-    record = cache.pack(1, np.zeros(2, dtype))
-    assert cache.unpack(record, dtype)[0] == 1
+    dtype = sequences.crop_dtype({"latent_size": (1, 2), "codebook_size": 9})
+    record = sequences.pack(1, np.zeros(2, dtype))
+    assert sequences.unpack(record, dtype)[0] == 1
     for at in range(len(record)):
         wrong = bytearray(record)
         wrong[at] ^= 1
         with pytest.raises(ValueError, match="checksum"):
-            cache.unpack(bytes(wrong), dtype)
+            sequences.unpack(bytes(wrong), dtype)
 
 
 def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
@@ -232,7 +234,7 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
     content = file.read_bytes()
 
     def open_(**options):
-        return open_source("granularity", "train", **{"data_dir": str(folder), **options})
+        return open_source("sequences", "train", **{"data_dir": str(folder), **options})
 
     for damage in (lambda: file.write_bytes(content[:-1]), file.unlink):
         damage()
@@ -250,7 +252,7 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
     (folder / "meta.json").unlink()
     with pytest.raises(ValueError, match="no cached sequences"):
         open_()
-    cache.write_json(folder / "meta.json", {"format": 2})
+    sequences.write_json(folder / "meta.json", {"format": 2})
     with pytest.raises(ValueError, match="has the format 2"):
         open_()
     with pytest.raises(ValueError, match="needs data_dir"):
@@ -258,7 +260,7 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
 
 
 def test_another_tokenizer_is_refused(pipeline, whole):
-    source = open_source("granularity", "train", data_dir=str(whole))
+    source = open_source("sequences", "train", data_dir=str(whole))
     source.check_tokenizer(pipeline.meta["hash"])
     assert TokenizerConfig(**source.tokenizer) == SIZES
     with pytest.raises(ValueError, match=r"another tokenizer \(weights .*the one to train with"):
@@ -271,7 +273,7 @@ def test_another_tokenizer_is_refused(pipeline, whole):
 def test_an_interrupted_run_goes_on_with_the_missing_files(
     pipeline, data, whole, tmp_path, monkeypatch
 ):
-    folder, write, written = tmp_path / "cache", cache.write_shard, []
+    folder, write, written = tmp_path / "cache", sequences.write_shard, []
     folder.mkdir()
     (folder / "unfinished.json.tmp").write_text("{")  # of a kill at the very beginning
 
@@ -281,13 +283,13 @@ def test_an_interrupted_run_goes_on_with_the_missing_files(
         written.append(path)
         write(path, *args)
 
-    monkeypatch.setattr(cache, "write_shard", interrupt)
+    monkeypatch.setattr(sequences, "write_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tokenize(pipeline, folder, data, crops=8, batch_size=BATCH)
     monkeypatch.undo()
-    monkeypatch.setattr(cache, "SHARD_SIZE", 4)  # undone as well
+    monkeypatch.setattr(sequences, "SHARD_SIZE", 4)  # undone as well
     with pytest.raises(ValueError, match="is not finished"):
-        open_source("granularity", "train", data_dir=str(folder))
+        open_source("sequences", "train", data_dir=str(folder))
     for other, message in (
         (dict(crops=7), "crops = 8, and it cannot go on with 7"),
         (dict(crops=8, seed=1), "seed = 0, and it cannot go on with 1"),
@@ -310,11 +312,11 @@ def test_a_killed_process_leaves_no_half_file(pipeline, data, whole, tmp_path):
     code = f"""
 import os, signal, itertools
 from nvg_jax import Pipeline
-from nvg_jax.data import cache
-from nvg_jax.tokenize import tokenize
+from nvg_jax.data import sequences
+from nvg_jax.encode import tokenize
 count = itertools.count(1)
-cache.SHARD_SIZE = 4
-cache.os.fsync = lambda fd: next(count) == 3 and os.kill(os.getpid(), signal.SIGKILL)
+sequences.SHARD_SIZE = 4
+sequences.os.fsync = lambda fd: next(count) == 3 and os.kill(os.getpid(), signal.SIGKILL)
 pipeline = Pipeline.from_pretrained({str(tmp_path / "export")!r})
 tokenize(pipeline, {str(tmp_path / "cache")!r}, {data!r}, crops=8, batch_size={BATCH})
 """
@@ -333,13 +335,13 @@ def test_two_processes_write_each_file_once(pipeline, data, whole, tmp_path):
     written = []
     for process in range(2):
         folder = tmp_path / str(process)
-        cache.begin(folder, settings)
+        sequences.begin(folder, settings)
         write_shards(pipeline, folder, sources, settings, process, 2, batch_size=BATCH)
-        (folder / cache.UNFINISHED).unlink()
+        (folder / sequences.UNFINISHED).unlink()
         written.append(contents(folder))
     assert len(written[0]) == 3 and len(written[1]) == 2
     expected = contents(whole)
-    del expected[cache.META]
+    del expected[sequences.META]
     assert written[0] | written[1] == expected and not written[0].keys() & written[1].keys()
 
 
@@ -357,12 +359,12 @@ def test_unreadable_images_stop_or_are_named_and_left_out(pipeline, data, tmp_pa
         tokenize(pipeline, tmp_path / "cache", data, batch_size=BATCH)
     meta = tokenize(pipeline, tmp_path / "cache", data, on_bad="skip", batch_size=BATCH)
     assert list(meta["unreadable"]["train"]) == [str(broken)] and not meta["unreadable"]["test"]
-    source = open_source("granularity", "train", data_dir=str(tmp_path / "cache"))
+    source = open_source("sequences", "train", data_dir=str(tmp_path / "cache"))
     assert [source[i]["label"] for i in range(len(source))] == [0] * 2 + [1] * 7
 
 
 def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
-    cached = {"name": "granularity", "data_dir": str(whole), "resize": 0, "pad": 0}
+    cached = {"name": "sequences", "data_dir": str(whole), "resize": 0, "pad": 0}
     (tmp_path / "something").touch()
     for arguments, message in (
         ((tmp_path / "new", cached), "holds sequences already"),
@@ -375,7 +377,7 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
         tokenize(pipeline, tmp_path / "new", data, crops=0)
     (tmp_path / "new.array_record.tmp").mkdir()
     with pytest.raises(OSError, match="could not be written"):
-        cache.write_shard(tmp_path / "new.array_record", [], {})
+        sequences.write_shard(tmp_path / "new.array_record", [], {})
 
 
 # Training.
@@ -393,9 +395,9 @@ def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, da
         program = programs.generator_training(config, mesh, 10, ("content",), 2)
         for name, folder in (
             ("image_folder", data["data_dir"]),
-            ("granularity", tmp_path / "cache"),
+            ("sequences", tmp_path / "cache"),
         ):
-            batches = train_loader(open_source(name, "train", data_dir=str(folder)), **options)
+            batches = train_batches(open_source(name, "train", data_dir=str(folder)), **options)
             states = program.init(jax.random.key(0), tokenizer["quantizer"]["codebook"])
             for _ in range(3):
                 batch = sharding.global_batch(next(batches), mesh)

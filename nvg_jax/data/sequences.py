@@ -1,4 +1,4 @@
-"""The files of a cache of granularity sequences, which `nvg_jax.tokenize` writes.
+"""The files of a cache of granularity sequences, which `nvg_jax.encode` writes.
 
 A folder holds, for each split, files train-00000-of-00157.array_record, each of a range of the
 data set's images, and meta.json, written when all of them are there; until then unfinished.json
@@ -18,8 +18,8 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from nvg_jax.checkpoint import digest
-from nvg_jax.pictures import replacing
+from nvg_jax.runtime.checkpoint import digest
+from nvg_jax.visualize import replacing
 
 FORMAT = 1
 SHARD_SIZE = 4096  # images of a file
@@ -236,7 +236,7 @@ class Records:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{self.name(index)} is damaged ({reason}). Remove the file, and run "
-                "nvg_jax.tokenize again with the same settings to write it anew."
+                "nvg_jax.encode again with the same settings to write it anew."
             ) from error
 
     def _shard(self, index: int) -> int:
@@ -253,24 +253,24 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta is None:
         if (folder / UNFINISHED).exists():
             raise ValueError(
-                f"The cache in {folder} is not finished; run nvg_jax.tokenize again with the same "
+                f"The cache in {folder} is not finished; run nvg_jax.encode again with the same "
                 "settings to go on."
             )
         raise ValueError(
             f"{folder} has no cached sequences (no {META}); make them with `python -m "
-            "nvg_jax.tokenize`."
+            "nvg_jax.encode`."
         )
     if meta["format"] != FORMAT:
         raise ValueError(
             f"The cache in {folder} has the format {meta['format']}, and this version reads "
-            f"{FORMAT}. Make it again with nvg_jax.tokenize."
+            f"{FORMAT}. Make it again with nvg_jax.encode."
         )
     return meta
 
 
 def _damaged(path: Path) -> str:
     return (
-        f"{path} is missing or damaged. Remove what is left of it, and run nvg_jax.tokenize again "
+        f"{path} is missing or damaged. Remove what is left of it, and run nvg_jax.encode again "
         "with the same settings to write it anew."
     )
 

@@ -12,19 +12,19 @@ import optax
 
 from nvg_jax import granularity, pretrained
 from nvg_jax.content.losses import alignment_loss, content_losses
-from nvg_jax.content.model import ContentGenerator, RepaProjector
-from nvg_jax.optimizers import OptimizerConfig
+from nvg_jax.content.model import RepaProjector
+from nvg_jax.models import Generator
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import Quantized, Sequence, Tokenizer
+from nvg_jax.tokenizer import GranularitySequence, Quantized, Tokenizer
 from nvg_jax.tokenizer.quantizer import at_positions
+from nvg_jax.training.optimizers import OptimizerConfig
 
-Generator = ContentGenerator | StructureGenerator
 DINO_GRID = (16, 16)  # patches of DINOv2 ViT-B/14 on 224 x 224 pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Repa:
+class RepaConfig:
     """Representation alignment of the content generator (Yu et al., arXiv 2410.06940).
 
     The features after `block` blocks, through a small network of their own, are drawn towards
@@ -53,38 +53,6 @@ class Repa:
             )
 
 
-def init_params(model: Generator, key, codebook=None, repa: bool = False):
-    """Freshly initialised parameters, boxed with their logical axes.
-
-    With `repa` the content generator's hold those of its projector too, under "repa".
-
-    With a codebook (V, D) the content generator's token head starts as its nearest-code rule:
-    logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. A small
-    random head first has to grow to that scale, which takes hundreds of steps.
-    """
-    length = model.grid[0] * model.grid[1]
-    num_bits = granularity.num_stages(length) - 1
-    canvas = jnp.zeros((1, length, model.latent_dim))
-    structure = jnp.ones((1, length, num_bits), jnp.int32)
-    stage = class_ids = jnp.zeros((1,), jnp.int32)
-    if isinstance(model, ContentGenerator):
-        args = canvas, structure, stage, class_ids, jnp.ones(num_bits + 2)
-    else:
-        noisy = jnp.zeros(structure.shape)
-        args = noisy, jnp.zeros((1,)), structure, canvas, stage, class_ids
-    params = model.init(key, *args)["params"]
-    if codebook is not None and isinstance(model, ContentGenerator):
-        scale = 2 * jnp.square(codebook).mean()
-        head = {"kernel": codebook.T / scale, "bias": -jnp.square(codebook).sum(1) / (2 * scale)}
-        boxes = params["token_head"]
-        params = params | {"token_head": {k: boxes[k].replace_boxed(v) for k, v in head.items()}}
-    if repa and isinstance(model, ContentGenerator):
-        features = jnp.zeros((1, 1, model.transformer.width))
-        projector = RepaProjector(model.dtype).init(jax.random.fold_in(key, 1), features)
-        params = params | {"repa": projector["params"]}
-    return params
-
-
 def loss_terms(
     model: Generator,
     params,
@@ -93,7 +61,7 @@ def loss_terms(
     canvas_scale,
     key,
     weights=None,
-    repa: Repa | None = None,
+    repa: RepaConfig | None = None,
     targets=None,
 ):
     """(scalar loss, {name: float32 per stage}) of one generator on an encoded batch.
@@ -133,7 +101,8 @@ def loss_terms(
     def predict_canvas(canvas, embedding, stage):
         predicted, features = apply(
             canvas, embedding, stage, jnp.repeat(class_ids, stages), canvas_scale,
-            deterministic=deterministic, tap=repa.block if repa else 0, method="predict_canvas",
+            deterministic=deterministic, feature_block=repa.block if repa else 0,
+            method="predict_canvas",
         )  # fmt: skip
         tapped.append(features)
         return predicted
@@ -167,7 +136,7 @@ def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
     structure = granularity.all_stages(finest)
     stage_tokens = jnp.split(tokens, [2**stage - 1 for stage in range(1, stages)], axis=1)
     at = [at_positions(ids, structure[:, stage]) for stage, ids in enumerate(stage_tokens)]
-    sequence = Sequence(structure, jnp.stack(at, axis=1))
+    sequence = GranularitySequence(structure, jnp.stack(at, axis=1))
     canvases = jax.lax.stop_gradient(apply(sequence, method="canvases"))
     return Quantized(sequence, canvases, tuple(stage_tokens), None)
 
@@ -185,7 +154,7 @@ def train_step(
     configs: dict[str, OptimizerConfig],
     tokenizer: Tokenizer,
     class_dropout: float,
-    repa: Repa | None,
+    repa: RepaConfig | None,
 ):
     """One step of every generator in `states` on a batch for `encode` with its "label".
 

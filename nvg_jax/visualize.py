@@ -38,8 +38,8 @@ def reconstruction_grid(images, restored) -> np.ndarray:
     return image_grid(np.concatenate([to_uint8(images), to_uint8(restored)]), len(images))
 
 
-def structure_colours(labels, num_labels: int) -> np.ndarray:
-    """A colour for each label of a map: int (...) -> uint8 (..., 3).
+def structure_colors(labels, num_labels: int) -> np.ndarray:
+    """A color for each label of a map: int (...) -> uint8 (..., 3).
 
     Hues are spread over the circle in the order of the labels, so that siblings look alike.
     """
@@ -61,8 +61,8 @@ def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.nda
     for images, maps in zip(to_uint8(stage_images), np.asarray(structure)):
         rows.extend(images)
         for stage, labels in enumerate(maps):
-            colours = structure_colours(labels.reshape(latent_size), 2**stage)
-            rows.append(np.asarray(Image.fromarray(colours).resize((width, height), Image.NEAREST)))
+            colors = structure_colors(labels.reshape(latent_size), 2**stage)
+            rows.append(np.asarray(Image.fromarray(colors).resize((width, height), Image.NEAREST)))
     return image_grid(np.stack(rows), stages)
 
 

@@ -12,7 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nvg_jax.torch_files import read_state_dict
+from nvg_jax.torch_interop.checkpoint_files import read_state_dict
+
+OWN_MODULE = "nvg_jax.torch_interop.checkpoint_files"
 
 
 def code(value) -> bytes:
@@ -238,8 +240,8 @@ def attacks(marker) -> dict[str, bytes]:
         "eval by new with keywords": name("builtins", "eval") + code((touch,)) + b"}\x92",
         "stack global": call(module_name + function_name + b"\x93", shell),
         "getattr": call(call(get, name("os", "path"), "system"), shell),
-        "dotted name": call(name("nvg_jax.torch_files", "io.open"), str(marker), "w"),
-        "our own function": call(name("nvg_jax.torch_files", "mmap.mmap"), -1, 10),
+        "dotted name": call(name(OWN_MODULE, "io.open"), str(marker), "w"),
+        "our own function": call(name(OWN_MODULE, "mmap.mmap"), -1, 10),
         "import": name("evil_module", "anything"),
         "placeholder called": call(call(name("a", "B")), touch),
         "placeholder from a tensor recipe": call(call(REBUILD, name("os", "system")), shell),

@@ -1,7 +1,7 @@
 """What happens to images before the discriminator: DiffAug, then the way to its input size.
 
 Everything is a pure function of images and key, differentiable with respect to the images, and
-draws for every image on its own. Images are float32 (B, H, W, 3) in [-1, 1]; 0 is grey. Two calls
+draws for every image on its own. Images are float32 (B, H, W, 3) in [-1, 1]; 0 is gray. Two calls
 with one key treat image b of both batches alike.
 """
 
@@ -22,7 +22,7 @@ def resample(images, rows, columns):
 
 
 def selection(start, count: int, size: int):
-    """float32 (B, count, size) that picks `count` neighbours from `start` int (B,) on.
+    """float32 (B, count, size) that picks `count` neighbors from `start` int (B,) on.
 
     Positions outside 0 .. size - 1 give zeros.
     """
@@ -40,7 +40,7 @@ def translate(images, key, ratio: float = 1 / 8):
     return resample(images, *matrices)
 
 
-def colour(images, key):
+def color(images, key):
     """Brightness + U(-0.5, 0.5), then saturation x U(0, 2), then contrast x U(0.5, 1.5).
 
     Saturation stretches a pixel's distances from its mean over the channels, contrast those from
@@ -49,32 +49,32 @@ def colour(images, key):
     shape = (len(images), 1, 1, 1)
     for_brightness, for_saturation, for_contrast = jax.random.split(key, 3)
     images = images + jax.random.uniform(for_brightness, shape, minval=-0.5, maxval=0.5)
-    grey = images.mean(-1, keepdims=True)
-    images = grey + (images - grey) * jax.random.uniform(for_saturation, shape, maxval=2.0)
+    gray = images.mean(-1, keepdims=True)
+    images = gray + (images - gray) * jax.random.uniform(for_saturation, shape, maxval=2.0)
     mean = images.mean((1, 2, 3), keepdims=True)
     contrast = jax.random.uniform(for_contrast, shape, minval=0.5, maxval=1.5)
     return mean + (images - mean) * contrast
 
 
 def cutout(images, key, ratio: float = 0.2):
-    """Sets a rectangle of `ratio` of each side to zero; its centre may lie anywhere in the image.
+    """Sets a rectangle of `ratio` of each side to zero; its center may lie anywhere in the image.
 
     So near an edge only a part of it, at least half of each side, falls on the image.
     """
     inside = []
     for axis_key, size in zip(jax.random.split(key), images.shape[1:3]):
         length = int(size * ratio + 0.5)
-        centre = jax.random.randint(axis_key, images.shape[:1], 0, size + 1 - length % 2)
-        place = jnp.arange(size) - (centre - length // 2)[:, None]
+        center = jax.random.randint(axis_key, images.shape[:1], 0, size + 1 - length % 2)
+        place = jnp.arange(size) - (center - length // 2)[:, None]
         inside.append((0 <= place) & (place < length))
     cut = inside[0][:, :, None, None] & inside[1][:, None, :, None]
     return jnp.where(cut, 0.0, images)
 
 
 def augment(images, key):
-    """DiffAug (Zhao et al. 2020): translation, colour and cutout, all three on every image."""
-    for_translation, for_colour, for_cutout = jax.random.split(key, 3)
-    return cutout(colour(translate(images, for_translation), for_colour), for_cutout)
+    """DiffAug (Zhao et al. 2020): translation, color and cutout, all three on every image."""
+    for_translation, for_color, for_cutout = jax.random.split(key, 3)
+    return cutout(color(translate(images, for_translation), for_color), for_cutout)
 
 
 def area_matrix(size: int, target: int) -> np.ndarray:

@@ -47,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} devices: "
             "the sizes must multiply to it, and one of them may be -1 for the rest."
         )
-    # Orders the devices of a torus so that neighbours on an axis are near each other.
+    # Orders the devices of a torus so that neighbors on an axis are near each other.
     # GPUs call every machine a slice, and fsdp may well span machines.
     on_tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
@@ -104,7 +104,7 @@ def abstract(tree, placed):
     )
 
 
-def initialiser(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
+def sharded_init(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
     """Prepares `init`, which makes a tree with named axes, to run sharded.
 
     Args:

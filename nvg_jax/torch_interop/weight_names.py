@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from nvg_jax.torch_files import read_state_dict
+from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 # Our path of a module (a pattern) -> the published one; {} is the index of a stacked block.
 _BLOCK = r"/(norm|conv)(\d)"

@@ -1,7 +1,7 @@
 """The programs of training, from a configuration: what `train` runs and `compile` looks into.
 
 All take and give arrays that are placed on a mesh, and are traced inside `jax.set_mesh` and
-`nn.logical_axis_rules` of `nvg_jax.sharding`.
+`nn.logical_axis_rules` of `nvg_jax.runtime.sharding`.
 """
 
 import dataclasses
@@ -15,12 +15,13 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nvg_jax import models, pretrained, sharding
-from nvg_jax.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
-from nvg_jax.state import TrainState
-from nvg_jax.steps import generators as generator_steps
-from nvg_jax.steps import tokenizer as tokenizer_steps
+from nvg_jax import models, pretrained
+from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training import generators as generator_steps
+from nvg_jax.training import tokenizer as tokenizer_steps
+from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
+from nvg_jax.training.state import TrainState
 
 
 class Program(NamedTuple):
@@ -52,10 +53,12 @@ def tokenizer_losses(config: ml_collections.ConfigDict) -> tokenizer_steps.Losse
     return tokenizer_steps.Losses(**{f.name: config.tokenizer_training[f.name] for f in fields})
 
 
-def representation_alignment(config: ml_collections.ConfigDict) -> generator_steps.Repa | None:
+def representation_alignment(
+    config: ml_collections.ConfigDict,
+) -> generator_steps.RepaConfig | None:
     """How a configuration's content generator is aligned, checked; None if it is not."""
     settings = config.generator_training
-    repa = generator_steps.Repa(settings.repa_weight, settings.repa_block)
+    repa = generator_steps.RepaConfig(settings.repa_weight, settings.repa_block)
     repa.check(config.content.depth, tuple(config.tokenizer.latent_size))
     return repa if repa.weight else None
 
@@ -73,12 +76,12 @@ def abstract_batch(tokenizer: TokenizerConfig, batch_size: int, mesh: Mesh):
         "image": jax.ShapeDtypeStruct((batch_size, *tokenizer.image_size, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    return sharding.abstract(batch, NamedSharding(mesh, sharding.BATCH_SPEC))
+    return sharding.with_shardings(batch, NamedSharding(mesh, sharding.BATCH_SPEC))
 
 
 def abstract_frozen(names: Sequence[str], mesh: Mesh):
     """The abstract parameters of pretrained networks, whole on every device."""
-    return sharding.abstract(
+    return sharding.with_shardings(
         {name: pretrained.abstract(name) for name in names}, NamedSharding(mesh, PartitionSpec())
     )
 
@@ -86,8 +89,8 @@ def abstract_frozen(names: Sequence[str], mesh: Mesh):
 def tokenizer_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int) -> Program:
     """Training of the tokenizer over `steps` steps.
 
-    init: (key). step: (state, frozen, batch, key, soft_index), soft_index a Python bool.
-    evaluate: (raw parameters, frozen, batch). They are those of `nvg_jax.steps.tokenizer`.
+    init: (key). step: (state, frozen, batch, key, index_backprop), index_backprop a Python bool.
+    evaluate: (raw parameters, frozen, batch). They are those of `nvg_jax.training.tokenizer`.
     """
     settings, losses = config.tokenizer_training, tokenizer_losses(config)
     optimizer_config = OptimizerConfig(**settings.optimizer)
@@ -103,7 +106,7 @@ def tokenizer_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int
     model = models.make_tokenizer(tokenizer_config, config.dtype)
     discriminator = losses.make_discriminator(jnp.dtype(config.dtype))
     key = jax.eval_shape(jax.random.key, 0)
-    init, state = sharding.initialiser(
+    init, state = sharding.sharded_init(
         functools.partial(
             tokenizer_steps.init_state, model, discriminator=discriminator, **optimizers
         ),
@@ -125,7 +128,7 @@ def tokenizer_training(config: ml_collections.ConfigDict, mesh: Mesh, steps: int
         step=jax.jit(
             step,
             donate_argnums=0,
-            static_argnames="soft_index",
+            static_argnames="index_backprop",
             out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated),
         ),
         evaluate=jax.jit(
@@ -147,7 +150,7 @@ def generator_training(
 
     init: (key, codebook). step: (states, tokenizer parameters, frozen, canvas scale, batch, key).
     evaluate: (averaged parameters, tokenizer parameters, canvas scale, batch). The arguments are
-    those of `nvg_jax.steps.generators`.
+    those of `nvg_jax.training.generators`.
     """
     for name in names:
         heads = config[name].width // config[name].head_dim
@@ -173,7 +176,7 @@ def generator_training(
         states = {}
         for name, model in generators.items():
             name_key = jax.random.fold_in(key, models.GENERATORS.index(name))
-            params = generator_steps.init_params(model, name_key, codebook, repa is not None)
+            params = models.init_generator(model, name_key, codebook, repa is not None)
             states[name] = TrainState.create(params, optimizer)
         return states
 
@@ -181,7 +184,7 @@ def generator_training(
         (tokenizer_config.codebook_size, tokenizer_config.latent_dim), jnp.float32
     )
     key = jax.eval_shape(jax.random.key, 0)
-    init, state = sharding.initialiser(init, mesh, key, codebook)
+    init, state = sharding.sharded_init(init, mesh, key, codebook)
     replicated = NamedSharding(mesh, PartitionSpec())
     step = functools.partial(
         generator_steps.train_step,
@@ -192,8 +195,8 @@ def generator_training(
         class_dropout=config.class_dropout,
         repa=repa,
     )
-    tokenizer_params = sharding.abstract(
-        jax.eval_shape(functools.partial(tokenizer_steps.init_params, tokenizer), key), replicated
+    tokenizer_params = sharding.with_shardings(
+        jax.eval_shape(functools.partial(models.init_tokenizer, tokenizer), key), replicated
     )
     canvas_scale = jax.ShapeDtypeStruct((tokenizer_config.num_stages + 1,), jnp.float32)
     evaluate = functools.partial(generator_steps.eval_step, models=generators, tokenizer=tokenizer)

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from nvg_jax import pretrained
-from nvg_jax.layers import whole
-from nvg_jax.optimizers import OptimizerConfig
-from nvg_jax.state import TrainState
+from nvg_jax.layers import unshard
+from nvg_jax.models import init_tokenizer
 from nvg_jax.tokenizer import Tokenizer
-from nvg_jax.tokenizer.augment import augment, discriminator_input
+from nvg_jax.tokenizer.diffaug import augment, discriminator_input
 from nvg_jax.tokenizer.discriminator import DiscriminatorHeads, SmallFeatures
 from nvg_jax.tokenizer.losses import (
     RECONSTRUCTION_LOSSES,
@@ -22,6 +21,8 @@ from nvg_jax.tokenizer.losses import (
     discriminator_loss,
     generator_loss,
 )
+from nvg_jax.training.optimizers import OptimizerConfig
+from nvg_jax.training.state import TrainState
 
 DISCRIMINATORS = ("dino", "small")
 DINO_TAP = (14 * 14, 384)  # positions and channels of each of its taps
@@ -100,7 +101,7 @@ def init_state(
     discriminator_optimizer: optax.GradientTransformation,
 ) -> TokenizerState:
     """The state before the first step, its parameters boxed with their logical axes."""
-    state = TokenizerState.create(init_params(model, key), optimizer)
+    state = TokenizerState.create(init_tokenizer(model, key), optimizer)
     if discriminator is None:
         return state
     if isinstance(discriminator, DiscriminatorHeads):
@@ -115,12 +116,6 @@ def init_state(
         lecam=LeCam.create(),
     )
     return state.replace(adversary=adversary)
-
-
-def init_params(model: Tokenizer, key):
-    """Freshly initialised parameters, boxed with their logical axes."""
-    images = jnp.zeros((1, *model.config.image_size, 3))
-    return model.init(key, images)["params"]
 
 
 def code_counts(stage_tokens, codebook_size: int):
@@ -152,7 +147,7 @@ def train_step(
     discriminator_optimizer: optax.GradientTransformation,
     config: OptimizerConfig,
     losses: Losses,
-    soft_index: bool,
+    index_backprop: bool,
 ):
     """One step of the tokenizer and of its discriminator, on one pass through the autoencoder.
 
@@ -176,7 +171,7 @@ def train_step(
         model=model,
         discriminator=discriminator,
         losses=losses,
-        soft_index=soft_index,
+        index_backprop=index_backprop,
     )
     metrics["grad_norm"] = optax.tree.norm(grads)
     state = state.update(grads, optimizer, config.ema_decay)
@@ -201,15 +196,15 @@ def loss_terms(
     model: Tokenizer,
     discriminator: nn.Module | None,
     losses: Losses,
-    soft_index: bool,
+    index_backprop: bool,
 ):
     """The sum of the losses of both players; neither's gradient reaches the other.
 
     Returns:
         (loss, (metrics, the adversary with new vectors and averages)).
     """
-    params = jax.tree.map(whole, params)
-    restored, quantized = model.apply({"params": params}, images, soft_index)
+    params = jax.tree.map(unshard, params)
+    restored, quantized = model.apply({"params": params}, images, index_backprop)
     terms = {
         "reconstruction": RECONSTRUCTION_LOSSES[losses.reconstruction](restored, images),
         "quantizer": quantized.losses.mean(),

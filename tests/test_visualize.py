@@ -3,25 +3,25 @@
 import numpy as np
 from PIL import Image
 
-from nvg_jax.pictures import (
+from nvg_jax.visualize import (
     GAP,
     image_grid,
     reconstruction_grid,
     save_png,
     stages_grid,
-    structure_colours,
+    structure_colors,
     to_uint8,
 )
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-def tile(colour, height=64, width=64):
-    return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3))
+def tile(color, height=64, width=64):
+    return np.broadcast_to(np.array(color, np.uint8), (height, width, 3))
 
 
-def is_all(part, colour):
-    return part.size > 0 and (part == np.array(colour)).all()
+def is_all(part, color):
+    return part.size > 0 and (part == np.array(color)).all()
 
 
 def test_floats_become_bytes_truncated_and_clipped():
@@ -64,13 +64,13 @@ def test_originals_are_above_their_reconstructions():
     assert is_all(grid[66:, :64], 127) and is_all(grid[66:, 66:], 127)
 
 
-def test_labels_have_the_colours_of_the_circle():
+def test_labels_have_the_colors_of_the_circle():
     # Three labels: the middles of the thirds of the circle, yellow, cyan and magenta.
-    got = structure_colours([0, 1, 2], 3)
+    got = structure_colors([0, 1, 2], 3)
     low, high = int(0.15 * 255), int(0.9 * 255)
     np.testing.assert_array_equal(got, [[high, high, low], [low, high, high], [high, low, high]])
-    assert structure_colours(np.arange(256).reshape(16, 16), 256).shape == (16, 16, 3)
-    assert len(np.unique(structure_colours(np.arange(256), 256), axis=0)) == 256
+    assert structure_colors(np.arange(256).reshape(16, 16), 256).shape == (16, 16, 3)
+    assert len(np.unique(structure_colors(np.arange(256), 256), axis=0)) == 256
 
 
 def test_stages_stand_above_their_maps():
@@ -83,7 +83,7 @@ def test_stages_stand_above_their_maps():
     left, right = slice(0, 128), slice(130, 258)
     assert is_all(grid[:64, left], 0) and is_all(grid[:64, right], 127)
     assert is_all(grid[132:196], 255)
-    (whole,), (first, second) = structure_colours([0], 1), structure_colours([0, 1], 2)
+    (whole,), (first, second) = structure_colors([0], 1), structure_colors([0, 1], 2)
     assert is_all(grid[66:130, left], whole) and is_all(grid[198:, left], whole)
     assert is_all(grid[66:130, 130:194], first) and is_all(grid[66:130, 194:], second)
     assert is_all(grid[198:, 130:194], second) and is_all(grid[198:, 194:], first)

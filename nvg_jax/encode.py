@@ -1,6 +1,6 @@
-"""Encodes a data set once: `python -m nvg_jax.tokenize --workdir=runs/digits --out=DIR --crops=8`.
+"""Encodes a data set once: `python -m nvg_jax.encode --workdir=runs/digits --out=DIR --crops=8`.
 
-The generators then train on `--config.data.name=granularity --config.data.data_dir=DIR`, without
+The generators then train on `--config.data.name=sequences --config.data.data_dir=DIR`, without
 the encoder and the clustering in every step. Started again after a kill it goes on with the files
 that are missing; several processes share them (`--distributed`, one folder for all).
 """
@@ -18,7 +18,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from nvg_jax import cli
-from nvg_jax.data import GranularitySource, Source, cache, crop_batches, open_source
+from nvg_jax.data import SequenceSource, Source, crop_batches, open_source, sequences
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.pipeline import Pipeline
 
@@ -40,12 +40,12 @@ def tokenize(
 
     Args:
         data: "name", "data_dir", "resize" and "pad" as in the section `data` of a config.
-        crops: random crops of every training image. Test images have one from the centre.
+        crops: random crops of every training image. Test images have one from the center.
         seed: of the crops.
         options: of `write_shards`, from batch_size on.
 
     Returns:
-        The metadata (see `cache.finish`) in process 0, {} in the others.
+        The metadata (see `sequences.finish`) in process 0, {} in the others.
 
     Raises:
         ValueError: data that has no images or other classes, `out` holds something else, or an
@@ -55,14 +55,14 @@ def tokenize(
     out = Path(out)
     sources, settings = prepare(pipeline, data, crops, seed)
     if jax.process_index() == 0:
-        cache.begin(out, settings)
+        sequences.begin(out, settings)
     wait_for_all("begun")
-    cache.begin(out, settings)  # the others, which may have been given other settings
+    sequences.begin(out, settings)  # the others, which may have been given other settings
     write_shards(
         pipeline, out, sources, settings, jax.process_index(), jax.process_count(), **options
     )
     wait_for_all("written")
-    return cache.finish(out, settings) if jax.process_index() == 0 else {}
+    return sequences.finish(out, settings) if jax.process_index() == 0 else {}
 
 
 def prepare(
@@ -84,10 +84,10 @@ def prepare(
         )
         for split in SPLITS
     }
-    if isinstance(sources["train"], GranularitySource):
+    if isinstance(sources["train"], SequenceSource):
         raise ValueError("The data set granularity holds sequences already; give one of images.")
     return sources, {
-        "format": cache.FORMAT,
+        "format": sequences.FORMAT,
         "tokenizer": pipeline.meta["tokenizer"],
         "tokenizer_hash": pipeline.meta["hash"],
         "class_names": sources["train"].class_names,
@@ -95,7 +95,7 @@ def prepare(
         "crops": crops,
         "seed": seed,
         "images": {split: len(source) for split, source in sources.items()},
-        "shard_size": cache.SHARD_SIZE,
+        "shard_size": sequences.SHARD_SIZE,
     }
 
 
@@ -121,7 +121,7 @@ def write_shards(
     """
     shards = [
         shard
-        for shard in cache.plan(settings)[process_index::process_count]
+        for shard in sequences.plan(settings)[process_index::process_count]
         if not (out / shard.file).exists()
     ]
     total, done = sum(s.stop - s.start for s in shards), 0
@@ -158,7 +158,7 @@ def write_shards(
                         shown = now
                         log_progress(done, total, (done - first) / (now - start))
                 unreadable = dict(list(source.unreadable.items())[noted:])
-                cache.write_shard(out / shard.file, records, unreadable)
+                sequences.write_shard(out / shard.file, records, unreadable)
 
 
 def encode_records(pipeline: Pipeline, batch: dict[str, np.ndarray], images: int) -> list[bytes]:
@@ -166,10 +166,10 @@ def encode_records(pipeline: Pipeline, batch: dict[str, np.ndarray], images: int
     crops = batch["image"]
     filled = np.concatenate([crops, np.zeros((images - len(crops), *crops.shape[1:]), np.float32)])
     sequence = pipeline.encode(filled.reshape(-1, *crops.shape[2:]))
-    packed = cache.compact(*sequence, cache.crop_dtype(pipeline.meta["tokenizer"]))
+    packed = sequences.compact(*sequence, sequences.crop_dtype(pipeline.meta["tokenizer"]))
     packed = packed.reshape(images, -1)
     return [
-        cache.pack(int(label), packed[i])
+        sequences.pack(int(label), packed[i])
         for i, (label, real) in enumerate(zip(batch["label"], batch["mask"]))
         if real
     ]
@@ -177,7 +177,7 @@ def encode_records(pipeline: Pipeline, batch: dict[str, np.ndarray], images: int
 
 def wait_for_all(name: str):
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"nvg_jax.tokenize {name}")
+        multihost_utils.sync_global_devices(f"nvg_jax.encode {name}")
 
 
 def log_progress(done: int, total: int, rate: float):
