@@ -94,7 +94,7 @@ def shardings(abstract, mesh: Mesh):
     return jax.tree.map(sharding, abstract, is_leaf=is_boxed)
 
 
-def abstract(tree, placed):
+def with_shardings(tree, placed):
     """Shapes and dtypes of an abstract tree with the shardings `placed`, one or one for each."""
     tree = unbox(tree)
     if isinstance(placed, NamedSharding):
@@ -116,7 +116,7 @@ def sharded_init(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
     """
     tree = jax.eval_shape(init, *args)
     placed = shardings(tree, mesh)
-    return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), abstract(tree, placed)
+    return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), with_shardings(tree, placed)
 
 
 def processes_split_batch(mesh: Mesh) -> bool:
