@@ -10,14 +10,29 @@ Axes: B batch; H W image; h w latent grid; L = h*w positions; D latent channels;
 width; K bits of a structure embedding.
 """
 
+import importlib
+import importlib.metadata
 import os
 
 # Before anything imports TensorFlow (clu does): no notices on the terminal.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-from nvg_jax import clustering  # noqa: E402
-from nvg_jax.pipeline import Output, Pipeline  # noqa: E402
-from nvg_jax.tokenizer import GranularitySequence  # noqa: E402
+__version__ = importlib.metadata.version("nvg_jax")
+__all__ = ["GranularitySequence", "Pipeline", "SampleOutput", "clustering", "evaluation"]
 
-__all__ = ["Output", "Pipeline", "GranularitySequence", "clustering"]
+# Imported at first use, so that a command that only reports an error answers at once.
+HOMES = {
+    "GranularitySequence": "nvg_jax.tokenizer",
+    "Pipeline": "nvg_jax.pipeline",
+    "SampleOutput": "nvg_jax.pipeline",
+}
+MODULES = ("clustering", "evaluation")
+
+
+def __getattr__(name: str):
+    if name in HOMES:
+        return getattr(importlib.import_module(HOMES[name]), name)
+    if name in MODULES:
+        return importlib.import_module(f"nvg_jax.{name}")
+    raise AttributeError(f"module 'nvg_jax' has no attribute {name!r}")

@@ -1,34 +1,39 @@
-"""What the command lines share: several processes, progress, mistakes that end in a sentence.
+"""Shared by all commands: multi-process start-up, logging, flags, and user errors as one line.
 
-Exit codes: 0 done; 2 a mistake that a restart cannot mend (`error: ...`); 75 asked to end and saved
-(see `preemption`); anything else is a crash.
+Exit codes: 0 done; 2 a user error that a restart cannot fix (`error: ...`); 75 preempted, with all
+work saved (see `runtime.preemption`); anything else is a crash.
 """
 
+import difflib
 import logging
 import sys
+from typing import Any
 
 import absl.logging
 import jax
 from absl import app, flags
 
 from nvg_jax.runtime import preemption
+from nvg_jax.sampling.settings import Settings
 
-MISTAKE = 2
+USER_ERROR = 2
 
 flags.DEFINE_boolean(
     "distributed",
     False,
     "One of several processes; JAX finds the others (TPU, GKE, SLURM).",
 )
-flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX cannot know.")
-flags.DEFINE_integer("num_processes", None, "With --coordinator_address: how many processes.")
+flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where JAX cannot find it."
+)
+flags.DEFINE_integer("num_processes", None, "With --coordinator_address: number of processes.")
 flags.DEFINE_integer("process_id", None, "With --coordinator_address: 0 .. num_processes - 1.")
 
 logger = logging.getLogger("nvg_jax")
 
 
-def run(main):
-    """`absl.app.run(main)` with progress shown; --verbosity=1 also shows where errors come from."""
+def main(command):
+    """Runs a command with logging; --verbosity=1 shows stack traces of user errors."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
@@ -37,9 +42,9 @@ def run(main):
 
     def start(argv):
         join_processes()
-        if jax.process_index():  # one process tells the progress
+        if jax.process_index():  # one process reports the progress
             logger.setLevel(logging.WARNING)
-        main(argv)
+        command(argv)
 
     try:
         app.run(start, flags_parser=parse_flags)
@@ -49,30 +54,61 @@ def run(main):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or flags.FLAGS.verbosity > 0:
             raise
-        mistake(
+        exit_with_error(
             f"The devices have too little memory ({str(error).splitlines()[0]}). Use a smaller "
             "batch, more devices, or in training a larger --config.mesh.fsdp; python -m "
-            "nvg_jax.compile tells what a step takes on a TPU."
+            "nvg_jax.compile reports the memory that a step needs."
         )
     except (ValueError, OSError, FloatingPointError) as error:
         if flags.FLAGS.verbosity > 0:
             raise
-        # A --config file that is not there: the reason stands below a list of what was tried.
-        mistake(
+        # For a missing --config file the reason follows a list of what was tried.
+        exit_with_error(
             str(error).strip().splitlines()[-1].strip() if isinstance(error, OSError) else error
         )
 
 
-def mistake(message):
+def define_sampling_flags():
+    """A flag for each sampling setting, empty by default."""
+    for name, spec in Settings.specs().items():
+        if spec.per_stage:
+            flags.DEFINE_list(name, None, f"{spec.help} A number, start,end, or one per stage.")
+        elif spec.kind is bool:
+            flags.DEFINE_boolean(name, None, spec.help)
+        else:
+            define = flags.DEFINE_integer if spec.kind is int else flags.DEFINE_float
+            define(name, None, spec.help)
+
+
+def sampling_settings() -> dict[str, Any]:
+    """The sampling settings that were given as flags, as `Pipeline.sample` takes them.
+
+    Raises:
+        ValueError: a value that is not a number.
+    """
+    given = {}
+    for name, spec in Settings.specs().items():
+        value = flags.FLAGS[name].value
+        if value is not None and spec.per_stage:
+            try:
+                value = tuple(float(number) for number in value)
+            except ValueError:
+                raise ValueError(f"--{name} takes numbers, got {','.join(value)!r}.") from None
+        if value is not None:
+            given[name] = value
+    return given
+
+
+def exit_with_error(message):
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(MISTAKE)
+    sys.exit(USER_ERROR)
 
 
 def join_processes():
     """Joins the other processes of a run, as the flags say.
 
     Raises:
-        ValueError: flags that do not fit together, or no cluster to be found.
+        ValueError: inconsistent flags, or no cluster.
     """
     address, count, index = (
         flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")
@@ -90,7 +126,7 @@ def join_processes():
             jax.distributed.initialize()
         except ValueError as error:
             raise ValueError(
-                f"JAX finds no cluster here ({error}). Leave --distributed away for one process, "
+                f"JAX finds no cluster here ({error}). Omit --distributed for a single process, "
                 "or give --coordinator_address, --num_processes and --process_id."
             ) from error
 
@@ -100,12 +136,34 @@ def parse_flags(argv):
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
-        if isinstance(error.__context__, KeyError):  # a misspelled key, quoted twice
-            error = error.__context__
-        text = str(error.args[0])
+        text = unknown_key(argv) if is_unknown_key(error) else str(error.args[0])
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in text else " ".join(lines)
-        mistake(message)
+        exit_with_error(message)
     if not flags.FLAGS["verbosity"].present:  # of absl, which Orbax and Grain write to
         absl.logging.set_verbosity(absl.logging.WARNING)
     return rest
+
+
+def is_unknown_key(error: Exception) -> bool:
+    return isinstance(error, KeyError) or isinstance(error.__context__, KeyError)
+
+
+def unknown_key(argv: list[str]) -> str:
+    """What is wrong with the first override, --config.KEY=..., of a key that does not exist."""
+    overrides = [arg for arg in argv[1:] if arg.lstrip("-").startswith("config.")]
+    sys.argv = [arg for arg in argv if arg not in overrides]  # where a config flag finds them
+    flags.FLAGS(sys.argv)
+    for override in overrides:
+        section, path = flags.FLAGS.config, override.lstrip("-").split("=")[0].split(".")
+        for depth, key in enumerate(path[1:], 1):
+            keys = sorted(section) if hasattr(section, "keys") else []
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                return (
+                    f"There is no {'.'.join(path[: depth + 1])}.{hint} {'.'.join(path[:depth])} "
+                    f"has {', '.join(keys) or 'no keys'}."
+                )
+            section = section[key]
+    return f"Invalid overrides: {' '.join(overrides)}."

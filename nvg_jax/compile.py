@@ -39,7 +39,7 @@ from nvg_jax.data import open_source
 from nvg_jax.models import abstract_params
 from nvg_jax.pipeline import generate_batch
 from nvg_jax.runtime import sharding
-from nvg_jax.sampling import Settings
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.sampling.generate import make_program
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
 from nvg_jax.training import programs
@@ -561,4 +561,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("find_batch", False, "Find the largest global batch that fits.")
     flags.DEFINE_string("json", None, "File for the report as JSON.")
     flags.mark_flags_as_required(["config", "topology"])
-    cli.run(main)
+    cli.main(main)

@@ -22,7 +22,7 @@ from nvg_jax import cli, pretrained
 from nvg_jax.models import GENERATORS, abstract_params
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import checkpoint
-from nvg_jax.sampling import Settings
+from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
 
@@ -232,4 +232,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of the training losses.")
     flags.DEFINE_multi_string("from", None, "Its published file, or files.")
     flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")
-    cli.run(main)
+    cli.main(main)

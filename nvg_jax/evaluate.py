@@ -257,4 +257,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "", "Folder of --data_name.")
     flags.DEFINE_integer("resize", 0, "Short side before the crop; 0 is image size * 288 / 256.")
     flags.mark_flags_as_required(["workdir"])
-    cli.run(main)
+    cli.main(main)

@@ -8,6 +8,7 @@ Everything here is a pure function without parameters that works under `jit` and
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 
@@ -141,3 +142,50 @@ def is_even_hierarchy(labels: Array) -> Array:
     each_once = jnp.all(finest == jnp.arange(num_positions), axis=-1)
     nested = jnp.all(labels[..., 1:, :] // 2 == labels[..., :-1, :], axis=(-2, -1))
     return all_stages & each_once & nested
+
+
+def check_structure(structure: np.ndarray):
+    """Checks maps that a user gives.
+
+    Args:
+        structure: int (B, stages, L), the maps of the first stages.
+
+    Raises:
+        ValueError: a map that does not split every cluster j of the stage before evenly into
+            2j and 2j+1; names the stage.
+    """
+    length = structure.shape[2]
+    for stage in range(structure.shape[1]):
+        size = length >> stage
+        even = np.sort(structure[:, stage]) == np.arange(length) // size
+        split = stage == 0 or (structure[:, stage] // 2 == structure[:, stage - 1]).all()
+        if not (even.all() and split):
+            raise ValueError(
+                f"The structure map of stage {stage} must use each label 0 .. {2**stage - 1} at "
+                f"exactly {size} positions and split every cluster j of the stage before into 2j "
+                "and 2j+1."
+            )
+
+
+def check_tokens(structure: np.ndarray, tokens: np.ndarray, codebook_size: int):
+    """Checks tokens that a user gives.
+
+    Args:
+        structure, tokens: int (B, stages, L), of the first stages; the maps are valid.
+
+    Raises:
+        ValueError: ids outside the codebook, or ids that differ within a cluster.
+    """
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < codebook_size):
+        raise ValueError(
+            f"Token ids must be in 0 .. {codebook_size - 1}, got {tokens.min()} .. {tokens.max()}."
+        )
+    for stage in range(tokens.shape[1]):
+        first = np.zeros((len(tokens), 2**stage), np.int64)
+        np.put_along_axis(first, structure[:, stage], tokens[:, stage], axis=1)
+        shared = np.take_along_axis(first, structure[:, stage], axis=1)
+        if (shared != tokens[:, stage]).any():
+            raise ValueError(
+                f"The tokens of stage {stage} differ within a cluster; all positions of a cluster "
+                "must hold the same token id."
+            )

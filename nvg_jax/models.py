@@ -1,13 +1,12 @@
-"""From the configuration dictionaries that checkpoints and configs hold to modules."""
+"""Sizes -> modules, and the shapes and initial values of their parameters."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nvg_jax import granularity
-from nvg_jax.content.model import ContentGenerator, RepaProjector
+from nvg_jax.content.model import ContentGenerator
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.structure.model import StructureGenerator
@@ -23,14 +22,16 @@ def make_tokenizer(config: TokenizerConfig, dtype: str = "float32") -> Tokenizer
 
 def make_generator(
     name: str,
-    transformer: TransformerConfig | dict[str, Any],
+    transformer: TransformerConfig,
     tokenizer: TokenizerConfig,
     num_classes: int,
     dtype: str = "float32",
 ) -> Generator:
-    """The "content" or "structure" generator for a tokenizer's latents."""
-    if not isinstance(transformer, TransformerConfig):
-        transformer = TransformerConfig(**transformer)
+    """The "content" or "structure" generator for a tokenizer's latents.
+
+    Raises:
+        ValueError: the latent is too small for a structure generator.
+    """
     shared = dict(
         grid=tokenizer.latent_size,
         latent_dim=tokenizer.latent_dim,
@@ -49,17 +50,15 @@ def make_generator(
 
 
 def init_tokenizer(model: Tokenizer, key):
-    """Freshly initialized parameters, boxed with their logical axes."""
+    """Initial parameters, boxed with their logical axes."""
     images = jnp.zeros((1, *model.config.image_size, 3))
     return model.init(key, images)["params"]
 
 
-def init_generator(model: Generator, key, codebook=None, repa: bool = False):
-    """Freshly initialized parameters, boxed with their logical axes.
+def init_generator(model: Generator, key, codebook=None):
+    """Initial parameters, boxed with their logical axes.
 
-    With `repa` the content generator's hold those of its projector too, under "repa".
-
-    With a codebook (V, D) the content generator's token head starts as its nearest-code rule:
+    With a codebook (V, D) the content generator's token head starts as the nearest-code rule:
     logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. A small
     random head first has to grow to that scale, which takes hundreds of steps.
     """
@@ -79,19 +78,22 @@ def init_generator(model: Generator, key, codebook=None, repa: bool = False):
         head = {"kernel": codebook.T / scale, "bias": -jnp.square(codebook).sum(1) / (2 * scale)}
         boxes = params["token_head"]
         params = params | {"token_head": {k: boxes[k].replace_boxed(v) for k, v in head.items()}}
-    if repa and isinstance(model, ContentGenerator):
-        features = jnp.zeros((1, 1, model.transformer.width))
-        projector = RepaProjector(model.dtype).init(jax.random.fold_in(key, 1), features)
-        params = params | {"repa": projector["params"]}
     return params
 
 
-def abstract_params(meta: dict[str, Any], name: str):
-    """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters of a folder."""
-    config = TokenizerConfig(**meta["tokenizer"])
+def abstract_params(
+    name: str,
+    tokenizer: TokenizerConfig,
+    transformer: TransformerConfig | None = None,
+    num_classes: int = 0,
+):
+    """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters.
+
+    The last two arguments are a generator's.
+    """
     if name == "tokenizer":
-        init = functools.partial(init_tokenizer, Tokenizer(config))
+        init = functools.partial(init_tokenizer, make_tokenizer(tokenizer))
     else:
-        model = make_generator(name, meta[name], config, len(meta["class_names"]))
+        model = make_generator(name, transformer, tokenizer, num_classes)
         init = functools.partial(init_generator, model)
     return unbox(jax.eval_shape(init, jax.random.key(0)))

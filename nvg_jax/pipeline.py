@@ -1,7 +1,5 @@
-"""The object that a notebook or a command line uses: sample, encode, decode, reconstruct."""
+"""The object that a notebook or a command uses: sample, encode, decode, reconstruct."""
 
-import dataclasses
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,26 +7,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nvg_jax import granularity
-from nvg_jax.content.model import ContentGenerator
-from nvg_jax.models import GENERATORS, abstract_params, make_generator
-from nvg_jax.runtime import checkpoint
+from nvg_jax import granularity, models, workdir
+from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.sharding import BATCH_SPEC, make_mesh
-from nvg_jax.sampling import generate as sampling
-from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
+from nvg_jax.sampling.networks import sampling_program
+from nvg_jax.tokenizer import GranularitySequence
+from nvg_jax.workdir import RunMetadata
 
-EXPORT_FOLDER = "pipeline"
-TOKENIZER_META = ("tokenizer", "class_names", "canvas_scale", "hash")  # what generators build on
+MAX_SEED = 2**32 - 1  # what a random key takes without 64-bit mode
 
 
-class Output(NamedTuple):
-    """What sampling gives.
+class SampleOutput(NamedTuple):
+    """Samples.
 
-    images: float32 (B, H, W, 3) in [-1, 1]. sequence: maps and tokens int32 (B, S, L).
+    images: float32 (B, H, W, 3) in [-1, 1]. sequence: maps and tokens, int32 (B, S, L) each.
     canvases: float32 (B, S, L, D), after each stage.
     """
 
@@ -37,84 +31,26 @@ class Output(NamedTuple):
     canvases: np.ndarray
 
 
-def generate_batch(
-    params,
-    canvas_scale,
-    class_ids,
-    keys,
-    noise,
-    values,
-    given,
-    *,
-    program: sampling.Program,
-    tokenizer: Tokenizer,
-    content: ContentGenerator,
-    structure: StructureGenerator,
-):
-    """The whole generation of a batch as one function to compile; see `sampling.generate`.
-
-    Args:
-        params: {"tokenizer", "content", "structure"}.
-
-    Returns:
-        (images float32 (B, H, W, 3), GranularitySequence, canvases float32 (B, S, L, D)).
-    """
-    num_bits = noise.shape[-1]
-    length = noise.shape[1]
-
-    def logits(canvas, labels, stage, classes):
-        stages = jnp.full(classes.shape, stage)
-        embedding = granularity.structure_embedding(labels, stage, num_bits)
-        apply = functools.partial(content.apply, {"params": params["content"]})
-        final, _ = apply(canvas, embedding, stages, classes, canvas_scale, method="predict_canvas")
-        missing = granularity.cluster_means(final - canvas, labels, length)
-        return apply(missing, method="token_logits")
-
-    def velocity(z, time, labels, canvas, stage, classes):
-        return structure.apply(
-            {"params": params["structure"]},
-            z,
-            jnp.full(classes.shape, time),
-            granularity.structure_embedding(labels, stage, num_bits),
-            canvas,
-            jnp.full(classes.shape, stage),
-            classes,
-        )
-
-    apply = functools.partial(tokenizer.apply, {"params": params["tokenizer"]})
-    networks = sampling.Networks(
-        logits=logits,
-        velocity=velocity,
-        add_stage=functools.partial(apply, method="add_stage"),
-        null_id=content.num_classes,
-        latent_dim=tokenizer.config.latent_dim,
-    )
-    sequence, canvases = sampling.generate(networks, class_ids, keys, noise, program, values, given)
-    return apply(canvases[:, -1], method="decode"), sequence, canvases
-
-
 class Pipeline:
     """A tokenizer and, for sampling, its content and structure generator.
 
     Attributes:
-        meta: everything the folder says of itself: sizes, class names, canvas scales, settings.
+        metadata: what the folder says of its model: sizes, class names, canvas scales, settings.
         class_names: the name of every class.
         settings: the folder's recommended sampling settings.
+        tokenizer: the tokenizer module; its `config` has all sizes.
     """
 
-    def __init__(self, meta: dict[str, Any], params: dict[str, Any]):
+    def __init__(self, metadata: RunMetadata, params: dict[str, Any]):
         """
         Args:
-            meta: {"tokenizer": sizes, "class_names", "canvas_scale", "content": sizes,
-                "structure": sizes, "sampling": settings}, JSON-able; a tokenizer alone needs only
-                the first two.
-            params: {"tokenizer": tree, "content": tree, "structure": tree}.
+            params: {"tokenizer": tree} and, to sample, "content" and "structure".
         """
-        self.meta = meta
-        self.class_names = tuple(meta["class_names"])
-        self.settings = sampling.Settings.from_dict(meta.get("sampling", {}))
-        self.tokenizer = Tokenizer(TokenizerConfig(**meta["tokenizer"]))
-        # All local devices share the batch; the parameters are on each of them.
+        self.metadata = metadata
+        self.class_names = metadata.class_names
+        self.settings = metadata.sampling
+        self.tokenizer = models.make_tokenizer(metadata.tokenizer)
+        # All local devices share the batch; the parameters are replicated on each of them.
         self._mesh = make_mesh(devices=jax.local_devices())
         self.params = params
         self._apply = jax.jit(
@@ -124,13 +60,8 @@ class Pipeline:
             static_argnames="method",
         )
         if self.can_sample:
-            generators = {
-                name: make_generator(name, meta[name], self.tokenizer.config, len(self.class_names))
-                for name in GENERATORS
-            }
-            self._generate = jax.jit(
-                functools.partial(generate_batch, tokenizer=self.tokenizer, **generators),
-                static_argnames="program",
+            self._program = sampling_program(
+                metadata.tokenizer, metadata.generators, metadata.num_classes
             )
 
     @property
@@ -147,7 +78,7 @@ class Pipeline:
         return all(name in self.params for name in GENERATORS)
 
     def check_can_sample(self):
-        """Raises ValueError if the folder lacks a generator, with what to do."""
+        """Raises ValueError if the folder lacks a generator."""
         if not self.can_sample:
             missing = [name for name in GENERATORS if name not in self.params]
             raise ValueError(
@@ -156,17 +87,17 @@ class Pipeline:
             )
 
     def class_id(self, name: int | str) -> int:
-        """The id of a class given by its name or its id, which may be a string.
+        """The id of a class given by its name or by its id, which may be a string.
 
         Raises:
             ValueError: there is no such class.
         """
         count = len(self.class_names)
-        if name in self.class_names:
+        if isinstance(name, str) and name in self.class_names:
             return self.class_names.index(name)
         if isinstance(name, str) and name.isdecimal():
             name = int(name)
-        if isinstance(name, (int, np.integer)) and 0 <= name < count:
+        if is_integer(name) and 0 <= name < count:
             return int(name)
         raise ValueError(
             f"Unknown class {name!r}: this model has the classes 0 to {count - 1} "
@@ -177,91 +108,24 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Pipeline":
-        """Opens a workdir, or a folder that `save_pretrained` or a conversion wrote.
+        """Opens a training run's workdir, or a folder that was exported or converted.
+
+        Of a workdir it takes the latest checkpoints: the raw weights of the tokenizer and the
+        averaged weights of the generators.
 
         Raises:
-            ValueError: there is no such folder, or no model in it.
+            ValueError: there is no such folder, no model in it, or its parts do not belong
+                together.
         """
-        folder = checkpoint.storage_path(folder)
-        found = checkpoint.read(
-            folder / EXPORT_FOLDER,
-            lambda meta: {
-                name: abstract_params(meta, name)
-                for name in ("tokenizer", *GENERATORS)
-                if name in meta
-            },
-        )
-        return cls(*found) if found else cls.from_workdir(folder)
-
-    @classmethod
-    def from_workdir(cls, workdir: str | os.PathLike) -> "Pipeline":
-        """Opens the latest checkpoints of a training run: raw tokenizer, averaged generators.
-
-        The tokenizer is the workdir's own, or the one that its generators say they used.
-
-        Raises:
-            ValueError: no such folder, no tokenizer to be found, or a generator that was trained
-                with another tokenizer.
-        """
-        workdir = checkpoint.storage_path(workdir)
-        if not workdir.is_dir():
-            raise ValueError(
-                f"There is no folder {workdir}. Give the --workdir of a training run, or a folder "
-                "that was exported or converted."
-            )
-        runs = {}
-        for run in (workdir / "generators", *(workdir / name for name in GENERATORS)):
-            run_meta = checkpoint.read_meta(run)
-            for name in GENERATORS:
-                if run_meta is None or name not in run_meta:
-                    continue
-                if name in runs:
-                    raise ValueError(
-                        f"{workdir} holds two {name} generators, in {runs[name][0].name}/ and in "
-                        f"{run.name}/. Move the one you do not want to another folder."
-                    )
-                runs[name] = run, run_meta
-        tokenizer = find_tokenizer(
-            workdir, *(meta["tokenizer_workdir"] for _, meta in runs.values())
-        )
-        found = checkpoint.read(tokenizer, lambda m: {"params": abstract_params(m, "tokenizer")})
-        if found is None:
-            raise ValueError(
-                f"{workdir} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
-                f"--config=... --workdir={workdir}`."
-            )
-        meta = {key: found[0][key] for key in (*TOKENIZER_META, "config")}
-        if runs and meta["hash"] is None:
-            raise ValueError(
-                f"The tokenizer in {tokenizer} stands at step {found[0]['step']}, before the end "
-                "of its training, and the generators need the finished one. Put back a copy of "
-                "its last checkpoint, or let `python -m nvg_jax.train` finish it."
-            )
-        params = {"tokenizer": found[1]["params"]}
-        for name, (run, run_meta) in runs.items():
-            check_tokenizer(run_meta, meta, run)
-            run_meta, part = checkpoint.read(
-                run, lambda m: {name: {"ema_params": abstract_params(m, name)}}
-            )
-            meta |= {key: run_meta[key] for key in (name, "sampling", "step")}
-            params[name] = part[name]["ema_params"]
-        return cls(meta, params)
+        return cls(*workdir.read_model(folder))
 
     def save_pretrained(self, folder: str | os.PathLike):
-        """Writes everything to a folder for `from_pretrained`; an earlier export is replaced.
+        """Writes the model to a folder for `from_pretrained`; replaces an earlier export.
 
         Raises:
-            ValueError: the folder is a training run's, whose checkpoints the export would hide.
+            ValueError: the folder is a training run's.
         """
-        folder = checkpoint.storage_path(folder)
-        if any((folder / run).is_dir() for run in ("tokenizer", "generators", *GENERATORS)):
-            raise ValueError(f"{folder} holds a training run; export to another folder.")
-        folder = folder / EXPORT_FOLDER
-        if folder.exists():
-            folder.rmtree()
-        checkpoints = checkpoint.Checkpoints(folder)
-        checkpoints.save(0, self.params, self.meta)
-        checkpoints.close()
+        workdir.write_export(folder, self.metadata, self.params)
 
     # Images and sequences.
 
@@ -278,7 +142,7 @@ class Pipeline:
         Raises:
             ValueError: another shape, type or range.
         """
-        return jax.device_get(self._tokenize(self._check_images(images), method="encode").sequence)
+        return self._tokenize(self._check_images(images), method="encode")
 
     def decode(self, sequence: GranularitySequence) -> np.ndarray:
         """The images of sequences, float32 (B, H, W, 3) in [-1, 1].
@@ -287,13 +151,18 @@ class Pipeline:
             ValueError: maps that do not split every parent in half, token ids outside the
                 codebook, tokens that differ within a cluster, or other shapes.
         """
-        sequence = self._check_sequence(sequence)
-        canvases = self._tokenize(sequence, method="canvases")
-        return self.decode_canvas(canvases[:, -1])
+        sequence = self._check_sequence(sequence, "sequence")
+        return self.decode_canvas(self._tokenize(sequence, method="canvases")[:, -1])
 
     def decode_canvas(self, canvas) -> np.ndarray:
-        """The images of canvases (B, L, D) after any stage, float32 (B, H, W, 3) in [-1, 1]."""
-        return np.asarray(self._tokenize(jnp.asarray(canvas), method="decode"))
+        """The images of canvases (B, L, D) after any stage, float32 (B, H, W, 3) in [-1, 1].
+
+        Raises:
+            ValueError: another shape, or values that are not finite.
+        """
+        config = self.tokenizer.config
+        canvas = as_finite(canvas, "canvas", (None, config.num_positions, config.latent_dim))
+        return self._tokenize(canvas, method="decode")
 
     def reconstruct(self, images) -> np.ndarray:
         """Images through the tokenizer and back, float32 (B, H, W, 3) in [-1, 1]."""
@@ -306,105 +175,101 @@ class Pipeline:
         class_ids: Sequence[int | str],
         seed: int = 0,
         structure_noise=None,
-        temperature: float | None = None,
-        top_k=None,
-        top_p=None,
-        content_guidance=None,
-        structure_guidance=None,
-        flow_steps: int | None = None,
-        gumbel: bool | None = None,
         *,
         first_index: int = 0,
-        given: GranularitySequence | None = None,
-        given_tokens: int = 0,
-        given_structure: int = 0,
-    ) -> Output:
-        """Generates an image for each class id.
+        prefix: GranularitySequence | None = None,
+        structure_stages: int = 0,
+        token_stages: int = 0,
+        **settings,
+    ) -> SampleOutput:
+        """Samples an image for each class id.
 
-        A sample depends on the seed and its index (first_index + its place in class_ids) alone,
-        not on the batch it is in. What is None is taken from the folder's own settings, which are
-        those of `sampling.Settings` where the folder has none.
+        A sample depends only on the seed and on its index (first_index + its position in
+        class_ids), not on the batch it is in.
 
         Args:
             class_ids: ids in 0 .. number of classes - 1, or class names.
-            seed: of all randomness.
-            structure_noise: float32 (B, L, K), the noise every stage's flow starts from; drawn
-                from the seed if None.
-            temperature: 0 takes the most likely token.
-            top_k, top_p, content_guidance, structure_guidance: a number, a (start, end) pair or S
-                values; top_k 0, top_p 1 and guidance 1 are off.
-            flow_steps: Euler steps of a split.
-            gumbel: draw the splits at random instead of taking the larger half.
-            given: a sequence (B, S, L) of which the maps of the first `given_structure` stages
-                and the tokens of the first `given_tokens` stages are kept; the rest is generated.
+            seed: 0 .. 2**32 - 1.
+            structure_noise: float32 (B, L, K), where the flow of every stage starts; drawn from
+                the seed if None.
+            first_index: the index of the first sample.
+            prefix: a sequence (B, S, L) of which the maps of the first `structure_stages` stages
+                and the tokens of the first `token_stages` stages are kept; the rest is sampled.
+            settings: the fields of `nvg_jax.sampling.Settings`: temperature, top_k, top_p,
+                content_guidance, structure_guidance, flow_steps, gumbel. A setting that is
+                missing or None takes the folder's recommended value.
 
         Raises:
-            ValueError: anything out of range, with what would do.
+            ValueError: an invalid argument; the message says what is valid.
+            TypeError: an unknown setting.
         """
         self.check_can_sample()
+        program, plan, values = self._plan(settings, structure_stages, token_stages)
+        batch = self._batch(class_ids, seed, structure_noise, first_index)
+        batch = *batch, self._check_prefix(prefix, len(batch[0]), structure_stages, token_stages)
+        count, (ids, keys, noise, prefix) = len(batch[0]), self._place(batch)
+        canvas_scale = jnp.asarray(self.metadata.canvas_scale, jnp.float32)
+        with jax.set_mesh(self._mesh):
+            out = program.sample(
+                self.params, canvas_scale, ids, keys, noise, values, prefix, plan=plan
+            )
+        return jax.tree.map(lambda x: x[:count], SampleOutput(*jax.device_get(out)))
+
+    def _plan(self, settings: dict[str, Any], structure_stages: int, token_stages: int):
+        stages = self.tokenizer.config.num_stages
+        for name, value in (
+            ("structure_stages", structure_stages),
+            ("token_stages", token_stages),
+        ):
+            check_integer(name, value, 0, stages)
+        if token_stages > max(structure_stages, 1):
+            raise ValueError(
+                f"The tokens of {token_stages} stages need their maps: give at least "
+                f"structure_stages={token_stages}."
+            )
+        settings = self.settings.updated(settings)
+        return self._program, *self._program.plan(settings, structure_stages, token_stages)
+
+    def _batch(self, class_ids, seed, structure_noise, first_index):
+        """(ids, keys, noise) of a batch, checked."""
+        if isinstance(class_ids, str) or not hasattr(class_ids, "__iter__"):
+            raise ValueError(
+                f"class_ids must be a list of class ids or names, got {class_ids!r}; for one "
+                f"image give [{class_ids!r}]."
+            )
         ids = np.array([self.class_id(c) for c in class_ids], np.int32)
         if ids.size == 0:
             raise ValueError("class_ids is empty; give at least one class.")
-        chosen = dict(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            content_guidance=content_guidance,
-            structure_guidance=structure_guidance,
-            flow_steps=flow_steps,
-            gumbel=gumbel,
-        )
-        config = self.tokenizer.config
-        settings = dataclasses.replace(
-            self.settings, **{k: v for k, v in chosen.items() if v is not None}
-        ).expand(config.num_stages, config.codebook_size)
-        shape = (len(ids), config.num_stages, config.num_positions)
-        if given is None:
-            if given_tokens or given_structure:
-                raise ValueError("given_tokens and given_structure need a `given` sequence.")
-            given = GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
-        else:
-            given = self._check_given(given, shape, given_tokens, given_structure)
+        check_integer("seed", seed, 0, MAX_SEED)
+        check_integer("first_index", first_index, 0, MAX_SEED - len(ids))
         keys = sample_keys(seed, first_index + np.arange(len(ids)))
         noise_keys, keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-        noise_shape = (config.num_positions, config.num_stages - 1)
+        shape = self.tokenizer.config.num_positions, self.tokenizer.config.num_stages - 1
         if structure_noise is None:
-            structure_noise = jax.vmap(lambda key: jax.random.normal(key, noise_shape))(noise_keys)
-        structure_noise = jnp.asarray(structure_noise, jnp.float32)
-        if structure_noise.shape != (len(ids), *noise_shape):
-            raise ValueError(
-                f"structure_noise must have the shape {(len(ids), *noise_shape)}, got "
-                f"{structure_noise.shape}."
-            )
-        values = {
-            name: jnp.asarray(getattr(settings, name))
-            for name in (
-                "temperature", "top_k", "top_p", "content_guidance", "structure_guidance"
-            )
-        }  # fmt: skip
-        program = sampling.make_program(settings, given_tokens, given_structure)
-        batch = self._place((ids, keys, structure_noise, given))
-        with jax.set_mesh(self._mesh):
-            out = self._generate(
-                self.params,
-                jnp.asarray(self.meta["canvas_scale"], jnp.float32),
-                *batch[:3],
-                values,
-                batch[3],
-                program=program,
-            )
-        images, sequence, canvases = jax.device_get(out)
-        count = len(ids)
-        return Output(
-            images[:count],
-            GranularitySequence(sequence.structure[:count], sequence.tokens[:count]),
-            canvases[:count],
-        )
+            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys)
+        else:
+            noise = as_finite(structure_noise, "structure_noise", (len(ids), *shape))
+        return ids, keys, noise
+
+    def _check_prefix(
+        self,
+        prefix: GranularitySequence | None,
+        count: int,
+        structure_stages: int,
+        token_stages: int,
+    ) -> GranularitySequence:
+        config = self.tokenizer.config
+        shape = (count, config.num_stages, config.num_positions)
+        if prefix is None:
+            if token_stages or structure_stages:
+                raise ValueError("structure_stages and token_stages need a `prefix` sequence.")
+            return GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
+        return self._check_sequence(prefix, "prefix", count, structure_stages, token_stages)
 
     # Checks and placement.
 
     def _place(self, tree):
-        """Fills the batch up to a multiple of the devices and splits it over them."""
+        """Pads the batch to a multiple of the devices and shards it."""
         devices, split = self._mesh.size, NamedSharding(self._mesh, BATCH_SPEC)
 
         def place(x):
@@ -417,13 +282,13 @@ class Pipeline:
         return jax.tree.map(place, tree)
 
     def _tokenize(self, batch, method: str):
-        """Runs a method of the tokenizer on a batch over all devices."""
+        """Runs a method of the tokenizer on a batch over all devices; NumPy arrays."""
         count = len(jax.tree.leaves(batch)[0])
         with jax.set_mesh(self._mesh):
             out = self._apply(self.params["tokenizer"], self._place(batch), method=method)
         if method == "encode":
-            return out._replace(sequence=jax.tree.map(lambda x: x[:count], out.sequence))
-        return out[:count]
+            out = out.sequence
+        return jax.tree.map(lambda x: x[:count], jax.device_get(out))
 
     def _check_images(self, images) -> jax.Array:
         images = np.asarray(images)
@@ -444,95 +309,63 @@ class Pipeline:
             )
         return jnp.asarray(images, jnp.float32)
 
-    def _check_sequence(self, sequence: GranularitySequence) -> GranularitySequence:
+    def _check_sequence(
+        self,
+        sequence: GranularitySequence,
+        name: str,
+        count: int | None = None,
+        structure_stages: int | None = None,
+        token_stages: int | None = None,
+    ) -> GranularitySequence:
+        """Checks a sequence of `count` images (any number but 0 if None), of its first stages."""
         structure, tokens = (np.asarray(part) for part in sequence)
         config = self.tokenizer.config
-        expected = (len(structure), config.num_stages, config.num_positions)
-        for name, part in (("structure", structure), ("tokens", tokens)):
-            if part.shape != expected or not np.issubdtype(part.dtype, np.integer):
+        for field, part in (("structure", structure), ("tokens", tokens)):
+            expected = (count or len(structure), config.num_stages, config.num_positions)
+            if part.shape != expected or 0 in expected or part.dtype.kind not in "iu":
                 raise ValueError(
-                    f"sequence.{name} must be integers of shape (batch, {expected[1]}, "
-                    f"{expected[2]}), got {part.dtype} {part.shape}."
+                    f"{name}.{field} must be integers of shape ({count or 'batch'}, "
+                    f"{expected[1]}, {expected[2]}), got {part.dtype} {part.shape}."
                 )
-        self._check_structure(structure)
-        self._check_tokens(structure, tokens)
-        return GranularitySequence(
-            jnp.asarray(structure, jnp.int32), jnp.asarray(tokens, jnp.int32)
+        granularity.check_structure(structure[:, :structure_stages])
+        granularity.check_tokens(
+            structure[:, :token_stages], tokens[:, :token_stages], config.codebook_size
         )
-
-    def _check_structure(self, structure: np.ndarray):
-        for stage in range(structure.shape[1]):
-            size = structure.shape[2] >> stage
-            even = np.sort(structure[:, stage]) == np.arange(structure.shape[2]) // size
-            split = stage == 0 or (structure[:, stage] // 2 == structure[:, stage - 1]).all()
-            if not (even.all() and split):
-                raise ValueError(
-                    f"The structure map of stage {stage} must use each label 0 .. "
-                    f"{2**stage - 1} at exactly {size} positions and split every cluster j of the "
-                    "stage before into 2j and 2j+1."
-                )
-
-    def _check_tokens(self, structure: np.ndarray, tokens: np.ndarray):
-        size = self.tokenizer.config.codebook_size
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < size):
-            raise ValueError(
-                f"Token ids must be in 0 .. {size - 1}, got {tokens.min()} .. {tokens.max()}."
-            )
-        for stage in range(tokens.shape[1]):
-            first = np.zeros((len(tokens), 2**stage), np.int64)
-            np.put_along_axis(first, structure[:, stage], tokens[:, stage], axis=1)
-            shared = np.take_along_axis(first, structure[:, stage], axis=1)
-            if (shared != tokens[:, stage]).any():
-                raise ValueError(
-                    f"The tokens of stage {stage} differ within a cluster; all positions of a "
-                    "cluster must hold the same token id."
-                )
-
-    def _check_given(
-        self,
-        given: GranularitySequence,
-        shape: tuple[int, ...],
-        given_tokens: int,
-        given_structure: int,
-    ) -> GranularitySequence:
-        structure, tokens = (np.asarray(part) for part in given)
-        if structure.shape != shape or tokens.shape != shape:
-            raise ValueError(
-                f"given.structure and given.tokens must have the shape {shape} (one for each "
-                f"class id), got {structure.shape} and {tokens.shape}."
-            )
-        for name, count in (("given_tokens", given_tokens), ("given_structure", given_structure)):
-            if not 0 <= count <= shape[1]:
-                raise ValueError(f"{name} must be in 0 .. {shape[1]} (stages), got {count}.")
-        if given_tokens > max(given_structure, 1):
-            raise ValueError(
-                f"The tokens of {given_tokens} stages need their maps: give at least "
-                f"given_structure={given_tokens}."
-            )
-        self._check_structure(structure[:, :given_structure])
-        self._check_tokens(structure[:, :given_tokens], tokens[:, :given_tokens])
         return GranularitySequence(structure.astype(np.int32), tokens.astype(np.int32))
 
 
 def sample_keys(seed: int, indices: np.ndarray):
-    """One random key for each sample index; sample i of a seed is always the same."""
+    """A random key for each sample index; sample i of a seed is always the same."""
     fold = lambda index: jax.random.fold_in(jax.random.key(seed), index)
     return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
 
 
-def find_tokenizer(workdir: epath.Path, *elsewhere: str) -> epath.Path:
-    """The folder of the tokenizer's run: in the workdir, else in one of the workdirs elsewhere."""
-    for folder in (workdir, *map(checkpoint.storage_path, elsewhere)):
-        if (folder / "tokenizer").is_dir():
-            return folder / "tokenizer"
-    return workdir / "tokenizer"
+def is_integer(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_tokenizer(run_meta: dict[str, Any], tokenizer_meta: dict[str, Any], run: epath.Path):
-    """Raises ValueError if a generator's run used another tokenizer than the one beside it."""
-    if run_meta["hash"] != tokenizer_meta["hash"]:
-        raise ValueError(
-            f"The generator in {run} was trained with another tokenizer (weights "
-            f"{run_meta['hash']}) than the one beside it ({tokenizer_meta['hash']}). Train it "
-            "again with this tokenizer, or put its own tokenizer back."
-        )
+def check_integer(name: str, value, low: int, high: int):
+    """Raises ValueError if a value is no integer in low .. high."""
+    if not is_integer(value) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
+
+
+def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:
+    """Values as float32 of a shape, in which None is any size but 0.
+
+    Raises:
+        ValueError: another shape, no numbers, or values that are not finite.
+    """
+    expected = f"({', '.join('batch' if n is None else str(n) for n in shape)})"
+    try:
+        values = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be numbers of shape {expected} ({error}).") from error
+    fits = values.ndim == len(shape) and all(
+        size == wanted or (wanted is None and size) for size, wanted in zip(values.shape, shape)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have the shape {expected}, got {values.shape}.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite, and has NaN or infinite values.")
+    return jnp.asarray(values)

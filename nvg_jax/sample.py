@@ -374,4 +374,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("classes", None, "Class names or ids; all classes if not given.")
     flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
     flags.mark_flags_as_required(["workdir", "out"])
-    cli.run(main)
+    cli.main(main)

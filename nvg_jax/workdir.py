@@ -1,1 +1,270 @@
-"""What a run's folder holds."""
+"""What a folder holds: the metadata of its checkpoints, and the model to read from it.
+
+A training run's workdir has a folder of checkpoints for each trained part (`PARTS`); an exported or
+converted model is one checkpoint in `pipeline/`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from nvg_jax import models
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.models import GENERATORS
+from nvg_jax.runtime import checkpoint
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.tokenizer import TokenizerConfig
+
+EXPORT_FOLDER = "pipeline"
+PARTS = ("tokenizer", "generators", *GENERATORS)  # "generators" holds both of them
+# What may change when a run is resumed: how often it reports, and where the same data lies.
+MAY_CHANGE = frozenset(
+    ("log_every", "eval_every", "save_every", "keep")
+    + ("data_dir", "num_threads", "prefetch", "on_bad")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunMetadata:
+    """Everything a checkpoint says of its model, stored as JSON; None where it does not apply.
+
+    Attributes:
+        tokenizer: sizes.
+        class_names: the name of every class, in the order of the ids.
+        fingerprint: of the tokenizer's raw weights; None until its training has finished.
+        canvas_scale: S + 1 values, 1 / std of the content generator's inputs and of the final
+            canvas, measured when the tokenizer's training ends.
+        content, structure: sizes of the generators in the checkpoint.
+        sampling: recommended sampling settings.
+        tokenizer_workdir: the workdir of the tokenizer that the generators were trained with.
+        config: the training configuration.
+        steps: the length of the training.
+        sources: of converted weights, the files they come from.
+        step: the training step of the checkpoint that was read; not stored.
+    """
+
+    tokenizer: TokenizerConfig
+    class_names: tuple[str, ...]
+    fingerprint: str | None = None
+    canvas_scale: tuple[float, ...] | None = None
+    content: TransformerConfig | None = None
+    structure: TransformerConfig | None = None
+    sampling: Settings = Settings()
+    tokenizer_workdir: str | None = None
+    config: dict[str, Any] | None = None
+    steps: int | None = None
+    sources: dict[str, Any] | None = None
+    step: int | None = None
+
+    @property
+    def generators(self) -> dict[str, TransformerConfig]:
+        """{name: sizes} of the generators in the checkpoint."""
+        sizes = {name: getattr(self, name) for name in GENERATORS}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def replace(self, **changes) -> "RunMetadata":
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, equal to itself after a round trip through JSON."""
+        content = dataclasses.asdict(self)
+        del content["step"]
+        return json.loads(json.dumps(content))
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "RunMetadata":
+        """The inverse of `to_json`, from a dictionary that may also hold "step".
+
+        Raises:
+            ValueError: keys that are missing or unknown, or sizes that are invalid.
+        """
+        try:
+            metadata = cls(**content)
+            size = lambda config: config and TransformerConfig(**config)
+            return metadata.replace(
+                tokenizer=TokenizerConfig(**metadata.tokenizer),
+                class_names=tuple(metadata.class_names),
+                canvas_scale=metadata.canvas_scale and tuple(metadata.canvas_scale),
+                content=size(metadata.content),
+                structure=size(metadata.structure),
+                sampling=Settings.from_dict(metadata.sampling),
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"The metadata is not what this version of nvg_jax writes ({error}). Read the "
+                "folder with the version that wrote it."
+            ) from error
+
+    def abstract_params(self, name: str):
+        """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters."""
+        return models.abstract_params(
+            name, self.tokenizer, self.generators.get(name), self.num_classes
+        )
+
+
+def read(
+    folder: str | os.PathLike, part: Callable[[RunMetadata], Any]
+) -> tuple[RunMetadata, Any] | None:
+    """The metadata and a part of the state of a folder's newest undamaged checkpoint.
+
+    Args:
+        part: metadata -> abstract tree of the wanted leaves.
+
+    Returns:
+        (metadata, tree of NumPy arrays), or None if the folder has no checkpoint.
+
+    Raises:
+        ValueError: all checkpoints are damaged, or hold other leaves.
+    """
+    found = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)))
+    return found and (RunMetadata.from_json(found[0]), found[1])
+
+
+def read_metadata(folder: str | os.PathLike) -> RunMetadata | None:
+    """The metadata of a folder's newest undamaged checkpoint, None if there is no checkpoint."""
+    found = read(folder, lambda metadata: {})
+    return found and found[0]
+
+
+# Models to sample from.
+
+
+def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, parameters) of an exported or converted folder, or of a training run's workdir.
+
+    Raises:
+        ValueError: there is no such folder, or no model in it.
+    """
+    folder = checkpoint.storage_path(folder)
+    found = read(
+        folder / EXPORT_FOLDER,
+        lambda metadata: {
+            name: metadata.abstract_params(name) for name in ("tokenizer", *metadata.generators)
+        },
+    )
+    return found or read_workdir(folder)
+
+
+def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, parameters) of a workdir's latest checkpoints: raw tokenizer, averaged generators.
+
+    The tokenizer is the workdir's own, or the one that its generators name.
+
+    Raises:
+        ValueError: there is no such folder, no tokenizer, or a generator that was trained with
+            another tokenizer.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"There is no folder {folder}. Give the --workdir of a training run, or a folder "
+            "that was exported or converted."
+        )
+    found = {}  # generator -> (folder of its checkpoints, their metadata)
+    for part in (name for name in PARTS if name != "tokenizer"):
+        metadata = read_metadata(folder / part)
+        for name in metadata.generators if metadata else ():
+            if name in found:
+                raise ValueError(
+                    f"{folder} holds two {name} generators, in {found[name][0].name}/ and in "
+                    f"{part}/. Move the one you do not want to another folder."
+                )
+            found[name] = folder / part, metadata
+    tokenizer_folder = find_tokenizer(folder, *(m.tokenizer_workdir for _, m in found.values()))
+    tokenizer = read(tokenizer_folder, lambda m: {"params": m.abstract_params("tokenizer")})
+    if tokenizer is None:
+        raise ValueError(
+            f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
+            f"--config=... --workdir={folder}`."
+        )
+    metadata, params = tokenizer[0], {"tokenizer": tokenizer[1]["params"]}
+    if found and metadata.fingerprint is None:
+        raise ValueError(
+            f"The tokenizer in {tokenizer_folder} stands at step {metadata.step}, before the end "
+            "of its training, and the generators need the finished one. Restore a copy of its "
+            "last checkpoint, or let `python -m nvg_jax.train` finish it."
+        )
+    metadata = metadata.replace(step=None, steps=None)
+    for name, (part_folder, part_metadata) in found.items():
+        check_tokenizer(part_metadata, metadata, part_folder)
+        part_metadata, state = read(
+            part_folder, lambda m: {"ema_params": {name: m.abstract_params(name)}}
+        )
+        params[name] = state["ema_params"][name]
+        metadata = metadata.replace(
+            **{key: getattr(part_metadata, key) for key in (name, "sampling", "steps", "step")}
+        )
+    return metadata, params
+
+
+def write_export(folder: str | os.PathLike, metadata: RunMetadata, params: dict[str, Any]):
+    """Writes a model to a folder for `read_model`; replaces an earlier export.
+
+    Raises:
+        ValueError: the folder is a training run's, whose checkpoints the export would hide.
+    """
+    folder = checkpoint.storage_path(folder)
+    if any((folder / part).is_dir() for part in PARTS):
+        raise ValueError(f"{folder} holds a training run; export to another folder.")
+    folder = folder / EXPORT_FOLDER
+    if folder.exists():
+        folder.rmtree()
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(0, params, metadata.to_json())
+
+
+def find_tokenizer(workdir: epath.Path, *elsewhere: str) -> epath.Path:
+    """The folder of the tokenizer's checkpoints: in the workdir, else in one of the others."""
+    for folder in (workdir, *map(checkpoint.storage_path, elsewhere)):
+        if (folder / "tokenizer").is_dir():
+            return folder / "tokenizer"
+    return workdir / "tokenizer"
+
+
+# Runs to resume or to build on.
+
+
+def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: epath.Path):
+    """Raises ValueError if the generator in `folder` was trained with another tokenizer."""
+    if generator.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"The generator in {folder} was trained with another tokenizer (weights "
+            f"{generator.fingerprint}) than the one beside it ({tokenizer.fingerprint}). Train it "
+            "again with this tokenizer, or restore its own tokenizer."
+        )
+
+
+def check_resume(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
+    """Raises ValueError if the config differs from the one that the run in `folder` started with.
+
+    Settings in `MAY_CHANGE` may differ.
+    """
+    if new.generators:
+        check_tokenizer(stored, new, folder)
+    recipe = "generator_training" if new.generators else "tokenizer_training"
+
+    def must_stay(metadata: RunMetadata) -> dict[str, Any]:
+        content = metadata.to_json()
+        config = content["config"]
+        settings = {name: content[name] for name in ("tokenizer", *GENERATORS)}
+        settings |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
+        settings |= {name: content[name] for name in ("class_names", "steps")}
+        for section in ("data", recipe):
+            values = {k: v for k, v in config[section].items() if k not in MAY_CHANGE}
+            settings |= {f"{section}.{k}": v for k, v in values.items()}
+        return settings
+
+    stored_settings = must_stay(stored)
+    for key, value in must_stay(new).items():
+        if stored_settings.get(key) != value:
+            raise ValueError(
+                f"{folder} holds a run with {key} = {stored_settings.get(key)}, which cannot be "
+                f"resumed with {value}. Use the settings it was started with, or another workdir."
+            )

@@ -10,7 +10,7 @@ import pytest
 
 from nvg_jax import layers, models
 from nvg_jax.runtime.sharding import unbox
-from nvg_jax.sampling import Settings
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import programs
 from nvg_jax.training.optimizers import OptimizerConfig

@@ -265,7 +265,7 @@ def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(cli.app, "run", lambda start, **_: main(None))
     with pytest.raises(SystemExit) as end:
-        cli.run(main)
+        cli.main(main)
     assert end.value.code == 2
     assert "error: The devices have too little memory (RESOURCE" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nvg_jax.sampling import Settings
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.sampling.generate import Stage, make_program
 from nvg_jax.sampling.guidance import filter_logits, guided
 

@@ -1,5 +1,1 @@
-"""From class ids to images."""
-
-from nvg_jax.sampling.generate import Settings
-
-__all__ = ["Settings"]
+"""From class ids to images: settings, guidance, the stage loop, the compiled sampler."""

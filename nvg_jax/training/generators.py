@@ -1,41 +1,57 @@
-"""Training step of the structure and the content generator on one encoded batch.
+"""How the generators are trained: losses, step, task (paper, Sections 3.2, 3.3 and Appendix).
 
-Either one alone or both together, as the paper trains them; each has its own state.
+Either one alone, or both together on the same batches, as the paper trains them: with one optimizer
+whose gradient clip sees the norm of both.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nvg_jax import granularity, pretrained
+from nvg_jax import granularity, models, pretrained, workdir
 from nvg_jax.content.losses import alignment_loss, content_losses
 from nvg_jax.content.model import RepaProjector
+from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import Generator
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime import sharding
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import GranularitySequence, Quantized, Tokenizer
+from nvg_jax.tokenizer import GranularitySequence, Quantized, Tokenizer, TokenizerConfig
 from nvg_jax.tokenizer.quantizer import at_positions
-from nvg_jax.training.optimizers import OptimizerConfig
+from nvg_jax.training import programs
+from nvg_jax.training.loop import Task
+from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
+from nvg_jax.training.run import Run
+from nvg_jax.training.state import TrainState
+from nvg_jax.visualize import image_grid
+from nvg_jax.workdir import RunMetadata
 
 DINO_GRID = (16, 16)  # patches of DINOv2 ViT-B/14 on 224 x 224 pixels
+PICTURE_CLASSES, PICTURE_PER_CLASS = 10, 4  # samples in the picture
 
 
 @dataclasses.dataclass(frozen=True)
 class RepaConfig:
     """Representation alignment of the content generator (Yu et al., arXiv 2410.06940).
 
-    The features after `block` blocks, through a small network of their own, are drawn towards
-    DINOv2's of the same image; `weight` 0 leaves it out.
+    Projects the hidden states after `block` blocks with an MLP and maximizes their cosine
+    similarity to DINOv2 patch features of the same image; weight=0 disables it.
     """
 
     weight: float
     block: int
 
     def check(self, depth: int, grid: tuple[int, int]):
-        """Raises ValueError for a content generator that cannot be aligned."""
+        """Raises ValueError if a content generator of these sizes cannot be aligned."""
         if self.weight < 0:
             raise ValueError(
                 f"generator_training.repa_weight must be 0 or more, got {self.weight}."
@@ -69,10 +85,10 @@ def loss_terms(
     Args:
         class_ids: int32 (B,), the null class where the label was dropped.
         canvas_scale: float32 (S + 1,).
-        key: None to evaluate without drop path; the flow's noise then comes from seed 0.
-        weights: float32 (B,), the share of each image, 1 in all; alike if None.
-        repa, targets: of the content generator: how to align it, and with what features, float32
-            (B, L, 768); without, it is not aligned.
+        key: None evaluates without drop path, with the flow noise of seed 0.
+        weights: float32 (B,), per-image weights that sum to 1; None means uniform.
+        repa, targets: how to align the content generator, and the features to align it with,
+            float32 (B, L, 768); None disables the alignment.
     """
     batch = class_ids.shape[0]
     structure, canvases = quantized.sequence.structure, quantized.canvases
@@ -85,48 +101,52 @@ def loss_terms(
     if isinstance(model, StructureGenerator):
         learned = stages - 2
         losses = structure_losses(
-            lambda noisy, time, embedding, canvas, stage: apply(
-                noisy, time, embedding, canvas, stage, jnp.repeat(class_ids, learned),
-                deterministic=deterministic,
+            lambda *inputs: apply(
+                *inputs, jnp.repeat(class_ids, learned), deterministic=deterministic
             ),
             structure,
             canvases,
             jax.random.normal(noise_key, (batch, structure.shape[2], stages - 1)),
             draw_times(time_key, batch, learned),
             weights,
-        )  # fmt: skip
+        )
         return losses.mean(), {"flow_loss": losses}
-    tapped = []
+    features = []
 
     def predict_canvas(canvas, embedding, stage):
-        predicted, features = apply(
-            canvas, embedding, stage, jnp.repeat(class_ids, stages), canvas_scale,
-            deterministic=deterministic, feature_block=repa.block if repa else 0,
+        predicted, hidden = apply(
+            canvas,
+            embedding,
+            stage,
+            jnp.repeat(class_ids, stages),
+            canvas_scale,
+            deterministic=deterministic,
+            feature_block=repa.block if repa else 0,
             method="predict_canvas",
-        )  # fmt: skip
-        tapped.append(features)
+        )
+        features.append(hidden)
         return predicted
 
     token_logits = lambda missing: apply(missing, method="token_logits")
     terms = content_losses(predict_canvas, token_logits, quantized, weights)
     losses = terms["canvas_loss"] + terms["token_loss"]
     if repa:
-        projected = RepaProjector(model.dtype).apply({"params": params["repa"]}, tapped[0])
+        projected = RepaProjector(model.dtype).apply({"params": params["repa"]}, features[0])
         terms["repa_loss"] = alignment_loss(projected, targets)
         losses += repa.weight * terms["repa_loss"]
     return losses.mean(), terms
 
 
 def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
-    """The frozen tokenizer's sequence and canvases of a batch.
+    """The sequence and canvases of a batch by the frozen tokenizer.
 
     Args:
-        batch: {"image": float32 (B, H, W, 3) in [-1, 1]}, or what is kept of such a sequence:
-            {"structure": int (B, L), the labels of the finest stage, "tokens": int (B, 2L - 1),
-            those of the clusters of stage 0, 1, ... K after each other}.
+        batch: {"image": float32 (B, H, W, 3) in [-1, 1]}, or a cached sequence: {"structure": int
+            (B, L), the labels of the finest stage, "tokens": int (B, 2L - 1), the unique tokens of
+            stages 0, 1, ... K, concatenated}.
 
     Returns:
-        Quantized; from a kept sequence its `losses` are None, as the latent is not known.
+        Quantized; its `losses` are None for a cached sequence, whose latent is not known.
     """
     apply = functools.partial(tokenizer.apply, {"params": params})
     if "image" in batch:
@@ -142,55 +162,65 @@ def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
 
 
 def train_step(
-    states,
+    state: TrainState,
     tokenizer_params,
     frozen,
     canvas_scale,
     batch,
     key,
     *,
-    models: dict[str, Generator],
-    optimizers: dict[str, optax.GradientTransformation],
-    configs: dict[str, OptimizerConfig],
+    generators: dict[str, Generator],
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
     tokenizer: Tokenizer,
     class_dropout: float,
     repa: RepaConfig | None,
 ):
-    """One step of every generator in `states` on a batch for `encode` with its "label".
+    """One step of every generator on a batch for `encode` with its "label".
 
     Args:
-        states: a TrainState for each name ("structure", "content") in `models`.
-        frozen: {"dinov2": its parameters} if the content generator is aligned.
+        state: its parameters are {name: tree} for each name in `generators`.
+        frozen: {"dinov2": parameters} if the content generator is aligned.
         key: the run's key; the step number is folded in.
 
     Returns:
-        The states and the metrics, each name followed by its generator.
+        (state, metrics), each metric prefixed with its generator; "grad_norm" is the global norm of
+        all gradients, before clipping.
     """
     quantized = encode(tokenizer, tokenizer_params, batch)
     targets = repa and jax.lax.stop_gradient(
         pretrained.dinov2(frozen["dinov2"], batch["image"], tokenizer.dtype)
     )
-    states, metrics = dict(states), {}
-    for index, name in enumerate(sorted(states)):
-        state, model = states[name], models[name]
-        step_key = jax.random.fold_in(jax.random.fold_in(key, index), state.step)
+
+    def loss_of(params, name, step_key):
         drop_key, loss_key = jax.random.split(step_key)
+        model = generators[name]
         dropped = jax.random.bernoulli(drop_key, class_dropout, batch["label"].shape)
         class_ids = jnp.where(dropped, model.num_classes, batch["label"])
-        (loss, terms), grads = jax.value_and_grad(
-            lambda params: loss_terms(
-                model, params, quantized, class_ids, canvas_scale, loss_key,
-                repa=repa, targets=targets,
-            ),
-            has_aux=True,
-        )(state.params)  # fmt: skip
-        states[name] = state.update(grads, optimizers[name], configs[name].ema_decay)
-        terms = {"loss": loss, "grad_norm": optax.tree.norm(grads), **terms}
-        metrics.update({f"{name}/{key}": value for key, value in terms.items()})
-    return states, metrics
+        return loss_terms(
+            model, params, quantized, class_ids, canvas_scale, loss_key, repa=repa, targets=targets
+        )
+
+    grads, metrics = {}, {}
+    for index, name in enumerate(sorted(generators)):
+        step_key = jax.random.fold_in(jax.random.fold_in(key, index), state.step)
+        (loss, terms), grads[name] = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params[name], name, step_key
+        )
+        metrics |= {f"{name}/{term}": value for term, value in {"loss": loss, **terms}.items()}
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    return state.update(grads, optimizer, config.ema_decay), metrics
 
 
-def eval_step(params, tokenizer_params, canvas_scale, batch, *, models, tokenizer: Tokenizer):
+def eval_step(
+    params,
+    tokenizer_params,
+    canvas_scale,
+    batch,
+    *,
+    generators: dict[str, Generator],
+    tokenizer: Tokenizer,
+):
     """Losses of every generator in `params` on a batch as in `train_step`, without dropout.
 
     Images where the batch's "mask", bool (B,), is False do not count.
@@ -200,7 +230,231 @@ def eval_step(params, tokenizer_params, canvas_scale, batch, *, models, tokenize
     metrics = {}
     for name in params:
         loss, terms = loss_terms(
-            models[name], params[name], quantized, batch["label"], canvas_scale, None, weights
+            generators[name], params[name], quantized, batch["label"], canvas_scale, None, weights
         )
         metrics.update({f"{name}/{k}": v for k, v in {"loss": loss, **terms}.items()})
     return metrics
+
+
+# The program and the task.
+
+
+def repa_config(config: ml_collections.ConfigDict) -> RepaConfig | None:
+    """The alignment of a configuration's content generator, None if it is off.
+
+    Raises:
+        ValueError: invalid settings.
+    """
+    recipe = config.generator_training
+    repa = RepaConfig(recipe.repa_weight, recipe.repa_block)
+    repa.check(config.content.depth, tuple(config.tokenizer.latent_size))
+    return repa if repa.weight else None
+
+
+def parts_of(part: str) -> tuple[str, ...]:
+    """The generators that a trained part holds: "generators" holds both."""
+    return models.GENERATORS if part == "generators" else (part,)
+
+
+def pretrained_names(config: ml_collections.ConfigDict, names: Sequence[str]) -> tuple[str, ...]:
+    """The names of the pretrained networks that training the generators `names` needs."""
+    return ("dinov2",) if "content" in names and repa_config(config) else ()
+
+
+def make_program(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    steps: int,
+    names: Sequence[str],
+    num_classes: int,
+) -> programs.TrainProgram:
+    """The training of the generators `names` ("content", "structure", or both) over `steps` steps.
+
+    init: (key, codebook). step: (state, tokenizer parameters, frozen, canvas scale, batch, key).
+    evaluate: (averaged parameters, tokenizer parameters, canvas scale, batch). See `train_step` and
+    `eval_step`.
+
+    Raises:
+        ValueError: attention heads that do not divide over the mesh, or invalid settings.
+    """
+    for name in names:
+        heads = config[name].width // config[name].head_dim
+        if heads % mesh.shape["tensor"]:
+            raise ValueError(
+                f"The {heads} attention heads of the {name} generator do not split over "
+                f"mesh.tensor={mesh.shape['tensor']}; use a divisor of {heads}."
+            )
+    recipe = config.generator_training
+    optimizer_config = OptimizerConfig(**recipe.optimizer)
+    optimizer = make_optimizer(optimizer_config, recipe.batch_size, steps)
+    tokenizer_config = TokenizerConfig(**config.tokenizer)
+    repa = repa_config(config) if "content" in names else None
+    tokenizer = models.make_tokenizer(tokenizer_config, config.dtype)
+    generators = {
+        name: models.make_generator(
+            name, TransformerConfig(**config[name]), tokenizer_config, num_classes, config.dtype
+        )
+        for name in names
+    }
+
+    def init(key, codebook):
+        params = {}
+        for name, model in generators.items():
+            name_key = jax.random.fold_in(key, models.GENERATORS.index(name))
+            params[name] = models.init_generator(model, name_key, codebook)
+            if name == "content" and repa:
+                params[name] |= {"repa": init_projector(model, jax.random.fold_in(name_key, 1))}
+        return TrainState.create(params, optimizer)
+
+    codebook = jax.ShapeDtypeStruct(
+        (tokenizer_config.codebook_size, tokenizer_config.latent_dim), jnp.float32
+    )
+    key = programs.abstract_key()
+    init, state = sharding.sharded_init(init, mesh, key, codebook)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    networks = dict(generators=generators, tokenizer=tokenizer)
+    step = functools.partial(
+        train_step,
+        optimizer=optimizer,
+        config=optimizer_config,
+        class_dropout=config.class_dropout,
+        repa=repa,
+        **networks,
+    )
+    tokenizer_params = models.abstract_params("tokenizer", tokenizer_config)
+    return programs.TrainProgram(
+        init=init,
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated),
+        ),
+        evaluate=jax.jit(functools.partial(eval_step, **networks), out_shardings=replicated),
+        arguments=(
+            state,
+            sharding.with_shardings(tokenizer_params, replicated),
+            programs.abstract_frozen(pretrained_names(config, names), mesh),
+            jax.ShapeDtypeStruct((tokenizer_config.num_stages + 1,), jnp.float32),
+            programs.abstract_batch(tokenizer_config, recipe.batch_size, mesh),
+            key,
+        ),
+        schedule=learning_rate_schedule(optimizer_config, recipe.batch_size, steps),
+    )
+
+
+def init_projector(model: Generator, key):
+    """Initial parameters of the REPA projector, boxed with their logical axes."""
+    features = jnp.zeros((1, 1, model.transformer.width))
+    return RepaProjector(model.dtype).init(key, features)["params"]
+
+
+def task(run: Run, part: str) -> Task:
+    """The generators of a part ("content", "structure", or "generators": both) as a task."""
+    names = parts_of(part)
+    config, recipe = run.config, run.config.generator_training
+    tokenizer, tokenizer_params = load_tokenizer(run)
+    sampling = Settings.from_dict(config.sampling.to_dict())
+    # Raises before anything is compiled.
+    sampling.expand(tokenizer.tokenizer.num_stages, tokenizer.tokenizer.codebook_size)
+    steps = run.num_steps(recipe)
+    program = make_program(config, run.mesh, steps, names, run.train_source.num_classes)
+    frozen = run.frozen(pretrained_names(config, names))
+    canvas_scale = np.asarray(tokenizer.canvas_scale, np.float32)
+    key = jax.random.fold_in(run.key, 2)
+    metadata = RunMetadata(
+        tokenizer=tokenizer.tokenizer,
+        class_names=tokenizer.class_names,
+        fingerprint=tokenizer.fingerprint,
+        canvas_scale=tokenizer.canvas_scale,
+        **{name: TransformerConfig(**config[name]) for name in names},
+        sampling=sampling,
+        tokenizer_workdir=str(run.tokenizer_workdir),
+        config=run.config_json(),
+        steps=steps,
+    )
+    sampler = Sampler(metadata, config.seed) if len(names) == len(models.GENERATORS) else None
+
+    def evaluate(state):
+        totals, count = {}, 0
+        for batch in run.test_batches(recipe.batch_size):
+            losses = jax.device_get(
+                program.evaluate(state.ema_params, tokenizer_params, canvas_scale, batch)
+            )
+            images = sharding.to_host(batch["mask"]).sum()
+            totals = {name: totals.get(name, 0) + loss * images for name, loss in losses.items()}
+            count += images
+        picture = None
+        if sampler is not None:
+            params = {"tokenizer": tokenizer_params, **state.ema_params}
+            params = jax.tree.map(sharding.to_host, params)
+            if jax.process_index() == 0:
+                picture = sampler.picture(params)
+        return {name: total / count for name, total in totals.items()}, picture
+
+    return Task(
+        name=part,
+        recipe=recipe,
+        steps=steps,
+        state=program.state,
+        learning_rate=program.schedule,
+        metadata=metadata,
+        batches=run.train_batches(recipe.batch_size, config.seed + 1),
+        init=lambda: program.init(
+            jax.random.fold_in(run.key, 1), tokenizer_params["quantizer"]["codebook"]
+        ),
+        update=lambda state, batch, step: program.step(
+            state, tokenizer_params, frozen, canvas_scale, batch, key
+        ),
+        evaluate=evaluate,
+        finish=lambda state: metadata,
+    )
+
+
+class Sampler:
+    """Draws the same samples at every evaluation, on the devices of this process."""
+
+    def __init__(self, metadata: RunMetadata, seed: int):
+        self._metadata, self._seed, self._pipeline = metadata, seed, None
+
+    def picture(self, params) -> np.ndarray:
+        """A grid of samples, uint8 (H, W, 3)."""
+        count = min(self._metadata.num_classes, PICTURE_CLASSES)
+        classes = np.arange(count).repeat(PICTURE_PER_CLASS)
+        # Not in the mesh of all processes, where every operation would wait for the others.
+        with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
+            if self._pipeline is None:
+                self._pipeline = Pipeline(self._metadata, params)
+            else:  # keeps what it has compiled
+                self._pipeline.params = params
+            return image_grid(self._pipeline.sample(classes, seed=self._seed).images, columns=8)
+
+
+def load_tokenizer(run: Run):
+    """The trained tokenizer to build on: (its metadata, its raw parameters, replicated).
+
+    Raises:
+        ValueError: there is none that has finished, or its sizes or classes differ.
+    """
+    folder = run.tokenizer_workdir / "tokenizer"
+    # One read: weights and metadata of the same checkpoint, even if the newest one is damaged.
+    found = workdir.read(folder, lambda m: {"params": m.abstract_params("tokenizer")})
+    if found is None or found[0].fingerprint is None:
+        raise ValueError(
+            f"The generators need a trained tokenizer, and {folder} has none that has finished. "
+            "Run with --config.part=tokenizer (or all) first."
+        )
+    metadata, state = found
+    if metadata.tokenizer != run.tokenizer_config:
+        raise ValueError(
+            f"The tokenizer in {folder} has other sizes than config.tokenizer: "
+            f"{metadata.tokenizer} and {run.tokenizer_config}. Use the config it was trained with, "
+            "or another workdir."
+        )
+    if metadata.class_names != run.train_source.class_names:
+        raise ValueError(
+            f"The tokenizer in {folder} was trained on a data set with other classes than "
+            f"{run.config.data.name!r} has. Use the same data, or another workdir."
+        )
+    if run.cached_sequences:
+        run.train_source.check_tokenizer(metadata.fingerprint)
+    return metadata, jax.device_put(state["params"], run.replicated)

@@ -1,18 +1,24 @@
-"""Training and evaluation steps of the tokenizer (paper, Section 3.1 and Appendix)."""
+"""How the tokenizer is trained: losses, step, task (paper, Section 3.1 and Appendix)."""
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nvg_jax import pretrained
+from nvg_jax import models, pretrained
 from nvg_jax.layers import unshard
-from nvg_jax.models import init_tokenizer
-from nvg_jax.tokenizer import Tokenizer
+from nvg_jax.runtime import sharding
+from nvg_jax.runtime.checkpoint import fingerprint
+from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.tokenizer.diffaug import augment, discriminator_input
 from nvg_jax.tokenizer.discriminator import DiscriminatorHeads, SmallFeatures
 from nvg_jax.tokenizer.losses import (
@@ -21,23 +27,31 @@ from nvg_jax.tokenizer.losses import (
     discriminator_loss,
     generator_loss,
 )
-from nvg_jax.training.optimizers import OptimizerConfig
+from nvg_jax.training import programs
+from nvg_jax.training.loop import Task
+from nvg_jax.training.metrics import usage
+from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
+from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
+from nvg_jax.visualize import reconstruction_grid
+from nvg_jax.workdir import RunMetadata
 
 DISCRIMINATORS = ("dino", "small")
-DINO_TAP = (14 * 14, 384)  # positions and channels of each of its taps
-NUM_DINO_TAPS = 5
+DINO_FEATURES = (5, 14 * 14, 384)  # hidden states, their positions and channels
+SCALE_IMAGES = 10_000  # images that the canvas scales are measured on, at most
+PICTURE_IMAGES = 16  # images in the picture of reconstructions
 
 
 @dataclasses.dataclass(frozen=True)
-class Losses:
-    """The tokenizer's losses; a weight of 0 leaves a part out altogether.
+class TokenizerLossConfig:
+    """The losses of the tokenizer; a weight of 0 turns a term off and leaves it out of the program.
 
-    reconstruction: "l1" or "l2". discriminator: "dino", heads on the frozen features of DINO
-    ViT-S/16, for images of at least 224 x 224; or "small", for small images, all of it trained.
+    reconstruction: "l1" or "l2". discriminator: "dino" trains heads on the frozen features of DINO
+        ViT-S/16, for images of at least 224 x 224; "small" trains a whole network, for small
+        images.
 
     Raises:
-        ValueError: a name that does not exist, or a negative weight.
+        ValueError: an unknown name, or a negative weight.
     """
 
     reconstruction: str
@@ -47,9 +61,8 @@ class Losses:
     discriminator: str
 
     def __post_init__(self):
-        for name, choices in (
-            ("reconstruction", RECONSTRUCTION_LOSSES), ("discriminator", DISCRIMINATORS)
-        ):  # fmt: skip
+        choices_of = {"reconstruction": RECONSTRUCTION_LOSSES, "discriminator": DISCRIMINATORS}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"tokenizer_training.{name} must be one of {', '.join(choices)}, got "
@@ -63,7 +76,7 @@ class Losses:
 
     @property
     def pretrained(self) -> tuple[str, ...]:
-        """The pretrained networks that these losses look through."""
+        """The names of the pretrained networks that the losses need."""
         names = ("lpips",) if self.perceptual_weight else ()
         if self.adversarial_weight and self.discriminator == "dino":
             names += ("dino",)
@@ -78,8 +91,8 @@ class Losses:
         return nn.Sequential([SmallFeatures(dtype=dtype), heads])
 
 
-class Adversary(flax.struct.PyTreeNode):
-    """The discriminator in training: parameters, power-iteration vectors, averages of logits."""
+class DiscriminatorState(flax.struct.PyTreeNode):
+    """The discriminator in training: parameters, power-iteration vectors, averaged logits."""
 
     params: Any
     spectral: Any
@@ -88,34 +101,36 @@ class Adversary(flax.struct.PyTreeNode):
 
 
 class TokenizerState(TrainState):
-    """The tokenizer in training, with its adversary if it has one."""
+    """The tokenizer in training, with its discriminator if it has one."""
 
-    adversary: Adversary | None = None
+    discriminator: DiscriminatorState | None = None
 
 
 def init_state(
-    model: Tokenizer,
     key,
+    *,
+    model: Tokenizer,
     optimizer: optax.GradientTransformation,
     discriminator: nn.Module | None,
     discriminator_optimizer: optax.GradientTransformation,
 ) -> TokenizerState:
     """The state before the first step, its parameters boxed with their logical axes."""
-    state = TokenizerState.create(init_tokenizer(model, key), optimizer)
+    state = TokenizerState.create(models.init_tokenizer(model, key), optimizer)
     if discriminator is None:
         return state
     if isinstance(discriminator, DiscriminatorHeads):
-        inputs = [jnp.zeros((1, *DINO_TAP))] * NUM_DINO_TAPS
+        count, *shape = DINO_FEATURES
+        inputs = [jnp.zeros((1, *shape))] * count
     else:
         inputs = jnp.zeros((1, *model.config.image_size, 3))
     variables = discriminator.init(jax.random.fold_in(key, 1), inputs)
-    adversary = Adversary(
+    discriminator_state = DiscriminatorState(
         params=variables["params"],
         spectral=variables["spectral"],
         opt_state=discriminator_optimizer.init(variables["params"]),
         lecam=LeCam.create(),
     )
-    return state.replace(adversary=adversary)
+    return state.replace(discriminator=discriminator_state)
 
 
 def code_counts(stage_tokens, codebook_size: int):
@@ -132,7 +147,7 @@ def discriminator_inputs(discriminator: nn.Module, frozen, images, key, dtype):
     if not isinstance(discriminator, DiscriminatorHeads):
         return images
     tokens = pretrained.dino(frozen["dino"], discriminator_input(images, input_key), dtype)
-    return [tap[:, 1:] + tap[:, :1] for tap in tokens]  # patches, the class token added to each
+    return [hidden[:, 1:] + hidden[:, :1] for hidden in tokens]  # each patch plus the class token
 
 
 def train_step(
@@ -146,25 +161,25 @@ def train_step(
     discriminator: nn.Module | None,
     discriminator_optimizer: optax.GradientTransformation,
     config: OptimizerConfig,
-    losses: Losses,
+    losses: TokenizerLossConfig,
     index_backprop: bool,
 ):
-    """One step of the tokenizer and of its discriminator, on one pass through the autoencoder.
+    """One step of the tokenizer and its discriminator from one shared forward pass.
 
     Args:
-        frozen: parameters of the pretrained networks that `losses` names.
+        frozen: {name: parameters} of the networks in `losses.pretrained`.
         batch: {"image": float32 (B, H, W, 3) in [-1, 1]}.
         key: the run's key; the step number is folded in.
 
     Returns:
         The state and the metrics.
     """
-    (_, (metrics, adversary)), (grads, adversary_grads) = jax.value_and_grad(
+    (_, (metrics, discriminator_state)), (grads, discriminator_grads) = jax.value_and_grad(
         loss_terms, argnums=(0, 1), has_aux=True
     )(
         state.params,
-        state.adversary and state.adversary.params,
-        state.adversary,
+        state.discriminator and state.discriminator.params,
+        state.discriminator,
         frozen,
         batch["image"],
         jax.random.fold_in(key, state.step),
@@ -175,33 +190,35 @@ def train_step(
     )
     metrics["grad_norm"] = optax.tree.norm(grads)
     state = state.update(grads, optimizer, config.ema_decay)
-    if adversary is not None:
-        metrics["discriminator_grad_norm"] = optax.tree.norm(adversary_grads)
+    if discriminator_state is not None:
+        metrics["discriminator_grad_norm"] = optax.tree.norm(discriminator_grads)
         updates, opt_state = discriminator_optimizer.update(
-            adversary_grads, adversary.opt_state, adversary.params
+            discriminator_grads, discriminator_state.opt_state, discriminator_state.params
         )
-        params = optax.apply_updates(adversary.params, updates)
-        state = state.replace(adversary=adversary.replace(params=params, opt_state=opt_state))
+        params = optax.apply_updates(discriminator_state.params, updates)
+        state = state.replace(
+            discriminator=discriminator_state.replace(params=params, opt_state=opt_state)
+        )
     return state, metrics
 
 
 def loss_terms(
     params,
-    adversary_params,
-    adversary: Adversary | None,
+    discriminator_params,
+    discriminator_state: DiscriminatorState | None,
     frozen,
     images,
     key,
     *,
     model: Tokenizer,
     discriminator: nn.Module | None,
-    losses: Losses,
+    losses: TokenizerLossConfig,
     index_backprop: bool,
 ):
-    """The sum of the losses of both players; neither's gradient reaches the other.
+    """The sum of the tokenizer's and the discriminator's loss, detached from each other.
 
     Returns:
-        (loss, (metrics, the adversary with new vectors and averages)).
+        (loss, (metrics, the discriminator state with new vectors and averages)).
     """
     params = jax.tree.map(unshard, params)
     restored, quantized = model.apply({"params": params}, images, index_backprop)
@@ -218,35 +235,35 @@ def loss_terms(
         distances = pretrained.lpips(frozen["lpips"], restored, images, model.dtype)
         terms["perceptual"] = distances.mean()
         loss += losses.perceptual_weight * terms["perceptual"]
-    adversary_loss = 0.0
+    opposing_loss = 0.0
     if discriminator is not None:
         fake_key, real_key = jax.random.split(key)
-        see = lambda images, key: discriminator_inputs(
+        inputs = lambda images, key: discriminator_inputs(
             discriminator, frozen, images, key, model.dtype
         )
-        fake_inputs, real_inputs = see(restored, fake_key), see(images, real_key)
-        variables = {"params": adversary_params, "spectral": adversary.spectral}
+        fake_inputs, real_inputs = inputs(restored, fake_key), inputs(images, real_key)
+        variables = {"params": discriminator_params, "spectral": discriminator_state.spectral}
         logits = discriminator.apply(jax.lax.stop_gradient(variables), fake_inputs)
         terms["adversarial"] = generator_loss(logits)
         loss += losses.adversarial_weight * terms["adversarial"]
 
         real, updated = discriminator.apply(variables, real_inputs, mutable=["spectral"])
         fake = discriminator.apply(
-            {"params": adversary_params, **updated}, jax.lax.stop_gradient(fake_inputs)
+            {"params": discriminator_params, **updated}, jax.lax.stop_gradient(fake_inputs)
         )
         terms["discriminator"] = discriminator_loss(real, fake)
-        terms["lecam"] = adversary.lecam.loss(real, fake)
-        adversary_loss = terms["discriminator"] + losses.lecam_weight * terms["lecam"]
+        terms["lecam"] = discriminator_state.lecam.loss(real, fake)
+        opposing_loss = terms["discriminator"] + losses.lecam_weight * terms["lecam"]
         metrics |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
-        adversary = adversary.replace(
-            spectral=updated["spectral"], lecam=adversary.lecam.update(real, fake)
+        discriminator_state = discriminator_state.replace(
+            spectral=updated["spectral"], lecam=discriminator_state.lecam.update(real, fake)
         )
     metrics |= {"loss": loss, **{f"{name}_loss": value for name, value in terms.items()}}
-    return loss + adversary_loss, (metrics, adversary)
+    return loss + opposing_loss, (metrics, discriminator_state)
 
 
 def eval_step(params, frozen, batch, *, model: Tokenizer):
-    """Reconstructions of {"image", "mask"}, their quality and the codes in use.
+    """Reconstructions of a batch {"image", "mask"}, their quality and how often each code is used.
 
     Returns:
         {"psnr": float32 (B,) in dB (peak-to-peak range 2), "lpips": float32 (B,) if `frozen` has
@@ -269,3 +286,146 @@ def eval_step(params, frozen, batch, *, model: Tokenizer):
         "restored": restored,
         "code_counts": code_counts(counted, size + 1)[:, :size],
     }
+
+
+# The program and the task.
+
+
+def loss_config(config: ml_collections.ConfigDict) -> TokenizerLossConfig:
+    """The losses of a configuration; raises ValueError if they are invalid."""
+    fields = dataclasses.fields(TokenizerLossConfig)
+    return TokenizerLossConfig(**{f.name: config.tokenizer_training[f.name] for f in fields})
+
+
+def make_program(
+    config: ml_collections.ConfigDict, mesh: Mesh, steps: int
+) -> programs.TrainProgram:
+    """The training of the tokenizer over `steps` steps.
+
+    init: (key). step: (state, frozen, batch, key, index_backprop), index_backprop a Python bool.
+    evaluate: (raw parameters, frozen, batch). See `train_step` and `eval_step`.
+    """
+    recipe, losses = config.tokenizer_training, loss_config(config)
+    optimizer_config = OptimizerConfig(**recipe.optimizer)
+    optimizers = dict(
+        optimizer=make_optimizer(optimizer_config, recipe.batch_size, steps),
+        discriminator_optimizer=make_optimizer(
+            dataclasses.replace(optimizer_config, weight_decay=recipe.discriminator_weight_decay),
+            recipe.batch_size,
+            steps,
+        ),
+    )
+    tokenizer_config = TokenizerConfig(**config.tokenizer)
+    networks = dict(
+        model=models.make_tokenizer(tokenizer_config, config.dtype),
+        discriminator=losses.make_discriminator(jnp.dtype(config.dtype)),
+    )
+    key = programs.abstract_key()
+    init, state = sharding.sharded_init(
+        functools.partial(init_state, **networks, **optimizers), mesh, key
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return programs.TrainProgram(
+        init=init,
+        step=jax.jit(
+            functools.partial(
+                train_step, config=optimizer_config, losses=losses, **networks, **optimizers
+            ),
+            donate_argnums=0,
+            static_argnames="index_backprop",
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated),
+        ),
+        evaluate=jax.jit(
+            functools.partial(eval_step, model=networks["model"]), out_shardings=replicated
+        ),
+        arguments=(
+            state,
+            programs.abstract_frozen(losses.pretrained, mesh),
+            programs.abstract_batch(tokenizer_config, recipe.batch_size, mesh),
+            key,
+        ),
+        schedule=learning_rate_schedule(optimizer_config, recipe.batch_size, steps),
+    )
+
+
+def task(run: Run) -> Task:
+    """The tokenizer as a task for `fit`."""
+    recipe = run.config.tokenizer_training
+    steps = run.num_steps(recipe)
+    warmup = run.epochs_to_steps(recipe, recipe.index_backprop_epochs)
+    program = make_program(run.config, run.mesh, steps)
+    frozen = run.frozen(loss_config(run.config).pretrained)
+    key = jax.random.fold_in(run.key, 3)
+    metadata = RunMetadata(
+        tokenizer=run.tokenizer_config,
+        class_names=run.train_source.class_names,
+        config=run.config_json(),
+        steps=steps,
+    )
+
+    def evaluate(state):
+        quality, counts, shown = {}, 0, None
+        for batch in run.test_batches(recipe.batch_size):
+            out = program.evaluate(state.params, frozen, batch)
+            mask = sharding.to_host(batch["mask"])
+            for name in {"psnr", "lpips"} & out.keys():
+                quality.setdefault(name, []).append(np.asarray(out[name])[mask])
+            counts = counts + np.asarray(out["code_counts"])
+            if shown is None:
+                pair = sharding.to_host(batch["image"]), np.asarray(out["restored"])
+                shown = [images[mask][:PICTURE_IMAGES] for images in pair]
+        metrics = {name: np.concatenate(parts).mean() for name, parts in quality.items()}
+        return metrics | usage(counts), reconstruction_grid(*shown)
+
+    def finish(state):
+        return metadata.replace(
+            canvas_scale=measure_canvas_scale(run, state.params),
+            fingerprint=fingerprint(jax.tree.map(sharding.to_host, state.params)),
+        )
+
+    return Task(
+        name="tokenizer",
+        recipe=recipe,
+        steps=steps,
+        state=program.state,
+        learning_rate=program.schedule,
+        metadata=metadata,
+        batches=run.train_batches(recipe.batch_size, run.config.seed),
+        init=lambda: program.init(jax.random.fold_in(run.key, 0)),
+        update=lambda state, batch, step: program.step(
+            state, frozen, batch, key, index_backprop=step < warmup
+        ),
+        evaluate=evaluate,
+        finish=finish,
+    )
+
+
+def measure_canvas_scale(run: Run, params) -> tuple[float, ...]:
+    """1 / std of the inputs of all stages (1 for the first) and of the final canvas, S + 1 values.
+
+    Raises:
+        FloatingPointError: the canvases after a stage are all equal.
+    """
+    model = models.make_tokenizer(run.tokenizer_config, run.config.dtype)
+
+    @functools.partial(jax.jit, out_shardings=run.replicated)
+    def moments(params, images):
+        canvases = model.apply({"params": params}, images, method="encode").canvases
+        return canvases.mean((0, 2, 3)), jnp.square(canvases).mean((0, 2, 3))
+
+    batch_size = run.config.tokenizer_training.batch_size
+    count = math.ceil(min(len(run.train_source), SCALE_IMAGES) / batch_size)
+    batches = run.train_batches(batch_size, run.config.seed)
+    totals = 0
+    for _ in range(count):
+        images = sharding.global_batch(next(batches), run.mesh)["image"]
+        totals = totals + np.asarray(jax.device_get(moments(params, images)), np.float64)
+    batches.close()
+    mean, square = totals / count
+    variance = square - mean**2
+    if not (variance > 0).all():
+        raise FloatingPointError(
+            f"The canvases after some stage are all equal (variances {variance}): the tokenizer "
+            "has collapsed. Train it longer or with a lower learning rate."
+        )
+    return 1.0, *(1 / np.sqrt(variance)).tolist()

@@ -1,0 +1,144 @@
+"""The sampler as one program: the networks of a model bound to the stage loop."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nvg_jax import granularity, models
+from nvg_jax.content.model import ContentGenerator
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.runtime import sharding
+from nvg_jax.sampling.generate import Networks, SamplingPlan, generate, make_plan
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.structure.model import StructureGenerator
+from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
+
+
+class SamplingProgram(NamedTuple):
+    """The sampler of one model.
+
+    sample: (params, canvas_scale, class_ids, keys, noise, values, prefix, *, plan), jitted;
+        compiled once per plan and batch size. See `sample_batch`.
+    tokenizer: sizes.
+    params: the abstract parameters, {"tokenizer", "content", "structure"}.
+    """
+
+    sample: Callable
+    tokenizer: TokenizerConfig
+    params: dict[str, Any]
+
+    def plan(
+        self, settings: Settings, structure_stages: int = 0, token_stages: int = 0
+    ) -> tuple[SamplingPlan, dict[str, Any]]:
+        """The static and the traced half of the settings: (plan, values).
+
+        Raises:
+            ValueError: an invalid setting.
+        """
+        settings = settings.expand(self.tokenizer.num_stages, self.tokenizer.codebook_size)
+        return make_plan(settings, structure_stages, token_stages), settings.traced()
+
+    def arguments(self, batch_size: int, values: dict[str, Any], mesh: Mesh) -> tuple:
+        """The abstract arguments of `sample`, the batch sharded over a mesh.
+
+        `program.sample.lower(*program.arguments(...), plan=plan)` compiles without any data.
+        """
+        stages, length = self.tokenizer.num_stages, self.tokenizer.num_positions
+        split, replicated = (
+            NamedSharding(mesh, spec) for spec in (sharding.BATCH_SPEC, PartitionSpec())
+        )
+        batch = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+            (batch_size, *shape), dtype, sharding=split
+        )
+        return (
+            sharding.with_shardings(self.params, replicated),
+            jax.ShapeDtypeStruct((stages + 1,), jnp.float32),
+            batch(),
+            batch(dtype=jax.eval_shape(jax.random.key, 0).dtype),
+            batch(length, stages - 1, dtype=jnp.float32),
+            {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()},
+            GranularitySequence(batch(stages, length), batch(stages, length)),
+        )
+
+
+def sampling_program(
+    tokenizer: TokenizerConfig, transformers: dict[str, TransformerConfig], num_classes: int
+) -> SamplingProgram:
+    """The sampler of a tokenizer and its generators.
+
+    Args:
+        transformers: sizes of the "content" and the "structure" generator.
+    """
+    generators = {
+        name: models.make_generator(name, transformers[name], tokenizer, num_classes)
+        for name in models.GENERATORS
+    }
+    sample = functools.partial(
+        sample_batch, tokenizer=models.make_tokenizer(tokenizer), **generators
+    )
+    params = {
+        name: models.abstract_params(name, tokenizer, transformers.get(name), num_classes)
+        for name in ("tokenizer", *models.GENERATORS)
+    }
+    return SamplingProgram(jax.jit(sample, static_argnames="plan"), tokenizer, params)
+
+
+def sample_batch(
+    params,
+    canvas_scale,
+    class_ids,
+    keys,
+    noise,
+    values,
+    prefix,
+    *,
+    plan: SamplingPlan,
+    tokenizer: Tokenizer,
+    content: ContentGenerator,
+    structure: StructureGenerator,
+):
+    """Samples a batch of images; see `generate` for the arguments.
+
+    Args:
+        params: {"tokenizer", "content", "structure"}.
+        canvas_scale: float32 (S + 1,).
+
+    Returns:
+        (images float32 (B, H, W, 3), GranularitySequence, canvases float32 (B, S, L, D)).
+    """
+    num_bits = noise.shape[-1]
+    length = noise.shape[1]
+
+    def logits(canvas, labels, stage, classes):
+        stages = jnp.full(classes.shape, stage)
+        embedding = granularity.structure_embedding(labels, stage, num_bits)
+        apply = functools.partial(content.apply, {"params": params["content"]})
+        final, _ = apply(canvas, embedding, stages, classes, canvas_scale, method="predict_canvas")
+        missing = granularity.cluster_means(final - canvas, labels, length)
+        return apply(missing, method="token_logits")
+
+    def velocity(z, time, labels, canvas, stage, classes):
+        return structure.apply(
+            {"params": params["structure"]},
+            z,
+            jnp.full(classes.shape, time),
+            granularity.structure_embedding(labels, stage, num_bits),
+            canvas,
+            jnp.full(classes.shape, stage),
+            classes,
+        )
+
+    apply = functools.partial(tokenizer.apply, {"params": params["tokenizer"]})
+    networks = Networks(
+        logits=logits,
+        velocity=velocity,
+        add_stage=functools.partial(apply, method="add_stage"),
+        null_id=content.num_classes,
+        latent_dim=tokenizer.config.latent_dim,
+    )
+    sequence, canvases = generate(networks, class_ids, keys, noise, plan, values, prefix)
+    return apply(canvases[:, -1], method="decode"), sequence, canvases

@@ -1,0 +1,196 @@
+"""The sampling settings. Everything about a setting stands with its field in `Settings`.
+
+Command-line flags, checks, `Pipeline.sample`, descriptions of samples and the arguments of the
+compiled sampler are derived from the fields, so a new setting is added here and read where it acts:
+as `plan.settings.NAME` if it shapes the program, as `values["NAME"]` if it is traced.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def top_p_range(start: float, end: float, num_stages: int) -> np.ndarray:
+    """Top-p of every stage: u_i = K ** (i / K) mapped linearly from (u_0, u_K) to (start, end)."""
+    last = num_stages - 1
+    u = np.float64(last) ** (np.arange(num_stages) / last)
+    return end + (start - end) * (u[-1] - u) / (u[-1] - u[0])
+
+
+def integer_range(start: float, end: float, num_stages: int) -> np.ndarray:
+    return np.round(np.linspace(start, end, num_stages))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The facts about one setting.
+
+    Attributes:
+        help: one sentence for flags and documentation.
+        kind: float, int or bool.
+        allowed: the valid values in words, to complete "must be ..."; "{V}" is the codebook size.
+        valid: (values float64 (...), codebook size) -> bool (...).
+        per_stage: expands a (start, end) pair to one value per stage; None for a setting with one
+            value for all stages.
+        traced: True if the value is an argument of the compiled sampler, False if it shapes the
+            program, so that another value compiles another one.
+    """
+
+    help: str
+    kind: type = float
+    allowed: str = "finite"
+    valid: Callable[[np.ndarray, int], np.ndarray] = lambda x, codebook_size: np.isfinite(x)
+    per_stage: Callable[[float, float, int], np.ndarray] | None = None
+    traced: bool = True
+
+    def expand(self, name: str, value, num_stages: int, codebook_size: int):
+        """A checked value of `kind`, or a tuple with one per stage.
+
+        Raises:
+            ValueError: a value of another type or outside the range, or a wrong number of values.
+        """
+        allowed = self.allowed.format(V=codebook_size)
+        problem = ValueError(f"{name} must be {allowed}, got {value!r}.")
+        if self.kind is bool:
+            if not isinstance(value, (bool, np.bool_)):
+                raise problem
+            return bool(value)
+        try:
+            values = np.asarray(value)
+        except ValueError:  # a ragged list
+            raise problem from None
+        if values.dtype.kind not in "iuf":
+            raise problem
+        if self.per_stage is None and values.ndim:
+            raise ValueError(f"{name} takes one number for all stages, got {value!r}.")
+        values = np.atleast_1d(values.astype(np.float64))
+        if values.shape == (1,):
+            values = np.repeat(values, num_stages)
+        elif values.shape == (2,) and num_stages != 2:
+            values = self.per_stage(*values, num_stages)
+        if values.shape != (num_stages,):
+            raise ValueError(
+                f"{name} takes a number, a (start, end) pair or {num_stages} values (one per "
+                f"stage), got {value!r}."
+            )
+        if not (np.isfinite(values) & self.valid(values, codebook_size)).all():
+            raise problem
+        values = tuple(map(self.kind, values))
+        return values[0] if self.per_stage is None else values
+
+
+def setting(default, help: str, **facts):
+    return dataclasses.field(default=default, metadata={"spec": Spec(help, **facts)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample. The defaults sample from the model as it is, without guidance or filters.
+
+    A per-stage setting takes a number, a (start, end) pair, or S values.
+    """
+
+    temperature: float = setting(
+        1.0,
+        "Temperature of the token logits; 0 takes the most likely token.",
+        allowed="0 or more",
+        valid=lambda x, codebook_size: x >= 0,
+    )
+    top_k: int | tuple[int, ...] = setting(
+        0,
+        "Sample from the k most likely tokens; 0 keeps all.",
+        kind=int,
+        allowed="whole numbers from 0 (no filter) to {V}, the size of the codebook",
+        valid=lambda x, codebook_size: (x == np.round(x)) & (x >= 0) & (x <= codebook_size),
+        per_stage=integer_range,
+    )
+    top_p: float | tuple[float, ...] = setting(
+        1.0,
+        "Sample from the most likely tokens whose probabilities add up to p; 1 keeps all.",
+        allowed="above 0 and at most 1",
+        valid=lambda x, codebook_size: (x > 0) & (x <= 1),
+        per_stage=top_p_range,
+    )
+    content_guidance: float | tuple[float, ...] = setting(
+        1.0,
+        "Classifier-free guidance scale of the token logits; 1 is off.",
+        per_stage=np.linspace,
+    )
+    structure_guidance: float | tuple[float, ...] = setting(
+        1.0,
+        "Classifier-free guidance scale of the structure flow; 1 is off.",
+        per_stage=np.linspace,
+    )
+    flow_steps: int = setting(
+        25,
+        "Euler steps of the structure flow for each split.",
+        kind=int,
+        allowed="a whole number of 1 or more",
+        valid=lambda x, codebook_size: (x == np.round(x)) & (x >= 1),
+        traced=False,
+    )
+    gumbel: bool = setting(
+        False,
+        "Draw each split at random (Gumbel top-k) instead of taking the larger half.",
+        kind=bool,
+        allowed="True or False",
+        traced=False,
+    )
+
+    @classmethod
+    def specs(cls) -> dict[str, Spec]:
+        """{name: its facts} of every setting."""
+        return {field.name: field.metadata["spec"] for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Settings":
+        """From a dictionary that may have been through JSON, which turns tuples into lists."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def updated(self, changes: dict[str, Any]) -> "Settings":
+        """These settings with those of `changes` that are not None.
+
+        Raises:
+            TypeError: a name that is no setting, as Python does for an unknown argument.
+        """
+        unknown = changes.keys() - self.specs().keys()
+        if unknown:
+            raise TypeError(
+                f"Unknown sampling setting {min(unknown)!r}; there are {', '.join(self.specs())}."
+            )
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    def expand(self, num_stages: int, codebook_size: int) -> "Settings":
+        """Checked settings, with one value per stage where a setting is per stage.
+
+        Raises:
+            ValueError: an invalid value; the message names the setting and the valid range.
+        """
+        return Settings(
+            **{
+                name: spec.expand(name, getattr(self, name), num_stages, codebook_size)
+                for name, spec in self.specs().items()
+            }
+        )
+
+    def traced(self) -> dict[str, np.ndarray]:
+        """The values the compiled sampler takes as arguments: float32 or int32, () or (S,)."""
+        return {
+            name: np.asarray(getattr(self, name), {float: np.float32, int: np.int32}[spec.kind])
+            for name, spec in self.specs().items()
+            if spec.traced
+        }
+
+    def static(self) -> "Settings":
+        """The settings that shape the program; traced ones are None."""
+        return dataclasses.replace(
+            self, **{name: None for name, spec in self.specs().items() if spec.traced}
+        )
+
+
+# How the published figures were sampled (paper, Section 4.2).
+PUBLISHED = Settings(
+    top_p=(1.0, 0.5), content_guidance=(1.0, 3.5), structure_guidance=(1.0, 2.5), flow_steps=25
+)

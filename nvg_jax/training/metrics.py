@@ -1,0 +1,121 @@
+"""What a training reports: averaged metrics, codebook usage, progress lines, TensorBoard."""
+
+import logging
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from nvg_jax.visualize import png
+
+logger = logging.getLogger("nvg_jax")
+
+
+class Reporter:
+    """Logs the progress of one part and, on process 0, writes its metrics and pictures.
+
+    Closing it ends the event file.
+    """
+
+    def __init__(self, part: str, folder: epath.Path, start: int, steps: int, batch_size: int):
+        from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+        main_process = jax.process_index() == 0
+        writers = [metric_writers.SummaryWriter(str(folder))] if main_process else []
+        self._writer = metric_writers.MultiWriter(writers)
+        self._part, self._folder, self._batch_size = part, folder, batch_size
+        self._start, self._steps = start, steps
+        self._window = []  # the metrics of the steps since the last line
+        self._started = self._window_started = time.monotonic()
+        if start:
+            state = "finished" if start >= steps else "resuming"
+            logger.info("%s: %s at step %d of %d", part, state, start, steps)
+
+    def close(self):
+        self._writer.close()
+
+    def start_step(self):
+        """Starts the clock of the first step after a line, so that saves do not count."""
+        if not self._window:
+            self._window_started = time.monotonic()
+
+    def add(self, metrics: dict[str, Any]):
+        """Takes the metrics of a step; they stay on the devices until the next line."""
+        self._window.append(metrics)
+
+    def progress(self, step: int, learning_rate: float):
+        """Writes the mean metrics since the last call.
+
+        Raises:
+            FloatingPointError: a metric is not finite.
+        """
+        scalars = summarize(jax.device_get(self._window), self._part, step)
+        now = time.monotonic()
+        rate = len(self._window) / (now - self._window_started)
+        scalars["images_per_second"] = rate * self._batch_size
+        scalars["learning_rate"] = learning_rate
+        self._writer.write_scalars(step, scalars)
+        remaining = (now - self._started) / (step - self._start) * (self._steps - step)
+        losses = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items() if k.endswith("loss"))
+        logger.info(
+            "%s %d/%d  %s  %.3g steps/s  ETA %d:%02d",
+            self._part, step, self._steps, losses, rate, *divmod(round(remaining), 60),
+        )  # fmt: skip
+        self._window = []
+
+    def evaluation(self, step: int, metrics: dict[str, Any], picture: np.ndarray | None):
+        """Writes metrics on held-out data and a picture."""
+        scalars = {f"test_{name}": value for name, value in flatten(metrics).items()}
+        self._writer.write_scalars(step, scalars)
+        shown = (f"{k} {v:.4g}" for k, v in scalars.items() if not k.split("/")[-1].isdigit())
+        logger.info("%s %d  held out: %s", self._part, step, "  ".join(shown))
+        if picture is not None and jax.process_index() == 0:
+            (self._folder / f"pictures_{step:07d}.png").write_bytes(png(picture))
+            self._writer.write_images(step, {"pictures": picture[None]})
+
+
+def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[str, float]:
+    """Mean metrics of the steps up to `last_step`; codebook usage over all of them.
+
+    Raises:
+        FloatingPointError: a metric is not finite; names the step and the metric.
+    """
+    for step, metrics in enumerate(window, last_step - len(window) + 1):
+        values = flatten(metrics)
+        for name in sorted(values, key=lambda name: "_loss" not in name):  # losses first
+            if not np.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"{part}: {name} is {values[name]} at step {step}. Training stopped; the last "
+                    "checkpoint is from before it. A lower learning rate or clip, or "
+                    "--config.dtype=float32, usually helps."
+                )
+    means = {}
+    for name in window[0]:
+        values = np.stack([metrics[name] for metrics in window])
+        if name == "code_counts":
+            means |= usage(values.sum(0))
+        else:
+            means[name] = values.mean(0)
+    return flatten(means)
+
+
+def usage(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """The share of the codebook in use, in each stage and in all, from counts (S, V)."""
+    used = np.asarray(counts) > 0
+    return {"codebook_usage_stage": used.mean(1), "codebook_usage": used.any(0).mean()}
+
+
+def flatten(metrics: dict[str, Any]) -> dict[str, float]:
+    """Scalars of metrics, some of which have one value per stage; leaves out code counts."""
+    scalars = {}
+    for name, value in metrics.items():
+        if name == "code_counts":
+            continue
+        value = np.asarray(value)
+        if value.ndim == 0:
+            scalars[name] = float(value)
+        else:
+            scalars.update({f"{name}/{stage}": float(v) for stage, v in enumerate(value)})
+    return scalars

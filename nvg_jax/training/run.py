@@ -1,0 +1,164 @@
+"""What the trained parts of one run share: configuration, mesh, data, frozen networks."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nvg_jax import pretrained
+from nvg_jax.data import SequenceSource, Source, eval_batches, open_source, train_batches
+from nvg_jax.runtime import preemption, sharding
+from nvg_jax.runtime.checkpoint import storage_path
+from nvg_jax.tokenizer import TokenizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An opened run; see `open_run`.
+
+    Attributes:
+        workdir: each trained part has a folder in it.
+        networks: {name: parameters} of the pretrained networks that the losses need.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    train_source: Source
+    test_source: Source
+    networks: dict[str, Any]
+
+    @property
+    def key(self):
+        """The random key of the whole run."""
+        return jax.random.key(self.config.seed)
+
+    @property
+    def tokenizer_config(self) -> TokenizerConfig:
+        return TokenizerConfig(**self.config.tokenizer)
+
+    @property
+    def tokenizer_workdir(self) -> epath.Path:
+        """The workdir with the tokenizer that the generators use."""
+        return storage_path(self.config.tokenizer_workdir or self.workdir)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def cached_sequences(self) -> bool:
+        """Whether the data are cached sequences, which have no images."""
+        return isinstance(self.train_source, SequenceSource)
+
+    def config_json(self) -> dict[str, Any]:
+        return json.loads(self.config.to_json_best_effort())
+
+    def frozen(self, names: Iterable[str]) -> dict[str, Any]:
+        """The named pretrained networks, replicated on every device."""
+        return jax.device_put({name: self.networks[name] for name in names}, self.replicated)
+
+    # Lengths.
+
+    def num_steps(self, recipe: ml_collections.ConfigDict) -> int:
+        """The steps of a training: `steps`, or as many as `epochs` take."""
+        if bool(recipe.steps) == bool(recipe.epochs):
+            raise ValueError(
+                f"Give either steps or epochs, not both and not neither (got steps="
+                f"{recipe.steps}, epochs={recipe.epochs})."
+            )
+        return recipe.steps or max(1, self.epochs_to_steps(recipe, recipe.epochs))
+
+    def epochs_to_steps(self, recipe: ml_collections.ConfigDict, epochs: float) -> int:
+        return round(epochs * len(self.train_source) / recipe.batch_size)
+
+    # Batches.
+
+    @property
+    def batch_shards(self) -> int:
+        """The number of shards a global batch is split into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def process_batch_size(self, batch_size: int) -> int:
+        """This process's share of a global batch.
+
+        Raises:
+            ValueError: the batch does not divide over the mesh, or the mesh not over the processes.
+        """
+        if batch_size % self.batch_shards:
+            raise ValueError(
+                f"batch_size {batch_size} must be a multiple of data x fsdp = "
+                f"{self.batch_shards}, so that every device has its part of a batch."
+            )
+        if not sharding.processes_split_batch(self.mesh):
+            raise ValueError(
+                f"The mesh (data, fsdp, tensor) = {tuple(self.mesh.shape.values())} spreads tensor "
+                f"over devices of several of the {jax.process_count()} processes, which would need "
+                "the same images. Use a smaller mesh.tensor, and fsdp for the rest."
+            )
+        return batch_size // jax.process_count()
+
+    def loader_options(self, batch_size: int) -> dict[str, Any]:
+        data = self.config.data
+        return dict(
+            image_size=self.tokenizer_config.image_size,
+            resize=data.resize or None,
+            batch_size=self.process_batch_size(batch_size),
+            on_bad=data.on_bad,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=data.num_threads,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch,
+        )
+
+    def train_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+        """Endless training batches, this process's share of each."""
+        options = self.loader_options(batch_size)
+        return train_batches(self.train_source, seed=seed, pad=self.config.data.pad, **options)
+
+    def test_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+        """The global batches of the test split, each once.
+
+        Raises:
+            Preempted: SIGTERM arrived; an evaluation can take longer than the grace period.
+        """
+        shards = self.batch_shards
+        batch_size = min(batch_size, max(shards, len(self.test_source) // shards * shards))
+        with contextlib.closing(
+            eval_batches(self.test_source, **self.loader_options(batch_size))
+        ) as batches:
+            for batch in batches:
+                if preemption.noticed():
+                    raise preemption.Preempted("preempted during an evaluation")
+                yield sharding.global_batch(batch, self.mesh)
+
+
+def open_run(
+    config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh, networks: Iterable[str]
+) -> Run:
+    """Opens the data and the pretrained networks of a run.
+
+    Args:
+        networks: names of the pretrained networks of all parts, so that a missing file is
+            reported at once and not after days of training.
+
+    Raises:
+        ValueError: data or a network that is missing.
+    """
+    loaded = {
+        name: pretrained.load(name, config.pretrained_dir or None) for name in sorted(set(networks))
+    }
+    data_dir = config.data.data_dir or None
+    train_source = open_source(config.data.name, "train", data_dir=data_dir)
+    test_source = open_source(
+        config.data.name, "test", data_dir=data_dir, class_names=train_source.class_names
+    )
+    return Run(config, workdir, mesh, train_source, test_source, loaded)
