@@ -39,8 +39,8 @@ from nvg_jax.data import open_source
 from nvg_jax.models import abstract_params
 from nvg_jax.pipeline import generate_batch
 from nvg_jax.runtime import sharding
-from nvg_jax.sampling.settings import Settings
 from nvg_jax.sampling.generate import make_program
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
 from nvg_jax.training import programs
 

@@ -22,20 +22,8 @@ from nvg_jax import cli, pretrained
 from nvg_jax.models import GENERATORS, abstract_params
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import checkpoint
-from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
-
-# As the published figures were sampled. The splits are deterministic, gumbel=True draws them.
-SAMPLING = Settings(
-    temperature=1.0,
-    top_k=0,
-    top_p=(1.0, 0.5),
-    content_guidance=(1.0, 3.5),
-    structure_guidance=(1.0, 2.5),
-    flow_steps=25,
-    gumbel=False,
-)
 
 FLAGS = flags.FLAGS
 
@@ -103,7 +91,7 @@ def read_published(
         shapes["canvas_scale"] = (TokenizerConfig(**own).num_stages + 1,)
         flat = weight_names.from_published(generator_tensors, shapes)
     meta["canvas_scale"] = flat.pop("canvas_scale").tolist()
-    meta["sampling"] = dataclasses.asdict(SAMPLING)
+    meta["sampling"] = dataclasses.asdict(PUBLISHED)
     return meta, params | unflatten_dict(flat, sep="/")
 
 

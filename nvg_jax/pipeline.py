@@ -39,6 +39,7 @@ class Pipeline:
         class_names: the name of every class.
         settings: the folder's recommended sampling settings.
         tokenizer: the tokenizer module; its `config` has all sizes.
+        program: the compiled sampler, if the model can sample.
     """
 
     def __init__(self, metadata: RunMetadata, params: dict[str, Any]):
@@ -60,7 +61,7 @@ class Pipeline:
             static_argnames="method",
         )
         if self.can_sample:
-            self._program = sampling_program(
+            self.program = sampling_program(
                 metadata.tokenizer, metadata.generators, metadata.num_classes
             )
 
@@ -204,13 +205,13 @@ class Pipeline:
             TypeError: an unknown setting.
         """
         self.check_can_sample()
-        program, plan, values = self._plan(settings, structure_stages, token_stages)
+        plan, values = self._plan(settings, structure_stages, token_stages)
         batch = self._batch(class_ids, seed, structure_noise, first_index)
         batch = *batch, self._check_prefix(prefix, len(batch[0]), structure_stages, token_stages)
         count, (ids, keys, noise, prefix) = len(batch[0]), self._place(batch)
         canvas_scale = jnp.asarray(self.metadata.canvas_scale, jnp.float32)
         with jax.set_mesh(self._mesh):
-            out = program.sample(
+            out = self.program.sample(
                 self.params, canvas_scale, ids, keys, noise, values, prefix, plan=plan
             )
         return jax.tree.map(lambda x: x[:count], SampleOutput(*jax.device_get(out)))
@@ -228,7 +229,7 @@ class Pipeline:
                 f"structure_stages={token_stages}."
             )
         settings = self.settings.updated(settings)
-        return self._program, *self._program.plan(settings, structure_stages, token_stages)
+        return self.program.plan(settings, structure_stages, token_stages)
 
     def _batch(self, class_ids, seed, structure_noise, first_index):
         """(ids, keys, noise) of a batch, checked."""

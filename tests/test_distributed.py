@@ -23,10 +23,14 @@ from helpers import logged, on_eight_devices, with_devices
 
 from configs import digits
 from nvg_jax import models
+from nvg_jax.layers import TransformerConfig
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import checkpoint, sharding
-from nvg_jax.train import Trainer, train
-from nvg_jax.training import programs
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.train import train
+from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.run import open_run
+from nvg_jax.workdir import RunMetadata
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 20
@@ -53,10 +57,10 @@ def train_on(mesh) -> dict[str, dict]:
         {training: {"curves", "collectives" and "sizes" of its compiled step}}.
     """
     config = run_config()
-    trainer = Trainer(config, epath.Path("unused"), mesh)
-    key = jax.device_put(jax.random.fold_in(trainer.key, 2), trainer.replicated)
-    scale = jax.device_put(np.ones(6, np.float32), trainer.replicated)
-    batches = trainer.training_batches(16, config.seed)
+    run = open_run(config, epath.Path("unused"), mesh, networks=())
+    key = jax.device_put(jax.random.fold_in(run.key, 2), run.replicated)
+    scale = jax.device_put(np.ones(6, np.float32), run.replicated)
+    batches = run.train_batches(16, config.seed)
     taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
     found = {}
 
@@ -77,35 +81,36 @@ def train_on(mesh) -> dict[str, dict]:
         return state
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        program = programs.tokenizer_training(config, mesh, STEPS)
-        state = program.init(jax.random.fold_in(trainer.key, 0))
-        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=trainer.replicated)
-        tokenizer = copy(state.params)  # of its own: the step takes the state's memory
+        program = tokenizer.make_program(config, mesh, STEPS)
+        state = program.init(jax.random.fold_in(run.key, 0))
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=run.replicated)
+        params = copy(state.params)  # of its own: the step donates the state
         steps("tokenizer", program, state, {}, index_backprop=False)
-        program = programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
-        states = program.init(
-            jax.random.fold_in(trainer.key, 1), tokenizer["quantizer"]["codebook"]
-        )
-        states = steps("generators", program, states, tokenizer, {}, scale)
+        program = generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
+        state = program.init(jax.random.fold_in(run.key, 1), params["quantizer"]["codebook"])
+        state = steps("generators", program, state, params, {}, scale)
     if dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}:
-        params = {name: state.ema_params for name, state in states.items()}
-        found["sampling"] = sampling_collectives(config, {"tokenizer": tokenizer, **params})
+        found["sampling"] = sampling_collectives(config, {"tokenizer": params, **state.ema_params})
     return found
 
 
 def sampling_collectives(config, params) -> list[tuple[str, int, str]]:
     """The collectives of the program that eight devices sample with."""
-    meta = {name: config[name].to_dict() for name in params}
-    meta |= {"class_names": list("0123456789"), "canvas_scale": [1.0] * 6}
-    pipe = Pipeline(meta, params)
-    jitted, seen = pipe._generate, []
+    metadata = RunMetadata(
+        tokenizer=TokenizerConfig(**config.tokenizer),
+        class_names=tuple("0123456789"),
+        canvas_scale=(1.0,) * 6,
+        **{name: TransformerConfig(**config[name]) for name in models.GENERATORS},
+    )
+    pipe = Pipeline(metadata, params)
+    program, seen = pipe.program, []
 
     def look(*args, **static):
-        compiled = jitted.lower(*args, **static).compile()
+        compiled = program.sample.lower(*args, **static).compile()
         seen.append(collectives(compiled))
         return compiled(*args)
 
-    pipe._generate = look
+    pipe.program = program._replace(sample=look)
     assert pipe.sample(range(8), flow_steps=1, content_guidance=2.0).images.shape == (8, 8, 8, 3)
     return seen[0]
 
@@ -195,7 +200,7 @@ def test_heads_that_do_not_split_are_refused():
     config = run_config()
     mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.MESH_AXES)
     with pytest.raises(ValueError, match="2 attention heads .* do not split over mesh.tensor=3"):
-        programs.generator_training(config, mesh, STEPS, models.GENERATORS, 10)
+        generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
 
 
 # Two processes.

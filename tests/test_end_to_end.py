@@ -1,5 +1,6 @@
 """All stages on tiny digits models: training, resuming, sampling, wrong use."""
 
+import functools
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ from nvg_jax import GranularitySequence, Pipeline, cli
 from nvg_jax.granularity import is_even_hierarchy
 from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.train import train
-from nvg_jax.training import programs
+from nvg_jax.training import tokenizer
 
 
 def run_config(**changes):
@@ -64,7 +65,7 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(workdir):
     assert {"quantizer_stage_loss/4", "codebook_usage", "test_psnr", "learning_rate"} <= tags
     tags = {tag for tag, _ in logged(workdir / "generators")}
     expected = {"content/token_loss/4", "content/token_accuracy/0", "structure/flow_loss/2"}
-    assert expected | {"images_per_second", "content/grad_norm", "test_content/loss"} <= tags
+    assert expected | {"images_per_second", "grad_norm", "test_content/loss"} <= tags
 
 
 def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe):
@@ -75,7 +76,8 @@ def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe)
 
     batch = next(eval_batches(open_source("digits", "train"), image_size=(8, 8), resize=8,
                               batch_size=1497))  # fmt: skip
-    canvases = pipe._tokenize(pipe.encode(batch["image"]), method="canvases")
+    encode = functools.partial(pipe.tokenizer.apply, method="encode")
+    canvases = jax.jit(encode)({"params": pipe.params["tokenizer"]}, batch["image"]).canvases
     # Measured on whole batches of a shuffled epoch: the last images may be seen twice.
     np.testing.assert_allclose(scale[1:], 1 / np.asarray(canvases).std((0, 2, 3)), rtol=0.02)
 
@@ -85,11 +87,12 @@ def test_encode_decode_reconstruct(pipe, images):
     assert sequence.structure.shape == sequence.tokens.shape == (3, 5, 16)
     assert sequence.structure.dtype == sequence.tokens.dtype == np.int32
     assert is_even_hierarchy(sequence.structure).all()
-    quantized = pipe._tokenize(images.astype(np.float32) / 127.5 - 1, method="encode")
-    restored = pipe.decode_canvas(quantized.canvases[:3, -1])
+    floats = images.astype(np.float32) / 127.5 - 1
+    encode = functools.partial(pipe.tokenizer.apply, method="encode")
+    quantized = jax.jit(encode)({"params": pipe.params["tokenizer"]}, floats)
+    restored = pipe.decode_canvas(quantized.canvases[:, -1])
     np.testing.assert_allclose(pipe.decode(sequence), restored, atol=1e-5)
     np.testing.assert_allclose(pipe.reconstruct(images), restored, atol=1e-5)
-    floats = images.astype(np.float32) / 127.5 - 1
     np.testing.assert_array_equal(pipe.encode(floats).tokens, sequence.tokens)
 
 
@@ -131,7 +134,7 @@ def test_every_knob_changes_the_samples(pipe):
     leaves, tree = jax.tree.flatten(pipe.params)
     rng = np.random.default_rng(0)
     leaves = [x + rng.normal(size=x.shape, scale=0.2).astype(np.float32) for x in leaves]
-    pipe = Pipeline(pipe.meta, jax.tree.unflatten(tree, leaves))
+    pipe = Pipeline(pipe.metadata, jax.tree.unflatten(tree, leaves))
     base = dict(seed=2, content_guidance=1.0, structure_guidance=1.0, flow_steps=2)
     classes = [4] * 8
     plain = pipe.sample(classes, **base)
@@ -153,13 +156,13 @@ def test_every_knob_changes_the_samples(pipe):
     np.testing.assert_array_equal(*greedy)
 
 
-def test_given_stages_are_kept(pipe, images):
-    given = pipe.encode(images)
-    out = pipe.sample([1, 2, 3], seed=0, given=given, given_tokens=2, given_structure=4)
-    np.testing.assert_array_equal(out.sequence.structure[:, :4], given.structure[:, :4])
-    np.testing.assert_array_equal(out.sequence.tokens[:, :2], given.tokens[:, :2])
+def test_a_prefix_is_kept(pipe, images):
+    prefix = pipe.encode(images)
+    out = pipe.sample([1, 2, 3], seed=0, prefix=prefix, token_stages=2, structure_stages=4)
+    np.testing.assert_array_equal(out.sequence.structure[:, :4], prefix.structure[:, :4])
+    np.testing.assert_array_equal(out.sequence.tokens[:, :2], prefix.tokens[:, :2])
     assert is_even_hierarchy(out.sequence.structure).all()
-    whole = pipe.sample([1, 2, 3], given=given, given_tokens=5, given_structure=5)
+    whole = pipe.sample([1, 2, 3], prefix=prefix, token_stages=5, structure_stages=5)
     np.testing.assert_allclose(whole.images, pipe.reconstruct(images), atol=1e-5)
 
 
@@ -187,7 +190,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
         whole = tmp_path / "whole"
         train(config, whole)
     place, calls = sharding.global_batch, []
-    training, warm = programs.tokenizer_training, []
+    make_program, warm = tokenizer.make_program, []
 
     def interrupt(batch, mesh):
         calls.append(1)
@@ -196,7 +199,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
         return place(batch, mesh)
 
     def watched(*args):
-        program = training(*args)
+        program = make_program(*args)
 
         def step(*args, index_backprop):
             warm.append(index_backprop)
@@ -204,7 +207,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
 
         return program._replace(step=step)
 
-    monkeypatch.setattr(programs, "tokenizer_training", watched)
+    monkeypatch.setattr(tokenizer, "make_program", watched)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sharding, "global_batch", interrupt)
         train(config, tmp_path)
@@ -236,7 +239,7 @@ def test_generators_refuse_another_tokenizer(workdir, tmp_path):
     (alone / "tokenizer").symlink_to(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="no content and no structure generator yet"):
         Pipeline.from_pretrained(alone).sample([0])
-    with pytest.raises(ValueError, match="seed = 0, and it cannot go on with 5"):
+    with pytest.raises(ValueError, match="seed = 0, which cannot be resumed with 5"):
         train(run_config(part="tokenizer", seed=5), workdir)
     other_sizes = run_config(part="generators")
     other_sizes.tokenizer.codebook_size = 32
@@ -251,7 +254,7 @@ def test_weights_and_metadata_come_from_one_checkpoint(workdir, tmp_path):
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     for path in (tmp_path / "tokenizer" / "12" / "state").rglob("d/*"):  # the metadata are in meta/
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ValueError, match="has none that is finished"):
+    with pytest.raises(ValueError, match="has none that has finished"):
         train(run_config(part="generators"), tmp_path)
     shutil.copytree(workdir / "generators", tmp_path / "generators")
     with pytest.raises(ValueError, match="stands at step 8, before the end of its training"):
@@ -270,41 +273,122 @@ def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys):
     assert "error: The devices have too little memory (RESOURCE" in capsys.readouterr().err
 
 
-def test_wrong_use_gets_a_sentence(pipe, images, tmp_path, workdir):
-    sequence = pipe.encode(images)
-    swapped = sequence.structure.copy()
-    swapped[:, 4, :2] = 0
-    mixed = sequence.tokens.copy()
-    mixed[:, 0, 0] += 1
-    for call, message in (
-        (lambda: pipe.sample([10]), "Unknown class 10"),
-        (lambda: pipe.sample(["cat"]), "Unknown class 'cat'"),
-        (lambda: pipe.sample([]), "at least one class"),
-        (lambda: pipe.sample([0], top_p=0.0), "top_p must be above 0"),
-        (lambda: pipe.sample([0], top_k=17), "top_k must be whole numbers"),
-        (lambda: pipe.sample([0], temperature=-1.0), "temperature must be 0 or more"),
-        (lambda: pipe.sample([0], content_guidance=[1, 2, 3]), "5 values"),
-        (lambda: pipe.sample([0], flow_steps=0), "flow_steps must be a whole number"),
-        (lambda: pipe.sample([0], structure_noise=np.zeros((1, 4, 4))), "structure_noise must"),
-        (lambda: pipe.sample([0], given_tokens=1), "need a `given` sequence"),
-        (lambda: pipe.encode(images[0]), "must have the shape"),
-        (lambda: pipe.encode(images.astype(np.float32)), r"\[-1, 1\]"),
-        (lambda: pipe.decode(GranularitySequence(swapped, sequence.tokens)), "map of stage 4"),
-        (lambda: pipe.decode(GranularitySequence(sequence.structure, mixed)), "stage 0 differ"),
+def changed(sequence, **parts):
+    return GranularitySequence(**(sequence._asdict() | parts))
+
+
+def moved(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda pipe: pipe.sample([10]), "Unknown class 10"),
+        (lambda pipe: pipe.sample(["cat"]), "Unknown class 'cat'"),
+        (lambda pipe: pipe.sample([1.0]), "Unknown class 1.0"),
+        (lambda pipe: pipe.sample([True]), "Unknown class True"),
+        (lambda pipe: pipe.sample([]), "at least one class"),
+        (lambda pipe: pipe.sample("12"), r"list of class ids or names, got '12'; .* \['12'\]"),
+        (lambda pipe: pipe.sample(3), r"list of class ids or names, got 3; .* \[3\]"),
+        (lambda pipe: pipe.sample([0], seed=1.5), "seed must be a whole number in 0 .. 4294967295"),
+        (lambda pipe: pipe.sample([0], seed=2**70), "seed must be a whole number .* got 11805"),
+        (lambda pipe: pipe.sample([0], seed=-1), "seed must be a whole number .* got -1"),
+        (lambda pipe: pipe.sample([0], first_index=-1), "first_index must be a whole number"),
+        (lambda pipe: pipe.sample([0], first_index=1.5), "first_index must be .* got 1.5"),
+        (lambda pipe: pipe.sample([0], top_p=0.0), "top_p must be above 0"),
+        (lambda pipe: pipe.sample([0], top_k=17), "top_k must be whole numbers"),
+        (lambda pipe: pipe.sample([0], temperature=-1.0), "temperature must be 0 or more"),
+        (lambda pipe: pipe.sample([0], temperature=[1.0]), "temperature takes one number"),
+        (lambda pipe: pipe.sample([0], content_guidance=[1, 2, 3]), "5 values"),
+        (lambda pipe: pipe.sample([0], flow_steps=0), "flow_steps must be a whole number"),
+        (lambda pipe: pipe.sample([0], flow_steps=[2]), "flow_steps takes one number"),
+        (lambda pipe: pipe.sample([0], gumbel="yes"), "gumbel must be True or False, got 'yes'"),
         (
-            lambda: pipe.decode(GranularitySequence(sequence.structure, sequence.tokens + 99)),
+            lambda pipe: pipe.sample([0], structure_noise=np.zeros((1, 4, 4))),
+            r"structure_noise must have the shape \(1, 16, 4\)",
+        ),
+        (
+            lambda pipe: pipe.sample([0], structure_noise=np.full((1, 16, 4), np.nan)),
+            "structure_noise must be finite",
+        ),
+        (
+            lambda pipe: pipe.sample([0], structure_noise="loud"),
+            "structure_noise must be numbers",
+        ),
+        (lambda pipe: pipe.sample([0], token_stages=1), "need a `prefix` sequence"),
+        (lambda pipe: pipe.sample([0], structure_stages=6), "structure_stages must be .* 0 .. 5"),
+        (
+            lambda pipe: pipe.sample([0], prefix=pipe.known, token_stages=3, structure_stages=1),
+            "give at least structure_stages=3",
+        ),
+        (
+            lambda pipe: pipe.sample([0], prefix=pipe.known, structure_stages=1),
+            r"prefix.structure must be integers of shape \(1, 5, 16\), got int32 \(3, 5, 16\)",
+        ),
+        (lambda pipe: pipe.encode(np.zeros((8, 8, 3), np.uint8)), "must have the shape"),
+        (lambda pipe: pipe.encode(np.full((1, 8, 8, 3), 2.0)), r"\[-1, 1\]"),
+        (lambda pipe: pipe.encode(np.full((1, 8, 8, 3), np.nan)), r"\[-1, 1\]"),
+        (lambda pipe: pipe.decode_canvas(np.zeros((16, 4))), r"shape \(batch, 16, 4\)"),
+        (
+            lambda pipe: pipe.decode(
+                changed(pipe.known, structure=moved(pipe.known.structure, np.s_[:, 4, :2], 0))
+            ),
+            "map of stage 4",
+        ),
+        (
+            lambda pipe: pipe.decode(
+                changed(
+                    pipe.known,
+                    tokens=moved(
+                        pipe.known.tokens, np.s_[:, 0, 0], (pipe.known.tokens[:, 0, 0] + 1) % 16
+                    ),
+                )
+            ),
+            "stage 0 differ",
+        ),
+        (
+            lambda pipe: pipe.decode(changed(pipe.known, tokens=pipe.known.tokens + 99)),
             "Token ids",
         ),
-        (lambda: Pipeline.from_pretrained(tmp_path / "nowhere"), "There is no folder"),
-        (lambda: Pipeline.from_pretrained(tmp_path), "no trained tokenizer"),
-        (lambda: pipe.save_pretrained(workdir), "holds a training run"),
-        (lambda: train(run_config(part="everything"), tmp_path), "Unknown part"),
-        (lambda: train(run_config(dtype="bf16"), tmp_path), "float32 or bfloat16"),
-        (lambda: train(run_config(tokenizer_workdir="x"), tmp_path), "Leave it empty"),
-        (lambda: train(run_config(part="content"), tmp_path), "need a trained tokenizer"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+        (
+            lambda pipe: pipe.decode(jax.tree.map(lambda x: x[:0], pipe.known)),
+            r"shape \(batch, 5, 16\), got int32 \(0, 5, 16\)",
+        ),
+    ],
+)
+def test_wrong_use_of_a_pipeline_gets_a_sentence(pipe, images, call, message):
+    pipe.known = pipe.encode(images)
+    with pytest.raises(ValueError, match=message):
+        call(pipe)
+
+
+def test_an_unknown_setting_is_named(pipe):
+    with pytest.raises(TypeError, match="'temprature'; there are temperature, top_k"):
+        pipe.sample([0], temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda folder: Pipeline.from_pretrained(folder / "nowhere"), "There is no folder"),
+        (lambda folder: Pipeline.from_pretrained(folder), "no trained tokenizer"),
+        (lambda folder: train(run_config(part="everything"), folder), "Unknown part"),
+        (lambda folder: train(run_config(dtype="bf16"), folder), "float32 or bfloat16"),
+        (lambda folder: train(run_config(tokenizer_workdir="x"), folder), "Leave it empty"),
+        (lambda folder: train(run_config(part="content"), folder), "need a trained tokenizer"),
+    ],
+)
+def test_wrong_use_of_a_folder_gets_a_sentence(tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)
+
+
+def test_an_export_does_not_hide_a_run(pipe, workdir):
+    with pytest.raises(ValueError, match="holds a training run"):
+        pipe.save_pretrained(workdir)
 
 
 def python(*arguments, **environment):
@@ -326,6 +410,9 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
         (train_with("configs/cats.py"), "configs/cats.py"),
         (python("nvg_jax.train", "--config=configs/digits.py", "--config.sed=1",
                 f"--workdir={tmp_path}"), "Did you mean"),
+        (python("nvg_jax.train", "--config=configs/digits.py",
+                "--config.generator_training.lr=3", f"--workdir={tmp_path}"),
+         "no config.generator_training.lr. config.generator_training has batch_size,"),
         (python("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
          "error: Unknown class 11"),
     ):  # fmt: skip

@@ -1,8 +1,11 @@
 """The two generators: losses against values worked by hand, what they may see, guidance dropout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nvg_jax import layers, models
@@ -10,6 +13,8 @@ from nvg_jax.content.losses import content_losses
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantized, TokenizerConfig
 from nvg_jax.training import generators as steps
+from nvg_jax.training.optimizers import OptimizerConfig
+from nvg_jax.training.state import TrainState
 
 CONFIG = TokenizerConfig(
     (8, 8), (2, 2), 3, 5, base_channels=32, channel_multipliers=(1, 1, 1), blocks_per_level=1
@@ -195,3 +200,36 @@ def test_rotation_turns_each_pair_of_channels(monkeypatch, platform):
     half = layers.rotate(x.astype(jnp.bfloat16), cos, sin)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(half.astype(jnp.float32), expected)
+
+
+def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
+    """Gradient descent with rate 1: a clipped step is the free one over the norm of both."""
+    networks = {name: generator(name) for name in models.GENERATORS}
+    params = {name: params for name, (_, params) in networks.items()}
+    tokenizer, key = models.make_tokenizer(CONFIG), jax.random.key(3)
+    tokenizer_params = unbox(jax.jit(lambda key: models.init_tokenizer(tokenizer, key))(key))
+    images = np.random.default_rng(0).uniform(-1, 1, (2, *CONFIG.image_size, 3))
+    batch = {"image": images.astype(np.float32), "label": jnp.array([0, 1])}
+
+    def moved(clip):
+        optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.sgd(1.0))
+        step = functools.partial(
+            steps.train_step,
+            generators={name: model for name, (model, _) in networks.items()},
+            optimizer=optimizer,
+            config=OptimizerConfig(),
+            tokenizer=tokenizer,
+            class_dropout=0.0,
+            repa=None,
+        )
+        state = TrainState.create(params, optimizer)
+        new, metrics = jax.jit(step)(state, tokenizer_params, {}, jnp.ones(4), batch, key)
+        return jax.tree.map(lambda a, b: np.asarray(a - b), new.params, params), metrics
+
+    free, metrics = moved(1e9)
+    norms = [np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(free[n]))) for n in networks]
+    assert min(norms) > 1
+    np.testing.assert_allclose(metrics["grad_norm"], np.hypot(*norms), rtol=1e-4)
+    clipped, _ = moved(1.0)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+    jax.tree.map(close, clipped, jax.tree.map(lambda x: x / np.hypot(*norms), free))

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nvg_jax.sampling.settings import Settings
-from nvg_jax.sampling.generate import Stage, make_program
+from nvg_jax.sampling.generate import StagePlan, make_plan
 from nvg_jax.sampling.guidance import filter_logits, guided
+from nvg_jax.sampling.settings import Settings
 
 # Not in order, so that a filter must find the likely tokens.
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3], np.float32)
@@ -125,47 +125,46 @@ def test_wrong_settings_get_a_sentence(wrong, sentence):
         Settings(**wrong).expand(5, 16)
 
 
-def program(given_tokens=0, given_structure=0, **settings):
-    return make_program(Settings(**settings).expand(5, 16), given_tokens, given_structure)
+def plan(structure_stages=0, token_stages=0, **settings):
+    return make_plan(Settings(**settings).expand(5, 16), structure_stages, token_stages)
 
 
 def test_plain_sampling_needs_no_null_class_and_no_filter():
-    got = program()
+    got = plan()
     assert got.stages == (
-        Stage("plain", "plain"),
-        Stage("plain", "plain"),
-        Stage("plain", "plain"),
-        Stage("plain", "noise"),  # the last split is never learned
-        Stage("plain", "none"),
+        StagePlan("plain", "plain"),
+        StagePlan("plain", "plain"),
+        StagePlan("plain", "plain"),
+        StagePlan("plain", "noise"),  # the last split is never learned
+        StagePlan("plain", "none"),
     )
-    assert (got.flow_steps, got.gumbel, got.greedy, got.top_k, got.top_p) == (
-        25, False, False, False, False
-    )  # fmt: skip
-    assert hash(got) == hash(program())  # static: equal settings share one program
+    assert (got.settings.flow_steps, got.settings.gumbel) == (25, False)
+    assert (got.greedy, got.top_k, got.top_p) == (False, False, False)
+    assert hash(got) == hash(plan())  # static: equal settings share one program
 
 
 def test_stages_with_guidance_one_need_no_null_class():
-    got = program(content_guidance=(1, 3.5), structure_guidance=(3, 2, 1, 3, 3))
+    got = plan(content_guidance=(1, 3.5), structure_guidance=(3, 2, 1, 3, 3))
     assert [stage.content for stage in got.stages] == ["plain"] + 4 * ["guided"]
     assert [stage.split for stage in got.stages] == ["guided", "guided", "plain", "noise", "none"]
 
 
 def test_given_stages_are_read_and_the_rest_is_made():
     # Maps of stages 0 and 1 are given: the split that stage 0 would make is; tokens of stage 0 too.
-    got = program(given_tokens=1, given_structure=2, content_guidance=2, structure_guidance=2)
+    got = plan(token_stages=1, structure_stages=2, content_guidance=2, structure_guidance=2)
     assert got.stages == (
-        Stage("given", "given"),
-        Stage("guided", "guided"),
-        Stage("guided", "guided"),
-        Stage("guided", "noise"),
-        Stage("guided", "none"),
+        StagePlan("prefix", "prefix"),
+        StagePlan("guided", "guided"),
+        StagePlan("guided", "guided"),
+        StagePlan("guided", "noise"),
+        StagePlan("guided", "none"),
     )
     # The map of stage 0 alone is one cluster: nothing is saved.
-    assert program(given_structure=1) == program()
-    everything = program(given_tokens=5, given_structure=5).stages
-    assert everything == 4 * (Stage("given", "given"),) + (Stage("given", "none"),)
-    maps_only = program(given_structure=5).stages
-    assert maps_only == 4 * (Stage("plain", "given"),) + (Stage("plain", "none"),)
+    assert plan(structure_stages=1) == plan()
+    everything = plan(token_stages=5, structure_stages=5).stages
+    assert everything == 4 * (StagePlan("prefix", "prefix"),) + (StagePlan("prefix", "none"),)
+    maps_only = plan(structure_stages=5).stages
+    assert maps_only == 4 * (StagePlan("plain", "prefix"),) + (StagePlan("plain", "none"),)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +173,10 @@ def test_given_stages_are_read_and_the_rest_is_made():
         ({"temperature": 0.0}, {"greedy": True}),
         ({"top_k": (5, 0, 0, 0, 0)}, {"top_k": True}),
         ({"top_p": (1, 1, 1, 1, 0.9)}, {"top_p": True}),
-        ({"gumbel": True}, {"gumbel": True}),
-        ({"flow_steps": 4}, {"flow_steps": 4}),
+        ({"gumbel": True}, {"settings": Settings(gumbel=True).static()}),
+        ({"flow_steps": 4}, {"settings": Settings(flow_steps=4).static()}),
         ({"temperature": 0.7}, {}),  # a value that changes without a new program
     ],
 )
-def test_what_a_setting_switches_in_the_program(settings, switched):
-    assert program(**settings) == program()._replace(**switched)
+def test_what_a_setting_switches_in_the_plan(settings, switched):
+    assert plan(**settings) == plan()._replace(**switched)

@@ -16,22 +16,29 @@ from nvg_jax.layers import Transformer, TransformerConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import LeCam
-from nvg_jax.training import generators, programs, tokenizer
+from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.optimizers import OptimizerConfig
 
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
 MODEL = models.make_tokenizer(SIZES)
-LOSSES = tokenizer.Losses("l1", 0.0, 0.3, 0.5, "small")
+LOSSES = tokenizer.TokenizerLossConfig("l1", 0.0, 0.3, 0.5, "small")
 DISCRIMINATOR = LOSSES.make_discriminator(jnp.float32)
 
 
 @pytest.fixture(scope="module")
 def state():
     init = lambda key: sharding.unbox(
-        tokenizer.init_state(MODEL, key, optax.sgd(0.1), DISCRIMINATOR, optax.sgd(0.1))
+        tokenizer.init_state(
+            key,
+            model=MODEL,
+            optimizer=optax.sgd(0.1),
+            discriminator=DISCRIMINATOR,
+            discriminator_optimizer=optax.sgd(0.1),
+        )
     )
     state = jax.jit(init)(jax.random.key(0))
     averages = LeCam(real=jnp.float32(0.3), fake=jnp.float32(-0.2))
-    return state.replace(adversary=state.adversary.replace(lecam=averages))
+    return state.replace(discriminator=state.discriminator.replace(lecam=averages))
 
 
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
@@ -50,15 +57,15 @@ def test_one_step_has_the_gradients_of_two(state):
         tokenizer.loss_terms, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
         index_backprop=False,
     )  # fmt: skip
-    adversary = state.adversary
+    opponent = state.discriminator
     both, (metrics, _) = jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
-        state.params, adversary.params, adversary, {}, IMAGES, KEY
+        state.params, opponent.params, opponent, {}, IMAGES, KEY
     )
     fake_key, real_key = jax.random.split(KEY)
     see = lambda images, key: tokenizer.discriminator_inputs(
         DISCRIMINATOR, {}, images, key, jnp.float32
     )
-    old = {"params": adversary.params, "spectral": adversary.spectral}
+    old = {"params": opponent.params, "spectral": opponent.spectral}
 
     def tokenizer_alone(params):
         restored, quantized = MODEL.apply({"params": params}, IMAGES)
@@ -81,7 +88,7 @@ def test_one_step_has_the_gradients_of_two(state):
         lecam = (jnp.maximum(real + 0.2, 0) ** 2).mean() + (jnp.maximum(0.3 - fake, 0) ** 2).mean()
         return hinge + 0.5 * lecam
 
-    value, grads = jax.jit(jax.value_and_grad(discriminator_alone))(adversary.params)
+    value, grads = jax.jit(jax.value_and_grad(discriminator_alone))(opponent.params)
     np.testing.assert_allclose(
         metrics["discriminator_loss"] + 0.5 * metrics["lecam_loss"], value, rtol=1e-5
     )
@@ -96,7 +103,7 @@ def test_lpips_is_added_with_its_weight(state, monkeypatch):
     )
     terms = functools.partial(
         tokenizer.loss_terms, model=MODEL, discriminator=None, index_backprop=False,
-        losses=tokenizer.Losses("l2", 0.7, 0.0, 0.0, "small"),
+        losses=tokenizer.TokenizerLossConfig("l2", 0.7, 0.0, 0.0, "small"),
     )  # fmt: skip
     grad = jax.jit(jax.value_and_grad(terms, has_aux=True))
     plain, (metrics, _) = grad(state.params, None, None, {"lpips": 0.0}, IMAGES, KEY)[0]
@@ -121,7 +128,9 @@ def test_what_the_heads_on_dino_see(monkeypatch):
         ]
 
     monkeypatch.setattr(pretrained, "dino", dino)
-    heads = tokenizer.Losses("l1", 0.0, 0.1, 0.0, "dino").make_discriminator(jnp.float32)
+    heads = tokenizer.TokenizerLossConfig("l1", 0.0, 0.1, 0.0, "dino").make_discriminator(
+        jnp.float32
+    )
     images = np.random.default_rng(0).uniform(-1, 1, (2, 256, 256, 3))
     taps = tokenizer.discriminator_inputs(heads, {"dino": 1000.0}, images, KEY, jnp.float32)
     patches = 2 * (images[:, :224:16, :224:16, :1] + 1).reshape(2, 196, 1)
@@ -134,14 +143,14 @@ def test_a_step_moves_both_players_and_their_memory(state):
         functools.partial(
             tokenizer.train_step, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
             optimizer=optax.sgd(0.1), discriminator_optimizer=optax.sgd(0.1), index_backprop=False,
-            config=programs.OptimizerConfig(ema_decay=0.9),
+            config=OptimizerConfig(ema_decay=0.9),
         )
     )  # fmt: skip
     new, metrics = step(state, {}, {"image": IMAGES}, KEY)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, state)
-    for part in (moved.params, moved.adversary.params, moved.adversary.spectral):
+    for part in (moved.params, moved.discriminator.params, moved.discriminator.spectral):
         assert np.mean(jax.tree.leaves(part)) > 0.7  # the vectors of one logit cannot turn
-    assert moved.adversary.lecam.real and moved.adversary.lecam.fake
+    assert moved.discriminator.lecam.real and moved.discriminator.lecam.fake
     again, _ = step(state, {}, {"image": IMAGES}, KEY)
     jax.tree.map(np.testing.assert_array_equal, new, again)
     assert np.isfinite(jax.tree.leaves(metrics)[0]).all()
@@ -157,7 +166,7 @@ def test_wrong_losses_get_a_sentence():
         changed = config.copy_and_resolve_references()
         changed.tokenizer_training.update(change)
         with pytest.raises(ValueError, match=message):
-            programs.tokenizer_losses(changed)
+            tokenizer.loss_config(changed)
     for change, message in (
         (dict(repa_weight=1.0, repa_block=3), r"one of the content generator's 2 blocks, .* got 3"),
         (dict(repa_weight=1.0, repa_block=1), "needs a latent of that size, not 4 x 4"),
@@ -166,7 +175,7 @@ def test_wrong_losses_get_a_sentence():
         changed = config.copy_and_resolve_references()
         changed.generator_training.update(change)
         with pytest.raises(ValueError, match=message):
-            programs.representation_alignment(changed)
+            generators.repa_config(changed)
 
 
 # REPA.
@@ -211,7 +220,10 @@ def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
         base_channels=32, channel_multipliers=(1, 1), blocks_per_level=1,
     )  # fmt: skip
     model = models.make_generator("content", TransformerConfig(32, 3, head_dim=32), sizes, 2)
-    init = functools.partial(models.init_generator, model, repa=True)
+    init = lambda key: {
+        **models.init_generator(model, key),
+        "repa": generators.init_projector(model, key),
+    }
     params = sharding.unbox(jax.eval_shape(init, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
@@ -250,21 +262,22 @@ def test_the_published_presets_train_with_every_loss(stage):
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         if stage == "tokenizer":
-            program = programs.tokenizer_training(config, mesh, 10)
+            program = tokenizer.make_program(config, mesh, 10)
             arguments = dict(index_backprop=True)
             expected = {"perceptual_loss", "adversarial_loss", "discriminator_loss", "lecam_loss"}
             frozen = {"lpips", "dino"}
         else:
-            program = programs.generator_training(config, mesh, 10, ("content",), 1000)
+            program = generators.make_program(config, mesh, 10, ("content",), 1000)
             arguments, expected, frozen = {}, {"content/repa_loss"}, {"dinov2"}
         state, metrics = jax.eval_shape(
             functools.partial(program.step, **arguments), *program.arguments
         )
     assert expected <= metrics.keys()
-    assert (
-        {run for run in frozen}
-        == set(programs.pretrained_names(config, stage))
-        <= set(pretrained.NAMES)
+    names = (
+        tokenizer.loss_config(config).pretrained
+        if stage == "tokenizer"
+        else generators.pretrained_names(config, ("content",))
     )
+    assert frozen == set(names) <= set(pretrained.NAMES)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(state) == shapes(program.state)

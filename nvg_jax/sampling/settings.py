@@ -41,7 +41,7 @@ class Spec:
     help: str
     kind: type = float
     allowed: str = "finite"
-    valid: Callable[[np.ndarray, int], np.ndarray] = lambda x, codebook_size: np.isfinite(x)
+    valid: Callable[[np.ndarray, int], np.ndarray] = lambda x, codebook_size: x == x
     per_stage: Callable[[float, float, int], np.ndarray] | None = None
     traced: bool = True
 
@@ -52,17 +52,17 @@ class Spec:
             ValueError: a value of another type or outside the range, or a wrong number of values.
         """
         allowed = self.allowed.format(V=codebook_size)
-        problem = ValueError(f"{name} must be {allowed}, got {value!r}.")
+        outside = ValueError(f"{name} must be {allowed}, got {value!r}.")
         if self.kind is bool:
             if not isinstance(value, (bool, np.bool_)):
-                raise problem
+                raise outside
             return bool(value)
         try:
             values = np.asarray(value)
         except ValueError:  # a ragged list
-            raise problem from None
-        if values.dtype.kind not in "iuf":
-            raise problem
+            values = np.array(None)
+        if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+            raise ValueError(f"{name} takes finite numbers, got {value!r}.")
         if self.per_stage is None and values.ndim:
             raise ValueError(f"{name} takes one number for all stages, got {value!r}.")
         values = np.atleast_1d(values.astype(np.float64))
@@ -75,8 +75,8 @@ class Spec:
                 f"{name} takes a number, a (start, end) pair or {num_stages} values (one per "
                 f"stage), got {value!r}."
             )
-        if not (np.isfinite(values) & self.valid(values, codebook_size)).all():
-            raise problem
+        if not self.valid(values, codebook_size).all():
+            raise outside
         values = tuple(map(self.kind, values))
         return values[0] if self.per_stage is None else values
 
@@ -102,7 +102,7 @@ class Settings:
         0,
         "Sample from the k most likely tokens; 0 keeps all.",
         kind=int,
-        allowed="whole numbers from 0 (no filter) to {V}, the size of the codebook",
+        allowed="whole numbers from 0 (no filter) to the codebook's {V}",
         valid=lambda x, codebook_size: (x == np.round(x)) & (x >= 0) & (x <= codebook_size),
         per_stage=integer_range,
     )

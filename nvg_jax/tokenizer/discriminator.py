@@ -68,7 +68,7 @@ class SpectralConv(nn.Module):
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:])
         # Left split along both channel axes, XLA (as of jax 0.10.2) makes wrong gradients of it.
-        kernel = layers.whole(kernel)
+        kernel = layers.unshard(kernel)
 
         rows, columns = self.features, math.prod(shape[:-1])
         matrix = jnp.moveaxis(kernel, (-1, -2), (0, 1)).reshape(rows, columns)
