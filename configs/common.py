@@ -36,6 +36,7 @@ def base() -> ml_collections.ConfigDict:
             tokenizer_workdir="",  # where the generators' tokenizer is, if not in --workdir
             pretrained_dir="",  # of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # of the arithmetic; bfloat16 on accelerators
+            fast_compile=False,  # compile without optimization: for runs of a few steps
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the rest of the devices
             data=dict(
                 name="",  # digits, fashion_mnist, image_folder, tfds:NAME, sequences
@@ -122,6 +123,7 @@ def run_locally(config: ml_collections.ConfigDict):
     """Shrinks a preset to 8-pixel images and a few steps of tiny models: seconds on a CPU."""
     without_pretrained(config)
     config.dtype = "float32"
+    config.fast_compile = True
     config.data.update(num_workers=0, num_threads=1)
     config.tokenizer.update(
         image_size=(8, 8),

@@ -91,9 +91,12 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+    import jax
+
     from nvg_jax.runtime import preemption
 
     preemption.watch()
+    jax.config.update("jax_disable_most_optimizations", FLAGS.config.fast_compile)
     train(FLAGS.config, FLAGS.workdir)
 
 
