@@ -1,0 +1,365 @@
+"""What needs many devices, looked at in one process with eight of them.
+
+Run as a script, this file is that process: it prints what the tests below check, as JSON.
+"""
+
+import json
+import math
+import re
+import sys
+import tempfile
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import flags
+from etils import epath
+from helpers import on_eight_devices
+
+from configs import digits
+from nvg_jax import layers, models
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime import sharding
+from nvg_jax.runtime.checkpoint import Checkpoints
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.run import open_run
+from nvg_jax.training.state import TrainState
+from nvg_jax.workdir import RunMetadata
+
+STEPS = 20
+MESHES = {
+    "one device": (1, 1, 1),
+    "data 8": (8, 1, 1),
+    "fsdp 8": (1, 8, 1),
+    "data 2 fsdp 2 tensor 2": (2, 2, 2),
+}
+
+
+def run_config():
+    config = digits.get_config("runlocal")
+    for training in (config.tokenizer_training, config.generator_training):
+        training.update(steps=STEPS, log_every=1, save_every=10, eval_every=STEPS)
+        training.optimizer.update(learning_rate=1e-3)
+    return config
+
+
+def observe() -> dict:
+    curves = {}
+    for name, sizes in MESHES.items():
+        devices = jax.devices()[: math.prod(sizes)]
+        curves[name] = train_on(sharding.make_mesh(*sizes, devices=devices))
+    return {"training": curves, "placement": placement()}
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return on_eight_devices(__file__)
+
+
+# Training.
+
+
+def train_on(mesh) -> dict[str, dict]:
+    """Twenty steps of both trainings, from the seed and the data of `run_config`.
+
+    Returns:
+        {training: {"curves", "collectives" and "sizes" of its compiled step}}.
+    """
+    config = run_config()
+    run = open_run(config, epath.Path("unused"), mesh, networks=())
+    key = jax.device_put(jax.random.fold_in(run.key, 2), run.replicated)
+    scale = jax.device_put(np.ones(6, np.float32), run.replicated)
+    batches = run.train_batches(16, config.seed)
+    taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
+    found = {}
+
+    def steps(name, program, state, *fixed, **static):
+        step = program.step.lower(state, *fixed, taken[0], key, **static).compile()
+        metrics = []
+        for batch in taken:
+            state, values = step(state, *fixed, batch, key)
+            metrics.append(values)
+        curves = {
+            tag: [float(m[tag]) for m in jax.device_get(metrics)]
+            for tag in metrics[0]
+            if tag.endswith("loss") and metrics[0][tag].ndim == 0
+        }
+        found[name] = {
+            "curves": curves, "collectives": collectives(step), "sizes": leaf_sizes(program)
+        }  # fmt: skip
+        return state
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        program = tokenizer.make_program(config, mesh, STEPS)
+        state = program.init(jax.random.fold_in(run.key, 0))
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=run.replicated)
+        params = copy(state.params)  # of its own: the step donates the state
+        steps("tokenizer", program, state, {}, index_backprop=False)
+        program = generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
+        state = program.init(jax.random.fold_in(run.key, 1), params["quantizer"]["codebook"])
+        state = steps("generators", program, state, params, {}, scale)
+    if dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}:
+        found["sampling"] = sampling_collectives(config, {"tokenizer": params, **state.ema_params})
+    return found
+
+
+def sampling_collectives(config, params) -> list[tuple[str, int, str]]:
+    """The collectives of the program that eight devices sample with."""
+    metadata = RunMetadata(
+        tokenizer=TokenizerConfig(**config.tokenizer),
+        class_names=tuple("0123456789"),
+        canvas_scale=(1.0,) * 6,
+        **{name: TransformerConfig(**config[name]) for name in models.GENERATORS},
+    )
+    pipe = Pipeline(metadata, params)
+    program, seen = pipe.program, []
+
+    def look(*args, **static):
+        compiled = program.sample.lower(*args, **static).compile()
+        seen.append(collectives(compiled))
+        return compiled(*args)
+
+    pipe.program = program._replace(sample=look)
+    assert pipe.sample(range(8), flow_steps=1, content_guidance=2.0).images.shape == (8, 8, 8, 3)
+    return seen[0]
+
+
+def collectives(compiled) -> list[tuple[str, int, str]]:
+    """(kind, elements of the largest result, operation) of every collective of a program."""
+    found = []
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for line in compiled.as_text().splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(-start)?\(", line)
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+            operation = re.search(r'op_name="([^"]*)"', line)
+            found.append((match[2], max(sizes), operation[1] if operation else ""))
+    return found
+
+
+def leaf_sizes(program) -> list[int]:
+    """Numbers of elements of all parameters, and of one layer of stacked ones."""
+    sizes = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
+        sizes.add(leaf.size)
+        if "blocks" in jax.tree_util.keystr(path):
+            sizes.add(leaf.size // leaf.shape[0])
+    return sorted(sizes)
+
+
+OTHERS = [name for name in MESHES if name != "one device"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("stage", ["tokenizer", "generators"])
+def test_every_mesh_gives_the_losses_of_one_device(seen, stage, name):
+    alone, found = (
+        seen["training"]["one device"][stage]["curves"],
+        seen["training"][name][stage]["curves"],
+    )
+    assert alone.keys() == found.keys() and alone
+    for tag in alone:
+        assert len(set(alone[tag])) == STEPS
+        np.testing.assert_allclose(found[tag], alone[tag], rtol=1e-5, err_msg=tag)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("stage", ["tokenizer", "generators"])
+def test_only_parameters_and_gradients_travel(seen, stage, name):
+    """No gather of activations, nothing moved about; sums of gradients, metrics and no more.
+
+    Over "tensor" one sum of the residual for each half of a block, as planned.
+    """
+    data, fsdp, tensor = MESHES[name]
+    sizes, found = (
+        set(seen["training"][name][stage]["sizes"]),
+        seen["training"][name][stage]["collectives"],
+    )
+    assert found
+    for kind, size, operation in found:
+        # A parameter may be collected, a gradient summed, in two goes: over one axis of the mesh,
+        # then over the other.
+        parameter = any(size * cut in sizes for cut in {1, fsdp, tensor, fsdp * tensor})
+        if kind == "all-gather":
+            assert fsdp * tensor > 1 and parameter, (size, operation)
+            assert re.search("(sharding_constraint|squeeze|reshape|^)$", operation), operation
+        elif kind == "all-reduce":
+            residual = tensor > 1 and re.search("bnpd,pdc->bnc|bnc,cpd->bnpd", operation)
+            metric = size <= 16  # one number, one a stage, or one a code
+            assert residual or parameter or metric, (size, operation)
+        else:
+            raise AssertionError(f"{kind} of {size} elements: {operation}")
+    if fsdp > 1:
+        assert any(kind == "all-gather" for kind, _, _ in found)
+
+
+def test_sampling_on_many_devices_needs_no_word_between_them(seen):
+    assert seen["training"]["data 8"]["sampling"] == []
+
+
+def test_heads_that_do_not_split_are_refused():
+    config = run_config()
+    mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.MESH_AXES)
+    with pytest.raises(ValueError, match="2 attention heads .* do not split over mesh.tensor=3"):
+        generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
+
+
+# Placement.
+
+
+def params(key):
+    """Every way in which a parameter may name its axes."""
+    draw = lambda names, *shape: nn.LogicallyPartitioned(jax.random.normal(key, shape), names)
+    return {
+        "wide": draw(("embed", "mlp"), 4, 6),
+        "narrow": draw(("mlp", "embed"), 6, 4),
+        "stacked": draw(("layers", "embed", "mlp"), 3, 4, 6),
+        "odd": draw(("embed", "mlp"), 3, 6),
+        "bias": draw(("mlp",), 6),
+        "table": draw((None, "embed"), 5, 4),
+        "codes": draw(("vocab", None), 8, 3),
+        "conv": draw((None, None, "conv_in", "conv_out"), 3, 3, 4, 6),
+        "free": draw((None,), 6),
+        "scalar": jnp.float32(3),
+    }
+
+
+def init(key):
+    return TrainState.create(params(key), optax.adam(0.1))
+
+
+def shard_shapes(tree) -> dict[str, list[int]]:
+    """Path -> the shape of one device's share, of arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p): x.addressable_shards[0].data.shape for p, x in leaves}
+
+
+def share_of_a_device(init, model, mesh) -> float:
+    """Largest share of all parameters that a device holds; nothing is computed."""
+    abstract = jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    leaves = jax.tree.leaves(sharding.unbox(abstract))
+    placed = jax.tree.leaves(sharding.shardings(abstract, mesh))
+    held = sum(math.prod(s.shard_shape(x.shape)) for x, s in zip(leaves, placed))
+    return held / sum(math.prod(x.shape) for x in leaves)
+
+
+def placement() -> dict:
+    """Where parameters, state and batches lie, and what a checkpoint restores to."""
+    seen = {"meshes": {}, "shares": {}, "restored": {}}
+    for sizes in ((-1, 1, 1), (2, -1, 2), (1, 8, 1), (4, 1, -1)):
+        seen["meshes"][str(sizes)] = list(sharding.make_mesh(*sizes).shape.values())
+    try:
+        sharding.make_mesh(-1, 3, 1)
+    except ValueError as error:
+        seen["sentence"] = str(error)
+
+    mesh = sharding.make_mesh(2, 2, 2)
+    key = jax.random.key(0)
+    make, said = sharding.sharded_init(init, mesh, key)
+    state = make(key)
+    seen["state"] = shard_shapes(state)
+    place = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+    seen["as_said"] = place(state) == place(said)
+    alone = sharding.unbox(jax.jit(params)(jax.random.key(0)))
+    same = [np.array_equal(sharding.to_host(state.params[k]), alone[k]) for k in alone]
+    seen["values"] = all(same)
+
+    batch = {"image": np.arange(8 * 3).reshape(8, 3), "mask": np.arange(8) < 5}
+    placed = sharding.global_batch(batch, mesh)
+    seen["batch"] = shard_shapes(placed)
+    back = {name: sharding.to_host(x) for name, x in placed.items()}
+    seen["batch_back"] = all(np.array_equal(batch[name], back[name]) for name in batch)
+    first = [np.asarray(shard.data)[0, 0] for shard in placed["image"].addressable_shards]
+    seen["batch_starts"] = sorted(map(int, first))
+
+    for sizes in ((1, 8, 1), (1, 4, 2), (8, 1, 1)):
+        mesh, config = sharding.make_mesh(*sizes), TokenizerConfig()
+        for name, width in (("content", 1024), ("structure", 512)):
+            transformer = layers.TransformerConfig(width, 16)
+            model = models.make_generator(name, transformer, config, 1000)
+            share = share_of_a_device(models.init_generator, model, mesh)
+            seen["shares"][f"{name} {sizes}"] = share
+        share = share_of_a_device(models.init_tokenizer, models.make_tokenizer(config), mesh)
+        seen["shares"][f"tokenizer {sizes}"] = share
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        for sizes in ((1, 8, 1), (2, 2, 1), (1, 2, 2), (1, 1, 1)):
+            devices = jax.devices()[: math.prod(sizes)]
+            _, wanted = sharding.sharded_init(
+                init, sharding.make_mesh(*sizes, devices=devices), key
+            )
+            found, _, _ = checkpoints.restore(wanted, lambda meta: None)
+            same = jax.tree.map(lambda a, b: np.array_equal(a, b), found, state)
+            seen["restored"][str(sizes)] = all(jax.tree.leaves(same)) and place(found) == place(
+                wanted
+            )
+        checkpoints.close()
+    return seen
+
+
+def test_one_size_of_a_mesh_may_be_the_rest(seen):
+    assert seen["placement"]["meshes"] == {
+        "(-1, 1, 1)": [8, 1, 1],
+        "(2, -1, 2)": [2, 2, 2],
+        "(1, 8, 1)": [1, 8, 1],
+        "(4, 1, -1)": [4, 1, 2],
+    }
+    assert "data=-1, fsdp=3, tensor=1 does not fit 8 devices" in seen["placement"]["sentence"]
+
+
+def test_names_become_shares(seen):
+    """fsdp and tensor have two devices each; the average and Adam's moments lie alike."""
+    expected = {
+        "wide": [2, 3],
+        "narrow": [3, 2],
+        "stacked": [3, 2, 3],
+        "odd": [3, 3],  # three rows do not split in two
+        "bias": [3],
+        "table": [5, 2],
+        "codes": [4, 3],
+        "conv": [3, 3, 2, 3],
+        "free": [6],
+        "scalar": [],
+    }
+    for part in (".params", ".ema_params", ".opt_state[0].mu", ".opt_state[0].nu"):
+        found = {name: seen["placement"]["state"][f"{part}['{name}']"] for name in expected}
+        assert found == expected, part
+    assert seen["placement"]["state"][".step"] == []
+    assert seen["placement"]["as_said"]
+
+
+def test_a_sharded_start_has_the_values_of_one_device(seen):
+    assert seen["placement"]["values"]
+
+
+@pytest.mark.parametrize("sizes", ["(1, 8, 1)", "(2, 2, 1)", "(1, 2, 2)", "(1, 1, 1)"])
+def test_a_checkpoint_of_eight_devices_goes_to_any_mesh(seen, sizes):
+    assert seen["placement"]["restored"][sizes]
+
+
+def test_a_batch_is_split_over_data_and_fsdp(seen):
+    assert seen["placement"]["batch"] == {"['image']": [2, 3], "['mask']": [2]}
+    # Rows 0, 2, 4 and 6 begin a share; both devices of "tensor" hold the same.
+    assert seen["placement"]["batch_starts"] == [0, 0, 6, 6, 12, 12, 18, 18]
+    assert seen["placement"]["batch_back"]
+
+
+@pytest.mark.parametrize("name", ["content", "structure", "tokenizer"])
+def test_the_published_models_spread_over_the_devices(seen, name):
+    assert seen["placement"]["shares"][f"{name} (8, 1, 1)"] == 1
+    for sizes in ("(1, 8, 1)", "(1, 4, 2)"):
+        assert 1 / 8 <= seen["placement"]["shares"][f"{name} {sizes}"] < 1 / 8 + 0.01
+
+
+if __name__ == "__main__":
+    flags.FLAGS(sys.argv[:1])
+    print(json.dumps(observe()))
