@@ -1,9 +1,9 @@
-"""From the points of a latent to the hierarchy of structure maps (Section 3.1 of the paper).
+"""Clusters the points of a latent into a hierarchy of structure maps (Section 3.1 of the paper).
 
-Bottom up, every level pairs the clusters of the level below: greedily, the pair of centroids with
-the smallest Euclidean distance first. The greedy result is found in rounds instead of pair by
-pair: two clusters that are each other's nearest free neighbor are a pair of the greedy result,
-whatever happens elsewhere, so each round takes all such pairs at once.
+Levels are built bottom up. Each level pairs the clusters of the level below greedily, always taking
+the pair of free clusters whose centroids have the smallest Euclidean distance. Pairs are found in
+parallel rounds: two clusters that are each other's nearest free neighbor form a pair of the greedy
+result regardless of all other clusters, so each round takes all such pairs at once.
 """
 
 import math
@@ -14,26 +14,28 @@ from jax import Array, lax
 
 from nvg_jax.granularity import all_stages, num_stages
 
+take = jnp.take_along_axis
+
 
 @jax.jit
 def greedy_hierarchy(points: Array) -> Array:
-    """The structure maps of all stages, from one cluster to one cluster a position.
+    """The structure maps of all stages, from a single cluster to one cluster per position.
 
     The centroid of a cluster is the mean of its points, in float32. Ties between pairs go to the
-    smaller first cluster, then to the smaller second one; the clusters of a level are numbered in
-    the order in which their halves were paired, those of the finest level by position. Of the two
-    halves of a cluster the one that was paired earlier (at the finest level the smaller position)
-    is cluster 2j of its stage, the other 2j+1. A distance that is not finite counts as the largest
-    finite one, so any input gives even maps. No gradient passes.
+    smaller first cluster, then to the smaller second one. The clusters of a level are numbered in
+    the order in which they were paired; at the finest level, by position. The half of cluster j
+    that was paired earlier (at the finest level, the smaller position) becomes cluster 2j of the
+    next stage, the other half cluster 2j+1. A distance that is not finite counts as the largest
+    finite one, so every input gives even maps. Gradients are stopped.
 
     Args:
-      points: float (..., L, D), L a power of two.
+        points: float (..., L, D), L a power of two.
 
     Returns:
-      int32 (..., S, L): labels of stage i = 0..K in 0..2**i-1, each used L / 2**i times.
+        int32 (..., S, L): labels of stage i = 0..K in 0..2**i-1, each used L / 2**i times.
 
     Raises:
-      ValueError: L is not a power of two.
+        ValueError: L is not a power of two, or is less than 2.
     """
     *batch, length, dim = points.shape
     stages = num_stages(length)
@@ -42,28 +44,25 @@ def greedy_hierarchy(points: Array) -> Array:
 
     levels = []
     for _ in range(stages - 1):
-        halves = _greedy_pairs(_distances(centroids))
-        first, second = (_take(centroids, half[..., None], 1) for half in halves)
-        centroids = (first + second) / 2  # of equal sizes, so this is the mean of the points
+        halves = greedy_pairs(pairwise_distances(centroids))
+        first, second = (take(centroids, half[..., None], 1) for half in halves)
+        centroids = (first + second) / 2  # equal sizes, so this is the mean of the points
         levels.append(halves)
 
-    # The clusters of each stage in the order of their labels, from the coarsest stage down.
+    # Clusters of each stage, ordered by label; from the coarsest stage to the finest.
     order = jnp.zeros((centroids.shape[0], 1), jnp.int32)
     for halves in reversed(levels):
-        children = [_take(half, order, 1) for half in halves]
+        children = [take(half, order, 1) for half in halves]
         order = jnp.stack(children, axis=-1).reshape(order.shape[0], 2 * order.shape[1])
     finest = jnp.argsort(order, axis=-1)
     return all_stages(finest).astype(jnp.int32).reshape(*batch, stages, length)
 
 
-_take = jnp.take_along_axis
+def pairwise_distances(points: Array) -> Array:
+    """Euclidean distances, (B, n, D) -> float32 (B, n, n); finite, except inf on the diagonal.
 
-
-def _distances(points: Array) -> Array:
-    """Euclidean distances, (B, n, D) -> float32 (B, n, n), all finite but inf on the diagonal.
-
-    Exactly symmetric, and equal for equal points: differences added up channel by channel. The
-    rounds of `_match` rely on the symmetry.
+    Squared differences are summed channel by channel, so the result is exactly symmetric, which
+    the rounds of `match` rely on, and equal points have equal distances.
     """
 
     def add_channel(total: Array, channel: Array) -> tuple[Array, None]:
@@ -77,37 +76,37 @@ def _distances(points: Array) -> Array:
     return jnp.sqrt(jnp.where(jnp.eye(n, dtype=bool), jnp.inf, total))
 
 
-def _greedy_pairs(distances: Array) -> tuple[Array, Array]:
+def greedy_pairs(distances: Array) -> tuple[Array, Array]:
     """The greedy pairs, earliest first: (B, n, n) -> two int (B, n/2), smaller index first."""
     batch, n, _ = distances.shape
-    partner, distance = _match(distances, jnp.ones((batch, n), bool))
+    partner, distance = match(distances, jnp.ones((batch, n), bool))
     distance = jnp.where(jnp.arange(n) < partner, distance, jnp.inf)  # each pair once
     first = jnp.argsort(distance, axis=-1, stable=True)[:, : n // 2]
-    return first, _take(partner, first, -1)
+    return first, take(partner, first, -1)
 
 
-def _match(distances: Array, free: Array) -> tuple[Array, Array]:
-    """The greedy partner of every free index, and its distance.
+def match(distances: Array, free: Array) -> tuple[Array, Array]:
+    """The greedy partner of every free index, and the distance to it.
 
     Args:
-      distances: float32 (B, n, n), symmetric.
-      free: bool (B, n), an even number true in each row; the others take no part.
+        distances: float32 (B, n, n), symmetric.
+        free: bool (B, n), an even number of them true in each row; other indices are ignored.
 
     Returns:
-      int (B, n) and float32 (B, n); of no meaning where not free.
+        int (B, n) and float32 (B, n); meaningless where not free.
     """
     n = free.shape[-1]
     index = jnp.arange(n)
 
     def pair_mutual_nearest(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # The closest pair of all, the first of its ties, is always mutual, so each round gets on.
-        # Two plain minima: argmin is several times slower on a CPU.
+        # The closest pair of all (the first one, if tied) is always mutual, so every round makes
+        # progress. Two plain minima, because argmin is several times slower on a CPU.
         free, partner, distance = state
         allowed = free[:, :, None]
         smallest = jnp.min(jnp.where(allowed, distances, jnp.inf), axis=1)
         is_smallest = allowed & (distances == smallest[:, None, :])
         nearest = jnp.min(jnp.where(is_smallest, index[:, None], n - 1), axis=1)
-        mutual = free & (_take(nearest, nearest, -1) == index)
+        mutual = free & (take(nearest, nearest, -1) == index)
         partner = jnp.where(mutual, nearest, partner)
         return free & ~mutual, partner, jnp.where(mutual, smallest, distance)
 
@@ -120,10 +119,10 @@ def _match(distances: Array, free: Array) -> tuple[Array, Array]:
     )
     if rest:
         row = jnp.arange(free.shape[0])[:, None]
-        left = jnp.argsort(~free, axis=-1, stable=True)[:, :rest]  # the free ones first, in order
+        left = jnp.argsort(~free, axis=-1, stable=True)[:, :rest]  # free indices first, in order
         left_distances = distances[row[..., None], left[:, :, None], left[:, None, :]]
-        left_partner, left_distance = _match(left_distances, _take(free, left, -1))
-        at = jnp.cumsum(free, axis=-1) - 1  # of a free index in `left`
-        partner = jnp.where(free, _take(_take(left, left_partner, -1), at, -1), partner)
-        distance = jnp.where(free, _take(left_distance, at, -1), distance)
+        left_partner, left_distance = match(left_distances, take(free, left, -1))
+        at = jnp.cumsum(free, axis=-1) - 1  # where a free index stands in `left`
+        partner = jnp.where(free, take(take(left, left_partner, -1), at, -1), partner)
+        distance = jnp.where(free, take(left_distance, at, -1), distance)
     return partner, distance

@@ -1,9 +1,9 @@
 """Structure maps: labels, their embedding, cluster means and splits.
 
-A structure map of stage i gives each of the L positions the number (label) of one of the 2**i
-clusters of that stage; every cluster has L / 2**i positions, and cluster j of stage i is made of
-the clusters 2j and 2j+1 of stage i+1. The stages are numbered 0..K with L = 2**K.
-Everything here is a pure function without parameters that works under `jit` and `vmap`.
+The structure map of stage i assigns each of the L positions a label in 0..2**i-1, the index of its
+cluster. Every cluster of the stage has L / 2**i positions, and cluster j of stage i is the union
+of clusters 2j and 2j+1 of stage i+1. Stages are numbered 0..K, with L = 2**K.
+All functions are pure, have no parameters and work under `jit` and `vmap`.
 """
 
 import jax
@@ -16,13 +16,14 @@ def num_stages(num_positions: int) -> int:
     """The number of stages S = K + 1 = log2(L) + 1 of a latent with L positions.
 
     Raises:
-      ValueError: L is not a power of two, or less than 2.
+        ValueError: L is not a power of two, or is less than 2.
     """
     if num_positions < 2 or num_positions & (num_positions - 1):
         raise ValueError(
-            f"A latent with {num_positions} positions has no hierarchy of even halves: the number "
-            "of positions (height x width of the latent) must be a power of two and at least 2, "
-            "such as 4x4, 8x16 or 16x16. Choose another image size or number of downsamplings."
+            f"A latent with {num_positions} positions cannot be halved down to single positions: "
+            "the number of positions (height x width of the latent) must be a power of two and at "
+            "least 2, such as 4x4, 8x16 or 16x16. Choose another image size or number of "
+            "downsamplings."
         )
     return num_positions.bit_length()
 
@@ -30,33 +31,22 @@ def num_stages(num_positions: int) -> int:
 def structure_embedding(labels: Array, stage: int | Array, num_bits: int) -> Array:
     """The structure embedding of a map (Section 3.2 of the paper).
 
-    Channel j < i holds bit j of the label, the most significant first, as 0 or 2; the channels
-    j >= i hold 1. So it tells the stage, keeps parent and child together, and is a valid integer
-    position for the rotary embedding.
+    Channels j < i hold bit j of the label, most significant bit first, as 0 or 2; channels j >= i
+    hold 1. The embedding therefore identifies the stage, keeps parent and child close, and is a
+    valid integer position for the rotary embedding.
 
     Args:
-      labels: int (..., L), labels of stage i in 0..2**i-1.
-      stage: i in 0..K; an integer, or an integer array that broadcasts to labels.shape[:-1].
-      num_bits: K, the number of channels.
+        labels: int (..., L), labels of stage i in 0..2**i-1.
+        stage: i in 0..K; an integer, or an integer array that broadcasts to labels.shape[:-1].
+        num_bits: K, the number of channels.
 
     Returns:
-      int32 (..., L, K) with values 0, 1 and 2.
+        int32 (..., L, K) with values 0, 1 and 2.
     """
-    shift = _bit_shifts(stage, num_bits)
+    # How far to shift a label to read channel j's bit; negative for a padding channel.
+    shift = jnp.asarray(stage)[..., None, None] - 1 - jnp.arange(num_bits)
     bits = (labels[..., None] >> jnp.maximum(shift, 0)) & 1
     return jnp.where(shift >= 0, 2 * bits, 1).astype(jnp.int32)
-
-
-def labels_from_embedding(embedding: Array, stage: int | Array) -> Array:
-    """The inverse of `structure_embedding`: int (..., L, K), stage i -> int32 (..., L)."""
-    shift = _bit_shifts(stage, embedding.shape[-1])
-    bits = jnp.where(shift >= 0, embedding // 2, 0)
-    return jnp.sum(bits << jnp.maximum(shift, 0), axis=-1).astype(jnp.int32)
-
-
-def _bit_shifts(stage: int | Array, num_bits: int) -> Array:
-    """Where channel j's bit stands in a label of stage i: i-1-j, negative for a padding channel."""
-    return jnp.asarray(stage)[..., None, None] - 1 - jnp.arange(num_bits)
 
 
 def all_stages(finest: Array) -> Array:
@@ -66,15 +56,15 @@ def all_stages(finest: Array) -> Array:
 
 
 def cluster_means(values: Array, labels: Array, num_clusters: int) -> Array:
-    """The mean of the values of each cluster; differentiable in the values.
+    """The mean value of each cluster; differentiable in the values.
 
     Args:
-      values: float (..., L, D).
-      labels: int (..., L) in 0..num_clusters-1.
-      num_clusters: N, may be more than there are labels in use.
+        values: float (..., L, D).
+        labels: int (..., L) in 0..num_clusters-1.
+        num_clusters: N, which may exceed the number of labels in use.
 
     Returns:
-      float32 (..., N, D), zero for a label that no position has.
+        float32 (..., N, D), zero for a label that no position has.
     """
     members = jax.nn.one_hot(labels, num_clusters, dtype=jnp.float32)
     sums = jnp.einsum(
@@ -86,23 +76,23 @@ def cluster_means(values: Array, labels: Array, num_clusters: int) -> Array:
 def split(labels: Array, scores: Array, stage: int | Array, key: Array | None = None) -> Array:
     """Splits every cluster of stage i evenly into two clusters of stage i+1.
 
-    Within cluster j the half of the positions with the larger scores becomes cluster 2j+1, the
-    other half cluster 2j. Of equal scores the one at the smaller position counts as larger; NaN
-    counts as -inf. The split is exactly even whatever the scores are.
+    Within cluster j, the half of the positions with the larger scores becomes cluster 2j+1 and the
+    other half cluster 2j. Ties go to the smaller position, which counts as the larger score; NaN
+    counts as -inf. The split is exactly even for any scores.
 
-    With a key the half is drawn without replacement (Gumbel top-k), a position with score s with a
-    probability proportional to clip(s, -1, 1) + 1; those of probability zero follow in the order
-    of their scores.
+    With a key, the half is sampled without replacement (Gumbel top-k): a position with score s has
+    probability proportional to clip(s, -1, 1) + 1. Positions of probability zero come last, in the
+    order of their scores.
 
     Args:
-      labels: int (..., L), a map of stage i with clusters of equal size.
-      scores: float (..., L).
-      stage: i in 0..K-1, an integer or a traced scalar.
-      key: None, or a random key for all of `scores`. `vmap` over samples and keys makes a
-        sample's split independent of its batch.
+        labels: int (..., L), a map of stage i with clusters of equal size.
+        scores: float (..., L).
+        stage: i in 0..K-1, an integer or a traced scalar.
+        key: None, or one random key for all of `scores`. To make the split of a sample independent
+            of its batch, `vmap` over samples and keys.
 
     Returns:
-      int32 (..., L), a map of stage i+1.
+        int32 (..., L), a map of stage i+1.
     """
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
     first_by = scores
@@ -119,29 +109,6 @@ def split(labels: Array, scores: Array, stage: int | Array, key: Array | None = 
     rank = jnp.sum(together & before, axis=-1)
     odd = rank < labels.shape[-1] >> (stage + 1)
     return (2 * labels + odd).astype(jnp.int32)
-
-
-def is_even_hierarchy(labels: Array) -> Array:
-    """Whether the maps of all stages are a hierarchy of exact halves.
-
-    That is: every label 0..2**i-1 of stage i is used at exactly L / 2**i positions, and half the
-    label (rounded down) of stage i+1 is the label of stage i.
-
-    Args:
-      labels: int (..., S, L).
-
-    Returns:
-      bool (...), false everywhere when S is not log2(L) + 1.
-
-    Raises:
-      ValueError: L is not a power of two.
-    """
-    *_, stages, num_positions = labels.shape
-    all_stages = stages == num_stages(num_positions)
-    finest = jnp.sort(labels[..., -1, :], axis=-1)
-    each_once = jnp.all(finest == jnp.arange(num_positions), axis=-1)
-    nested = jnp.all(labels[..., 1:, :] // 2 == labels[..., :-1, :], axis=(-2, -1))
-    return all_stages & each_once & nested
 
 
 def check_structure(structure: np.ndarray):

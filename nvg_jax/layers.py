@@ -1,7 +1,7 @@
-"""What the content and the structure generator share: attention block, rotary embedding, heads.
+"""Layers shared by the content and structure generators: transformer, rotary embedding, heads.
 
-Every parameter and activation names its axes; `runtime.sharding` turns names into shardings.
-Parameters are float32, the arithmetic is in `dtype`, normalizations and softmax in float32.
+Parameters and activations name their logical axes; `runtime.sharding` maps the names to shardings.
+Parameters are float32, arithmetic is in `dtype`, normalizations and softmax are in float32.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
@@ -19,56 +20,56 @@ ACTIVATION_AXES = ("batch", "length", None)
 
 
 def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
-    """Channels of a head given to each rotary axis: kind, one pair a structure bit, row, column.
+    """Channels of a head per rotary axis: token kind, two for each structure bit, row, column.
 
-    A head of 64 with eight bits gives the paper's 8 | 8 x 2 | 20 | 20. Row and column scale with
-    the head and stay equal, the kind takes what is left.
+    A head of 64 channels with eight bits gives the paper's 8 | 8 x 2 | 20 | 20. Row and column are
+    equal and scale with the head; the kind takes the remaining channels.
 
     Raises:
-        ValueError: the head is too small for the number of bits.
+        ValueError: head_dim is odd or too small for the number of bits.
     """
     spatial = min(20 * head_dim // 64, (head_dim - 2 * num_bits - 2) // 2) // 2 * 2
     if spatial < 2 or head_dim % 2:
         raise ValueError(
-            f"A head of {head_dim} channels cannot carry the rotary embedding of {num_bits} "
-            f"structure bits with row, column and kind: it needs an even number of channels, at "
-            f"least {2 * num_bits + 6}. Use a larger head_dim."
+            f"A head of {head_dim} channels cannot hold the rotary embedding of {num_bits} "
+            "structure bits, row, column and kind: head_dim must be even and at least "
+            f"{2 * num_bits + 6}. Use a larger head_dim."
         )
     kind = head_dim - 2 * num_bits - 2 * spatial
     return (kind, *(2,) * num_bits, spatial, spatial)
 
 
-def rope_positions(structure, kinds: Sequence[int], grid: tuple[int, int]):
-    """Rotary positions of [class token, L tokens of each kind in `kinds`].
+def rope_positions(structure: Array, kinds: Sequence[int], grid: tuple[int, int]) -> Array:
+    """Rotary positions of the sequence [class token, L tokens of each kind in `kinds`].
 
     Args:
         structure: structure embedding, int (B, L, K), values 0, 1, 2.
-        kinds: the kind of each group of L tokens (0 image or structure, 2 condition canvas).
+        kinds: the kind of each group of L tokens (0: image or structure, 2: condition canvas).
         grid: (h, w) with h * w = L.
 
     Returns:
-        float32 (B, 1 + L * len(kinds), 3 + K), (kind, K structure channels, row, column);
-        the class token has 1 on every axis.
+        float32 (B, 1 + L * len(kinds), 3 + K): kind, K structure channels, row, column. The class
+        token is at 1 on every axis.
     """
     batch, length, num_bits = structure.shape
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    place = np.stack([rows.ravel(), columns.ravel()], -1).astype(np.float32)
-    place = jnp.broadcast_to(place, (batch, length, 2))
+    row_column = np.stack([rows.ravel(), columns.ravel()], -1).astype(np.float32)
+    row_column = jnp.broadcast_to(row_column, (batch, length, 2))
     structure = structure.astype(jnp.float32)
     groups = [jnp.ones((batch, 1, num_bits + 3), jnp.float32)]
     for kind in kinds:
         groups.append(
             jnp.concatenate(
-                [jnp.full((batch, length, 1), kind, jnp.float32), structure, place], axis=-1
+                [jnp.full((batch, length, 1), kind, jnp.float32), structure, row_column], axis=-1
             )
         )
     return jnp.concatenate(groups, axis=1)
 
 
-def rope_angles(positions, split: Sequence[int]):
+def rope_angles(positions: Array, split: Sequence[int]) -> tuple[Array, Array]:
     """(cos, sin), each float32 (B, N, head_dim / 2), of positions (B, N, len(split)).
 
-    Within a share of `dim` channels pair p turns with frequency theta ** (-2 p / dim).
+    On an axis with `dim` channels, pair p rotates with frequency theta ** (-2 p / dim).
     """
     axis = np.concatenate([np.full(dim // 2, i) for i, dim in enumerate(split)])
     frequency = np.concatenate(
@@ -79,17 +80,21 @@ def rope_angles(positions, split: Sequence[int]):
 
 
 def platform() -> str:
-    """cpu, gpu or tpu: what is compiled for."""
+    """The platform that is compiled for: "cpu", "gpu" or "tpu"."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def rotate(x, cos, sin):
-    """Turns the interleaved channel pairs of x (B, N, heads, head_dim) by the angles (B, N, .).
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the interleaved channel pairs of x (B, N, heads, head_dim).
 
-    Each pair (even, odd) becomes (cos * even - sin * odd, sin * even + cos * odd). For a GPU or TPU
-    the other channel of every pair comes from an exact product with a fixed matrix: taking the
-    pairs apart costs a TPU a quarter of all memory traffic of a block.
+    Each pair (even, odd) becomes (cos * even - sin * odd, sin * even + cos * odd). On GPU and TPU
+    the pairs are swapped by an exact product with a fixed matrix: slicing them apart costs a TPU a
+    quarter of all memory traffic of a block.
+
+    Args:
+        x: float (B, N, heads, head_dim).
+        cos, sin: float32 (B, N, head_dim / 2), from `rope_angles`.
     """
     cos, sin = cos[:, :, None], sin[:, :, None]
     if platform() == "cpu":
@@ -108,12 +113,12 @@ def rotate(x, cos, sin):
     return turned.astype(x.dtype)
 
 
-def attention(q, k, v):
-    """Softmax attention over the whole sequence, no mask; q, k, v (B, N, heads, head_dim).
+def attention(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention over the whole sequence, without mask; q, k, v (B, N, heads, head_dim).
 
-    For a GPU or TPU XLA's own attention. For a CPU batch and heads are folded into one axis and the
-    softmax is divided by its sum after the product with the values, which is faster there; only
-    where each device has all heads, as split ones cannot be folded in place.
+    On GPU and TPU this is `jax.nn.dot_product_attention`. On CPU it is faster to fold batch and
+    heads into one axis and to divide by the softmax's sum after the product with the values. Heads
+    sharded over "tensor" cannot be folded in place, so they also use JAX's attention.
     """
     split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
     if platform() != "cpu" or split:
@@ -127,7 +132,7 @@ def attention(q, k, v):
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 
-def layer_norm(x):
+def layer_norm(x: Array) -> Array:
     """Layer normalization over the last axis without parameters, eps 1e-6, in float32."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
@@ -135,22 +140,22 @@ def layer_norm(x):
     return y.astype(x.dtype)
 
 
-def modulate(x, shift, scale):
-    """(1 + scale) * x + shift with one shift and scale (B, C) for all positions of x (B, N, C)."""
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """(1 + scale) * x + shift; shift and scale (B, C) apply to all positions of x (B, N, C)."""
     return (1 + scale[:, None]) * x + shift[:, None]
 
 
-def unshard(parameter, axes: Sequence[str | None] | None = None):
-    """A parameter as the arithmetic wants it: collected from the devices that share its storage.
+def unshard(parameter: Array, axes: Sequence[str | None] | None = None) -> Array:
+    """Unshards a parameter at its point of use.
 
-    Said where a parameter is used, so that the compiler moves parameters and not activations, one
-    layer at a time. `axes` names what stays split.
+    XLA then all-gathers weights layer by layer instead of moving activations. `axes` are the
+    logical axes, one per dimension, that stay sharded (None: unsharded); by default none.
     """
     return nn.with_logical_constraint(parameter, axes or (None,) * parameter.ndim)
 
 
 class Dense(nn.Module):
-    """A linear layer with bias; `axes` are the logical axes of its kernel (in, out) in storage."""
+    """A linear layer with bias; `axes` are the logical axes of the stored kernel (in, out)."""
 
     features: int
     axes: tuple[str | None, str | None]
@@ -158,8 +163,8 @@ class Dense(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def parameters(self, width: int):
-        """The kernel (width, features) and bias (features,) in `dtype`, whole."""
+    def parameters(self, width: int) -> tuple[Array, Array]:
+        """The unsharded kernel (width, features) and bias (features,) in `dtype`."""
         kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(self.kernel_init, self.axes),
@@ -169,21 +174,21 @@ class Dense(nn.Module):
         bias = self.param("bias", bias_init, (self.features,))
         return unshard(kernel.astype(self.dtype)), unshard(bias.astype(self.dtype))
 
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         """x (..., width) -> (..., features) in `dtype`."""
         kernel, bias = self.parameters(x.shape[-1])
         return x.astype(self.dtype) @ kernel + bias
 
 
 class Embedding(nn.Module):
-    """A table (count, width) of learned vectors."""
+    """A table of `count` learned vectors of `width` channels."""
 
     count: int
     width: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, ids):
+    def __call__(self, ids: Array) -> Array:
         """ids int (...) -> (..., width) in `dtype`."""
         init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, "embed"))
         table = self.param("embedding", init, (self.count, self.width))
@@ -191,10 +196,10 @@ class Embedding(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMS normalization of every head (..., head_dim) with a learned scale, eps 1e-6, float32."""
+    """RMS normalization of each head (..., head_dim) with a learned scale, eps 1e-6, in float32."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         scale = self.param("scale", init, (x.shape[-1],))
         y = x.astype(jnp.float32)
@@ -205,7 +210,7 @@ class HeadNorm(nn.Module):
 class Block(nn.Module):
     """Parallel attention and MLP, modulated by a conditioning vector (paper, Section 3.3).
 
-    One linear makes [q k v | mlp hidden], one linear joins [attention | gelu(hidden)].
+    One linear layer computes [q k v | MLP hidden], one projects [attention | gelu(hidden)].
     """
 
     num_heads: int
@@ -213,15 +218,17 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, drop_rate, vec, cos, sin, deterministic: bool):
-        """x (B, N, C), drop_rate scalar, vec (B, C) -> x (B, N, C)."""
+    def __call__(
+        self, x: Array, drop_rate: Array, vec: Array, cos: Array, sin: Array, deterministic: bool
+    ) -> Array:
+        """x (B, N, C), drop_rate scalar, vec (B, C), cos and sin of `rotate` -> x (B, N, C)."""
         batch, length, width = x.shape
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         modulation = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
         shift, scale, gate = jnp.split(modulation(nn.silu(vec)), 3, axis=-1)
 
-        # q, k, v and the hidden channels as parts (P) of the same width, so that a "tensor" axis
-        # splits each part, and attention by whole heads.
+        # q, k, v and the hidden channels are parts (P) of equal width. The "tensor" mesh axis then
+        # shards within each part, and attention by whole heads.
         parts = 3 + self.mlp_ratio
         linear1 = Dense(parts * width, ("embed", "mlp"), self.dtype, name="linear1")
         kernel, bias = linear1.parameters(width)
@@ -251,11 +258,11 @@ class Block(nn.Module):
 class TransformerConfig:
     """Sizes of a transformer; published: content width 64 * depth, structure width 32 * depth.
 
-    drop_path: drop rate of the last block; negative is the published 0.1 * depth / 24.
-    remat: recompute the blocks in the backward pass (less memory, more time).
+    drop_path: drop rate of the last block; a negative rate means the published 0.1 * depth / 24.
+    remat: recompute the blocks in the backward pass, which saves memory and costs time.
 
     Raises:
-        ValueError: a width that is no multiple of head_dim.
+        ValueError: a size below 1, or a width that is not a multiple of head_dim.
     """
 
     width: int
@@ -269,28 +276,38 @@ class TransformerConfig:
         if self.drop_path < 0:
             object.__setattr__(self, "drop_path", 0.1 * self.depth / 24)
         if min(self.width, self.depth, self.head_dim, self.mlp_ratio) < 1:
-            raise ValueError(f"A transformer's sizes must be at least 1, got {self}.")
+            raise ValueError(f"All sizes of a transformer must be at least 1, got {self}.")
         if self.width % self.head_dim:
             raise ValueError(
-                f"A transformer's width must be a multiple of its head_dim; {self.width} is none "
-                f"of {self.head_dim}."
+                f"The width of a transformer must be a multiple of its head_dim; {self.width} is "
+                f"not a multiple of {self.head_dim}."
             )
 
 
 class Transformer(nn.Module):
-    """The blocks as one scanned layer; every parameter has a leading axis "layers".
+    """All blocks as one scanned layer; every parameter has a leading axis "layers".
 
-    Drop path (whole samples of a block's output) rises linearly over depth.
+    Drop path drops the output of a block for whole samples; its rate rises linearly with depth.
     """
 
     config: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, vec, positions, deterministic: bool, feature_block: int = 0):
-        """x (B, N, C), vec (B, C), positions (B, N, 3 + K) -> two of (B, N, C).
+    def __call__(
+        self, x: Array, vec: Array, positions: Array, deterministic: bool, feature_block: int = 0
+    ) -> tuple[Array, Array]:
+        """The hidden states after all blocks, and after the first `feature_block` blocks.
 
-        After all blocks, and after the first `tap` of them.
+        Args:
+            x: (B, N, C), the embedded tokens.
+            vec: (B, C), the conditioning vector that modulates every block.
+            positions: (B, N, 3 + K), from `rope_positions`.
+            deterministic: False turns on drop path (rng "drop_path").
+            feature_block: 0 .. depth; 0 gives x itself. REPA aligns these hidden states.
+
+        Returns:
+            Two arrays (B, N, C).
         """
         c = self.config
         cos, sin = rope_angles(positions, rope_split(c.head_dim, positions.shape[-1] - 3))
@@ -299,9 +316,9 @@ class Transformer(nn.Module):
             block = nn.remat(block, prevent_cse=False, static_argnums=(6,))
 
         def apply(block, carry, layer):
-            (x, tapped), (number, drop_rate) = carry, layer
+            (x, features), (number, drop_rate) = carry, layer
             x = block(x, drop_rate, vec, cos, sin, deterministic)
-            return (x, jnp.where(number == feature_block, x, tapped)), None
+            return (x, jnp.where(number == feature_block, x, features)), None
 
         blocks = nn.scan(
             apply,
@@ -316,13 +333,13 @@ class Transformer(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated layer norm and a linear to `features`."""
+    """Modulated layer normalization and a linear layer to `features` channels."""
 
     features: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, vec):
+    def __call__(self, x: Array, vec: Array) -> Array:
         """x (B, N, C), vec (B, C) -> float32 (B, N, features)."""
         modulation = Dense(2 * x.shape[-1], ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
         shift, scale = jnp.split(modulation(nn.silu(vec)), 2, axis=-1)
@@ -331,8 +348,8 @@ class Head(nn.Module):
         return linear(x).astype(jnp.float32)
 
 
-def timestep_embedding(t, dim: int = 64):
-    """Sinusoid embedding of 1000 * t, cosines first: t float (B,) -> float32 (B, dim)."""
+def timestep_embedding(t: Array, dim: int = 64) -> Array:
+    """Sinusoidal embedding of 1000 * t, cosines first: t float (B,) -> float32 (B, dim)."""
     frequency = np.exp(-np.log(10_000.0) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
     angles = 1000.0 * t.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -20,7 +20,7 @@ from nvg_jax.tokenizer.discriminator import (
 
 KEY = jax.random.key(0)
 SMALL = nn.Sequential(  # one head, to compile less
-    [SmallFeatures(width=8, num_taps=2), lambda taps: taps[1:], DiscriminatorHeads()]
+    [SmallFeatures(width=8, num_layers=2), lambda features: features[1:], DiscriminatorHeads()]
 )
 
 
@@ -168,22 +168,22 @@ def slow_head(x, params, vectors, size: int):
 
 
 def test_heads_against_a_slow_reference():
-    taps = [draw(3, 2, 12, 4), draw(4, 2, 9, 6)]
+    features = [draw(3, 2, 12, 4), draw(4, 2, 9, 6)]
     heads = DiscriminatorHeads()
-    variables = drawn(heads, taps)
-    found, updated = jax.jit(lambda v: heads.apply(v, taps, mutable=["spectral"]))(variables)
+    variables = drawn(heads, features)
+    found, updated = jax.jit(lambda v: heads.apply(v, features, mutable=["spectral"]))(variables)
     expected = [
-        slow_head(tap.astype(np.float64), variables["params"][name], updated["spectral"][name], 9)
-        for tap, name in zip(taps, ("head0", "head1"))
+        slow_head(x.astype(np.float64), variables["params"][name], updated["spectral"][name], 9)
+        for x, name in zip(features, ("head0", "head1"))
     ]
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, np.concatenate(expected, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_published_heads():
-    taps = [jax.ShapeDtypeStruct((2, 196, 384), jnp.bfloat16)] * 5
+    features = [jax.ShapeDtypeStruct((2, 196, 384), jnp.bfloat16)] * 5
     heads = DiscriminatorHeads(dtype=jnp.bfloat16)
-    logits, variables = jax.eval_shape(lambda taps: heads.init_with_output(KEY, taps), taps)
+    logits, variables = jax.eval_shape(lambda x: heads.init_with_output(KEY, x), features)
     assert (logits.shape, logits.dtype) == ((2, 5 * 196), jnp.float32)
     width = 384
     one = (width**2 + 3 * width) + (9 * width**2 + 3 * width) + (width + 1)
@@ -201,7 +201,7 @@ def test_batch_norm_by_hand():
 
 def test_patches_must_fit():
     features = SmallFeatures()
-    with pytest.raises(ValueError, match="input of 30 x 32 is no multiple"):
+    with pytest.raises(ValueError, match="input of 30 x 32 is not a multiple"):
         features.init(KEY, jnp.zeros((1, 30, 32, 3)))
 
 

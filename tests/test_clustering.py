@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import is_even_hierarchy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvg_jax.clustering import greedy_hierarchy
-from nvg_jax.granularity import is_even_hierarchy
 
 
 def sequential(points: np.ndarray) -> np.ndarray:

@@ -14,12 +14,11 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from conftest import ROOT
-from helpers import logged, with_devices
+from helpers import is_even_hierarchy, logged, with_devices
 from PIL import Image
 
 from configs import digits
 from nvg_jax import GranularitySequence, Pipeline, cli
-from nvg_jax.granularity import is_even_hierarchy
 from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.train import train
 from nvg_jax.training import tokenizer

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import is_even_hierarchy
 
 from nvg_jax import granularity, models
 from nvg_jax.runtime.sharding import unbox
@@ -78,7 +79,7 @@ def test_encoding_splits_evenly_and_decoding_equals_reconstruction(latent_size, 
     out = apply(images, method="encode")
     stages = config.num_stages
     assert out.sequence.structure.shape == (3, stages, latent_size[0] * latent_size[1])
-    assert granularity.is_even_hierarchy(out.sequence.structure).all()
+    assert is_even_hierarchy(out.sequence.structure).all()
     replayed = apply(out.sequence, method="canvases")
     np.testing.assert_allclose(replayed, out.canvases, atol=1e-6)
     decoded = apply(replayed[:, -1], method="decode")

@@ -1,4 +1,4 @@
-"""Images to visual granularity sequences and back."""
+"""The tokenizer: images to visual granularity sequences and back."""
 
 from nvg_jax.tokenizer.model import Tokenizer, TokenizerConfig
 from nvg_jax.tokenizer.quantizer import GranularitySequence, Quantized, Quantizer

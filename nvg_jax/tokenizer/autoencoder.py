@@ -4,21 +4,26 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
 
 
 def group_count(channels: int) -> int:
-    """Groups of a group normalization: 32, or 24 where 32 does not divide the channels."""
+    """Groups of a group normalization: 32, or 24 if 32 does not divide the channels.
+
+    Raises:
+        ValueError: neither divides the channels.
+    """
     for groups in (32, 24):
         if channels % groups == 0:
             return groups
     raise ValueError(
         f"Group normalization needs channels divisible by 32 or by 24, got {channels}. Choose "
-        "base_channels so that every level's width is a multiple of 32 (or of 24)."
+        "base_channels so that the width of every level is a multiple of 32 (or of 24)."
     )
 
 
 def conv(features: int, size: int, dtype, name: str, **kwargs) -> nn.Conv:
-    """A convolution with bias; zero padding that keeps the size unless `padding` says else."""
+    """A convolution with bias; zero padding keeps the size unless `padding` is given."""
     axes = (None, None, "conv_in", "conv_out")
     return nn.Conv(
         features,
@@ -44,13 +49,13 @@ def group_norm(channels: int, dtype, name: str) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, swish, conv3x3, twice; a 1x1 conv on the skip when the width changes."""
+    """GroupNorm, swish and 3x3 convolution, twice; a 1x1 shortcut if the width changes."""
 
     features: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm1")(x))
         h = conv(self.features, 3, self.dtype, "conv1")(h)
         h = nn.silu(group_norm(self.features, self.dtype, "norm2")(h))
@@ -71,7 +76,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: Array) -> Array:
         x = conv(self.base_width, 3, self.dtype, "conv_in")(images)
         for level, width in enumerate(self.widths):
             for block in range(self.blocks_per_level):
@@ -96,7 +101,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, latents):
+    def __call__(self, latents: Array) -> Array:
         x = conv(self.widths[-1], 3, self.dtype, "conv_in")(latents)
         for block in range(2):
             x = ResidualBlock(self.widths[-1], self.dtype, name=f"middle_block{block}")(x)

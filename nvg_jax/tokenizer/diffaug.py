@@ -1,37 +1,38 @@
-"""What happens to images before the discriminator: DiffAug, then the way to its input size.
+"""Prepares images for the discriminator: DiffAug, then a crop or resize to its input size.
 
-Everything is a pure function of images and key, differentiable with respect to the images, and
-draws for every image on its own. Images are float32 (B, H, W, 3) in [-1, 1]; 0 is gray. Two calls
-with one key treat image b of both batches alike.
+All functions are pure, differentiable with respect to the images, and draw separately for each
+image. Images are float32 (B, H, W, 3) in [-1, 1]; 0 is gray. Two calls with the same key apply the
+same transformations to image b of both batches.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 
-def resample(images, rows, columns):
+def resample(images: Array, rows: Array, columns: Array) -> Array:
     """Images (B, H, W, 3), rows (B, y, H), columns (B, x, W) -> weighted sums (B, y, x, 3).
 
-    Shifts, crops and area averages are all of this form. Products of matrices follow the batch
-    over a mesh without communication; HIGHEST keeps a plain copy exact where the default
-    precision is lower than float32.
+    Shifts, crops and area averages all have this form. Matrix products need no communication when
+    the batch is sharded over a mesh. Precision "highest" keeps copied pixels exact where the
+    default precision is below float32.
     """
     images = jnp.einsum("byh,bhwc->bywc", rows, images, precision="highest")
     return jnp.einsum("bxw,bywc->byxc", columns, images, precision="highest")
 
 
-def selection(start, count: int, size: int):
-    """float32 (B, count, size) that picks `count` neighbors from `start` int (B,) on.
+def selection(start: Array, count: int, size: int) -> Array:
+    """float32 (B, count, size): selects `count` adjacent positions, the first at `start` int (B,).
 
     Positions outside 0 .. size - 1 give zeros.
     """
-    wanted = start[:, None] + jnp.arange(count)
-    return (wanted[..., None] == jnp.arange(size)).astype(jnp.float32)
+    positions = start[:, None] + jnp.arange(count)
+    return (positions[..., None] == jnp.arange(size)).astype(jnp.float32)
 
 
-def translate(images, key, ratio: float = 1 / 8):
-    """Shifts by whole pixels, at most `ratio` of the side each way; zeros come in at the edge."""
+def translate(images: Array, key: Array, ratio: float = 1 / 8) -> Array:
+    """Shifts by whole pixels, up to `ratio` of the side in each direction; fills with zeros."""
     matrices = []
     for axis_key, size in zip(jax.random.split(key), images.shape[1:3]):
         limit = int(size * ratio + 0.5)
@@ -40,11 +41,11 @@ def translate(images, key, ratio: float = 1 / 8):
     return resample(images, *matrices)
 
 
-def color(images, key):
+def color(images: Array, key: Array) -> Array:
     """Brightness + U(-0.5, 0.5), then saturation x U(0, 2), then contrast x U(0.5, 1.5).
 
-    Saturation stretches a pixel's distances from its mean over the channels, contrast those from
-    the mean of the whole image. Nothing is clipped.
+    Saturation scales the deviation of each pixel from its channel mean, contrast the deviation
+    from the mean of the whole image. Nothing is clipped.
     """
     shape = (len(images), 1, 1, 1)
     for_brightness, for_saturation, for_contrast = jax.random.split(key, 3)
@@ -56,32 +57,32 @@ def color(images, key):
     return mean + (images - mean) * contrast
 
 
-def cutout(images, key, ratio: float = 0.2):
-    """Sets a rectangle of `ratio` of each side to zero; its center may lie anywhere in the image.
+def cutout(images: Array, key: Array, ratio: float = 0.2) -> Array:
+    """Zeros a rectangle of `ratio` of each side, centered anywhere in the image.
 
-    So near an edge only a part of it, at least half of each side, falls on the image.
+    Near an edge only part of the rectangle, at least half of each side, lies within the image.
     """
     inside = []
     for axis_key, size in zip(jax.random.split(key), images.shape[1:3]):
         length = int(size * ratio + 0.5)
         center = jax.random.randint(axis_key, images.shape[:1], 0, size + 1 - length % 2)
-        place = jnp.arange(size) - (center - length // 2)[:, None]
-        inside.append((0 <= place) & (place < length))
+        offset = jnp.arange(size) - (center - length // 2)[:, None]
+        inside.append((0 <= offset) & (offset < length))
     cut = inside[0][:, :, None, None] & inside[1][:, None, :, None]
     return jnp.where(cut, 0.0, images)
 
 
-def augment(images, key):
-    """DiffAug (Zhao et al. 2020): translation, color and cutout, all three on every image."""
+def augment(images: Array, key: Array) -> Array:
+    """DiffAug (Zhao et al. 2020): translation, color and cutout, all applied to every image."""
     for_translation, for_color, for_cutout = jax.random.split(key, 3)
     return cutout(color(translate(images, for_translation), for_color), for_cutout)
 
 
 def area_matrix(size: int, target: int) -> np.ndarray:
-    """float32 (target, size), each row the mean of the pixels that a target pixel touches.
+    """float32 (target, size): the matrix of adaptive average pooling along one side.
 
-    This is adaptive average pooling: target pixel i takes floor(i r) up to ceil((i + 1) r), with
-    r = size / target, all with the same weight.
+    Target pixel i is the unweighted mean of the pixels from floor(i r) up to, but not including,
+    ceil((i + 1) r), with r = size / target.
     """
     matrix = np.zeros((target, size), np.float32)
     for i in range(target):
@@ -90,13 +91,13 @@ def area_matrix(size: int, target: int) -> np.ndarray:
     return matrix
 
 
-def discriminator_input(images, key, size: int = 224):
-    """Images (B, size, size, 3): for every image a random crop or, as often, an area resize.
+def discriminator_input(images: Array, key: Array, size: int = 224) -> Array:
+    """Images (B, size, size, 3): of each image a random crop or an area resize, equally likely.
 
-    Images that already have the size are returned as they are.
+    Images that already have this size are returned unchanged.
 
     Raises:
-        ValueError: the images are smaller than `size`.
+        ValueError: H or W is smaller than `size`.
     """
     batch, height, width, _ = images.shape
     if (height, width) == (size, size):
@@ -104,7 +105,8 @@ def discriminator_input(images, key, size: int = 224):
     if min(height, width) < size:
         raise ValueError(
             f"The discriminator's input is {size} x {size} and cannot be cut from images of "
-            f"{height} x {width}. Use larger images or a smaller discriminator input."
+            f"{height} x {width}. Use larger images, or a discriminator for small images "
+            "(--config.tokenizer_training.discriminator=small)."
         )
     for_choice, *axis_keys = jax.random.split(key, 3)
     crop = jax.random.bernoulli(for_choice, shape=(batch, 1, 1))

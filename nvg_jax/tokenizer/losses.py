@@ -1,11 +1,12 @@
-"""Pixel and adversarial losses of the tokenizer. The quantizer's own loss is in quantizer.py.
+"""Pixel and adversarial losses of the tokenizer; the quantizer loss is in quantizer.py.
 
-Logits are the discriminator's, float32 (B, P), one for each of P positions of its taps.
+Logits are the discriminator's output, float32 (B, P), P the number of positions of all its heads.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 RECONSTRUCTION_LOSSES = {
     "l1": lambda restored, images: jnp.abs(restored - images).mean(),
@@ -13,42 +14,42 @@ RECONSTRUCTION_LOSSES = {
 }
 
 
-def generator_loss(fake):
-    """Non-saturating: softplus(-m), m the mean logit of an image, averaged over the images."""
+def generator_loss(fake: Array) -> Array:
+    """Non-saturating loss: mean over the images of softplus(-m), m the mean logit of an image."""
     return jax.nn.softplus(-fake.mean(axis=1)).mean()
 
 
-def discriminator_loss(real, fake):
-    """Hinge: half the sum of mean relu(1 - real) and mean relu(1 + fake), as in VQGAN."""
+def discriminator_loss(real: Array, fake: Array) -> Array:
+    """Hinge loss: half the sum of mean relu(1 - real) and mean relu(1 + fake), as in VQGAN."""
     return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
 
 
 class LeCam(flax.struct.PyTreeNode):
     """Moving averages of the mean logits, for the LeCam regularizer (Tseng et al. 2021).
 
-    They start at zero, which is what an untrained discriminator says: the first steps are held
-    close to "undecided" and need no special case.
+    They start at zero, the mean logit of an untrained discriminator. This holds the logits of the
+    first steps near "undecided" without a special case.
     """
 
-    real: jax.Array  # float32 scalar
-    fake: jax.Array
+    real: Array  # float32 scalar
+    fake: Array  # float32 scalar
 
     @classmethod
     def create(cls) -> "LeCam":
         return cls(real=jnp.zeros(()), fake=jnp.zeros(()))
 
-    def loss(self, real, fake):
+    def loss(self, real: Array, fake: Array) -> Array:
         """Mean relu(real - average fake)^2 plus mean relu(average real - fake)^2.
 
-        Take it from the averages before this step's update.
+        Use the averages from before `update` with the same logits.
         """
         return (
             jnp.square(jax.nn.relu(real - self.fake)).mean()
             + jnp.square(jax.nn.relu(self.real - fake)).mean()
         )
 
-    def update(self, real, fake, decay: float = 0.999) -> "LeCam":
-        """The averages after the logits of one step; carries no gradient."""
+    def update(self, real: Array, fake: Array, decay: float = 0.999) -> "LeCam":
+        """The averages after one step's logits; gradients are stopped."""
         step = lambda average, logits: decay * average + (1 - decay) * logits.mean()
         new = LeCam(real=step(self.real, real), fake=step(self.fake, fake))
         return jax.lax.stop_gradient(new)

@@ -6,6 +6,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from nvg_jax import clustering, granularity
 from nvg_jax.tokenizer.autoencoder import Decoder, Encoder, group_count
@@ -14,10 +15,10 @@ from nvg_jax.tokenizer.quantizer import GranularitySequence, Quantized, Quantize
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Every size of a tokenizer; the defaults are the published one (paper, Section 4.1).
+    """All sizes of a tokenizer; the defaults are the published ones (paper, Section 4.1).
 
     Raises:
-        ValueError: sizes that no tokenizer can have, with what would do.
+        ValueError: invalid sizes; the message names valid ones.
     """
 
     image_size: tuple[int, int] = (256, 256)  # H, W
@@ -37,13 +38,13 @@ class TokenizerConfig:
         if ratios or ratio < 1 or not math.log2(ratio).is_integer():
             raise ValueError(
                 f"image_size {self.image_size} must be latent_size {self.latent_size} times one "
-                "power of two (1, 2, 4, 8, ...) in both directions; "
-                f"{tuple(16 * n for n in self.latent_size)} would do."
+                "power of two (1, 2, 4, 8, ...), the same in both directions; for example "
+                f"{tuple(16 * n for n in self.latent_size)}."
             )
         if self.num_downsamples >= len(self.channel_multipliers):
             raise ValueError(
-                f"Going from {self.image_size} to {self.latent_size} takes {self.num_downsamples} "
-                f"downsamplings, which need at least {self.num_downsamples + 1} "
+                f"Going from image_size {self.image_size} to latent_size {self.latent_size} takes "
+                f"{self.num_downsamples} downsamplings and at least {self.num_downsamples + 1} "
                 f"channel_multipliers; got {self.channel_multipliers}."
             )
         for width in (self.base_channels, *self.widths):
@@ -84,40 +85,49 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(**shared)
         self.quantizer = Quantizer(c.latent_size, c.codebook_size, c.latent_dim)
 
-    def latents(self, images):
+    def latents(self, images: Array) -> Array:
         """Images float32 (B, H, W, 3) in [-1, 1] -> latents float32 (B, L, D)."""
         z = self.encoder(images)
         return z.reshape(z.shape[0], self.config.num_positions, self.config.latent_dim)
 
-    def decode_canvas(self, canvas):
-        """Final canvas (B, L, D) -> images float32 (B, H, W, 3), not clamped (for training)."""
+    def decode_unclamped(self, canvas: Array) -> Array:
+        """Final canvas (B, L, D) -> images float32 (B, H, W, 3), not clamped; for training."""
         grid = canvas.reshape(-1, *self.config.latent_size, self.config.latent_dim)
         return self.decoder(grid)
 
-    def quantize(self, latents, index_backprop: bool = False) -> Quantized:
-        """Finds the structure of latents (B, L, D) and quantizes them along it."""
+    def quantize(self, latents: Array, index_backprop: bool = False) -> Quantized:
+        """Clusters latents (B, L, D) into structure maps and quantizes them along the maps."""
         structure = clustering.greedy_hierarchy(latents)
         return self.quantizer(latents, structure, index_backprop)
 
-    def encode(self, images) -> Quantized:
-        """Images float32 (B, H, W, 3) in [-1, 1] -> their sequence and canvases."""
+    def encode(self, images: Array) -> Quantized:
+        """Images float32 (B, H, W, 3) in [-1, 1] -> their sequences and canvases."""
         return self.quantize(self.latents(images))
 
-    def canvases(self, sequence: GranularitySequence):
+    def canvases(self, sequence: GranularitySequence) -> Array:
         """float32 (B, S, L, D), the canvas after each stage of a sequence."""
         return self.quantizer.canvases(sequence)
 
-    def add_stage(self, canvas, tokens, stage):
-        """The canvas (B, L, D) with the tokens (B, L) of a stage added."""
+    def add_stage(self, canvas: Array, tokens: Array, stage: int | Array) -> Array:
+        """The canvas (B, L, D) after adding the tokens, int (B, L), of a stage."""
         return self.quantizer.add_stage(canvas, tokens, stage)
 
-    def decode(self, canvas):
+    def decode(self, canvas: Array) -> Array:
         """Final canvas (B, L, D) -> images float32 (B, H, W, 3) clamped to [-1, 1]."""
-        return jnp.clip(self.decode_canvas(canvas), -1, 1)
+        return jnp.clip(self.decode_unclamped(canvas), -1, 1)
 
-    def __call__(self, images, index_backprop: bool = False) -> tuple[jax.Array, Quantized]:
-        """Training pass: (reconstruction, straight-through and not clamped; Quantized)."""
+    def __call__(self, images: Array, index_backprop: bool = False) -> tuple[Array, Quantized]:
+        """The training pass.
+
+        Args:
+            images: float32 (B, H, W, 3) in [-1, 1].
+            index_backprop: see `Quantizer`.
+
+        Returns:
+            The reconstruction, float32 (B, H, W, 3), not clamped, with straight-through gradients
+            to the latents; and the quantized latents.
+        """
         latents = self.latents(images)
         quantized = self.quantize(latents, index_backprop)
         final = latents + jax.lax.stop_gradient(quantized.canvases[:, -1] - latents)
-        return self.decode_canvas(final), quantized
+        return self.decode_unclamped(final), quantized

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from nvg_jax import granularity
 
@@ -14,38 +15,39 @@ FLOAT32_MATMUL = jax.lax.Precision.HIGHEST
 
 
 class GranularitySequence(NamedTuple):
-    """A visual granularity sequence: what every position shares and holds in every stage.
+    """A visual granularity sequence: the structure map and the tokens of every stage.
 
-    structure: int32 (B, S, L), the cluster of every position, 0 .. 2**i - 1 in stage i.
-    tokens: int32 (B, S, L), the token id at every position, equal within a cluster.
+    structure: int32 (B, S, L), the cluster of each position, 0 .. 2**i - 1 in stage i.
+    tokens: int32 (B, S, L), the token id at each position, equal within a cluster.
     """
 
-    structure: jax.Array
-    tokens: jax.Array
+    structure: Array
+    tokens: Array
 
 
 class Quantized(NamedTuple):
-    """What quantizing a latent (B, L, D) gives.
+    """The result of quantizing latents (B, L, D).
 
+    sequence: the visual granularity sequence.
     canvases: float32 (B, S, L, D), the canvas after each stage.
     stage_tokens: S arrays int32 (B, N_i), the id of each unique token.
-    losses: float32 (S,), the quantizer's training loss of each stage.
+    losses: float32 (S,), the training loss of the quantizer in each stage.
     """
 
     sequence: GranularitySequence
-    canvases: jax.Array
-    stage_tokens: tuple[jax.Array, ...]
-    losses: jax.Array
+    canvases: Array
+    stage_tokens: tuple[Array, ...]
+    losses: Array
 
 
-def at_positions(cluster_values, labels):
-    """Puts each cluster's value (B, N, ...) at all its positions: labels (B, L) -> (B, L, ...)."""
+def at_positions(cluster_values: Array, labels: Array) -> Array:
+    """Gathers cluster values (B, N, ...) to positions with labels (B, L): -> (B, L, ...)."""
     index = labels.reshape(*labels.shape, *(1,) * (cluster_values.ndim - 2))
     return jnp.take_along_axis(cluster_values, index, axis=1)
 
 
 class Quantizer(nn.Module):
-    """One codebook (V, D) for all stages and a smoothing 3x3 convolution for each stage."""
+    """One codebook (V, D) shared by all stages, and one smoothing 3x3 convolution per stage."""
 
     grid: tuple[int, int]
     codebook_size: int
@@ -72,12 +74,12 @@ class Quantizer(nn.Module):
             (stages, self.latent_dim),
         )
 
-    def smooth(self, vectors, stage):
-        """What a stage adds to the canvas: H + 0.5 * conv3x3_i(H).
+    def smooth(self, vectors: Array, stage: int | Array) -> Array:
+        """The contribution of stage i to the canvas: H + 0.5 * conv3x3_i(H), float32 (B, L, D).
 
         Args:
-            vectors: float32 (B, L, D), each token's codebook vector at its cluster's positions.
-            stage: int, may be traced.
+            vectors: H, float32 (B, L, D), the codebook vector of the token at each position.
+            stage: i, may be traced.
         """
         grid = vectors.reshape(-1, *self.grid, self.latent_dim)
         mixed = jax.lax.conv_general_dilated(
@@ -91,11 +93,11 @@ class Quantizer(nn.Module):
         mixed = (mixed + self.smooth_bias[stage]).reshape(vectors.shape)
         return vectors + SMOOTHING_RATIO * mixed
 
-    def add_stage(self, canvas, tokens, stage):
-        """The canvas (B, L, D) with a stage's tokens, int (B, L) at every position, added."""
+    def add_stage(self, canvas: Array, tokens: Array, stage: int | Array) -> Array:
+        """The canvas (B, L, D) after adding a stage's tokens, int (B, L), one per position."""
         return canvas + self.smooth(self.codebook[tokens], stage)
 
-    def canvases(self, sequence: GranularitySequence):
+    def canvases(self, sequence: GranularitySequence) -> Array:
         """float32 (B, S, L, D), the canvas after each stage of a sequence."""
         batch, stages, length = sequence.tokens.shape
         canvas = jnp.zeros((batch, length, self.latent_dim), jnp.float32)
@@ -105,17 +107,18 @@ class Quantizer(nn.Module):
             after.append(canvas)
         return jnp.stack(after, axis=1)
 
-    def squared_distances(self, vectors):
-        """float32 (..., V), squared Euclidean distances of vectors (..., D) to the codebook."""
+    def squared_distances(self, vectors: Array) -> Array:
+        """Squared Euclidean distances of vectors (..., D) to all codes, float32 (..., V)."""
         dot = jnp.einsum("...d,vd->...v", vectors, self.codebook, precision=FLOAT32_MATMUL)
         norms = jnp.square(vectors).sum(-1, keepdims=True) + jnp.square(self.codebook).sum(-1)
         return norms - 2 * dot
 
-    def __call__(self, latents, structure, index_backprop: bool = False) -> Quantized:
-        """Quantizes latents (B, L, D) along structure maps int (B, S, L).
+    def __call__(self, latents: Array, structure: Array, index_backprop: bool = False) -> Quantized:
+        """Quantizes latents (B, L, D) along structure maps, int (B, S, L).
 
-        With `index_backprop` (the IBQ warm-up) the choice of the index is back-propagated: one-hot
-        + soft - stop(soft), and what is left keeps the gradient of the earlier stages' choices.
+        `index_backprop` (the IBQ warm-up) back-propagates through the choice of the token, one-hot
+        + soft - stop_gradient(soft) with soft = softmax(-squared distances), and through the
+        residual that earlier stages leave. The values are the same either way.
         """
         residual = jax.lax.stop_gradient(latents)
         canvas = jnp.zeros_like(latents)
