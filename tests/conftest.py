@@ -1,30 +1,43 @@
-"""What the tests share: a quiet CPU, one compilation cache, the parity pack."""
+"""Set-up shared by all tests: a quiet CPU, one compilation cache, the parity pack."""
 
 import os
-import tempfile
-from pathlib import Path
 
-# Before jax starts. Most of the time of these tests is compilation: no optimization of tiny
-# programs, and what one test or its subprocess compiled is there for the next.
-CACHE = tempfile.TemporaryDirectory(prefix="nvg_jax_tests_")
+from helpers import ROOT
+
+# Set before jax is imported. Most of the time of these tests is compilation, so tiny programs are
+# not optimized, and compiled programs are shared by all processes and kept for the next run.
+CACHE = ROOT / ".pytest_cache" / "jax"
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # JAX locks the folder only if a size is set
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
 }
 
 import pytest  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def pytest_configure(config):
+    """Deletes cache entries that an interrupted run left half written, once per run.
+
+    JAX writes NAME-cache, then NAME-atime, and never replaces an entry.
+    """
+    if not hasattr(config, "workerinput"):
+        for entry in CACHE.glob("*-cache"):
+            if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+                entry.unlink()
 
 
 @pytest.fixture(scope="session")
-def parity_dir() -> Path:
-    """The folder of numbers produced by the published model; skips where it is not."""
-    folder = Path(os.environ.get("NVG_PARITY_DIR", ROOT.parent / "shared" / "parity"))
-    if not (folder / "expected.npz").is_file():
-        pytest.skip(f"the parity pack is not in {folder}; set NVG_PARITY_DIR to its folder")
+def parity_dir(tmp_path_factory):
+    """A folder with the files of tests/parity and the checkpoints that its pack.py writes."""
+    from parity import pack
+
+    folder = tmp_path_factory.mktemp("parity")
+    for file in pack.FOLDER.iterdir():
+        (folder / file.name).symlink_to(file)
+    pack.write_checkpoints(folder)
     return folder

@@ -1,21 +1,59 @@
-"""What several test files use. Imports no conftest, so that tests can run as scripts too."""
+"""Shared by several test files. Imports no conftest, so that tests can also run as scripts."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
+# The environment variables of a process that is to be killed: it reads the compilation cache but
+# does not write to it, since a kill would leave half an entry.
+CACHE_READ_ONLY = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+
+
+def tiny_config(**changes):
+    """The configuration of all tests that train: the same sizes and steps compile once."""
+    from configs import digits
+
+    config = digits.get_config("runlocal")
+    config.update(changes)
+    return config
+
+
+def random_like(tree, scale: float, seed: int = 0):
+    """Arrays of the shapes and types of `tree`, normally distributed with deviation `scale`."""
+    import jax
+
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(scale=scale, size=x.shape).astype(x.dtype), tree)
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    """Inverts one bit of the byte at `position` of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
 
 def with_devices(count: int) -> dict[str, str]:
-    """The environment of a process with so many devices."""
+    """The environment of a process with `count` CPU devices."""
     flags = f"--xla_force_host_platform_device_count={count}"
     return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
 
 
 def on_eight_devices(script: str) -> dict:
-    """The JSON that a test file prints when it is run as a script with eight devices."""
+    """The JSON that a test file prints when run as a script with eight devices."""
     run = subprocess.run(
         [sys.executable, script],
         env=with_devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -27,7 +65,7 @@ def on_eight_devices(script: str) -> dict:
 
 
 def logged(folder):
-    """{(tag, step): value} of every scalar in the event files of a run."""
+    """{(tag, step): value} of every scalar in the event files of a training run."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util import tensor_util
 

@@ -131,18 +131,3 @@ def test_passes_no_gradient():
 def test_length_must_be_a_power_of_two(length):
     with pytest.raises(ValueError, match=f"{length} positions.*power of two"):
         greedy_hierarchy(jnp.zeros((2, length, 4)))
-
-
-def test_published_maps(parity_dir):
-    arrays = np.load(parity_dir / "expected.npz")
-    names = [name for name in arrays if name.startswith("clust_") and name.endswith("_points")]
-    assert len(names) == 10
-    for length in (16, 64, 256):
-        sets = [name for name in names if f"_{length}_" in name]
-        points = np.concatenate([arrays[name] for name in sets])
-        expected = np.concatenate([arrays[name.replace("_points", "_labels")] for name in sets])
-        if length == 256:
-            latent = arrays["latent"].transpose(0, 2, 3, 1).reshape(2, 256, 32)
-            points = np.concatenate([points, latent])
-            expected = np.concatenate([expected, arrays["labels"]])
-        np.testing.assert_array_equal(greedy_hierarchy(jnp.asarray(points)), expected)

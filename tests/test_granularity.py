@@ -179,29 +179,3 @@ def test_even_hierarchies_are_told_from_others():
     np.testing.assert_array_equal(is_even_hierarchy(maps), [True, False, False])
     assert not is_even_hierarchy(short)
     assert not is_even_hierarchy(long)
-
-
-def test_published_embedding_and_splits(parity_dir):
-    arrays = np.load(parity_dir / "expected.npz")
-    labels = jnp.asarray(arrays["labels"])
-    embedding = structure_embedding(labels, jnp.arange(9), 8)
-    np.testing.assert_array_equal(embedding, arrays["structure_feat"])
-    assert is_even_hierarchy(labels).all()
-
-    children = split(
-        jnp.asarray(arrays["cluster_cur"]),
-        jnp.asarray(arrays["cluster_logits"]),
-        int(arrays["cluster_stage"]),
-    )
-    np.testing.assert_array_equal(children, arrays["cluster_out"])
-    scores = jnp.asarray(arrays["gtk16_in"])
-    halves = split(jnp.zeros((4, 16, 16), int), scores, 0)
-    np.testing.assert_array_equal(halves, arrays["gtk16_out"])
-    # The first two rows of gtk2 are ties after clipping, which we break by the unclipped score.
-    scores, halves = jnp.asarray(arrays["gtk2_in"][:, 2:]), arrays["gtk2_out"][:, 2:]
-    np.testing.assert_array_equal(split(jnp.zeros((1, 2, 2), int), scores, 0), halves)
-    for name in ("gen25", "gen4", "gen4nocfg"):
-        labels = jnp.zeros((2, 256), int)
-        for stage, scores in enumerate(arrays[f"{name}_cluster_in"]):
-            labels = split(labels, jnp.asarray(scores), stage)
-            np.testing.assert_array_equal(labels, arrays[f"{name}_structure"][stage], err_msg=name)
