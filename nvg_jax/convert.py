@@ -7,7 +7,6 @@ a network that the training losses look through (docs/pretrained_features.md).
 """
 
 import contextlib
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from nvg_jax import cli, pretrained
-from nvg_jax.models import GENERATORS, abstract_params
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.models import GENERATORS
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import checkpoint
+from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
+from nvg_jax.workdir import RunMetadata
 
 FLAGS = flags.FLAGS
 
@@ -33,8 +35,8 @@ def read_published(
     generator: str | Path | None = None,
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(meta, params) of published checkpoints, as `Pipeline` takes them.
+) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, params) of published checkpoints, as `Pipeline` takes them.
 
     Sizes are read from the tensors, every one of which is used or known to be unneeded. The files
     are mapped, so memory holds the float32 parameters and what is being looked at.
@@ -65,20 +67,20 @@ def read_published(
     tensors = weight_names.read(autoencoder, autoencoder_weights)
     with _naming(autoencoder):
         own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
-        meta = {
-            "tokenizer": dataclasses.asdict(TokenizerConfig(**own)),
-            "class_names": [str(i) for i in range(sizes.get("num_classes", 0))],
-            "sources": {
+        metadata = RunMetadata(
+            tokenizer=TokenizerConfig(**own),
+            class_names=tuple(str(i) for i in range(sizes.get("num_classes", 0))),
+            sources={
                 part: {"file": Path(file).name, "weights": weights, "sha256": _sha256(Path(file))}
                 for part, (file, weights) in files.items()
             },
-        }
-        shapes = _shapes(abstract_params(meta, "tokenizer"))
+        )
+        shapes = _shapes(metadata.abstract_params("tokenizer"))
         flat = weight_names.from_published(tensors, shapes)
     params = {"tokenizer": unflatten_dict(flat, sep="/")}
-    meta["hash"] = checkpoint.fingerprint(params["tokenizer"])
+    metadata = metadata.replace(fingerprint=checkpoint.fingerprint(params["tokenizer"]))
     if generator is None:
-        return meta, params
+        return metadata, params
     for size in ("latent_dim", "codebook_size"):
         if sizes[size] != own[size]:
             raise ValueError(
@@ -86,13 +88,14 @@ def read_published(
                 f"{sizes[size]}, the autoencoder's {own[size]}. Give the two that belong together."
             )
     with _naming(generator):
-        meta |= {name: sizes[name] for name in GENERATORS}
-        shapes = _shapes({name: abstract_params(meta, name) for name in GENERATORS})
-        shapes["canvas_scale"] = (TokenizerConfig(**own).num_stages + 1,)
+        metadata = metadata.replace(**{n: TransformerConfig(**sizes[n]) for n in GENERATORS})
+        shapes = _shapes({name: metadata.abstract_params(name) for name in GENERATORS})
+        shapes["canvas_scale"] = (metadata.tokenizer.num_stages + 1,)
         flat = weight_names.from_published(generator_tensors, shapes)
-    meta["canvas_scale"] = flat.pop("canvas_scale").tolist()
-    meta["sampling"] = dataclasses.asdict(PUBLISHED)
-    return meta, params | unflatten_dict(flat, sep="/")
+    metadata = metadata.replace(
+        canvas_scale=tuple(flat.pop("canvas_scale").tolist()), sampling=PUBLISHED
+    )
+    return metadata, params | unflatten_dict(flat, sep="/")
 
 
 def convert(
@@ -145,7 +148,7 @@ def to_safetensors(workdir: str | Path, out: str | Path):
     save_file(tensors, Path(out) / "autoencoder.safetensors")
     if generators:
         both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
-        both["canvas_scale"] = np.float32(pipeline.meta["canvas_scale"])
+        both["canvas_scale"] = np.float32(pipeline.metadata.canvas_scale)
         tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
         save_file(tensors, Path(out) / "generator.safetensors")
 

@@ -135,12 +135,14 @@ def test_the_folder_says_what_it_is(files, folder):
         for part, weights, file in zip(("autoencoder", "generator"), ("raw", "ema"), files)
     }
     pipeline = Pipeline.from_pretrained(folder)
-    assert meta["hash"] == checkpoint.fingerprint(jax.device_get(pipeline.params["tokenizer"]))
-    assert pipeline.settings == convert.SAMPLING
+    assert meta["fingerprint"] == checkpoint.fingerprint(
+        jax.device_get(pipeline.params["tokenizer"])
+    )
+    assert pipeline.settings == PUBLISHED
 
 
 def test_published_settings_are_those_of_the_presets():
-    assert dataclasses.asdict(convert.SAMPLING) == common.base().sampling.to_dict()
+    assert dataclasses.asdict(PUBLISHED) == common.base().sampling.to_dict()
 
 
 def test_a_converted_folder_samples(folder):
@@ -235,9 +237,9 @@ def test_nothing_is_overwritten(files, folder):
 
 def test_one_generator_alone_has_no_published_file(folder, tmp_path):
     pipeline = Pipeline.from_pretrained(folder)
-    meta = {k: v for k, v in pipeline.meta.items() if k not in ("structure", "step")}
+    metadata = pipeline.metadata.replace(structure=None)
     params = {k: v for k, v in pipeline.params.items() if k != "structure"}
-    Pipeline(meta, params).save_pretrained(tmp_path / "half")
+    Pipeline(metadata, params).save_pretrained(tmp_path / "half")
     with pytest.raises(ValueError, match="has only the content generator"):
         convert.to_safetensors(tmp_path / "half", tmp_path / "back")
     assert not (tmp_path / "back").exists()

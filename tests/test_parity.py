@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict
 from nvg_jax import clustering, convert, granularity, layers, models
 from nvg_jax.content.losses import content_losses
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.sampling.generate import top_p_range
 from nvg_jax.sampling.guidance import filter_logits
+from nvg_jax.sampling.settings import top_p_range
 from nvg_jax.structure import flow
 from nvg_jax.structure.losses import structure_losses
 from nvg_jax.tokenizer import GranularitySequence
@@ -106,7 +106,7 @@ def tokenize(pipe, *args, method):
 def generator(pipe, name):
     """(module, its parameters) of the "content" or "structure" generator."""
     model = models.make_generator(
-        name, pipe.meta[name], pipe.tokenizer.config, len(pipe.class_names)
+        name, pipe.metadata.generators[name], pipe.tokenizer.config, len(pipe.class_names)
     )
     return model, pipe.params[name]
 
@@ -204,7 +204,7 @@ def test_structure_embedding(expected):
 def test_rotary_embedding(raw, expected, name, kinds):
     """The rotation matrices, which the pack stores for its first image and some stages."""
     feature = expected["structure_feat"]
-    head_dim = raw.meta[name]["head_dim"]
+    head_dim = raw.metadata.generators[name].head_dim
     split = layers.rope_split(head_dim, feature.shape[-1])
     rows = {int(m[1]): key for key in expected if (m := re.fullmatch(rf"rope_s(\d+)_{name}", key))}
     assert rows
@@ -318,7 +318,7 @@ def training(load, expected):
     noise = jnp.asarray(expected["train_eps"][:, 0])
     times = jax.nn.sigmoid(jnp.asarray(expected["train_u"][..., 0, 0]))
     quantized = tokenize(pipe, expected["images_nhwc"], method="encode")
-    canvas_scale = jnp.asarray(pipe.meta["canvas_scale"])
+    canvas_scale = jnp.asarray(pipe.metadata.canvas_scale)
     stages, learned = pipe.tokenizer.config.num_stages, times.shape[1]
 
     @jax.jit
@@ -449,7 +449,7 @@ def one_stage(load, meta):
     (content, content_params), (structure, structure_params) = (
         generator(pipe, name) for name in ("content", "structure")
     )
-    canvas_scale = jnp.asarray(pipe.meta["canvas_scale"])
+    canvas_scale = jnp.asarray(pipe.metadata.canvas_scale)
     num_bits = pipe.tokenizer.config.num_stages - 1
 
     def both(class_ids):
