@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from nvg_jax import models
+from nvg_jax.layers import TransformerConfig
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
 
@@ -27,7 +28,8 @@ def tokenizer_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
 def generator_shapes(sizes: dict, config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     found = {"canvas_scale": (config.num_stages + 1,)}
     for name in models.GENERATORS:
-        model = models.make_generator(name, sizes[name], config, sizes["num_classes"])
+        transformer = TransformerConfig(**sizes[name])
+        model = models.make_generator(name, transformer, config, sizes["num_classes"])
         found |= {f"{name}/{k}": v for k, v in shapes(models.init_generator, model).items()}
     return found
 
