@@ -43,7 +43,7 @@ def spawn():
 
 
 @pytest.fixture(scope="module")
-def unshard(tmp_path_factory):
+def whole(tmp_path_factory):
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder)
