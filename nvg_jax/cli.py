@@ -68,6 +68,38 @@ def main(command):
         )
 
 
+def define_model_flags():
+    flags.DEFINE_string("workdir", None, "A run's workdir, or an exported or converted folder.")
+    flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
+    flags.DEFINE_integer("batch_size", 64, "Images per batch and process.", lower_bound=1)
+
+
+def define_data_flags():
+    flags.DEFINE_string("data_name", None, "Data set, if not the one the model was trained on.")
+    flags.DEFINE_string("data_dir", None, "Folder of the data set.")
+    flags.DEFINE_integer("resize", None, "Short side before the crop; 0: image size * 288 / 256.")
+    flags.DEFINE_integer("pad", None, "Random shifts of training crops by up to this many pixels.")
+
+
+def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
+    """The `data` section of a training config, with what was given as flags.
+
+    Raises:
+        ValueError: no config and no --data_name.
+    """
+    given = {"name": flags.FLAGS.data_name}
+    given |= {name: flags.FLAGS[name].value for name in ("data_dir", "resize", "pad")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "name" in given:
+        return {"data_dir": "", "resize": 0, "pad": 0} | given
+    if config is None:
+        raise ValueError(
+            "This folder does not say what data it was trained on (converted weights do not); "
+            "give --data_name, for example tfds:imagenet2012, and --data_dir."
+        )
+    return config["data"] | given
+
+
 def define_sampling_flags():
     """A flag for each sampling setting, empty by default."""
     for name, spec in Settings.specs().items():

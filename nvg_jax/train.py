@@ -37,7 +37,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     import jax
 
     from nvg_jax.runtime import sharding
-    from nvg_jax.runtime.checkpoint import storage_path
+    from nvg_jax.runtime.files import storage_path
     from nvg_jax.training import generators, tokenizer
     from nvg_jax.training.loop import fit
     from nvg_jax.training.run import open_run

@@ -1,12 +1,12 @@
 """Pictures of images, reconstructions and stages, as uint8 arrays (H, W, 3), and their files."""
 
-import contextlib
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from nvg_jax.runtime.files import atomic_write
 
 MIN_TILE = 64  # tiles are enlarged by whole factors to about this size
 GAP = 2
@@ -66,32 +66,6 @@ def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.nda
     return image_grid(np.stack(rows), stages)
 
 
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A file to write, opened in binary, that takes the place of `path` once it is whole.
-
-    Whatever interrupts the writing, `path` is as it was before or complete.
-
-    Raises:
-        OSError: the file cannot be written; a sentence that names it.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.filename not in (None, str(temporary)):  # of another file
-            raise
-        raise OSError(
-            f"{path} cannot be written: {error.strerror or error}. Mend that and run the same "
-            "command again."
-        ) from error
-
-
 def png(picture: np.ndarray) -> bytes:
     """The PNG file of a uint8 (H, W, 3) picture."""
     file = io.BytesIO()
@@ -101,5 +75,5 @@ def png(picture: np.ndarray) -> bytes:
 
 def save_png(path: str | Path, picture: np.ndarray):
     """Writes a uint8 (H, W, 3) picture, whole or not at all."""
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(png(picture))

@@ -15,7 +15,7 @@ from etils import epath
 from nvg_jax import models
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import GENERATORS
-from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime import checkpoint, files
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 
@@ -143,7 +143,7 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     Raises:
         ValueError: there is no such folder, or no model in it.
     """
-    folder = checkpoint.storage_path(folder)
+    folder = files.storage_path(folder)
     found = read(
         folder / EXPORT_FOLDER,
         lambda metadata: {
@@ -210,7 +210,7 @@ def write_export(folder: str | os.PathLike, metadata: RunMetadata, params: dict[
     Raises:
         ValueError: the folder is a training run's, whose checkpoints the export would hide.
     """
-    folder = checkpoint.storage_path(folder)
+    folder = files.storage_path(folder)
     if any((folder / part).is_dir() for part in PARTS):
         raise ValueError(f"{folder} holds a training run; export to another folder.")
     folder = folder / EXPORT_FOLDER
@@ -222,7 +222,7 @@ def write_export(folder: str | os.PathLike, metadata: RunMetadata, params: dict[
 
 def find_tokenizer(workdir: epath.Path, *elsewhere: str) -> epath.Path:
     """The folder of the tokenizer's checkpoints: in the workdir, else in one of the others."""
-    for folder in (workdir, *map(checkpoint.storage_path, elsewhere)):
+    for folder in (workdir, *map(files.storage_path, elsewhere)):
         if (folder / "tokenizer").is_dir():
             return folder / "tokenizer"
     return workdir / "tokenizer"

@@ -16,12 +16,11 @@ from PIL import Image
 from configs import digits
 from nvg_jax import Pipeline
 from nvg_jax.data import eval_batches, open_source, sequences, train_batches
-from nvg_jax.encode import prepare, tokenize, write_shards
-from nvg_jax.models import abstract_params
-from nvg_jax.runtime import checkpoint, sharding
+from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
+from nvg_jax.runtime import files, sharding
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import generators as steps
-from nvg_jax.training import programs
+from nvg_jax.workdir import RunMetadata
 
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)  # L = 16 of 8 x 8 pixels
 TRAIN, TEST = 10, 5  # images
@@ -29,8 +28,8 @@ BATCH = 16  # the same everywhere, as every other one would be compiled anew
 ANY_SIZE = dict(image_size=(1, 1))  # of no meaning for sequences
 
 
-def random_params(meta):
-    leaves, tree = jax.tree.flatten(abstract_params(meta, "tokenizer"))
+def random_params(metadata: RunMetadata):
+    leaves, tree = jax.tree.flatten(metadata.abstract_params("tokenizer"))
     rng = np.random.default_rng(0)
     leaves = [rng.normal(scale=0.3, size=leaf.shape).astype(np.float32) for leaf in leaves]
     return jax.tree.unflatten(tree, leaves)
@@ -39,10 +38,10 @@ def random_params(meta):
 @pytest.fixture(scope="module")
 def pipeline():
     """A tokenizer with random weights."""
-    meta = {"tokenizer": vars(SIZES), "class_names": ["ant", "bee"]}
-    params = {"tokenizer": random_params(meta)}
-    meta["hash"] = checkpoint.fingerprint(params["tokenizer"])
-    return Pipeline(meta, params)
+    metadata = RunMetadata(tokenizer=SIZES, class_names=("ant", "bee"))
+    params = {"tokenizer": random_params(metadata)}
+    fingerprint = files.fingerprint(params["tokenizer"])
+    return Pipeline(metadata.replace(fingerprint=fingerprint), params)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def small_files():
 def whole(pipeline, data, tmp_path_factory):
     """A cache with eight crops of every training image, made in one go."""
     folder = tmp_path_factory.mktemp("caches") / "whole"
-    tokenize(pipeline, folder, data, crops=8, batch_size=BATCH)
+    encode_data_set(pipeline, folder, data, crops=8, batch_size=BATCH)
     return folder
 
 
@@ -121,7 +120,7 @@ def test_one_token_is_stored_for_each_cluster():
 
 def test_the_steps_rebuild_maps_and_tokens_of_all_stages():
     sizes = TokenizerConfig((4, 4), (2, 2), 3, 8, base_channels=32, channel_multipliers=(1, 1))
-    tokenizer, params = Tokenizer(sizes), random_params({"tokenizer": vars(sizes)})
+    tokenizer, params = Tokenizer(sizes), random_params(RunMetadata(sizes, ()))
     batch = {
         "structure": jnp.array(STRUCTURE[2:], jnp.uint8),
         "tokens": jnp.array([STORED], jnp.uint16),
@@ -252,7 +251,7 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
     (folder / "meta.json").unlink()
     with pytest.raises(ValueError, match="no cached sequences"):
         open_()
-    sequences.write_json(folder / "meta.json", {"format": 2})
+    files.write_json(folder / "meta.json", {"format": 2})
     with pytest.raises(ValueError, match="has the format 2"):
         open_()
     with pytest.raises(ValueError, match="needs data_dir"):
@@ -261,7 +260,7 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
 
 def test_another_tokenizer_is_refused(pipeline, whole):
     source = open_source("sequences", "train", data_dir=str(whole))
-    source.check_tokenizer(pipeline.meta["hash"])
+    source.check_tokenizer(pipeline.metadata.fingerprint)
     assert TokenizerConfig(**source.tokenizer) == SIZES
     with pytest.raises(ValueError, match=r"another tokenizer \(weights .*the one to train with"):
         source.check_tokenizer("0123456789abcdef")
@@ -285,7 +284,7 @@ def test_an_interrupted_run_goes_on_with_the_missing_files(
 
     monkeypatch.setattr(sequences, "write_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        tokenize(pipeline, folder, data, crops=8, batch_size=BATCH)
+        encode_data_set(pipeline, folder, data, crops=8, batch_size=BATCH)
     monkeypatch.undo()
     monkeypatch.setattr(sequences, "SHARD_SIZE", 4)  # undone as well
     with pytest.raises(ValueError, match="is not finished"):
@@ -295,14 +294,14 @@ def test_an_interrupted_run_goes_on_with_the_missing_files(
         (dict(crops=8, seed=1), "seed = 0, and it cannot go on with 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            tokenize(pipeline, folder, data, **other)
+            encode_data_set(pipeline, folder, data, **other)
     before = [path.stat().st_mtime_ns for path in written]
-    tokenize(pipeline, folder, data, crops=8, batch_size=BATCH)
+    encode_data_set(pipeline, folder, data, crops=8, batch_size=BATCH)
     assert [path.stat().st_mtime_ns for path in written] == before
     assert contents(folder) == contents(whole)
     # A file that is gone is made anew, and only it.
     written[0].unlink()
-    tokenize(pipeline, folder, data, crops=8, batch_size=BATCH)
+    encode_data_set(pipeline, folder, data, crops=8, batch_size=BATCH)
     assert contents(folder) == contents(whole) and written[1].stat().st_mtime_ns == before[1]
 
 
@@ -313,12 +312,12 @@ def test_a_killed_process_leaves_no_half_file(pipeline, data, whole, tmp_path):
 import os, signal, itertools
 from nvg_jax import Pipeline
 from nvg_jax.data import sequences
-from nvg_jax.encode import tokenize
+from nvg_jax.jobs.encoding import encode_data_set
 count = itertools.count(1)
 sequences.SHARD_SIZE = 4
-sequences.os.fsync = lambda fd: next(count) == 3 and os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = lambda fd: next(count) == 3 and os.kill(os.getpid(), signal.SIGKILL)
 pipeline = Pipeline.from_pretrained({str(tmp_path / "export")!r})
-tokenize(pipeline, {str(tmp_path / "cache")!r}, {data!r}, crops=8, batch_size={BATCH})
+encode_data_set(pipeline, {str(tmp_path / "cache")!r}, {data!r}, crops=8, batch_size={BATCH})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ)
     assert done.returncode == -signal.SIGKILL
@@ -326,12 +325,12 @@ tokenize(pipeline, {str(tmp_path / "cache")!r}, {data!r}, crops=8, batch_size={B
         "train-00000-of-00003.array_record", "train-00001-of-00003.array_record.tmp",
         "unfinished.json",
     ]  # fmt: skip
-    tokenize(pipeline, tmp_path / "cache", data, crops=8, batch_size=BATCH)
+    encode_data_set(pipeline, tmp_path / "cache", data, crops=8, batch_size=BATCH)
     assert contents(tmp_path / "cache") == contents(whole)
 
 
 def test_two_processes_write_each_file_once(pipeline, data, whole, tmp_path):
-    sources, settings = prepare(pipeline, data, 8, 0)
+    sources, settings = plan_encoding(pipeline, data, 8, 0)
     written = []
     for process in range(2):
         folder = tmp_path / str(process)
@@ -356,8 +355,8 @@ def test_unreadable_images_stop_or_are_named_and_left_out(pipeline, data, tmp_pa
     broken.write_bytes(b"no image")
     data = {**data, "data_dir": str(root)}
     with pytest.raises(ValueError, match=r"ant/1.png: not an image"):
-        tokenize(pipeline, tmp_path / "cache", data, batch_size=BATCH)
-    meta = tokenize(pipeline, tmp_path / "cache", data, on_bad="skip", batch_size=BATCH)
+        encode_data_set(pipeline, tmp_path / "cache", data, batch_size=BATCH)
+    meta = encode_data_set(pipeline, tmp_path / "cache", data, on_bad="skip", batch_size=BATCH)
     assert list(meta["unreadable"]["train"]) == [str(broken)] and not meta["unreadable"]["test"]
     source = open_source("sequences", "train", data_dir=str(tmp_path / "cache"))
     assert [source[i]["label"] for i in range(len(source))] == [0] * 2 + [1] * 7
@@ -367,14 +366,14 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
     cached = {"name": "sequences", "data_dir": str(whole), "resize": 0, "pad": 0}
     (tmp_path / "something").touch()
     for arguments, message in (
-        ((tmp_path / "new", cached), "holds sequences already"),
+        ((tmp_path / "new", cached), "holds cached sequences already"),
         ((tmp_path, data), "exists and is no cache"),
         ((tmp_path / "something", data), "exists and is no cache"),
     ):
         with pytest.raises(ValueError, match=message):
-            tokenize(pipeline, *arguments)
+            encode_data_set(pipeline, *arguments)
     with pytest.raises(ValueError, match="crops must be at least 1"):
-        tokenize(pipeline, tmp_path / "new", data, crops=0)
+        encode_data_set(pipeline, tmp_path / "new", data, crops=0)
     (tmp_path / "new.array_record.tmp").mkdir()
     with pytest.raises(OSError, match="could not be written"):
         sequences.write_shard(tmp_path / "new.array_record", [], {})
@@ -385,14 +384,14 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
 
 def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, data, tmp_path):
     data = {**data, "resize": 8}  # no random crop
-    tokenize(pipeline, tmp_path / "cache", data, batch_size=BATCH)
+    encode_data_set(pipeline, tmp_path / "cache", data, batch_size=BATCH)
     config = digits.get_config("runlocal")
     mesh = sharding.make_mesh()
     tokenizer = pipeline.params["tokenizer"]
     options = dict(image_size=(8, 8), resize=8, batch_size=4, seed=3)
     logged = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        program = programs.generator_training(config, mesh, 10, ("content",), 2)
+        program = steps.make_program(config, mesh, 10, ("content",), 2)
         for name, folder in (
             ("image_folder", data["data_dir"]),
             ("sequences", tmp_path / "cache"),

@@ -15,11 +15,17 @@ from conftest import ROOT
 from PIL import Image
 
 from configs import digits
-from nvg_jax import Pipeline, sample
+from nvg_jax import Pipeline
 from nvg_jax.data.sources import FolderSource
 from nvg_jax.data.transforms import Transform
-from nvg_jax.evaluate import evaluate, load_images
-from nvg_jax.models import GENERATORS, abstract_params
+from nvg_jax.jobs import sampling
+from nvg_jax.jobs.evaluation import evaluate, load_images
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.models import GENERATORS
+from nvg_jax.runtime.processes import own_share
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.workdir import RunMetadata
 
 DATA = {"name": "digits", "data_dir": "", "resize": 8}
 BATCH = 3
@@ -30,19 +36,23 @@ CLASSES = [7, 2]
 @pytest.fixture(scope="module")
 def pipe():
     """A tiny model with random weights, in which every setting matters."""
-    config = digits.get_config("runlocal").to_dict()
-    meta = {name: config[name] for name in ("tokenizer", *GENERATORS, "sampling")}
-    meta |= {"class_names": [str(digit) for digit in range(10)], "canvas_scale": [1.0] * 6}
-    meta |= {"hash": None}
+    config = digits.get_config("runlocal")
+    metadata = RunMetadata(
+        tokenizer=TokenizerConfig(**config.tokenizer),
+        class_names=tuple(str(digit) for digit in range(10)),
+        canvas_scale=(1.0,) * 6,
+        sampling=Settings.from_dict(config.sampling.to_dict()),
+        **{name: TransformerConfig(**config[name]) for name in GENERATORS},
+    )
     rng = np.random.default_rng(0)
     params = {
         name: jax.tree.map(
             lambda x: rng.normal(size=x.shape, scale=0.2).astype(x.dtype),
-            abstract_params(meta, name),
+            metadata.abstract_params(name),
         )
         for name in ("tokenizer", *GENERATORS)
     }
-    return Pipeline(meta, params)
+    return Pipeline(metadata, params)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +64,7 @@ def workdir(pipe, tmp_path_factory):
 
 def samples_of(pipe, **changes):
     values = dict(classes=CLASSES, per_class=PER_CLASS, batch_size=BATCH, seed=4, settings={})
-    return sample.Samples(pipe, **(values | changes))
+    return sampling.SamplingJob(pipe, **(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +79,7 @@ def expected(pipe):
 def whole(pipe, tmp_path_factory):
     """The file of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "all.npz"
-    sample.write_array(samples_of(pipe), out)
+    sampling.write_array(samples_of(pipe), out)
     return out
 
 
@@ -77,9 +87,9 @@ def interrupted(pipe, out, after):
     """A run that ends with `after` parts written; gives the folder of its parts."""
     samples = samples_of(pipe)
     folder = out.with_name(out.name + ".parts")
-    sample.open_folder(folder, "*.part", samples.describe())
-    for batch, output in samples.make_all(range(after)):
-        sample.write_part(folder / f"{batch:06d}.part", sample.to_uint8(output.images))
+    sampling.open_folder(folder, "*.npz", samples.describe())
+    for batch, output in samples.sample_all(range(after)):
+        sampling.write_part(folder / f"{batch:06d}.npz", sampling.to_uint8(output.images))
     return folder
 
 
@@ -102,20 +112,20 @@ def test_a_killed_run_goes_on_where_it_was(pipe, workdir, whole, tmp_path):
     out = tmp_path / "new" / "all.npz"
     parts = tmp_path / "new" / "all.npz.parts"
     for least in (1, 3):
-        before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.part")}
+        before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
         process = start(
             "nvg_jax.sample", f"--workdir={workdir}", f"--out={out}", "--classes=7,2",
             f"--per_class={PER_CLASS}", f"--batch_size={BATCH}", "--seed=4",
         )  # fmt: skip
-        while len(list(parts.glob("*.part"))) < least and process.poll() is None:
+        while len(list(parts.glob("*.npz"))) < least and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors
-        after = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.part")}
+        after = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
         # What was there is not made again.
         assert out.exists() or before.items() <= after.items()
-    sample.write_array(samples_of(pipe), out)
+    sampling.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes()
     assert [path.name for path in out.parent.iterdir()] == ["all.npz"]
 
@@ -131,18 +141,18 @@ def test_a_run_killed_at_its_end_goes_on(pipe, whole, tmp_path, monkeypatch, mom
     out = tmp_path / "all.npz"
     parts = interrupted(pipe, out, 4)
     made = []
-    monkeypatch.setattr(sample.Samples, "make", lambda *args: made.append(args))
+    monkeypatch.setattr(sampling.SamplingJob, "sample", lambda *args: made.append(args))
     with monkeypatch.context() as patch:
         if moment == "join":
-            patch.setattr(sample, "read_part", kill)
+            patch.setattr(sampling, "read_part", kill)
         else:
-            patch.setattr(sample.shutil, "rmtree", kill)
+            patch.setattr(sampling.shutil, "rmtree", kill)
         with pytest.raises(Killed):
-            sample.write_array(samples_of(pipe), out)
+            sampling.write_array(samples_of(pipe), out)
     if moment == "removal":
-        (parts / "000001.part").unlink()  # removed in part
+        (parts / "000001.npz").unlink()  # removed in part
     assert out.exists() == (moment == "removal")
-    sample.write_array(samples_of(pipe), out)
+    sampling.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes() and not made
     assert [path.name for path in tmp_path.iterdir()] == ["all.npz"]
 
@@ -150,11 +160,11 @@ def test_a_run_killed_at_its_end_goes_on(pipe, whole, tmp_path, monkeypatch, mom
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "gone"])
 def test_damaged_parts_are_found_and_made_again(pipe, whole, tmp_path, monkeypatch, caplog, damage):
     out = tmp_path / "all.npz"
-    path = interrupted(pipe, out, 4) / "000002.part"
+    path = interrupted(pipe, out, 4) / "000002.npz"
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
-    join = sample.join_parts
+    join = sampling.join_parts
 
     def damage_and_join(*args):
         path.unlink()
@@ -162,10 +172,10 @@ def test_damaged_parts_are_found_and_made_again(pipe, whole, tmp_path, monkeypat
             path.write_bytes({"flip": content, "truncate": content[:-1], "empty": b""}[damage])
         join(*args)
 
-    monkeypatch.setattr(sample, "join_parts", damage_and_join)
-    sample.write_array(samples_of(pipe), out)
+    monkeypatch.setattr(sampling, "join_parts", damage_and_join)
+    sampling.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes()
-    assert "000002.part is damaged or gone; it is made again" in caplog.text
+    assert "000002.npz is damaged or missing; it is made again" in caplog.text
     assert caplog.text.count("made again") == 1
 
 
@@ -185,10 +195,10 @@ def test_other_settings_are_refused(pipe, whole, tmp_path, changes, message):
     parts = interrupted(pipe, out, 1)
     before = sorted(path.name for path in parts.iterdir())
     with pytest.raises(ValueError, match=f"all.npz.parts holds samples of other .*{message}"):
-        sample.write_array(samples_of(pipe, **changes), out)
+        sampling.write_array(samples_of(pipe, **changes), out)
     assert sorted(path.name for path in parts.iterdir()) == before and not out.exists()
     with pytest.raises(ValueError, match="all.npz is there already and was made with other"):
-        sample.write_array(samples_of(pipe, **changes), whole)
+        sampling.write_array(samples_of(pipe, **changes), whole)
 
 
 def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
@@ -196,23 +206,23 @@ def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
     parts = interrupted(pipe, out, 1)
     leaves, tree = jax.tree.flatten(pipe.params)
     leaves[-1] = np.asarray(leaves[-1]) + np.float32(1e-3)
-    other = Pipeline(pipe.meta, jax.tree.unflatten(tree, leaves))
+    other = Pipeline(pipe.metadata, jax.tree.unflatten(tree, leaves))
     with pytest.raises(ValueError, match="model was '.*' and is '.*' now"):
-        sample.write_array(samples_of(other), out)
+        sampling.write_array(samples_of(other), out)
     # Settings given by hand that are those of the folder are the same settings.
     same = dict(flow_steps=2, top_p=0.5)
     assert samples_of(pipe, settings=same).describe() == samples_of(pipe).describe()
     (parts / "settings.json").unlink()
     with pytest.raises(ValueError, match="no settings.json that says how they were made"):
-        sample.write_array(samples_of(pipe), out)
+        sampling.write_array(samples_of(pipe), out)
     out.write_bytes(b"something else")
     with pytest.raises(ValueError, match="or not by this command"):
-        sample.write_array(samples_of(pipe), out)
+        sampling.write_array(samples_of(pipe), out)
     assert out.read_bytes() == b"something else"
 
 
 def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkeypatch):
-    out, make, made = tmp_path / "pictures", sample.Samples.make, []
+    out, make, made = tmp_path / "pictures", sampling.SamplingJob.sample, []
 
     def limited(samples, batch):
         if len(made) == 2:
@@ -220,17 +230,17 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
         made.append(batch)
         return make(samples, batch)
 
-    monkeypatch.setattr(sample.Samples, "make", limited)
+    monkeypatch.setattr(sampling.SamplingJob, "sample", limited)
     with pytest.raises(KeyboardInterrupt):
-        sample.write_pictures(samples_of(pipe), out, columns=5)
+        sampling.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [0, 1] and not (out / "grid.png").exists()
     (out / "000004_class7.png").rename(out / "000004_class7.png.tmp")  # killed while writing it
     made.clear()
     with pytest.raises(KeyboardInterrupt):
-        sample.write_pictures(samples_of(pipe), out, columns=5)
+        sampling.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [1, 2]
     made.clear()
-    sample.write_pictures(samples_of(pipe), out, columns=5)
+    sampling.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [3]
     names = [f"{i:06d}_class{7 if i < 5 else 2}.png" for i in range(10)]
     others = {"grid.png", "stages.png", "settings.json"}
@@ -238,28 +248,30 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
     images = np.stack([np.asarray(Image.open(out / name)) for name in names])
     np.testing.assert_array_equal(images, np.load(whole)["arr_0"])
     with pytest.raises(ValueError, match="seed was 4 and is 5 now"):
-        sample.write_pictures(samples_of(pipe, seed=5), out, columns=5)
+        sampling.write_pictures(samples_of(pipe, seed=5), out, columns=5)
     (out / names[3]).write_bytes((out / names[3]).read_bytes()[:60])
     with pytest.raises(ValueError, match="000003_class7.png is not a readable image.*Delete it"):
-        sample.write_pictures(samples_of(pipe), out, columns=5)
+        sampling.write_pictures(samples_of(pipe), out, columns=5)
 
 
 def test_a_full_disk_and_missing_rights_end_in_a_sentence(pipe, whole, tmp_path):
     out = tmp_path / "all.npz"
     parts = interrupted(pipe, out, 3)
-    message = r"{} cannot be written: No space left on device. Mend that and run the same command"
-    for path in (parts / "000003.part", out):
+    message = (
+        r"{} cannot be written: No space left on device. Fix the cause and run the same command"
+    )
+    for path in (parts / "000003.npz", out):
         temporary = path.with_name(path.name + ".tmp")
         temporary.symlink_to("/dev/full")
         with pytest.raises(OSError, match=message.format(path)):
-            sample.write_array(samples_of(pipe), out)
+            sampling.write_array(samples_of(pipe), out)
         assert not temporary.is_symlink() and not out.exists()
-    sample.write_array(samples_of(pipe), out)
+    sampling.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes()
     if os.getuid():  # root may write anywhere
         tmp_path.chmod(0o500)
         with pytest.raises(PermissionError, match="other.npz.parts"):
-            sample.write_array(samples_of(pipe), tmp_path / "other.npz")
+            sampling.write_array(samples_of(pipe), tmp_path / "other.npz")
         tmp_path.chmod(0o700)
 
 
@@ -267,18 +279,19 @@ TWO = """
 import sys, jax
 from pathlib import Path
 jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
-from nvg_jax import Pipeline, sample
-from nvg_jax.evaluate import evaluate
+from nvg_jax import Pipeline
+from nvg_jax.jobs import sampling
+from nvg_jax.jobs.evaluation import evaluate
 folder = Path({folder!r})
 pipe = Pipeline.from_pretrained({workdir!r})
-samples = sample.Samples(pipe, {classes}, {per_class}, {batch}, 4, dict())
-make, made = sample.Samples.make, []
-sample.Samples.make = lambda self, batch: made.append(batch) or make(self, batch)
-sample.write_array(samples, folder / "all.npz")
-sample.write_pictures(samples, folder / "pictures", 5)
+samples = sampling.SamplingJob(pipe, {classes}, {per_class}, {batch}, 4, dict())
+make, made = sampling.SamplingJob.sample, []
+sampling.SamplingJob.sample = lambda self, batch: made.append(batch) or make(self, batch)
+sampling.write_array(samples, folder / "all.npz")
+sampling.write_pictures(samples, folder / "pictures", 5)
 (folder / ("made_%d" % jax.process_index())).write_text(repr(made))
 evaluate(pipe, {data}, folder, num_samples=10, seed=4, batch_size={batch})
-sample.multihost_utils.sync_global_devices("end")
+sampling.barrier("end")
 """
 
 
@@ -320,7 +333,7 @@ def test_every_item_has_one_process(monkeypatch, count):
     shares = []
     for index in range(3):
         monkeypatch.setattr(jax, "process_index", lambda: index)
-        shares += sample.own_share(count)
+        shares += own_share(count)
     assert sorted(shares) == list(range(count))
 
 
@@ -331,7 +344,7 @@ def test_an_unreadable_image_is_named_or_left_out(tmp_path, caplog):
     Image.new("RGB", (8, 8), (0, 0, 0)).save(tmp_path / "cat" / "c.png")
     source = FolderSource(tmp_path, ["cat/a.png", "cat/b.png", "cat/c.png"], ["cat"])
     transform = Transform((8, 8), 8)
-    with pytest.raises(ValueError, match="b.png: not an image of a known format. Mend it"):
+    with pytest.raises(ValueError, match="b.png: not an image of a known format. Repair it"):
         load_images(source, transform, 3)
     images, labels = load_images(source, transform, 3, on_bad="skip")
     np.testing.assert_array_equal(images[:, 0, 0], [[1, -1, -1], [-1, -1, -1]])

@@ -9,7 +9,6 @@ is JSON, {name: reason} of the images of its range that could not be read and ha
 import dataclasses
 import json
 import math
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from nvg_jax.runtime.checkpoint import digest
-from nvg_jax.visualize import replacing
+from nvg_jax.runtime.files import atomic_path, read_json, write_json
 
 FORMAT = 1
 SHARD_SIZE = 4096  # images of a file
@@ -139,27 +137,24 @@ def begin(folder: Path, settings: dict[str, Any]):
 
 
 def write_shard(path: Path, records: list[bytes], unreadable: dict[str, str]):
-    """Writes a file of a cache; it has its name only when it is whole.
+    """Writes one file of cached sequences, atomically.
 
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    with atomic_path(path) as temporary:
         try:
-            for record in (*records, json.dumps(unreadable).encode()):
-                writer.write(record)
-        finally:
-            writer.close()
-    except RuntimeError as error:  # of the writer, whatever went wrong
-        raise OSError(
-            f"{temporary} could not be written ({error}). Make room or give the right to write, "
-            "and start again to go on."
-        ) from error
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            try:
+                for record in (*records, json.dumps(unreadable).encode()):
+                    writer.write(record)
+            finally:
+                writer.close()
+        except RuntimeError as error:  # the writer raises it for any failure
+            raise OSError(
+                f"{temporary} could not be written ({error}). Make room or grant write permission, "
+                "and run the same command again to resume."
+            ) from error
 
 
 def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -273,30 +268,3 @@ def _damaged(path: Path) -> str:
         f"{path} is missing or damaged. Remove what is left of it, and run nvg_jax.encode again "
         "with the same settings to write it anew."
     )
-
-
-# Metadata with a checksum.
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote, None if there is no such file.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-        stored = content.pop("digest")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged; put back a copy, or make the cache anew.") from error
-    if stored != digest(content):
-        raise ValueError(f"{path} is damaged; put back a copy, or make the cache anew.")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]):
-    """Writes JSON with its checksum; the file is there as a whole or not at all."""
-    with replacing(path) as file:
-        file.write(json.dumps({**content, "digest": digest(content)}, indent=1).encode())

@@ -4,8 +4,6 @@ Orbax restores a flipped bit silently, so every checkpoint holds a checksum of e
 metadata. Whoever reads compares them, and takes the checkpoint before a damaged one.
 """
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -19,18 +17,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from nvg_jax.runtime.files import digest, storage_path
+
 logger = logging.getLogger("nvg_jax")
 
 # What a user must mend; the errors of the libraries that write only tell it in words.
 UNWRITABLE = re.compile(
     "no space left|quota|file too large|permission.denied|not permitted|read-only", re.IGNORECASE
 )
-
-
-def storage_path(folder: str | os.PathLike) -> epath.Path:
-    """The absolute path of a folder, on a disk or in a bucket (gs://...)."""
-    folder = os.fspath(folder)
-    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
 
 
 class Manager(ocp.CheckpointManager):
@@ -336,19 +330,3 @@ def checksums(leaves: list) -> jax.Array:
         return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
 
     return jnp.stack([checksum(x) for x in leaves])
-
-
-def digest(content: dict[str, Any]) -> str:
-    """sha256 of JSON-able content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(tree) -> str:
-    """A short hash of every value of a tree of host or fully addressable arrays."""
-    sha = hashlib.sha256()
-    for path, leaf in sorted(
-        jax.tree_util.tree_leaves_with_path(tree), key=lambda item: jax.tree_util.keystr(item[0])
-    ):
-        sha.update(jax.tree_util.keystr(path).encode())
-        sha.update(np.ascontiguousarray(leaf).tobytes())
-    return sha.hexdigest()[:16]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nvg_jax import pretrained
 from nvg_jax.data import SequenceSource, Source, eval_batches, open_source, train_batches
 from nvg_jax.runtime import preemption, sharding
-from nvg_jax.runtime.checkpoint import storage_path
+from nvg_jax.runtime.files import storage_path
 from nvg_jax.tokenizer import TokenizerConfig
 
 

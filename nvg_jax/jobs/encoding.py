@@ -1,0 +1,160 @@
+"""Encoding a data set once, so that generators train without the encoder and the clustering."""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nvg_jax.data import SequenceSource, Source, crop_batches, open_source, sequences
+from nvg_jax.data.sources import SPLITS
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.sharding import fill_batch
+
+
+def encode_data_set(
+    pipeline: Pipeline,
+    out: str | Path,
+    data: dict[str, Any],
+    *,
+    crops: int = 1,
+    seed: int = 0,
+    **options,
+) -> dict[str, Any]:
+    """Writes the cached sequences of a data set, together with all other processes.
+
+    Args:
+        data: "name", "data_dir", "resize" and "pad", as in a config's `data`.
+        crops: random crops of each training image. Test images have one center crop.
+        seed: of the crops.
+        options: of `write_shards`, from batch_size on.
+
+    Returns:
+        The metadata (see `sequences.finish`) on process 0, {} on the others.
+
+    Raises:
+        ValueError: data that has no images or other classes, `out` holds something else, or an
+            unreadable image (on_bad="error").
+        OSError: a file cannot be written.
+    """
+    out = Path(out)
+    sources, settings = plan_encoding(pipeline, data, crops, seed)
+    if is_main():
+        sequences.begin(out, settings)
+    barrier("encoding has begun")
+    sequences.begin(out, settings)  # the others, which may have been given other settings
+    write_shards(
+        pipeline, out, sources, settings, jax.process_index(), jax.process_count(), **options
+    )
+    barrier("all sequences are written")
+    return sequences.finish(out, settings) if is_main() else {}
+
+
+def plan_encoding(
+    pipeline: Pipeline, data: dict[str, Any], crops: int, seed: int
+) -> tuple[dict[str, Source], dict[str, Any]]:
+    """The splits of the data, and the settings that decide what the files hold."""
+    metadata = pipeline.metadata
+    if metadata.fingerprint is None:
+        raise ValueError(
+            "The training of this tokenizer has not finished, and generators only train on a "
+            "finished one. Let `python -m nvg_jax.train` finish it first."
+        )
+    if crops < 1:
+        raise ValueError(f"crops must be at least 1, got {crops}.")
+    # Converted weights know the number of their classes at most; then the data names them.
+    class_names = pipeline.class_names if metadata.config else None
+    sources = {
+        split: open_source(
+            data["name"], split, data_dir=data["data_dir"] or None, class_names=class_names
+        )
+        for split in SPLITS
+    }
+    if isinstance(sources["train"], SequenceSource):
+        raise ValueError("The data set holds cached sequences already; give one of images.")
+    return sources, {
+        "format": sequences.FORMAT,
+        "tokenizer": metadata.to_json()["tokenizer"],
+        "tokenizer_hash": metadata.fingerprint,
+        "class_names": sources["train"].class_names,
+        "data": {name: data[name] for name in ("name", "data_dir", "resize", "pad")},
+        "crops": crops,
+        "seed": seed,
+        "images": {split: len(source) for split, source in sources.items()},
+        "shard_size": sequences.SHARD_SIZE,
+    }
+
+
+def write_shards(
+    pipeline: Pipeline,
+    out: Path,
+    sources: dict[str, Source],
+    settings: dict[str, Any],
+    process_index: int,
+    process_count: int,
+    *,
+    batch_size: int = 64,
+    on_bad: str = "error",
+    num_threads: int = 2,
+    num_workers: int = 0,
+):
+    """Writes a process's files, except those that exist.
+
+    Args:
+        batch_size: crops encoded at once; at least all of one image.
+        on_bad, num_threads, num_workers: see `nvg_jax.data.loader`; with "skip" an unreadable image
+            has no record.
+    """
+    shards = [
+        shard
+        for shard in sequences.plan(settings)[process_index::process_count]
+        if not (out / shard.file).exists()
+    ]
+    progress = Progress("encoding", sum(s.stop - s.start for s in shards), "images")
+    done = 0
+    for split, source in sources.items():
+        missing = [shard for shard in shards if shard.split == split]
+        if not missing:
+            continue
+        crops = settings["crops"] if split == "train" else 0
+        images = max(1, batch_size // max(crops, 1))
+        batches = crop_batches(
+            source,
+            [(shard.start, shard.stop) for shard in missing],
+            crops=crops,
+            image_size=pipeline.tokenizer.config.image_size,
+            seed=settings["seed"],
+            resize=settings["data"]["resize"] or None,
+            pad=settings["data"]["pad"],
+            batch_size=images,
+            on_bad=on_bad,
+            num_threads=num_threads,
+            num_workers=num_workers,
+        )
+        with contextlib.closing(batches):
+            for shard in missing:
+                records, noted = [], len(source.unreadable)
+                for _ in range(math.ceil((shard.stop - shard.start) / images)):
+                    batch = next(batches)
+                    records += encode_records(pipeline, batch, images)
+                    done += len(batch["label"])
+                    progress.update(done)
+                unreadable = dict(list(source.unreadable.items())[noted:])
+                sequences.write_shard(out / shard.file, records, unreadable)
+
+
+def encode_records(pipeline: Pipeline, batch: dict[str, np.ndarray], images: int) -> list[bytes]:
+    """The records of a batch of `crop_batches`, encoded as a batch of `images` images."""
+    crops = fill_batch(batch["image"], images)
+    sequence = pipeline.encode(crops.reshape(-1, *crops.shape[2:]))
+    dtype = sequences.crop_dtype(pipeline.metadata.to_json()["tokenizer"])
+    packed = sequences.compact(*sequence, dtype).reshape(images, -1)
+    return [
+        sequences.pack(int(label), packed[row])
+        for row, (label, real) in enumerate(zip(batch["label"], batch["mask"]))
+        if real
+    ]

@@ -1,0 +1,223 @@
+"""Evaluation of a model on a data set: reconstruction, class agreement, copying, Frechet distance.
+
+Several processes share the reconstruction and the sampling; process 0 measures and writes.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nvg_jax.data import Source, open_source
+from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.evaluation import metrics
+from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
+from nvg_jax.jobs.sampling import SamplingJob, stages_picture
+from nvg_jax.pipeline import Pipeline, SampleOutput
+from nvg_jax.runtime.files import atomic_write
+from nvg_jax.runtime.processes import gather, is_main, own_share
+from nvg_jax.runtime.sharding import fill_batch
+from nvg_jax.visualize import image_grid, reconstruction_grid, save_png
+
+logger = logging.getLogger("nvg_jax")
+STAGES_SHOWN = 4  # samples in the picture of the stages
+TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # images of each split, at most
+MAX_BYTES = 4 << 30  # of one split's images in memory
+COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
+
+
+class Images(NamedTuple):
+    """images: float32 (N, H, W, 3) in [-1, 1]. labels: int (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def evaluate(
+    pipeline: Pipeline,
+    data: dict[str, Any],
+    out: Path,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    **settings,
+) -> dict[str, Any] | None:
+    """Writes metrics.json and pictures into `out`; without generators, of the tokenizer alone.
+
+    Args:
+        data: "name", "data_dir", "resize" and optionally "on_bad", as in a config's `data`.
+        settings: of `Pipeline.sample`.
+
+    Returns:
+        The metrics on process 0, None on the others.
+
+    Raises:
+        ValueError: the data is not what the model was trained on, or an image cannot be read.
+    """
+    transform = Transform(pipeline.tokenizer.config.image_size, data["resize"] or None)
+    sources = {
+        split: open_source(data["name"], split, data_dir=data["data_dir"] or None)
+        for split in ("train", "test")
+    }
+    if sources["train"].num_classes != pipeline.metadata.num_classes:
+        raise ValueError(
+            f"The model has {pipeline.metadata.num_classes} classes and the data set "
+            f"{data['name']!r} has {sources['train'].num_classes}; evaluate on the data it was "
+            "trained on."
+        )
+    on_bad = data.get("on_bad", "error")
+    test = load_images(sources["test"], transform, TEST_IMAGES, on_bad)
+    restored = reconstruct(pipeline, test.images)
+    if pipeline.can_sample:
+        classes = np.arange(num_samples) % pipeline.metadata.num_classes
+        job = SamplingJob(
+            pipeline, classes.tolist(), 1, min(batch_size, num_samples), seed, settings
+        )
+        start = time.monotonic()
+        samples, first_batch = draw_samples(job)
+        seconds = time.monotonic() - start
+    if not is_main():
+        return None
+
+    train = load_images(sources["train"], transform, TRAIN_IMAGES, on_bad)
+    if data["name"] == "digits":  # few images, for which there is a classifier of its own
+        classifier = DigitClassifier(*train)
+    else:
+        classifier = train_classifier(*train, pipeline.metadata.num_classes)
+    results = measure_reconstructions(classifier, restored, test)
+    save_png(out / "reconstructions.png", reconstruction_grid(test.images[:12], restored[:12]))
+    if pipeline.can_sample:
+        results |= {"samples": num_samples, "seconds_per_sample": seconds / num_samples}
+        results |= measure_samples(
+            classifier, Images(samples, classes), pipeline.class_names, train, test
+        )
+        columns = pipeline.metadata.num_classes if pipeline.metadata.num_classes <= 20 else 10
+        save_png(out / "samples.png", image_grid(samples[: 8 * columns], columns=columns))
+        picks = np.arange(min(STAGES_SHOWN, len(first_batch.images)))
+        save_png(out / "stages.png", stages_picture(pipeline, first_batch, picks))
+    with atomic_write(out / "metrics.json") as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+# Images.
+
+
+def load_images(source: Source, transform: Transform, limit: int, on_bad: str = "error") -> Images:
+    """At most `limit` images of a split, a fixed random choice, bounded by MAX_BYTES.
+
+    Args:
+        on_bad: what an unreadable image does: "error" stops, "skip" leaves it out with a warning.
+
+    Raises:
+        ValueError: an unreadable image, with its name.
+    """
+    height, width = transform.image_size
+    limit = min(limit, len(source), MAX_BYTES // (height * width * 3 * 4))
+    indices = np.sort(np.random.default_rng(0).permutation(len(source))[:limit])
+    images, labels = np.empty((limit, height, width, 3), np.float32), np.empty(limit, np.int64)
+    count = 0
+    for index in indices:
+        name = f"record {index}"
+        try:
+            item = source[int(index)]
+            name = item["name"]
+            image = decode(item["image"])
+        except Exception as error:  # readers of damaged files raise errors of many kinds
+            if on_bad != "skip":
+                raise ValueError(
+                    f"{name}: {error}. Repair it or remove it from the data set to evaluate."
+                ) from error
+            logger.warning("left out %s: %s", name, error)
+            continue
+        images[count], labels[count] = transform(image), item["label"]
+        count += 1
+    if count == 0:
+        raise ValueError(f"None of the {limit} images to evaluate with can be read.")
+    return Images(images[:count], labels[:count])
+
+
+def reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int = 100) -> np.ndarray:
+    """All images through the tokenizer and back, shared by all processes."""
+    num_batches = -(-len(images) // batch_size)
+    own = own_share(num_batches)
+    restored = np.empty((len(own), batch_size, *images.shape[1:]), np.float32)
+    for row, batch in enumerate(own):
+        part = images[batch * batch_size : (batch + 1) * batch_size]
+        restored[row] = pipeline.reconstruct(fill_batch(part, batch_size))
+    return gather(restored, num_batches).reshape(-1, *images.shape[1:])[: len(images)]
+
+
+def draw_samples(job: SamplingJob) -> tuple[np.ndarray, SampleOutput | None]:
+    """The images of all samples, shared by all processes.
+
+    Returns:
+        float32 (N, H, W, 3) in [-1, 1], and this process's first batch.
+    """
+    own, first = own_share(job.num_batches), None
+    images = np.zeros((len(own), job.batch_size, *job.image_shape), np.float32)
+    for row, (_, output) in enumerate(job.sample_all(own)):
+        images[row, : len(output.images)] = output.images
+        first = first or output
+    images = gather(images, job.num_batches)
+    return images.reshape(-1, *job.image_shape)[: len(job)], first
+
+
+def balanced(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of at most `count` images, cycling through the classes as far as they go."""
+    turn = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    return np.argsort(turn, kind="stable")[:count]
+
+
+# Measuring: functions of arrays and a classifier.
+
+
+def has_features(classifier) -> bool:
+    """Whether Frechet distances can be measured; the digits are too few for them."""
+    return not isinstance(classifier, DigitClassifier)
+
+
+def measure_reconstructions(classifier, restored: np.ndarray, test: Images) -> dict[str, Any]:
+    """Metrics of reconstructions (N, H, W, 3) of test images."""
+    results = {"test_psnr": float(metrics.psnr(test.images, restored).mean())}
+    if has_features(classifier):
+        results["frechet_of_reconstructions"] = metrics.frechet_distance(
+            classifier.features(restored), classifier.features(test.images)
+        )
+    for name, images in (("real_test_images", test.images), ("reconstructions", restored)):
+        accuracy, _ = metrics.class_agreement(classifier.predict(images), test.labels)
+        results[f"classifier_accuracy_on_{name}"] = accuracy
+    return results
+
+
+def measure_samples(
+    classifier, samples: Images, class_names: tuple[str, ...], train: Images, test: Images
+) -> dict[str, Any]:
+    """Metrics of samples, whose labels are the requested classes."""
+    agreement, per_class = metrics.class_agreement(
+        classifier.predict(samples.images), samples.labels
+    )
+    results = {
+        "class_agreement": agreement,
+        "class_agreement_per_class": {class_names[i]: share for i, share in per_class.items()},
+        "copying": metrics.copying_report(
+            samples.images[:COPY_CHECK_IMAGES], train.images, test.images[:COPY_CHECK_IMAGES]
+        ),
+    }
+    if has_features(classifier):
+        chosen = balanced(test.labels, len(samples.images))
+        features = classifier.features(train.images)
+        for name, images in (
+            ("samples", samples.images[: len(chosen)]),
+            ("real_test_images", test.images[chosen]),
+        ):
+            results[f"frechet_of_{name}"] = metrics.frechet_distance(
+                classifier.features(images), features
+            )
+        results["frechet_images"] = len(chosen)
+    return results

@@ -1,0 +1,276 @@
+"""Sampling runs: files of samples that several processes write and that resume after a kill."""
+
+import dataclasses
+import json
+import logging
+import reprlib
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nvg_jax.data.transforms import decode
+from nvg_jax.models import GENERATORS
+from nvg_jax.pipeline import Pipeline, SampleOutput
+from nvg_jax.runtime.files import atomic_write, digest, fingerprint
+from nvg_jax.runtime.processes import barrier, is_main, own_share
+from nvg_jax.runtime.progress import Progress
+from nvg_jax.visualize import image_grid, save_png, stages_grid, to_uint8
+
+GRID_LIMIT = 400  # samples in the grid
+STAGES_LIMIT = 8  # samples in the picture of the stages
+SETTINGS_FILE = "settings.json"
+
+logger = logging.getLogger("nvg_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingJob:
+    """The samples to make: sample i is of the class classes[i // per_class].
+
+    Batch n, the unit of work, has the `batch_size` samples from n * batch_size.
+
+    Attributes:
+        classes: ids of classes.
+        settings: of `Pipeline.sample`.
+    """
+
+    pipeline: Pipeline
+    classes: Sequence[int]
+    per_class: int
+    batch_size: int
+    seed: int
+    settings: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.classes) * self.per_class
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self) // self.batch_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (*self.pipeline.tokenizer.config.image_size, 3)
+
+    def indices(self, batch: int) -> range:
+        """The samples of a batch; the last batch may be smaller."""
+        first = batch * self.batch_size
+        return range(first, min(first + self.batch_size, len(self)))
+
+    def sample(self, batch: int) -> SampleOutput:
+        indices = self.indices(batch)
+        ids = [self.classes[index // self.per_class] for index in indices]
+        filled = ids + ids[-1:] * (self.batch_size - len(ids))  # one program for all batches
+        out = self.pipeline.sample(filled, self.seed, first_index=indices.start, **self.settings)
+        return jax.tree.map(lambda x: x[: len(ids)], out)
+
+    def sample_all(self, batches: Sequence[int]) -> Iterator[tuple[int, SampleOutput]]:
+        """Yields each batch with its number, and logs progress."""
+        progress = Progress("sampling", sum(len(self.indices(n)) for n in batches), "samples")
+        done = 0
+        for batch in batches:
+            output = self.sample(batch)
+            done += len(output.images)
+            progress.update(done)
+            yield batch, output
+
+    def describe(self) -> dict[str, Any]:
+        """Everything the samples depend on, JSON-able, with one value per stage for each setting.
+
+        Raises:
+            ValueError: a setting out of range.
+        """
+        metadata = self.pipeline.metadata.to_json()
+        model = {name: metadata[name] for name in ("tokenizer", "canvas_scale", *GENERATORS)}
+        model["weights"] = fingerprint(self.pipeline.params)
+        config = self.pipeline.tokenizer.config
+        settings = self.pipeline.settings.updated(self.settings)
+        settings = settings.expand(config.num_stages, config.codebook_size)
+        description = {
+            "model": digest(model)[:16],
+            "classes": self.classes,
+            "per_class": self.per_class,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            **dataclasses.asdict(settings),
+        }
+        return json.loads(json.dumps(description))
+
+
+def stages_picture(pipeline: Pipeline, output: SampleOutput, picks: np.ndarray) -> np.ndarray:
+    """The samples `picks` of an output: the canvas decoded after every stage, above its map."""
+    canvases = output.canvases[picks]
+    images = pipeline.decode_canvas(canvases.reshape(-1, *canvases.shape[2:]))
+    return stages_grid(
+        images.reshape(*canvases.shape[:2], *images.shape[1:]),
+        output.sequence.structure[picks],
+        pipeline.tokenizer.config.latent_size,
+    )
+
+
+# Resumable output: every file present is complete and was made with these settings.
+
+
+def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
+    """Creates a folder of samples, or checks that it was created with the same settings.
+
+    Args:
+        pattern: of the names of the files with samples.
+        description: see `SamplingJob.describe`; stored in the folder.
+
+    Raises:
+        ValueError: the folder holds samples of other or unknown settings, or not all processes
+            see the same folder.
+    """
+    path = folder / SETTINGS_FILE
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, which says how the samples there were made, is damaged ({error}). Give "
+                "another --out, or delete that folder to start over."
+            ) from error
+        differ = [
+            f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
+            for name, value in description.items()
+            if stored.get(name) != value
+        ]
+        if differ:
+            raise ValueError(
+                f"{folder} holds samples of other settings: {'; '.join(differ)}. Give the same "
+                "settings to resume, or another --out; or delete that folder to start over. "
+                "(Another model: a run that was trained further has other weights.)"
+            )
+    elif folder.is_dir() and any(folder.glob(pattern)):
+        raise ValueError(
+            f"{folder} holds samples but no {SETTINGS_FILE} that says how they were made. Give "
+            "another --out, or move them away."
+        )
+    elif is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps(description).encode())
+    barrier(f"{path} is there")
+    if not path.exists():
+        raise ValueError(
+            f"Process {jax.process_index()} does not see {path}, which process 0 wrote: --out "
+            "must be in a file system that all processes share."
+        )
+
+
+def own_missing(job: SamplingJob, files) -> list[int]:
+    """This process's batches for which one of `files(batch)` does not exist yet."""
+    own = own_share(job.num_batches)
+    missing = [batch for batch in own if not all(path.exists() for path in files(batch))]
+    if len(missing) < len(own):
+        logger.info("%d of %d batches exist already", len(own) - len(missing), len(own))
+    return missing
+
+
+def write_array(job: SamplingJob, out: Path):
+    """Writes the samples to one .npz with "arr_0", uint8 (N, H, W, 3).
+
+    Each batch is first a file in a folder of parts. When all parts exist they are joined and
+    removed.
+
+    Raises:
+        ValueError: `out`, or the folder of parts, was made with other settings.
+        OSError: a file cannot be written.
+    """
+    description = job.describe()
+    mark = digest(description).encode()  # the comment of the finished archive
+    folder = out.with_name(out.name + ".parts")
+    part = lambda batch: folder / f"{batch:06d}.npz"
+    if out.exists():
+        if read_mark(out) != mark:
+            raise ValueError(
+                f"{out} is there already and was made with other settings, or not by this "
+                "command. Give another --out, or move it away."
+            )
+        logger.info("%s is there already", out)
+    else:
+        open_folder(folder, "*.npz", description)
+        for batch, output in job.sample_all(own_missing(job, lambda batch: [part(batch)])):
+            write_part(part(batch), to_uint8(output.images))
+        barrier(f"the parts of {out} are there")
+        if is_main():
+            join_parts(job, part, out, mark)
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier(f"{out} is there")
+
+
+def read_mark(path: Path) -> bytes | None:
+    """The comment of an archive, None for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment
+    except zipfile.BadZipFile:
+        return None
+
+
+def write_part(path: Path, images: np.ndarray):
+    with atomic_write(path) as file:
+        np.savez(file, images)
+
+
+def read_part(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The images of a part, None if it is missing, damaged (by the archive's CRC) or another's."""
+    try:
+        with open(path, "rb") as file, np.load(file) as archive:
+            images = archive["arr_0"]
+    except Exception:  # damage raises errors of many kinds
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
+
+
+def join_parts(job: SamplingJob, part, out: Path, mark: bytes):
+    """Joins the parts to the .npz with one of them in memory at a time; remakes damaged ones."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(job), *job.image_shape)}
+    with atomic_write(out) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.comment = mark
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for batch in range(job.num_batches):
+                images = read_part(part(batch), (len(job.indices(batch)), *job.image_shape))
+                if images is None:
+                    logger.warning("%s is damaged or missing; it is made again", part(batch))
+                    images = to_uint8(job.sample(batch).images)
+                member.write(images.tobytes())
+
+
+def write_pictures(job: SamplingJob, out: Path, columns: int):
+    """Writes a PNG per sample, grid.png and, of the first batch, stages.png into a folder.
+
+    Raises:
+        ValueError: the folder holds pictures of other settings, or a damaged one.
+        OSError: a file cannot be written.
+    """
+    classes = np.repeat(job.classes, job.per_class)
+    pictures = [out / f"{index:06d}_class{label}.png" for index, label in enumerate(classes)]
+    stages = out / "stages.png"
+    files = lambda batch: [pictures[i] for i in job.indices(batch)] + [stages] * (batch == 0)
+    open_folder(out, "*_class*.png", job.describe())
+    for batch, output in job.sample_all(own_missing(job, files)):
+        for index, image in zip(job.indices(batch), to_uint8(output.images)):
+            save_png(pictures[index], image)
+        if batch == 0:
+            picks = np.unique(np.linspace(0, len(output.images) - 1, STAGES_LIMIT).astype(int))
+            save_png(stages, stages_picture(job.pipeline, output, picks))
+    barrier(f"the pictures in {out} are there")
+    if is_main():
+        shown = []
+        for path in pictures[:GRID_LIMIT]:
+            try:
+                shown.append(np.asarray(decode(path.read_bytes())))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is {error}. Delete it and run the same command again."
+                ) from error
+        save_png(out / "grid.png", image_grid(np.stack(shown), columns))
