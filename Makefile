@@ -1,13 +1,16 @@
 # `make demo`: set-up, training of all stages on handwritten digits, samples and their figures.
-# `make test`: set-up and the tests. `make lint`: style.
+# `make test`: set-up and all tests. `make check`: style and the tests that are not slow.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test check lint clean
 
 setup: $(VENV)/installed
 
+$(VENV)/installed: export PIP_DISABLE_PIP_VERSION_CHECK = 1
+$(VENV)/installed: export PIP_ROOT_USER_ACTION = ignore
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; name one with make PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
@@ -20,11 +23,14 @@ demo: setup
 	$(BIN)/python -m nvg_jax.evaluate --workdir=runs/demo --num_samples=1000 --batch_size=250 --out=runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) .pytest_cache runs/demo

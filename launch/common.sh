@@ -1,22 +1,22 @@
 # shellcheck shell=bash disable=SC2034 # the variables are for the scripts that source this
-# Sourced by the launchers: errors, help, dry runs, training arguments, the copy of the code.
+# Sourced by the launchers: errors, help, dry runs, training arguments, packing of the code.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dry_run=${DRY_RUN:-}
 dry_run=${dry_run#0}
 
-# A mistake of the user.
+# Reports a user error.
 fail() {
     echo "error: $*" >&2
     exit 2
 }
 
-# The comment at the head of the script.
+# Prints the comment at the top of the script.
 print_help() {
     sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# The words as one line that a shell reads as the same words.
+# Prints the words as one line that a shell splits into the same words.
 quote() {
     local word line="" quoted="'\\''"
     for word; do
@@ -37,7 +37,7 @@ run() {
     fi
 }
 
-# Checks what stands after -- and sets train_arguments, workdir and jax_cache.
+# Checks the arguments after -- and sets train_arguments, workdir and jax_cache.
 take_train_arguments() {
     local argument config=
     workdir=
@@ -47,18 +47,18 @@ take_train_arguments() {
             --workdir=*) workdir=${argument#*=} ;;
         esac
     done
-    [[ $config ]] || fail "no --config=FILE among the training arguments; they stand after --, see $0 --help"
-    [[ $workdir ]] || fail "no --workdir=FOLDER among the training arguments; they stand after --, see $0 --help"
+    [[ $config ]] || fail "no --config=FILE among the training arguments, which come after --; see $0 --help"
+    [[ $workdir ]] || fail "no --workdir=FOLDER among the training arguments, which come after --; see $0 --help"
     train_arguments=("$@")
-    # Only the first process writes it, so it must be where all can read: beside the checkpoints.
+    # Only the first process writes the cache and all read it, so it is kept beside the checkpoints.
     jax_cache=JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/jax_cache}
 }
 
-# Machines that come and go keep nothing: the workdir must be elsewhere.
+# Requires a workdir that outlives the machines.
 require_shared_workdir() {
     case $workdir in
         gs://* | /*) ;;
-        *) fail "--workdir=$workdir would be lost with the machine; give gs://BUCKET/FOLDER, or the absolute path of a file system that all machines mount" ;;
+        *) fail "--workdir=$workdir would be lost with the machine; give gs://BUCKET/FOLDER or the absolute path of a folder on a file system that all machines mount" ;;
     esac
 }
 

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Training on TPU slices of a GKE cluster, submitted with xpk (pip install xpk).
+# Trains on TPU slices of a GKE cluster, through xpk (pip install xpk).
 #
 #     launch/gke_xpk.sh --cluster=CLUSTER --name=nvg-d16 --tpu_type=v5p-128 \
 #         -- --config=configs/imagenet256.py:d16 --workdir=gs://BUCKET/d16
 #
-# What stands after -- goes to `python -m nvg_jax.train --distributed`.
+# The arguments after -- are passed to `python -m nvg_jax.train --distributed`.
 #
-#     --cluster=NAME        the cluster (xpk cluster create makes one)
-#     --name=NAME           of the workload: small letters, digits, dashes; at most 28
+#     --cluster=NAME        the cluster (`xpk cluster create` makes one)
+#     --name=NAME           name of the workload: at most 28 lower-case letters, digits and dashes
 #     --tpu_type=TYPE       v5litepod-256, v5p-128, v6e-64, ...
-#     --num_slices=N        (1)
+#     --num_slices=N        number of slices (1)
 #     --max_restarts=N      restarts of the whole workload (100)
-#     --docker_image=IMAGE  an image with this repository in its working folder and
-#                           everything installed; without it the code as it stands here is
-#                           put on python:3.12 and every pod installs at its start
+#     --docker_image=IMAGE  an image with this repository as its working folder and all
+#                           requirements installed; by default the current code is added to
+#                           python:3.12 and every pod installs the requirements at start-up
 #     --xpk_flags="..."     more flags for xpk: --zone=..., --project=..., --spot, --priority=...
-#     --dry_run             prints the commands and runs none (so does DRY_RUN=1)
+#     --dry_run             print the commands without running them (DRY_RUN=1 does the same)
 #
-# Environment: JAX_COMPILATION_CACHE_DIR (WORKDIR/jax_cache).
+# Environment: JAX_COMPILATION_CACHE_DIR (default WORKDIR/jax_cache).
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -41,20 +41,20 @@ while (($#)); do
         --dry_run) dry_run=1 ;;
         --help) print_help && exit ;;
         --) shift && break ;;
-        *) fail "unknown argument $1; training arguments stand after --, see $0 --help" ;;
+        *) fail "unknown argument $1; training arguments come after --, see $0 --help" ;;
     esac
     shift
 done
 [[ $cluster ]] || fail "give --cluster=NAME; see $0 --help"
 [[ $tpu_type ]] || fail "give --tpu_type=TYPE, such as v5p-128; see $0 --help"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,26}[a-z0-9])?$ ]] ||
-    fail "--name must be of small letters, digits and dashes, begin with a letter and have at most 28, not '$name'"
+    fail "--name must be at most 28 lower-case letters, digits and dashes, beginning with a letter, not '$name'"
 take_train_arguments "$@"
 require_shared_workdir
 
-# exec: the signal of a preemption goes to what xpk has started, and must reach restart.sh.
-# restart.sh starts a crashed process again where it is. The codes with which it ends after
-# the signal (75 and 128 + signal) restart the workload; 1 and 2 end it.
+# exec, because Kubernetes signals the process that xpk started, and that must be restart.sh.
+# restart.sh restarts a crashed process in its pod. The exit codes it returns after a signal
+# (75 and 128 + signal) restart the workload; 1 and 2 end it.
 command="exec $(quote env "$jax_cache" bash launch/restart.sh python -m nvg_jax.train --distributed "${train_arguments[@]}")"
 if [[ $docker_image ]]; then
     image=("--docker-image=$docker_image")

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Training on this machine, on all its accelerators, started again when it is interrupted.
+# Trains on all accelerators of this machine and restarts training when it is interrupted.
 #
 #     launch/local.sh [--dry_run] -- --config=configs/digits.py --workdir=runs/digits
 #
-# What stands after -- goes to `python -m nvg_jax.train`. Paths count from the repository.
+# The arguments after -- are passed to `python -m nvg_jax.train`. Paths are relative to the
+# repository.
 #
-#     --processes=N    N processes that find each other on localhost: a rehearsal, on the
-#                      CPU, of training on several machines
-#     --port=PORT      their coordinator's port (12355)
-#     --dry_run        prints the commands and runs none (so does DRY_RUN=1)
+#     --processes=N    number of processes, connected through localhost (1): rehearses
+#                      multi-machine training on the CPU
+#     --port=PORT      port of their coordinator (12355)
+#     --dry_run        print the commands without running them (DRY_RUN=1 does the same)
 #
-# Environment: PYTHON (python), JAX_COMPILATION_CACHE_DIR (WORKDIR/jax_cache), and that of
-# launch/restart.sh.
+# Environment: PYTHON (default python), JAX_COMPILATION_CACHE_DIR (default WORKDIR/jax_cache),
+# and the variables of launch/restart.sh.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -25,11 +26,11 @@ while (($#)); do
         --dry_run) dry_run=1 ;;
         --help) print_help && exit ;;
         --) shift && break ;;
-        *) fail "unknown argument $1; training arguments stand after --, see $0 --help" ;;
+        *) fail "unknown argument $1; training arguments come after --, see $0 --help" ;;
     esac
     shift
 done
-[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes must be a whole number from 1, not '$processes'"
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes must be a positive integer, not '$processes'"
 take_train_arguments "$@"
 
 run cd "$root"
@@ -67,14 +68,14 @@ code=0
 while true; do
     ended=0
     wait -n || ended=$?
-    if [[ $signalled ]]; then # not a process that ended, but the signal
+    if [[ $signalled ]]; then # the signal interrupted wait; no process has ended
         signalled=
         continue
     fi
-    ((ended != 127)) || break # none is left
+    ((ended != 127)) || break # no process is left
     if ((ended && !code)); then
         code=$ended
-        stop # the others would wait for it
+        stop # the others would wait for this process
     fi
 done
 exit "$code"

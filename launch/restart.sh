@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Runs a command again until it has ended: the rule of restarting, for every launcher.
+# Runs a command and restarts it until it is done. All launchers share this rule.
 #
 #     launch/restart.sh [--dry_run] COMMAND...
 #
-#     the command's exit code
-#     0        it is done: ends with 0
-#     2        a mistake of the user, or a loss that is not finite: ends with 2
-#     75       preempted, and the state is saved: starts it again at once
-#     other    a crash, or killed: starts it again after a pause; after too many
-#              crashes in a row, ends with 1
+#     exit code of the command
+#     0        done: exits with 0
+#     2        a user error or a non-finite loss: exits with 2
+#     75       preempted, state saved: restarts the command at once
+#     other    crashed or killed: restarts the command after a pause; exits with 1 after too
+#              many crashes in a row
 #
-# SIGTERM or Ctrl-C is passed on to the command, which saves; then this ends with the
-# command's exit code and does not start it again, since the machine is going away.
+# SIGTERM and Ctrl-C are forwarded to the command, which saves its state. This script then exits
+# with the command's exit code and does not restart it, since the machine is going away.
 #
 # Environment:
-#     NVG_MAX_CRASHES=5       crashes in a row that are followed by a new start
-#     NVG_RESTART_PAUSE=15    seconds before a new start after a crash
-#     NVG_LONG_RUN=600        a run of this many seconds begins the count of crashes anew
+#     NVG_MAX_CRASHES=5       restarts after consecutive crashes
+#     NVG_RESTART_PAUSE=15    seconds between a crash and the restart
+#     NVG_LONG_RUN=600        a run of at least this many seconds resets the crash count
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -36,7 +36,7 @@ pause=${NVG_RESTART_PAUSE:-15}
 long_run=${NVG_LONG_RUN:-600}
 for number in "$max_crashes" "$pause" "$long_run"; do
     [[ $number =~ ^[0-9]+$ ]] ||
-        fail "NVG_MAX_CRASHES, NVG_RESTART_PAUSE and NVG_LONG_RUN are whole numbers, not '$number'"
+        fail "NVG_MAX_CRASHES, NVG_RESTART_PAUSE and NVG_LONG_RUN must be whole numbers, not '$number'"
 done
 if [[ $dry_run ]]; then
     quote "$@"
@@ -60,17 +60,17 @@ pass_on() {
 }
 trap pass_on TERM INT
 
-# Runs a command and sets code to its exit code.
+# Runs a command in the background and sets code to its exit code.
 run_child() {
     "$@" &
     child=$!
-    if [[ $stopping ]]; then # the signal came before the child was known
+    if [[ $stopping ]]; then # the signal arrived before the child's id was known
         pass_on
     fi
     while true; do
         signalled=
         code=0
-        wait "$child" || code=$? # a signal ends this early
+        wait "$child" || code=$? # a signal interrupts this wait
         [[ $signalled ]] || break
     done
     child=
@@ -85,7 +85,7 @@ while true; do
     fi
     if ((code == 75)); then
         crashes=0
-        say "exit code 75 (preempted, state saved); starting again"
+        say "exit code 75 (preempted, state saved); restarting"
         continue
     fi
     if ((SECONDS - started >= long_run)); then
@@ -93,10 +93,10 @@ while true; do
     fi
     crashes=$((crashes + 1))
     if ((crashes > max_crashes)); then
-        say "exit code $code; $crashes crashes in a row, giving up"
+        say "exit code $code; $crashes crashes in a row; giving up"
         exit 1
     fi
-    say "exit code $code (crash $crashes of at most $max_crashes in a row); starting again in $pause s"
+    say "exit code $code (crash $crashes of at most $max_crashes in a row); restarting in $pause s"
     run_child sleep "$pause"
     if [[ $stopping ]]; then
         exit 143

@@ -5,11 +5,11 @@
     python launch/sweep.py --sweep=... --workdir=/shared/sweep --launcher=slurm \\
         --launcher_args="--nodes=1 --gpus-per-node=8 --exclusive" --submit
 
-Run it in the repository's folder. A sweep is a Python file with CONFIG (a configuration file, with
-its variant if any), get_sweep(), a list of dictionaries of overrides such as {"content.depth": 8},
-and, if the runs have some in common, FIXED, a dictionary of those. Every run has its own folder
-below --workdir, named after its overrides, and goes on where it was when it is submitted again.
-What stands after `--` is given to every run.
+Run it from the repository. A sweep is a Python file that defines CONFIG, a configuration file with
+its variant if any; get_sweep(), which returns a list of dictionaries of overrides such as
+{"content.depth": 8}; and optionally FIXED, a dictionary of overrides that all runs share. Every run
+has its own folder below --workdir, named after its overrides, and resumes when it is submitted
+again. The arguments after `--` are passed to every run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from absl import flags
 from ml_collections import config_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-NAME_LENGTH = 180  # file systems allow 255, and a job name may add to it
+NAME_LENGTH = 180  # file systems allow 255, and the scheduler may add to a job name
 
 
 def main():
@@ -52,7 +52,7 @@ def main():
 
 
 def run(command: Sequence[str]) -> int:
-    """Runs a command to its end and gives its exit code; Ctrl-C and SIGTERM are for it to obey."""
+    """Runs a command, forwards Ctrl-C and SIGTERM to it as SIGTERM, and returns its exit code."""
     process = subprocess.Popen(command, cwd=ROOT)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: process.terminate())
@@ -70,23 +70,23 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--sweep", required=True, help="file of the sweep")
-    parser.add_argument("--workdir", required=True, help="folder above the folders of the runs")
+    parser.add_argument("--sweep", required=True, help="the sweep file")
+    parser.add_argument("--workdir", required=True, help="parent of the runs' folders")
     parser.add_argument("--launcher", choices=("local", "slurm", "gke"), default="local")
     parser.add_argument(
-        "--launcher_args", default="", help="more arguments of the launcher (slurm: of sbatch)"
+        "--launcher_args", default="", help="more arguments for the launcher (slurm: for sbatch)"
     )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry_run", action="store_true", help="print the commands; the default")
+    mode.add_argument("--dry_run", action="store_true", help="print the commands (default)")
     mode.add_argument("--submit", action="store_true", help="run the commands, one after another")
     return parser.parse_args(arguments), extra
 
 
 def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[list[str]]:
-    """The command of every run, all checked.
+    """The command of every run, after checking all of them.
 
     Raises:
-        ValueError: a sweep that cannot be, with the run and the key.
+        ValueError: an invalid sweep; the message names the run and the key.
     """
     config_name, fixed, sweep = load_sweep(options.sweep)
     config = parse_config(config_name, [])
@@ -95,7 +95,7 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
         where = f"run {number} of {options.sweep}"
         try:
             if both := fixed.keys() & overrides.keys():
-                raise ValueError(f"{min(both)} is also in FIXED; give it in one place.")
+                raise ValueError(f"{min(both)} is also in FIXED; set it in one place only.")
             every = typed_overrides(config, {**fixed, **overrides})
             arguments = [f"--config.{key}={as_text(value)}" for key, value in every.items()]
             check_parsed(parse_config(config_name, arguments + list(extra)), every)
@@ -103,7 +103,7 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
             raise ValueError(f"{where}: {error}") from error
         name = run_name({key: every[key] for key in overrides})
         if name in names:
-            raise ValueError(f"{where} is {name}, as run {names[name]} is; leave out one.")
+            raise ValueError(f"{where} is {name}, the same as run {names[name]}; remove one of them.")
         names[name] = number
         commands.append(
             launcher_command(options, name)
@@ -126,12 +126,12 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
     try:
         spec.loader.exec_module(module)
         config_name, sweep = module.CONFIG, module.get_sweep()
-    except Exception as error:  # whatever the file of the user raises
+    except Exception as error:  # anything that the user's file raises
         raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     if not (
         isinstance(sweep, list) and sweep and all(isinstance(entry, Mapping) for entry in sweep)
     ):
-        raise ValueError(f"get_sweep() of {file} must give a list of dictionaries, not {sweep!r}.")
+        raise ValueError(f"get_sweep() of {file} must return a list of dictionaries, not {sweep!r}.")
     return config_name, getattr(module, "FIXED", {}), sweep
 
 
@@ -155,10 +155,10 @@ def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.C
 def typed_overrides(
     config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The overrides with keys sorted and each value of the type that its setting has.
+    """The overrides sorted by key, each value converted to the type of its setting.
 
     Raises:
-        ValueError: a key that is no setting, or a value of another type.
+        ValueError: an unknown key, or a value of another type.
     """
     settings = dict(leaves(config))
     typed = {}
@@ -166,7 +166,7 @@ def typed_overrides(
         if key not in settings:
             inside = [name for name in settings if name.startswith(f"{key}.")]
             if inside:
-                raise ValueError(f"{key} is a section; name one of its settings, as {inside[0]}.")
+                raise ValueError(f"{key} is a section; name one of its settings, such as {inside[0]}.")
             near = difflib.get_close_matches(key, settings, 1, 0) or ["?"]
             raise ValueError(f"there is no setting {key}; did you mean {near[0]}?")
         wanted = type(settings[key])
@@ -176,8 +176,8 @@ def typed_overrides(
             value = tuple(value)
         if type(value) is not wanted:
             raise ValueError(
-                f"{key} is of type {wanted.__name__} (by default {settings[key]!r}), "
-                f"and {value!r} is of type {type(value).__name__}."
+                f"{key} has type {wanted.__name__} (default {settings[key]!r}), "
+                f"but {value!r} has type {type(value).__name__}."
             )
         typed[key] = value
     return typed
@@ -193,23 +193,23 @@ def leaves(config: ml_collections.ConfigDict, prefix: str = ""):
 
 
 def as_text(value: Any) -> str:
-    """A value as config_flags parses it."""
+    """A value in the form that config_flags parses."""
     return value if isinstance(value, str) else repr(value)
 
 
 def check_parsed(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]):
-    """Raises ValueError if a configuration does not have the values of a run."""
+    """Raises ValueError if a configuration lacks the overrides of its run."""
     settings = dict(leaves(config))
     for key, value in overrides.items():
         if settings[key] != value or type(settings[key]) is not type(value):
             raise ValueError(
-                f"{key} would be {settings[key]!r} and not {value!r}; do not set after -- what the "
+                f"{key} would be {settings[key]!r} instead of {value!r}; do not set after -- what the "
                 "sweep sets."
             )
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
-    """A folder name from the overrides: the same for the same overrides, in every sweep."""
+    """A folder name that depends on the overrides alone, so it is the same in every sweep."""
     parts = []
     for key, value in sorted(overrides.items()):
         text = "-".join(map(as_text, value)) if isinstance(value, tuple) else as_text(value)
@@ -229,7 +229,7 @@ def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
     arguments = shlex.split(options.launcher_args)
     if options.launcher == "slurm":
         return ["sbatch", f"--job-name={name}", *arguments, "launch/slurm.sbatch"]
-    if options.launcher == "gke":  # whose names are short and of small letters
+    if options.launcher == "gke":  # whose names must be short and lower-case
         sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")[:18]
         return ["bash", "launch/gke_xpk.sh", f"--name={sweep}-{short_hash(name)}", *arguments]
     return ["bash", "launch/local.sh", *arguments]

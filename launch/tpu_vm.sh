@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
-# Training on TPU VMs: asks for them, installs, trains on all workers, and asks again when
-# they are preempted. Needs gcloud, logged in, and `ssh-add ~/.ssh/google_compute_engine`.
+# Trains on TPU VMs: requests them, installs the code, trains on all workers, and requests new
+# ones after a preemption. Needs gcloud, logged in, and `ssh-add ~/.ssh/google_compute_engine`.
 #
 #     launch/tpu_vm.sh run --name=nvg-d16 --zone=us-east5-a --type=v5p-128 --spot \
 #         -- --config=configs/imagenet256.py:d16 --workdir=gs://BUCKET/d16
 #     launch/tpu_vm.sh logs --name=nvg-d16 --zone=us-east5-a
 #     launch/tpu_vm.sh delete --name=nvg-d16 --zone=us-east5-a
 #
-# `run` stays until training has ended, and ends with its exit code; started again it goes
-# on watching. What stands after -- goes to `python -m nvg_jax.train --distributed`. `logs`
-# follows the log of the first worker. Nothing is deleted at the end unless you say so.
+# `run` waits until training ends and exits with its exit code; run again, it resumes watching.
+# The arguments after -- are passed to `python -m nvg_jax.train --distributed`. `logs` follows
+# the log of the first worker. Nothing is deleted at the end without --delete_at_end.
 #
-#     --name=NAME              of the queued resource and its nodes
+#     --name=NAME              name of the queued resource and its nodes
 #     --zone=ZONE
 #     --type=TYPE              v5litepod-256, v5p-128, v6e-64, ...
-#     --slices=N               several slices (1)
-#     --spot                   cheaper, and may be taken away at any time
-#     --runtime_version=NAME   if not the usual one of the type
+#     --slices=N               number of slices (1)
+#     --spot                   cheaper, but may be preempted at any time
+#     --runtime_version=NAME   runtime version, by default the usual one of the type
 #     --create_flags="..."     more flags for `queued-resources create`: --reserved, ...
 #     --ssh_flags="..."        more flags for ssh and scp: --tunnel-through-iap, ...
-#     --setup="COMMAND"        on every worker, after installing: to mount the data, say
-#     --poll_seconds=N         between two looks (60)
-#     --delete_at_end          deletes the TPU VMs when training has ended, well or not
-#     --dry_run                prints the commands and runs none (so does DRY_RUN=1)
+#     --setup="COMMAND"        run on every worker after the installation, to mount the data
+#                              for example
+#     --poll_seconds=N         seconds between two checks (60)
+#     --delete_at_end          delete the TPU VMs when training has ended or failed
+#     --dry_run                print the commands without running them (DRY_RUN=1 does the same)
 #
-# Environment: JAX_COMPILATION_CACHE_DIR (WORKDIR/jax_cache); CLOUDSDK_CORE_PROJECT chooses
-# a project that is not gcloud's default.
+# Environment: JAX_COMPILATION_CACHE_DIR (default WORKDIR/jax_cache); CLOUDSDK_CORE_PROJECT
+# selects a project other than gcloud's default.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -63,7 +64,7 @@ while (($#)); do
         --dry_run) dry_run=1 ;;
         --help) print_help && exit ;;
         --) shift && break ;;
-        *) fail "unknown argument $1; training arguments stand after --, see $0 --help" ;;
+        *) fail "unknown argument $1; training arguments come after --, see $0 --help" ;;
     esac
     shift
 done
@@ -76,7 +77,7 @@ delete() {
     run "${queued[@]}" delete "$name" "--zone=$zone" --force --quiet
 }
 
-# On which workers, then the command.
+# on_workers WORKERS COMMAND
 on_workers() {
     run "${queued[@]}" ssh "$name" "--zone=$zone" ${ssh_flags[@]+"${ssh_flags[@]}"} \
         "--node=$1" "--worker=$1" "--command=$2"
@@ -94,7 +95,7 @@ case $action in
 esac
 
 [[ $type ]] || fail "give --type=TYPE, such as v5p-128; see $0 --help"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices must be a whole number from 1, not '$slices'"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices must be a positive integer, not '$slices'"
 take_train_arguments "$@"
 require_shared_workdir
 if [[ ! $runtime_version ]]; then
@@ -125,13 +126,13 @@ state() {
     run "${queued[@]}" describe "$name" "--zone=$zone" '--format=value(state.state)'
 }
 
-# One line of each worker: training=idle, training=running or training=EXIT_CODE.
+# One line per worker: training=idle, training=running or training=EXIT_CODE.
 worker_states() {
-    # shellcheck disable=SC2016 # the worker is to expand it
+    # shellcheck disable=SC2016 # expanded on the worker
     on_workers all 'if tmux has-session -t nvg_jax 2>/dev/null; then echo training=running; elif [ -f exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
 }
 
-# The runtime's own Python is too old; uv brings one.
+# The runtime's own Python is too old; uv installs a newer one.
 archive=${TMPDIR:-/tmp}/nvg_jax-$name.tar.gz
 install='mkdir -p nvg_jax && tar -xzf nvg_jax.tar.gz -C nvg_jax'
 install+=' && python3 -m pip install --user --quiet uv'
@@ -154,13 +155,13 @@ finish() {
     if [[ $delete_at_end ]]; then
         delete
     else
-        say "the TPU VMs are still there; launch/tpu_vm.sh delete --name=$name --zone=$zone deletes them"
+        say "the TPU VMs are still running; launch/tpu_vm.sh delete --name=$name --zone=$zone deletes them"
     fi
 }
 
 if [[ $dry_run ]]; then
     state
-    echo "# if there is none:"
+    echo "# if it does not exist:"
     create
     echo "# every $poll_seconds seconds:"
     state
@@ -185,7 +186,7 @@ was_active=
 failures=0
 shown=
 while true; do
-    now=$(state) || now=unknown # a failed look says nothing about the TPU
+    now=$(state) || now=unknown # a failed check says nothing about the TPU
     if [[ $now != "$shown" ]]; then
         say "$name is $now"
         shown=$now
@@ -194,7 +195,7 @@ while true; do
         ACTIVE)
             was_active=1
             workers=$(worker_states) || workers=
-            [[ $workers ]] || say "no worker can be reached; trying again"
+            [[ $workers ]] || say "no worker can be reached; retrying"
             codes=$(grep -oE 'training=[0-9]+' <<<"$workers" | cut -d= -f2 | sort -un) || true
             final=$(grep -vxE '0|75|134|137|143' <<<"$codes" | head -n 1) || true
             if [[ $final ]]; then
@@ -208,8 +209,8 @@ while true; do
                     say "training; launch/tpu_vm.sh logs --name=$name --zone=$zone shows its log"
                 else
                     failures=$((failures + 1))
-                    ((failures < 5)) || fail "installing failed $failures times in a row; see above"
-                    say "installing failed; trying again"
+                    ((failures < 5)) || fail "the installation failed $failures times in a row; see above"
+                    say "the installation failed; retrying"
                 fi
             elif [[ $codes == 0 ]] && ! grep -q 'training=running' <<<"$workers"; then
                 say "training is done"
@@ -221,7 +222,7 @@ while true; do
             if [[ $now == FAILED && ! $was_active ]]; then
                 fail "the request for $name failed: $("${queued[@]}" describe "$name" "--zone=$zone" '--format=value(state)')"
             fi
-            say "asking for new TPU VMs"
+            say "requesting new TPU VMs"
             if delete && create; then
                 shown=
             fi

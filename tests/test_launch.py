@@ -1,4 +1,4 @@
-"""The launchers: their commands read from dry runs, and their rules run on stand-in programs."""
+"""The launchers: the commands of their dry runs, and their behavior with stand-in programs."""
 
 import os
 import re
@@ -39,7 +39,7 @@ GKE = ["--cluster=pods", "--name=nvg-d16", "--tpu_type=v5p-128"]
 
 
 def launch(script, *arguments, cwd=ROOT, **environment):
-    """A finished `bash launch/SCRIPT ARGUMENTS` with nothing else in the environment."""
+    """Runs `bash launch/SCRIPT ARGUMENTS` with nothing else in the environment."""
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environment
     return subprocess.run(
         ["bash", LAUNCH / script, *arguments],
@@ -52,7 +52,7 @@ def launch(script, *arguments, cwd=ROOT, **environment):
 
 
 def commands(*arguments, **environment):
-    """The commands of a dry run, each as its words; its remarks are left out."""
+    """The commands of a dry run, each split into words, without the comments."""
     result = launch(*arguments, **environment)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if not line.startswith("#")]
@@ -70,7 +70,7 @@ def program(path: Path, text: str) -> Path:
 def wait_for(condition):
     deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
@@ -123,7 +123,7 @@ def test_help_tells_how_to_call_it(script):
         (["gke_xpk.sh", *GKE, "--", "--config=c", "--workdir=runs/x"], {}, "gs://"),
     ],
 )
-def test_mistakes_end_in_a_sentence(arguments, environment, message):
+def test_user_errors_are_one_line(arguments, environment, message):
     dry_run = "" if "no_such_program" in arguments else "1"
     result = launch(*arguments, DRY_RUN=dry_run, **environment)
     assert result.returncode == 2 and result.stdout == ""
@@ -131,11 +131,11 @@ def test_mistakes_end_in_a_sentence(arguments, environment, message):
     assert len(result.stderr.splitlines()) == 1
 
 
-# The rule of restarting.
+# Restarting.
 
 
 class Job:
-    """A stand-in for training that ends with one exit code after another."""
+    """A stand-in for training that returns the given exit codes one after another."""
 
     def __init__(self, folder: Path, codes):
         (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
@@ -172,7 +172,7 @@ class Job:
         ([1, 2], {}, 2, 2),
         ([1, 1, 1, 0], {"NVG_MAX_CRASHES": "2"}, 1, 3),
         (["kill", "kill", 0], {"NVG_MAX_CRASHES": "1"}, 1, 2),
-        ([1, 1, 75, 1, 1, 0], {"NVG_MAX_CRASHES": "2"}, 0, 6),  # 75 ends a row of crashes
+        ([1, 1, 75, 1, 1, 0], {"NVG_MAX_CRASHES": "2"}, 0, 6),  # 75 resets the count
         ([1] * 6 + [0], {"NVG_MAX_CRASHES": "1", "NVG_LONG_RUN": "0"}, 0, 7),
     ],
 )
@@ -199,7 +199,7 @@ def start_restart(job, **environment):
 
 @pytest.fixture
 def interrupts():
-    """Children can be interrupted, also where a shell runs the tests in the background."""
+    """Lets children be interrupted even if a shell runs the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -230,7 +230,7 @@ def test_restart_passes_the_signal_on_and_waits_for_the_save(tmp_path, number, c
 def test_restart_is_ended_by_a_signal_in_the_pause(tmp_path):
     job = Job(tmp_path, [1, 0])
     process = start_restart(job.program, NVG_RESTART_PAUSE="1000")
-    assert "starting again in 1000 s" in process.stderr.readline()
+    assert "restarting in 1000 s" in process.stderr.readline()
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 143 and job.count() == 1
@@ -276,7 +276,7 @@ def test_local_runs_training_with_the_arguments_as_they_are(tmp_path):
 
 
 def test_local_processes_end_together(tmp_path):
-    """One that ends with 2 takes the others with it; all that save in time do."""
+    """A process that exits with 2 stops the others, and they still save."""
     python = program(
         tmp_path / "python",
         f"""
@@ -321,7 +321,7 @@ def test_slurm_asks_for_the_signal_and_the_requeue():
 
 
 def slurm_job(folder: Path, srun: str):
-    """Runs a copy of the job script, as SLURM does, and gives (exit code, what was requeued)."""
+    """Runs a copy of the job script, as SLURM does; returns (exit code, what was requeued)."""
     program(folder / "bin/srun", srun)
     program(folder / "bin/scontrol", f'echo "$@" >>{folder}/scontrol')
     script = shutil.copy(LAUNCH / "slurm.sbatch", folder / "slurm_script")
@@ -347,7 +347,7 @@ def test_slurm_requeues_what_was_preempted(tmp_path, code, expected):
 
 
 def test_slurm_does_not_requeue_what_slurm_itself_ends(tmp_path):
-    """scancel, or a preemption that requeues by itself, signals the job script as well."""
+    """scancel, or a preemption after which SLURM requeues, also signals the job script."""
     assert slurm_job(tmp_path, "kill -TERM $PPID; sleep 0.1; exit 75") == (75, "")
 
 
@@ -433,7 +433,7 @@ def test_tpu_logs_and_delete():
 
 
 GCLOUD = """
-# Two workers in folders; `describe` gives one state of the file `states` after another.
+# Two workers in folders; `describe` returns the states in the file `states` one by one.
 verb=$4
 echo "$verb" >>"$FAKE/calls"
 case $verb in
@@ -460,7 +460,7 @@ case $verb in
 esac
 """
 TMUX = """
-# The first session of each worker goes on for ever; the later ones are over at once.
+# The first session of each worker never ends; the later ones end at once.
 case $1 in
     has-session) [[ -e $HOME/running ]] ;;
     new-session)
@@ -474,7 +474,7 @@ case $1 in
 esac
 """
 UV = """
-# `uv venv ... env` makes a Python that notes what it is called with.
+# `uv venv ... env` makes a Python that records its arguments.
 if [[ $1 == venv ]]; then
     mkdir -p env/bin
     cp "$FAKE/python" env/bin/python
@@ -483,8 +483,10 @@ fi
 
 
 def watch_tpu(folder: Path, states, code, *arguments):
-    """`tpu_vm.sh run` with stand-ins for gcloud and the workers' programs; training ends with
-    `code`. Gives the result and the verbs of the calls."""
+    """Runs `tpu_vm.sh run` with stand-ins for gcloud and the workers' programs.
+
+    Training exits with `code`. Returns the result and the verbs of the calls.
+    """
     program(folder / "bin/gcloud", GCLOUD)
     program(folder / "bin/tmux", TMUX)
     program(folder / "bin/python3", "")
@@ -507,7 +509,7 @@ INSTALL = ["ssh", "scp", "ssh", "ssh"]  # look, copy, install, start
 
 def test_tpu_is_asked_for_again_after_a_preemption(tmp_path):
     states = ["none", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]
-    states += ["WAITING_FOR_RESOURCES", "none", "ACTIVE", "ACTIVE"]  # none: a look that failed
+    states += ["WAITING_FOR_RESOURCES", "none", "ACTIVE", "ACTIVE"]  # none: a failed check
     result, calls = watch_tpu(tmp_path, states, 0)
     assert result.returncode == 0, result.stderr
     assert calls == [
@@ -531,7 +533,7 @@ def test_tpu_run_ends_with_the_exit_code_of_training(tmp_path, code, expected):
     assert calls == ["describe", "create", "describe", *INSTALL, "describe", "ssh", "delete"]
 
 
-def test_tpu_request_that_cannot_be_met_is_an_error(tmp_path):
+def test_failed_tpu_request_is_an_error(tmp_path):
     result, calls = watch_tpu(tmp_path, ["none", "FAILED", "quota"], 0)
     assert result.returncode == 2 and "quota" in result.stderr
     assert calls == ["describe", "create", "describe", "describe"]
@@ -541,7 +543,7 @@ def test_tpu_request_that_cannot_be_met_is_an_error(tmp_path):
 
 
 def sweep(*arguments, text=None, folder=None, cwd=ROOT):
-    """A finished launch/sweep.py; `text` is a sweep file to write into `folder`."""
+    """Runs launch/sweep.py, on a sweep file with this `text` in `folder` if given."""
     if text is not None:
         (folder / "mine.py").write_text(text)
         arguments = (f"--sweep={folder}/mine.py", *arguments)
@@ -555,7 +557,7 @@ def sweep(*arguments, text=None, folder=None, cwd=ROOT):
 
 
 def parsed(arguments):
-    """The configuration that training would make of its arguments."""
+    """The configuration and the workdir that training would parse from its arguments."""
     values = flags.FlagValues()
     argv = ["train", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -626,7 +628,7 @@ def get_sweep():
         ("1 / 0", ["ZeroDivisionError"]),
     ],
 )
-def test_sweep_that_cannot_be(tmp_path, overrides, words):
+def test_invalid_sweeps(tmp_path, overrides, words):
     text = f"""
 CONFIG = "configs/digits.py"
 FIXED = {{"part": "generators"}}
@@ -648,7 +650,7 @@ def get_sweep():
         ("configs/digits.py", ["--config.sed=4"], ["sed", "seed"]),
     ],
 )
-def test_sweep_with_a_configuration_that_cannot_be(tmp_path, config, extra, words):
+def test_sweep_with_an_invalid_configuration(tmp_path, config, extra, words):
     text = f"CONFIG = {config!r}\ndef get_sweep():\n    return [{{'seed': 3}}]\n"
     result = sweep("--", *extra, text=text, folder=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
