@@ -5,14 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nvg_jax import compile as aot
-from nvg_jax.aot import hlo
+from nvg_jax.aot import batch, chips, hlo, lowering, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -241,15 +241,17 @@ def test_a_text_that_is_no_hlo():
 
 # The arithmetic of the report.
 
-CHIP = aot.Chip(flops=100.0, hbm=1000, hbm_bandwidth=10.0, ici_bandwidth=5.0)
+CHIP = chips.Chip(flops=100.0, hbm=1000, hbm_bandwidth=10.0, ici_bandwidth=5.0)
 
 
 def test_roofline_by_hand():
-    times = aot.roofline(flops=400.0, hbm_bytes=50.0, ici_bytes=5.0, model_flops=300.0, device=CHIP)
+    times = report.roofline(
+        flops=400.0, hbm_bytes=50.0, ici_bytes=5.0, model_flops=300.0, device=CHIP
+    )
     assert (times["compute"], times["hbm"], times["ici"]) == (4.0, 5.0, 1.0)
     assert times["seconds"] == 5.0 and times["bound"] == "hbm"
     assert times["mfu"] == 300 / (5 * 100)
-    assert times["seconds_in_turn"] == 10.0 and times["mfu_in_turn"] == 0.3
+    assert times["seconds_no_overlap"] == 10.0 and times["mfu_no_overlap"] == 0.3
 
 
 def test_memory_counts_what_is_given_away_once():
@@ -260,24 +262,101 @@ def test_memory_counts_what_is_given_away_once():
         temp_size_in_bytes = 30
         generated_code_size_in_bytes = 5
 
-    memory = aot.memory_of(Stats, 200.0)
+    memory = report.device_memory(Stats, 200.0)
     assert memory["outputs"] == 10 and memory["total"] == 145 and memory["hbm"] == 200
 
 
+# The search for a batch, with a compiler that charges a known number of bytes.
+
+
+class FakeCompiler:
+    """Compiles for four shards.
+
+    used: samples per shard -> bytes of the program. raises: as TPUs do, above 96% of the memory.
+    tells: the error says how much is missing.
+    """
+
+    def __init__(self, used, hbm: float = 1000.0, raises: bool = False, tells: bool = True):
+        mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
+        self.target = chips.Target("v5e:2x2", mesh, CHIP._replace(hbm=hbm))
+        self.used, self.raises, self.tells, self.tried = used, raises, tells, []
+
+    def fits(self, size: int) -> bool:
+        return self.used(size) <= self.target.device.hbm * (0.96 if self.raises else 1)
+
+    def compile(self, batch_size: int):
+        assert batch_size > 0 and batch_size % 4 == 0
+        size = batch_size // 4
+        assert size not in self.tried  # each compilation takes minutes
+        self.tried.append(size)
+        if self.raises and not self.fits(size):
+            missing = self.used(size) - 0.96 * self.target.device.hbm
+            raise lowering.DoesNotFitError("", *([missing] if self.tells else []))
+        stats = types.SimpleNamespace(
+            argument_size_in_bytes=100,
+            output_size_in_bytes=100,
+            alias_size_in_bytes=100,
+            temp_size_in_bytes=self.used(size) - 100,
+            generated_code_size_in_bytes=0,
+        )
+        program = types.SimpleNamespace(memory_analysis=lambda: stats)
+        return lowering.Compiled(program, {}, 1.0)
+
+
+def test_the_largest_batch_of_affine_memory_takes_three_compilations():
+    compiler = FakeCompiler(lambda size: 300 + 33 * size)  # 21 samples take 993 bytes, 22 1026
+    assert batch.find_batch(compiler) == 4 * 21
+    assert compiler.tried == [1, 2, 21]
+
+
 @pytest.mark.parametrize(
-    ("limit", "start", "ways"),
-    [(768, 768, 64), (1000, 768, 64), (100, 768, 64), (64, 64, 64), (63, 768, 64), (7, 1, 1)],
+    "used",
+    [
+        lambda size: 300 + 33 * size,
+        lambda size: 300 + 20 * size + size**2,  # the line promises too much
+        lambda size: 300 + 60 * size - size**2 / 2,  # too little
+        lambda size: 300 + 40 * -(-size // 8) * 8,  # padded: one and two samples take the same
+        lambda size: 300 + 33 * size + 100 * (size > 2),  # a step
+        lambda size: 300 + 2.9 * size,
+    ],
 )
-def test_the_largest_batch(limit, start, ways):
-    tried = []
+@pytest.mark.parametrize(
+    "errors",
+    [{}, {"raises": True}, {"raises": True, "tells": False}],
+    ids=["none", "tells", "mute"],
+)
+def test_the_largest_batch_that_fits(used, errors):
+    compiler = FakeCompiler(used, **errors)
+    found = batch.find_batch(compiler, max_compilations=12) // 4
+    assert compiler.fits(found) and not compiler.fits(found + 1)
+    assert found in compiler.tried
 
-    def fits(size):
-        assert size % ways == 0 and size > 0
-        tried.append(size)
-        return size <= limit
 
-    assert aot.largest(fits, start, ways) == limit // ways * ways
-    assert len(tried) == len(set(tried)) <= 10  # each compilation takes minutes
+def test_a_batch_of_one_or_two_samples_per_shard():
+    compiler = FakeCompiler(lambda size: 600 * size)
+    assert batch.find_batch(compiler) == 4 and compiler.tried == [1, 2]
+    compiler = FakeCompiler(lambda size: 450 * size)
+    assert batch.find_batch(compiler) == 8 and compiler.tried == [1, 2]
+    for raises in (False, True):
+        compiler = FakeCompiler(lambda size: 1001 * size, raises=raises)
+        with pytest.raises(lowering.DoesNotFitError, match="batch of 4 .one sample per shard."):
+            batch.find_batch(compiler)
+        assert compiler.tried == [1]
+
+
+def test_the_search_for_a_batch_is_bounded(caplog):
+    compiler = FakeCompiler(lambda size: 500)  # any batch fits
+    assert batch.find_batch(compiler) == 4 * 2**7
+    assert len(compiler.tried) == 8 and "larger ones may fit" in caplog.text
+
+
+def test_what_the_compiler_says_about_memory():
+    error = lowering.does_not_fit("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.", 64, "v5e:2x2")
+    assert error.missing == 4.75 * 2**30
+    assert "batch of 64 does not fit" in str(error) and "needs 20.5G of 15.75G" in str(error)
+    same = lowering.does_not_fit("Used 15.75G of 15.75G hbm.", 64, "v5e:2x2")  # rounded
+    assert same.missing > 0
+    assert lowering.does_not_fit("Ran out of vmem.", 64, "v5e:2x2").missing == float("inf")
 
 
 def run(*args: str, env=None, **kwargs):
@@ -293,30 +372,31 @@ def run(*args: str, env=None, **kwargs):
 
 def test_sentences():
     with pytest.raises(ValueError, match="Unknown topology 'v5p'.*v5e:16x16"):
-        aot.find_target("v5p", {})
+        chips.find_target("v5p", {})
     with pytest.raises(ValueError, match="Unknown topology 'v9:2x2'"):
-        aot.find_target("v9:2x2", {})
+        chips.find_target("v9:2x2", {})
     result = run("--config=configs/digits.py:runlocal", "--topology=v5e")
     assert result.returncode == 2 and result.stderr.startswith("error: Unknown topology 'v5e'")
     assert result.stderr.count("\n") == 1
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    compiler = aot.Compiler(None, aot.Target("v5e:2x2", mesh, CHIP), "train", 1, 1)
-    with pytest.raises(ValueError, match="A batch of 0 does not divide .* such as 1"):
-        compiler.check_batch(0)
+    with pytest.raises(ValueError, match="A batch of 0 does not split .* such as 4"):
+        batch.check_batch(0, 4)
+    with pytest.raises(ValueError, match="multiple of 4, such as 8"):
+        batch.check_batch(11, 4)
+    batch.check_batch(12, 4)
 
 
 def test_no_compiler_for_tpus(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
-        aot.find_target("v5e:2x2", {})
+        chips.find_target("v5e:2x2", {})
 
 
-def test_stages_are_single_programs():
+def test_parts_are_single_programs():
     config = type("Config", (), {"part": "all"})
-    assert aot.training_run(config) == "generators"
+    assert lowering.training_part(config) == "generators"
     config.part = "separate"
-    with pytest.raises(ValueError, match="part=separate is no single program"):
-        aot.training_run(config)
+    with pytest.raises(ValueError, match="part=separate is not a single program"):
+        lowering.training_part(config)
 
 
 @pytest.fixture(scope="module")
@@ -332,15 +412,15 @@ def test_the_training_step_for_a_topology(libtpu, tmp_path):
         *args, f"--json={file}", "--config.mesh.fsdp=2", "--config.generator_training.batch_size=8"
     )
     assert result.returncode == 0, result.stderr
-    assert aot.ESTIMATE in result.stdout and "MFU" in result.stdout
-    report = json.loads(file.read_text())
-    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and report["batch_size"] == 8
-    assert report["fits"] and report["memory"]["hbm"] == 16 * 2**30
-    assert set(report["parameters"]) == {"content", "structure", "tokenizer", "total"}
+    assert report.ESTIMATE in result.stdout and "MFU" in result.stdout
+    found = json.loads(file.read_text())
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and found["batch_size"] == 8
+    assert found["fits"] and found["memory"]["hbm"] == 16 * 2**30
+    assert set(found["parameters"]) == {"content", "structure", "tokenizer", "total"}
     # Nothing is computed again in this preset; the compiler may merge some small products.
-    assert 0.9 < report["executed_flops"] / report["model_flops"] < 1.1
-    assert set(report["collectives_by_kind"]) >= {"all-reduce"}
-    batch = run(*args, "--batch_size=6")
-    assert batch.returncode == 2 and "such as 4" in batch.stderr
+    assert 0.9 < found["executed_flops"] / found["model_flops"] < 1.1
+    assert set(found["collectives_by_kind"]) >= {"all-reduce"}
+    wrong = run(*args, "--batch_size=6")
+    assert wrong.returncode == 2 and "such as 4" in wrong.stderr
     missing = run(*args[:1], "--topology=v5e:3x7")
     assert missing.returncode == 2 and "no topology 'v5e:3x7'" in missing.stderr
