@@ -103,7 +103,9 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
             raise ValueError(f"{where}: {error}") from error
         name = run_name({key: every[key] for key in overrides})
         if name in names:
-            raise ValueError(f"{where} is {name}, the same as run {names[name]}; remove one of them.")
+            raise ValueError(
+                f"{where} is {name}, the same as run {names[name]}; remove one of them."
+            )
         names[name] = number
         commands.append(
             launcher_command(options, name)
@@ -131,7 +133,9 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
     if not (
         isinstance(sweep, list) and sweep and all(isinstance(entry, Mapping) for entry in sweep)
     ):
-        raise ValueError(f"get_sweep() of {file} must return a list of dictionaries, not {sweep!r}.")
+        raise ValueError(
+            f"get_sweep() of {file} must return a list of dictionaries, not {sweep!r}."
+        )
     return config_name, getattr(module, "FIXED", {}), sweep
 
 
@@ -166,7 +170,9 @@ def typed_overrides(
         if key not in settings:
             inside = [name for name in settings if name.startswith(f"{key}.")]
             if inside:
-                raise ValueError(f"{key} is a section; name one of its settings, such as {inside[0]}.")
+                raise ValueError(
+                    f"{key} is a section; name one of its settings, such as {inside[0]}."
+                )
             near = difflib.get_close_matches(key, settings, 1, 0) or ["?"]
             raise ValueError(f"there is no setting {key}; did you mean {near[0]}?")
         wanted = type(settings[key])

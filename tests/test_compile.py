@@ -1,23 +1,25 @@
-"""The reader of HLO on small texts, the arithmetic by hand, a compilation for a real topology."""
+"""The HLO parser on small texts, arithmetic by hand, the batch search, one real compilation."""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nvg_jax import compile as aot
-from nvg_jax.aot import hlo
+from configs import digits
+from nvg_jax.aot import batch, chips, hlo, lowering, report
+from nvg_jax.runtime import sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A loop of five rounds: a product of 8 x 16 and 16 x 32, its gradient-like sum over 4 devices,
-# and one row of a stack of five read in a fusion.
+# A loop with five trips. Each reads one row of a stack of five in a fusion, multiplies 8 x 16 by
+# 16 x 32, and sums the product over 4 devices.
 LOOP = """\
 HloModule loop, is_scheduled=true
 
@@ -67,7 +69,7 @@ ENTRY %main (xs: f32[5,8,16], w: f32[16,32], y: f32[8,32]) -> f32[8,32] {
 """  # noqa: E501
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_the_body_of_a_loop_counts_once_per_trip():
     cost = hlo.cost(hlo.parse(LOOP))
     assert cost.flops == 5 * 2 * 8 * 16 * 32
     assert cost.unknown_loops == [] and not cost.custom_calls
@@ -78,15 +80,16 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 def test_memory_traffic_of_a_loop():
-    # A round reads one row (not the stack) and w; the row and the product stay in fast memory (S),
-    # where the sum reads one and writes main memory; the counter: read, and the test's result.
+    # A trip reads one row (not the stack) and w. The row and the product stay in fast memory (S);
+    # the all-reduce reads the product there and writes to main memory. Then the counter's reads,
+    # and the reads and the result of the test.
     row, w, summed = 8 * 16 * 4, 16 * 32 * 4, 8 * 32 * 4
     counter = (4 + 4) + 4  # next = i + one; the fusion's index
-    test = 4 + 4 + 1
+    test = 4 + 4 + 1  # i, limit, result
     assert hlo.cost(hlo.parse(LOOP)).hbm_bytes == 5 * (row + w + summed + counter + test)
 
 
-def test_a_loop_that_depends_on_the_data_counts_once_and_is_named():
+def test_a_loop_with_a_data_dependent_trip_count_counts_once_and_is_named():
     text = LOOP.replace("compare(%i, %limit), direction=LT", "compare(%i, %limit), direction=NE")
     text = text.replace("body=%body", 'body=%body, metadata={op_name="clustering"}')
     cost = hlo.cost(hlo.parse(text))
@@ -95,7 +98,7 @@ def test_a_loop_that_depends_on_the_data_counts_once_and_is_named():
     assert hlo.cost(hlo.parse(known)).flops == 7 * 2 * 8 * 16 * 32
 
 
-def test_other_starts_and_steps_of_a_counter():
+def test_trip_count_with_another_start_or_step():
     module = hlo.parse(LOOP.replace("%start = s32[] constant(0)", "%start = s32[] constant(2)"))
     assert hlo.cost(module).flops == 3 * 2 * 8 * 16 * 32
     module = hlo.parse(LOOP.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"))
@@ -113,12 +116,12 @@ def test_other_starts_and_steps_of_a_counter():
         ("mesh['axis_0'=8] {'axis_0':(2)4}", 4),
     ],
 )
-def test_devices_of_a_collective(groups, size):
+def test_group_size_of_a_collective(groups, size):
     module = hlo.parse(LOOP.replace("{{0,1,2,3}}", groups))
     assert hlo.cost(module).collectives[0].group == size
 
 
-def test_gathers_and_scatters():
+def test_all_gather_and_reduce_scatter():
     text = """\
 HloModule m
 ENTRY %main (x: bf16[4,8]) -> bf16[2,8] {
@@ -136,8 +139,8 @@ ENTRY %main (x: bf16[4,8]) -> bf16[2,8] {
     assert cost.hbm_bytes == 2 * (64 + 256)
 
 
-def test_a_collective_beside_arithmetic_counts_once():
-    """As TPUs run it: begun in one fusion, going on in another, on the same channel."""
+def test_a_collective_that_overlaps_with_arithmetic_counts_once():
+    """As on TPUs: started in one fusion and continued in another, on the same channel."""
     text = """\
 HloModule m
 %begin (x: bf16[1,8]) -> (bf16[1,8], bf16[4,8]) {
@@ -169,7 +172,7 @@ ENTRY %main (x: bf16[1,8], y: f32[8]) -> f32[8] {
     assert cost.hbm_bytes == (16 + 64) + (32 + 32) and not cost.custom_calls
 
 
-def test_calls_and_every_branch_of_a_choice_count():
+def test_calls_and_every_branch_of_a_conditional_count():
     text = """\
 HloModule m
 product.1 {
@@ -189,8 +192,8 @@ ENTRY main.6 {
     assert hlo.cost(hlo.parse(text)).flops == 2 * (2 * 4 * 4 * 4)
 
 
-def test_tiles_pad_and_fast_memory_costs_nothing():
-    (array,) = hlo.parse_arrays("f32[2,257,5]{0,1,2:T(8,128)}")  # 2 is the fastest axis
+def test_size_with_tile_padding_and_memory_space():
+    (array,) = hlo.parse_arrays("f32[2,257,5]{0,1,2:T(8,128)}")  # axis 0 is the fastest
     assert array.bytes(padded=False) == 4 * 2 * 257 * 5
     assert array.bytes() == 4 * 128 * 264 * 5
     (fast, slow) = hlo.parse_arrays("(bf16[3]{0:S(1)}, /*index=1*/pred[3]{0:T(512)(128)(4,1)})")
@@ -200,21 +203,21 @@ def test_tiles_pad_and_fast_memory_costs_nothing():
 @pytest.mark.parametrize(
     ("sizes", "options", "expected"),
     [
-        # Five inputs, a kernel of three, padding one on each side: all but the two corners.
+        # Five inputs, kernel of three, padding of one on each side: all but the two corners.
         ((5, 3, 5), {"low": 1}, 3 * 5 - 2),
         ((5, 3, 3), {}, 9),
         ((6, 3, 2), {"stride": 2}, 6),
-        # A batch of four products written as a dilated window: one each.
+        # A batch of four products written as a dilated window: one product each.
         ((4, 4, 4), {"stride": 3, "input_dilation": 4}, 4),
         ((5, 2, 3), {"kernel_dilation": 2}, 6),
     ],
 )
-def test_products_of_a_window(sizes, options, expected):
+def test_products_of_a_convolution_window(sizes, options, expected):
     assert hlo.window_products(*sizes, **options) == expected
 
 
 def test_flops_of_a_program_as_written():
-    """Counted by hand: a product and a convolution in a loop of three, with a gradient."""
+    """Counted by hand: a product and a convolution in a loop with three trips, and the gradient."""
 
     def f(w, kernel, x):
         def step(x, _):
@@ -234,25 +237,27 @@ def test_flops_of_a_program_as_written():
     assert hlo.cost(hlo.parse(gradient)).flops == 3 * 3 * (product + convolution)
 
 
-def test_a_text_that_is_no_hlo():
+def test_text_that_is_not_hlo():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("module @jit_f {\n}\n")
 
 
 # The arithmetic of the report.
 
-CHIP = aot.Chip(flops=100.0, hbm=1000, hbm_bandwidth=10.0, ici_bandwidth=5.0)
+CHIP = chips.Chip(flops=100.0, hbm=1000, hbm_bandwidth=10.0, ici_bandwidth=5.0)
 
 
 def test_roofline_by_hand():
-    times = aot.roofline(flops=400.0, hbm_bytes=50.0, ici_bytes=5.0, model_flops=300.0, device=CHIP)
+    times = report.roofline(
+        flops=400.0, hbm_bytes=50.0, ici_bytes=5.0, model_flops=300.0, device=CHIP
+    )
     assert (times["compute"], times["hbm"], times["ici"]) == (4.0, 5.0, 1.0)
     assert times["seconds"] == 5.0 and times["bound"] == "hbm"
     assert times["mfu"] == 300 / (5 * 100)
-    assert times["seconds_in_turn"] == 10.0 and times["mfu_in_turn"] == 0.3
+    assert times["seconds_no_overlap"] == 10.0 and times["mfu_no_overlap"] == 0.3
 
 
-def test_memory_counts_what_is_given_away_once():
+def test_an_output_that_reuses_an_argument_counts_once():
     class Stats:
         argument_size_in_bytes = 100
         output_size_in_bytes = 90
@@ -260,24 +265,104 @@ def test_memory_counts_what_is_given_away_once():
         temp_size_in_bytes = 30
         generated_code_size_in_bytes = 5
 
-    memory = aot.memory_of(Stats, 200.0)
+    memory = report.device_memory(Stats, 200.0)
     assert memory["outputs"] == 10 and memory["total"] == 145 and memory["hbm"] == 200
 
 
+# The batch search, with a fake compiler whose programs take a known number of bytes.
+
+
+class FakeCompiler:
+    """A compiler for four batch shards.
+
+    Args:
+        used: samples per shard -> bytes of the program.
+        hbm: memory of a device.
+        raises: fail above 96% of the memory, like the TPU compiler.
+        tells: the error says how much memory is missing.
+    """
+
+    def __init__(self, used, hbm: float = 1000.0, raises: bool = False, tells: bool = True):
+        mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
+        self.target = chips.Target("v5e:2x2", mesh, CHIP._replace(hbm=hbm))
+        self.used, self.raises, self.tells, self.tried = used, raises, tells, []
+
+    def fits(self, size: int) -> bool:
+        return self.used(size) <= self.target.device.hbm * (0.96 if self.raises else 1)
+
+    def compile(self, batch_size: int):
+        assert batch_size > 0 and batch_size % 4 == 0
+        size = batch_size // 4
+        assert size not in self.tried  # each compilation takes minutes
+        self.tried.append(size)
+        if self.raises and not self.fits(size):
+            missing = self.used(size) - 0.96 * self.target.device.hbm
+            raise lowering.DoesNotFitError("", *([missing] if self.tells else []))
+        stats = types.SimpleNamespace(
+            argument_size_in_bytes=100,
+            output_size_in_bytes=100,
+            alias_size_in_bytes=100,
+            temp_size_in_bytes=self.used(size) - 100,
+            generated_code_size_in_bytes=0,
+        )
+        program = types.SimpleNamespace(memory_analysis=lambda: stats)
+        return lowering.Compiled(program, {}, 1.0)
+
+
+def test_the_largest_batch_of_affine_memory_takes_three_compilations():
+    compiler = FakeCompiler(lambda size: 300 + 33 * size)  # 21 samples take 993 bytes, 22 1026
+    assert batch.find_batch(compiler) == 4 * 21
+    assert compiler.tried == [1, 2, 21]
+
+
 @pytest.mark.parametrize(
-    ("limit", "start", "ways"),
-    [(768, 768, 64), (1000, 768, 64), (100, 768, 64), (64, 64, 64), (63, 768, 64), (7, 1, 1)],
+    "used",
+    [
+        lambda size: 300 + 33 * size,
+        lambda size: 300 + 20 * size + size**2,  # convex: the line promises too much
+        lambda size: 300 + 60 * size - size**2 / 2,  # concave: too little
+        lambda size: 300 + 40 * -(-size // 8) * 8,  # padded: one and two samples take the same
+        lambda size: 300 + 33 * size + 100 * (size > 2),  # a step
+        lambda size: 300 + 2.9 * size,
+    ],
 )
-def test_the_largest_batch(limit, start, ways):
-    tried = []
+@pytest.mark.parametrize(
+    "errors",
+    [{}, {"raises": True}, {"raises": True, "tells": False}],
+    ids=["none", "tells", "mute"],
+)
+def test_the_largest_batch_that_fits(used, errors):
+    compiler = FakeCompiler(used, **errors)
+    found = batch.find_batch(compiler, max_compilations=12) // 4
+    assert compiler.fits(found) and not compiler.fits(found + 1)
+    assert found in compiler.tried
 
-    def fits(size):
-        assert size % ways == 0 and size > 0
-        tried.append(size)
-        return size <= limit
 
-    assert aot.largest(fits, start, ways) == limit // ways * ways
-    assert len(tried) == len(set(tried)) <= 10  # each compilation takes minutes
+def test_a_batch_of_one_or_two_samples_per_shard():
+    compiler = FakeCompiler(lambda size: 600 * size)
+    assert batch.find_batch(compiler) == 4 and compiler.tried == [1, 2]
+    compiler = FakeCompiler(lambda size: 450 * size)
+    assert batch.find_batch(compiler) == 8 and compiler.tried == [1, 2]
+    for raises in (False, True):
+        compiler = FakeCompiler(lambda size: 1001 * size, raises=raises)
+        with pytest.raises(lowering.DoesNotFitError, match="batch of 4 .one sample per shard."):
+            batch.find_batch(compiler)
+        assert compiler.tried == [1]
+
+
+def test_the_search_for_a_batch_is_bounded(caplog):
+    compiler = FakeCompiler(lambda size: 500)  # any batch fits
+    assert batch.find_batch(compiler) == 4 * 2**7
+    assert len(compiler.tried) == 8 and "larger ones may fit" in caplog.text
+
+
+def test_what_the_compiler_says_about_memory():
+    error = lowering.does_not_fit("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.", 64, "v5e:2x2")
+    assert error.missing == 4.75 * 2**30
+    assert "batch of 64 does not fit" in str(error) and "needs 20.5G of 15.75G" in str(error)
+    same = lowering.does_not_fit("Used 15.75G of 15.75G hbm.", 64, "v5e:2x2")  # rounded
+    assert same.missing > 0
+    assert lowering.does_not_fit("Ran out of vmem.", 64, "v5e:2x2").missing == float("inf")
 
 
 def run(*args: str, env=None, **kwargs):
@@ -291,38 +376,58 @@ def run(*args: str, env=None, **kwargs):
     )
 
 
-def test_sentences():
+def test_error_messages():
     with pytest.raises(ValueError, match="Unknown topology 'v5p'.*v5e:16x16"):
-        aot.find_target("v5p", {})
+        chips.find_target("v5p", {})
     with pytest.raises(ValueError, match="Unknown topology 'v9:2x2'"):
-        aot.find_target("v9:2x2", {})
+        chips.find_target("v9:2x2", {})
     result = run("--config=configs/digits.py:runlocal", "--topology=v5e")
     assert result.returncode == 2 and result.stderr.startswith("error: Unknown topology 'v5e'")
     assert result.stderr.count("\n") == 1
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    compiler = aot.Compiler(None, aot.Target("v5e:2x2", mesh, CHIP), "train", 1, 1)
-    with pytest.raises(ValueError, match="A batch of 0 does not divide .* such as 1"):
-        compiler.check_batch(0)
+    with pytest.raises(ValueError, match="A batch of 0 does not split .* such as 4"):
+        batch.check_batch(0, 4)
+    with pytest.raises(ValueError, match="multiple of 4, such as 8"):
+        batch.check_batch(11, 4)
+    batch.check_batch(12, 4)
 
 
-def test_no_compiler_for_tpus(monkeypatch):
+def test_without_the_tpu_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
-        aot.find_target("v5e:2x2", {})
+        chips.find_target("v5e:2x2", {})
 
 
-def test_stages_are_single_programs():
+def test_parts_are_single_programs():
     config = type("Config", (), {"part": "all"})
-    assert aot.training_run(config) == "generators"
+    assert lowering.training_part(config) == "generators"
     config.part = "separate"
-    with pytest.raises(ValueError, match="part=separate is no single program"):
-        aot.training_run(config)
+    with pytest.raises(ValueError, match="part=separate is not a single program"):
+        lowering.training_part(config)
+
+
+def test_the_report_of_the_sampler():
+    """Compiled for the CPU, so that it runs without the TPU compiler."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    target = chips.Target("cpu:1", mesh, CHIP._replace(hbm=2**30))
+    compiler = lowering.Compiler(digits.get_config("runlocal"), target, "sample")
+    found = json.loads(json.dumps(report.make_report(compiler, 2)))
+    assert found["part"] is None and found["batch_size"] == 2 and found["devices"] == 1
+    assert found["fits"] and found["collectives"] == [] and found["custom_calls"] == {}
+    assert set(found["parameters"]) == {"tokenizer", "content", "structure", "total"}
+    # Arguments in float32: both generators and the decoder, but not the encoder.
+    sizes = found["parameters"]
+    generators = sizes["content"] + sizes["structure"]
+    assert 4 * generators < found["memory"]["arguments"] < 4 * sizes["total"]
+    assert 0.9 < found["executed_flops"] / found["model_flops"] < 1.1
+    text = report.format_report(found)
+    assert text.startswith("sampler, cpu:1 (1 devices: data 1 x fsdp 1 x tensor 1), global batch 2")
+    assert report.ESTIMATE in text and "images per second" in text and "epochs" not in text
 
 
 @pytest.fixture(scope="module")
 def libtpu():
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('the compiler for TPUs is not installed: pip install "jax[tpu]"')
+        pytest.skip('the TPU compiler is not installed: pip install "jax[tpu]"')
 
 
 def test_the_training_step_for_a_topology(libtpu, tmp_path):
@@ -332,15 +437,15 @@ def test_the_training_step_for_a_topology(libtpu, tmp_path):
         *args, f"--json={file}", "--config.mesh.fsdp=2", "--config.generator_training.batch_size=8"
     )
     assert result.returncode == 0, result.stderr
-    assert aot.ESTIMATE in result.stdout and "MFU" in result.stdout
-    report = json.loads(file.read_text())
-    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and report["batch_size"] == 8
-    assert report["fits"] and report["memory"]["hbm"] == 16 * 2**30
-    assert set(report["parameters"]) == {"content", "structure", "tokenizer", "total"}
-    # Nothing is computed again in this preset; the compiler may merge some small products.
-    assert 0.9 < report["executed_flops"] / report["model_flops"] < 1.1
-    assert set(report["collectives_by_kind"]) >= {"all-reduce"}
-    batch = run(*args, "--batch_size=6")
-    assert batch.returncode == 2 and "such as 4" in batch.stderr
+    assert report.ESTIMATE in result.stdout and "MFU" in result.stdout
+    found = json.loads(file.read_text())
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and found["batch_size"] == 8
+    assert found["fits"] and found["memory"]["hbm"] == 16 * 2**30
+    assert set(found["parameters"]) == {"content", "structure", "tokenizer", "total"}
+    # No product is recomputed in this preset; the compiler may merge some small ones.
+    assert 0.9 < found["executed_flops"] / found["model_flops"] < 1.1
+    assert set(found["collectives_by_kind"]) >= {"all-reduce"}
+    wrong = run(*args, "--batch_size=6")
+    assert wrong.returncode == 2 and "such as 4" in wrong.stderr
     missing = run(*args[:1], "--topology=v5e:3x7")
     assert missing.returncode == 2 and "no topology 'v5e:3x7'" in missing.stderr

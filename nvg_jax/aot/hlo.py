@@ -1,7 +1,7 @@
-"""Reads the text of XLA's HLO: what a program computes, moves through memory and communicates.
+"""Parses XLA's HLO text and counts a program's FLOPs, memory traffic and collectives.
 
-A compiled program's own cost analysis counts the body of a loop once; here bodies are multiplied by
-their trip counts. Knows nothing of models, and only counts: no time is measured.
+XLA's own cost analysis counts the body of a loop once; here bodies are multiplied by their trip
+counts. Knows no model, and only counts: nothing is timed.
 """
 
 import collections
@@ -21,13 +21,13 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-BITS = {"pred": 8, "token": 0, "opaque": 0}  # of an element; the other names end in their bits
-# These move nothing: names for parts of what is there, or the end of a transfer already counted.
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # per element; other dtype names contain their bits
+# No memory traffic: views of existing arrays, or the end of a transfer that is already counted.
 FREE = frozenset(
     "after-all bitcast bitcast-convert constant domain get-tuple-element opt-barrier parameter "
     "partition-id replica-id tuple while conditional call async-start async-update".split()
 )
-# Custom calls of the TPU that compute and move nothing by themselves.
+# TPU custom calls that neither compute nor move data themselves.
 MEMORY_CALLS = (
     "AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
     "PrepareAsyncCallDone", "PrepareAsyncCallStart",
@@ -39,8 +39,8 @@ NAME = re.compile(r"%([\w.\-]+)")
 class Array(NamedTuple):
     """One array of an instruction's result.
 
-    dims: sizes. order: dimensions from the fastest varying one on. tile: of the fastest dimensions,
-    slowest first, () if untiled. in_hbm: in the device's main memory, not in a faster one.
+    dims: sizes. order: dimensions, the fastest varying first. tile: sizes of the tile over the
+    fastest dimensions, slowest first; () if untiled. in_hbm: in main memory, not in a faster one.
     """
 
     dtype: str
@@ -50,8 +50,8 @@ class Array(NamedTuple):
     in_hbm: bool
 
     def bytes(self, padded: bool = True) -> int:
-        """Its size, by default with the padding that tiles bring."""
-        dims = [self.dims[i] for i in self.order]  # the fastest first
+        """Size of the array, by default including the padding to whole tiles."""
+        dims = [self.dims[i] for i in self.order]  # fastest first
         if padded:
             dims += [1] * (len(self.tile) - len(dims))
             for i, size in enumerate(reversed(self.tile)):
@@ -64,9 +64,9 @@ class Array(NamedTuple):
 
 @dataclasses.dataclass
 class Instruction:
-    """One line: `%name = result opcode(operands), attributes`; `text` are operands and attributes.
+    """One line: `%name = result opcode(operands), attributes`.
 
-    root: the result of its computation.
+    text: operands and attributes. root: whether this is the result of its computation.
     """
 
     name: str
@@ -82,17 +82,17 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The operation of the Python program that it comes from."""
+        """The operation of the Python program that the instruction comes from."""
         return self.attribute(r'op_name="([^"]*)"') or ""
 
     @property
     def target(self) -> str | None:
-        """What a custom call calls."""
+        """The target of a custom call."""
         return self.attribute(r'custom_call_target="([^"]*)"')
 
     @property
     def called(self) -> list[str]:
-        """Computations of a fusion, a call or an asynchronous start, the branches of a choice."""
+        """The computations of a fusion, call or asynchronous start; a conditional's branches."""
         if self.opcode not in ("fusion", "call", "async-start", "conditional"):
             return []
         branches = self.attribute(r"branch_computations=\{([^}]*)\}")
@@ -121,7 +121,7 @@ class Computation:
         )
 
     def operand(self, instruction: Instruction, number: int) -> Instruction:
-        """An operand, looking through copies and changes of shape."""
+        """An operand; copies, reshapes and conversions are looked through."""
         found = self.by_name[instruction.operands[number]]
         while found.opcode in ("bitcast", "copy", "copy-done", "copy-start", "reshape", "convert"):
             found = self.by_name[found.operands[0]]
@@ -134,10 +134,11 @@ class Module(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One communication between the devices of a group, as often as it runs.
+    """A collective operation between the devices of a group, with all its executions.
 
-    kind: one of COLLECTIVES. count: how often. bytes: of its data on one device each time (for an
-    all-gather the gathered result). group: devices that take part. shapes: of its results.
+    kind: one of COLLECTIVES. count: number of executions. bytes: data on one device per execution
+    (for an all-gather, the gathered result). group: number of devices taking part. shapes: of the
+    results. op_name: the operation of the Python program.
     """
 
     kind: str
@@ -149,7 +150,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes_sent(self) -> float:
-        """What one device sends to its neighbors in all, by the ring algorithm."""
+        """Bytes that one device sends to its neighbors in all executions, by the ring algorithm."""
         rounds = {"all-reduce": 2, "collective-permute": self.group / max(self.group - 1, 1)}
         share = (self.group - 1) / self.group * rounds.get(self.kind, 1)
         return self.count * self.bytes * share
@@ -157,12 +158,12 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """What one device does in one run of a program.
+    """What one device executes in one run of a program.
 
-    flops: of matrix products and convolutions, multiplications and additions. hbm_bytes: read from
-    and written to the device's main memory, an estimate. unknown_loops: the Python operations of
-    loops whose trip count depends on the data; they are counted as one trip. custom_calls: kernels
-    whose contents are not visible here, by name.
+    flops: multiplications and additions of matrix products and convolutions. hbm_bytes: estimated
+    bytes read from and written to main memory. unknown_loops: the Python operations of loops whose
+    trip count depends on the data; each counts as one trip. custom_calls: {name: executions} of
+    opaque kernels.
     """
 
     flops: int = 0
@@ -173,10 +174,10 @@ class Cost:
 
 
 def parse(text: str) -> Module:
-    """Reads a module's text, as `lowered.as_text("hlo")` and `compiled.as_text()` give it.
+    """Parses a module from `lowered.as_text("hlo")` or `compiled.as_text()`.
 
     Raises:
-        ValueError: there is no entry computation in it.
+        ValueError: the text has no entry computation.
     """
     computations, entry, lines, name = {}, None, None, ""
     for line in text.splitlines():
@@ -189,7 +190,7 @@ def parse(text: str) -> Module:
         elif lines is not None and " = " in line:
             lines.append(parse_instruction(line))
     if entry is None:
-        raise ValueError("This is no text of an HLO module: it has no ENTRY computation.")
+        raise ValueError("Not the text of an HLO module: it has no ENTRY computation.")
     return Module(computations, entry)
 
 
@@ -211,14 +212,14 @@ def parse_instruction(line: str) -> Instruction:
 
 
 def operand_names(text: str) -> list[str]:
-    """The names in "f32[2,3]{1,0} %a, b": with or without types, with or without "%"."""
+    """The names in "f32[2,3]{1,0} %a, b", with or without types, with or without "%"."""
     if "%" in text:
         return NAME.findall(text)
     return re.findall(r"([A-Za-z_][\w.\-]*)\s*(?:,|$)", text)
 
 
 def closing(text: str) -> int:
-    """Where the parenthesis that opens the text is closed."""
+    """Index of the parenthesis that closes the one at the start of the text."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -228,7 +229,7 @@ def closing(text: str) -> int:
 
 
 def parse_arrays(text: str) -> list[Array]:
-    """The arrays of a type, that of a tuple one after the other."""
+    """The arrays of a type; those of a tuple in order."""
     arrays = []
     for dtype, dims, order, layout in ARRAY.findall(text):
         dims = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
@@ -248,19 +249,20 @@ def parse_arrays(text: str) -> list[Array]:
 
 
 def cost(module: Module) -> Cost:
-    """Walks the module from its entry."""
+    """The cost of one run of the module on one device."""
     total = Cost()
     _walk(module, module.entry, 1, None, total)
     return total
 
 
 def _walk(module: Module, name: str, times: int, channels: set[str] | None, total: Cost):
-    """Adds `times` runs of a computation.
+    """Adds `times` executions of a computation to `total`.
 
     Args:
-        channels: inside a fusion, which moves nothing through memory, the communication channels
-            that the computation around it has used so far; None outside. A collective that runs
-            beside arithmetic stands in several fusions, on one channel.
+        channels: inside a fusion, the channel ids of the collectives counted so far in the
+            enclosing computation; None outside. Instructions inside a fusion cause no memory
+            traffic of their own. A collective that overlaps with arithmetic appears in several
+            fusions under one channel id.
     """
     fused = channels is not None
     channels = set() if channels is None else channels
@@ -296,7 +298,10 @@ def _walk(module: Module, name: str, times: int, channels: set[str] | None, tota
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a loop runs: XLA's own note, or that of a counter from a constant to a constant."""
+    """Trip count of a loop: XLA's annotation, or from a counter with constant start and limit.
+
+    None if it depends on the data.
+    """
     known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
     if known:
         return int(known)
@@ -337,7 +342,7 @@ def constant(instruction: Instruction) -> int:
 
 
 def dot_flops(computation: Computation, instruction: Instruction) -> int:
-    """Two for each element of the result and each contracted one."""
+    """Two FLOPs for each element of the result and each contracted index."""
     left = computation.by_name[instruction.operands[0]].result[0]
     contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
     size = math.prod(left.dims[int(i)] for i in contracted.split(",") if i)
@@ -345,9 +350,9 @@ def dot_flops(computation: Computation, instruction: Instruction) -> int:
 
 
 def convolution_flops(computation: Computation, instruction: Instruction) -> int:
-    """Two for each product of an element of the input, not of its padding, with one of the kernel.
+    """Two FLOPs for each product of an input and a kernel element; padding does not count.
 
-    On a TPU every matrix product is written as a convolution, its batch as dilated windows.
+    On TPUs every matrix product is written as a convolution, with batches as dilated windows.
     """
     labels = instruction.attribute(r"dim_labels=([\w?]+->[\w?]+)")
     inputs, kernel, output = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
@@ -381,11 +386,11 @@ def window_products(
     input_dilation: int = 1,
     kernel_dilation: int = 1,
 ) -> int:
-    """Pairs of an output and a kernel position along one axis that meet an element of the input."""
+    """Number of (output, kernel) position pairs along one axis that hit an input element."""
     count = 0
     for output, tap in itertools.product(range(outputs), range(kernel)):
-        place = output * stride + tap * kernel_dilation - low
-        count += 0 <= place < inputs * input_dilation and place % input_dilation == 0
+        position = output * stride + tap * kernel_dilation - low
+        count += 0 <= position < inputs * input_dilation and position % input_dilation == 0
     return count
 
 
@@ -406,7 +411,7 @@ def collective(
 
 
 def results_of(instruction: Instruction, operands: int) -> list[Array]:
-    """The results, of an asynchronous start without what stands beside them."""
+    """The results alone; an asynchronous start also returns its operands and context."""
     if instruction.opcode in ("copy-start", "all-reduce-start"):  # (results, operands, ...)
         return instruction.result[:operands]
     if instruction.opcode.endswith("-start"):  # (operands, results, ...)
@@ -415,7 +420,7 @@ def results_of(instruction: Instruction, operands: int) -> list[Array]:
 
 
 def group_size(instruction: Instruction) -> int:
-    """How many devices communicate with each other; 2 where only pairs are given."""
+    """Number of devices that communicate with each other; 2 if only pairs are given."""
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", instruction.text)
     if axes:
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
@@ -429,10 +434,10 @@ def group_size(instruction: Instruction) -> int:
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """What an instruction outside of fusions reads from and writes to main memory.
+    """Bytes that an instruction outside fusions reads from and writes to main memory.
 
-    Every operand once and every result once, padding included; of a slice only the slice, of an
-    update in place only the update.
+    Every operand and every result counts once, including padding; a slice counts only the slice,
+    an in-place update only the update.
     """
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith("-done") or instruction.target in MEMORY_CALLS:
@@ -459,40 +464,43 @@ def size_in_hbm(array: Array) -> int:
 
 
 def passes(instruction: Instruction) -> bool:
-    """Whether an instruction in a fusion hands memory on or is a collective, counted by itself."""
+    """Whether an instruction in a fusion only forwards arrays, or is a collective.
+
+    Collectives are counted on their own.
+    """
     opcode = instruction.opcode
     return opcode == "tuple" or opcode in COLLECTIVES or instruction.target in MEMORY_CALLS
 
 
 def read_bytes(module: Module, computation: Computation, number: int) -> float:
-    """What a fusion reads of a parameter: all of it, or the slices that it takes."""
-    total, waiting = 0, [computation.parameter(number)]
-    while waiting:
-        value = waiting.pop()
+    """Bytes of a parameter that a fusion reads: its slices; infinite if it reads everything."""
+    total, pending = 0, [computation.parameter(number)]
+    while pending:
+        value = pending.pop()
         for user in computation.users[value.name]:
-            place = user.operands.index(value.name)
+            index = user.operands.index(value.name)
             if user.opcode == "bitcast":
-                waiting.append(user)
-            elif user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                pending.append(user)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
                 total += user.result[0].bytes()
-            elif user.opcode == "dynamic-update-slice" and place == 0 or passes(user):
+            elif user.opcode == "dynamic-update-slice" and index == 0 or passes(user):
                 pass
             elif user.opcode == "fusion":
-                total += read_bytes(module, module.computations[user.called[0]], place)
+                total += read_bytes(module, module.computations[user.called[0]], index)
             else:
                 return math.inf
     return total
 
 
 def written_bytes(module: Module, computation: Computation, result: list[Array]) -> Iterator[int]:
-    """What a fusion writes of each part of its result: all of it, or an update in place."""
+    """Bytes a fusion writes of each part of its result: the whole part, or an in-place update."""
     root = computation.root
     parts = [root]
     if root.opcode == "tuple":
         parts = [computation.by_name[name] for name in root.operands]
     elif passes(root):
         return
-    if len(parts) != len(result):  # a nested fusion of several results
+    if len(parts) != len(result):  # a nested fusion with several results
         yield from map(size_in_hbm, result)
         return
     for part, array in zip(parts, result):

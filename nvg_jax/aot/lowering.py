@@ -1,0 +1,177 @@
+"""Lowers and compiles what `train` and `sample` run, from a config and abstract arrays."""
+
+import contextlib
+import functools
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from nvg_jax import models
+from nvg_jax.aot import hlo
+from nvg_jax.aot.chips import Target
+from nvg_jax.data import open_source
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.runtime import sharding
+from nvg_jax.sampling.networks import sampling_program
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training import generators, tokenizer
+
+IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
+BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # the units of XLA's messages
+
+
+class DoesNotFitError(ValueError):
+    """The program needs more memory than a device has.
+
+    missing: by how many bytes, as far as the compiler says; else infinite.
+    """
+
+    def __init__(self, message: str, missing: float = math.inf):
+        super().__init__(message)
+        self.missing = missing
+
+
+def data_size(data: ml_collections.ConfigDict) -> tuple[int, int]:
+    """The number of training images and of classes; those of ImageNet are known without it."""
+    if data.name == "tfds:imagenet2012":
+        return IMAGENET
+    source = open_source(data.name, "train", data_dir=data.data_dir or None)
+    return len(source), source.num_classes
+
+
+def training_part(config: ml_collections.ConfigDict) -> str:
+    """The part of the model that `config.part` trains in one program; for "all", the generators."""
+    parts = ("tokenizer", *models.GENERATORS, "generators")
+    part = "generators" if config.part == "all" else config.part
+    if part not in parts:
+        raise ValueError(
+            f"--config.part={config.part} is not a single program; choose one of "
+            f"{', '.join(parts)}."
+        )
+    return part
+
+
+def recipe_name(part: str) -> str:
+    """The config section that says how a part is trained."""
+    return "tokenizer_training" if part == "tokenizer" else "generator_training"
+
+
+def in_mesh(mesh: Mesh):
+    """The context that `train` traces in. Run nothing eagerly inside: the devices do not exist."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(nn.logical_axis_rules(sharding.RULES))
+    return stack
+
+
+def lower_training(
+    config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, images: int, num_classes: int
+):
+    """The training step of `config.part` -> (lowered, {network: abstract parameters}).
+
+    For a tokenizer with a warm-up, the step of the warm-up, which is the larger program.
+    """
+    part, config = training_part(config), config.copy_and_resolve_references()
+    recipe = config[recipe_name(part)]
+    recipe.batch_size = batch_size
+    steps = recipe.steps or max(1, round(recipe.epochs * images / batch_size))
+    with in_mesh(mesh):
+        if part == "tokenizer":
+            program = tokenizer.make_program(config, mesh, steps)
+            index_backprop = recipe.index_backprop_epochs > 0
+            lowered = program.step.lower(*program.arguments, index_backprop=index_backprop)
+            networks = {part: program.state.params}
+            if program.state.discriminator:
+                networks["discriminator"] = program.state.discriminator.params
+            return lowered, networks | program.arguments[1]
+        names = generators.parts_of(part)
+        program = generators.make_program(config, mesh, steps, names, num_classes)
+        lowered = program.step.lower(*program.arguments)
+    state, tokenizer_params, frozen, *_ = program.arguments
+    return lowered, {**state.params, "tokenizer": tokenizer_params, **frozen}
+
+
+def lower_sampling(
+    config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, num_classes: int
+):
+    """The sampler that `Pipeline` runs -> (lowered, {network: abstract parameters})."""
+    program = sampling_program(
+        TokenizerConfig(**config.tokenizer),
+        {name: TransformerConfig(**config[name]) for name in models.GENERATORS},
+        num_classes,
+    )
+    plan, values = program.plan(Settings.from_dict(config.sampling.to_dict()))
+    with jax.set_mesh(mesh):
+        arguments = program.arguments(batch_size, values, mesh)
+        return program.sample.lower(*arguments, plan=plan), arguments[0]
+
+
+class Compiled(NamedTuple):
+    """A compiled program, the abstract parameters of its networks, and the seconds it took."""
+
+    program: jax.stages.Compiled
+    params: dict[str, Any]
+    seconds: float
+
+
+class Compiler:
+    """Compiles one program ("train" or "sample") of a config for a target, at any batch size."""
+
+    def __init__(self, config: ml_collections.ConfigDict, target: Target, program: str):
+        self.config, self.target, self.program = config, target, program
+        self.part = training_part(config) if program == "train" else None
+        self.images, self.num_classes = data_size(config.data)
+
+    def lower(self, config: ml_collections.ConfigDict, batch_size: int):
+        mesh = self.target.mesh
+        if self.program == "sample":
+            return lower_sampling(config, mesh, batch_size, self.num_classes)
+        return lower_training(config, mesh, batch_size, self.images, self.num_classes)
+
+    # Keeps the last one: what --find_batch compiles last is usually what is reported.
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def compile(self, batch_size: int) -> Compiled:
+        """Compiles the program for a global batch.
+
+        Raises:
+            DoesNotFitError: with the memory that it needs, as far as the compiler says.
+        """
+        started = time.monotonic()
+        lowered, params = self.lower(self.config, batch_size)
+        try:
+            return Compiled(lowered.compile(), params, time.monotonic() - started)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise does_not_fit(str(error), batch_size, self.target.topology) from error
+
+    def model_flops(self, batch_size: int) -> int:
+        """FLOPs of all devices together, of the program as written, without rematerialization."""
+        config = self.config.copy_and_resolve_references()
+        config.content.remat = config.structure.remat = False
+        text = self.lower(config, batch_size)[0].as_text("hlo")
+        return hlo.cost(hlo.parse(text)).flops
+
+
+def does_not_fit(message: str, batch_size: int, topology: str) -> DoesNotFitError:
+    """The error for the compiler's own message."""
+    sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    needs, missing = "the compiler ran out of memory", math.inf
+    if sizes:
+        used, used_unit, limit, limit_unit = sizes.groups()
+        needs = f"it needs {used}{used_unit} of {limit}{limit_unit}"
+        missing = float(used) * BYTES[used_unit] - float(limit) * BYTES[limit_unit]
+        missing = max(missing, 1.0)  # the message is rounded
+    return DoesNotFitError(
+        f"A global batch of {batch_size} does not fit in the memory of a {topology} device: "
+        f"{needs}. Try a larger --config.mesh.fsdp, more devices, a smaller --batch_size, or "
+        "--find_batch.",
+        missing,
+    )

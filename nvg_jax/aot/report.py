@@ -1,0 +1,172 @@
+"""What a compiled program takes: memory, work, collectives and a roofline estimate of its time."""
+
+import collections
+import math
+from typing import Any
+
+import jax
+
+from nvg_jax.aot import hlo
+from nvg_jax.aot.chips import GIB, Chip
+from nvg_jax.aot.lowering import Compiler
+
+ESTIMATE = "roofline estimate from the compiled program, not a measurement"
+
+
+def device_memory(stats, hbm: float) -> dict[str, float]:
+    """Bytes on one device, as the compiler accounts for them.
+
+    outputs: those that do not reuse the memory of an argument. total: of all parts at once.
+    """
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values()), "hbm": hbm}
+
+
+def roofline(
+    flops: float, hbm_bytes: float, ici_bytes: float, model_flops: float, device: Chip
+) -> dict[str, float]:
+    """Seconds of a step on one device, and its model FLOPs utilization (MFU).
+
+    Arithmetic, memory traffic and communication each run at their published peak. `seconds` is the
+    longest of the three, as if they overlapped entirely: the classical roofline, to which `mfu`
+    refers. `seconds_no_overlap` is their sum.
+
+    Args:
+        flops, hbm_bytes, ici_bytes: executed, moved and sent by one device.
+        model_flops: one device's share of the forward and backward pass of the model alone.
+    """
+    parts = {
+        "compute": flops / device.flops,
+        "hbm": hbm_bytes / device.hbm_bandwidth,
+        "ici": ici_bytes / device.ici_bandwidth,
+    }
+    seconds, no_overlap = max(parts.values()), sum(parts.values())
+    return {
+        **parts,
+        "bound": max(parts, key=parts.get),
+        "seconds": seconds,
+        "seconds_no_overlap": no_overlap,
+        "mfu": model_flops / seconds / device.flops,
+        "mfu_no_overlap": model_flops / no_overlap / device.flops,
+    }
+
+
+def collectives_by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str, float]]:
+    """How often each kind of collective runs, and its bytes."""
+    kinds = collections.defaultdict(lambda: {"count": 0, "bytes": 0, "bytes_sent": 0.0})
+    for item in collectives:
+        kind = kinds[item.kind]
+        kind["count"] += item.count
+        kind["bytes"] += item.count * item.bytes
+        kind["bytes_sent"] += item.bytes_sent
+    return dict(kinds)
+
+
+def make_report(compiler: Compiler, batch_size: int) -> dict[str, Any]:
+    """Compiles the program for a global batch -> everything known about it, JSON-able."""
+    compiled, target = compiler.compile(batch_size), compiler.target
+    devices, cost = target.mesh.size, hlo.cost(hlo.parse(compiled.program.as_text()))
+    memory = device_memory(compiled.program.memory_analysis(), target.device.hbm)
+    collectives = sorted(cost.collectives, key=lambda item: -item.bytes_sent)
+    model_flops = compiler.model_flops(batch_size)
+    times = roofline(
+        cost.flops,
+        cost.hbm_bytes,
+        sum(item.bytes_sent for item in collectives),
+        model_flops / devices,
+        target.device,
+    )
+    sizes = {
+        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for name, tree in compiled.params.items()
+    }
+    steps_per_day = 86_400 / times["seconds"]
+    return {
+        "estimate": ESTIMATE,
+        "topology": target.topology,
+        "devices": devices,
+        "mesh": dict(target.mesh.shape),
+        "program": compiler.program,
+        "part": compiler.part,
+        "batch_size": batch_size,
+        "compile_seconds": compiled.seconds,
+        "parameters": {**sizes, "total": sum(sizes.values())},
+        "memory": memory,
+        "fits": memory["total"] <= memory["hbm"],
+        "model_flops": model_flops,
+        "executed_flops": cost.flops * devices,
+        "hbm_bytes": cost.hbm_bytes,
+        "collectives_by_kind": collectives_by_kind(collectives),
+        "collectives": [{**c._asdict(), "bytes_sent": c.bytes_sent} for c in collectives],
+        "unknown_loops": len(cost.unknown_loops),
+        "custom_calls": dict(cost.custom_calls),
+        "roofline": times,
+        "steps_per_day": steps_per_day,
+        "images_per_second": batch_size / times["seconds"],
+        "epochs_per_day": steps_per_day * batch_size / compiler.images,
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as text."""
+    r, memory, times = report, report["memory"], report["roofline"]
+    program = f"training step ({r['part']})" if r["program"] == "train" else "sampler"
+    gib = lambda size: f"{size / GIB:.2f} GiB"
+    millions = lambda count: f"{count / 1e6:,.1f} M"
+    milliseconds = lambda value: f"{value * 1e3:,.1f} ms"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
+    lines = [
+        f"{program}, {r['topology']} ({r['devices']} devices: {mesh}), global batch "
+        f"{r['batch_size']}, compiled in {r['compile_seconds']:.0f} s",
+        "",
+        "Parameters",
+        *(f"  {name:<12} {millions(count):>12}" for name, count in r["parameters"].items()),
+        "",
+        f"Memory of a device ({gib(memory['hbm'])})",
+        *(
+            f"  {name:<12} {gib(memory[name]):>12}"
+            for name in ("arguments", "outputs", "temporaries", "code", "total")
+        ),
+        f"  {'fits' if r['fits'] else 'DOES NOT FIT'}, {memory['total'] / memory['hbm']:.0%} used",
+        "",
+        "Work per step, all devices",
+        f"  model FLOPs     {r['model_flops']:.4g} (matrix products of the program as written)",
+        f"  executed FLOPs  {r['executed_flops']:.4g} (including rematerialization)",
+        "Work per step, one device",
+        f"  memory traffic  {r['hbm_bytes'] / 1e9:,.1f} GB (estimate: all operands and results "
+        "of fusions)",
+        "  collectives",
+        *(
+            f"    {kind:<20} {k['count']:>6} times, {k['bytes'] / 1e6:>12,.3f} MB, "
+            f"{k['bytes_sent'] / 1e6:,.3f} MB sent"
+            for kind, k in sorted(r["collectives_by_kind"].items())
+        ),
+    ]
+    if r["unknown_loops"]:
+        lines.append(
+            f"  counted once: {r['unknown_loops']} loops whose trip count depends on the data "
+            "(the clustering's)"
+        )
+    if r["custom_calls"]:
+        lines.append(f"  FLOPs not counted: opaque kernels {r['custom_calls']}")
+    lines += [
+        "",
+        f"Time per step ({r['estimate']})",
+        *(f"  {name:<12} {milliseconds(times[name]):>12}" for name in ("compute", "hbm", "ici")),
+        f"  full overlap {milliseconds(times['seconds']):>12}, MFU {times['mfu']:.1%}, bound by "
+        f"{times['bound']}",
+        f"  no overlap   {milliseconds(times['seconds_no_overlap']):>12}, MFU "
+        f"{times['mfu_no_overlap']:.1%}",
+        "With full overlap",
+        f"  {r['images_per_second']:,.0f} images per second",
+    ]
+    if r["program"] == "train":
+        lines[-1] += (
+            f", {r['steps_per_day']:,.0f} steps and {r['epochs_per_day']:,.1f} epochs per day"
+        )
+    return "\n".join(lines)
