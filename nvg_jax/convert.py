@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from nvg_jax import cli, pretrained
 from nvg_jax.models import GENERATORS, abstract_params
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.sampling import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
@@ -88,7 +88,7 @@ def read_published(
         shapes = _shapes(abstract_params(meta, "tokenizer"))
         flat = weight_names.from_published(tensors, shapes)
     params = {"tokenizer": unflatten_dict(flat, sep="/")}
-    meta["hash"] = checkpoint.fingerprint(params["tokenizer"])
+    meta["hash"] = fingerprint(params["tokenizer"])
     if generator is None:
         return meta, params
     for size in ("latent_dim", "codebook_size"):

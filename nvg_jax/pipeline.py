@@ -16,6 +16,7 @@ from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
 from nvg_jax.models import GENERATORS, abstract_params, make_generator
 from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime.files import storage_path
 from nvg_jax.runtime.sharding import BATCH_SPEC, make_mesh
 from nvg_jax.sampling import generate as sampling
 from nvg_jax.structure.model import StructureGenerator
@@ -182,7 +183,7 @@ class Pipeline:
         Raises:
             ValueError: there is no such folder, or no model in it.
         """
-        folder = checkpoint.storage_path(folder)
+        folder = storage_path(folder)
         found = checkpoint.read(
             folder / EXPORT_FOLDER,
             lambda meta: {
@@ -203,7 +204,7 @@ class Pipeline:
             ValueError: no such folder, no tokenizer to be found, or a generator that was trained
                 with another tokenizer.
         """
-        workdir = checkpoint.storage_path(workdir)
+        workdir = storage_path(workdir)
         if not workdir.is_dir():
             raise ValueError(
                 f"There is no folder {workdir}. Give the --workdir of a training run, or a folder "
@@ -253,7 +254,7 @@ class Pipeline:
         Raises:
             ValueError: the folder is a training run's, whose checkpoints the export would hide.
         """
-        folder = checkpoint.storage_path(folder)
+        folder = storage_path(folder)
         if any((folder / run).is_dir() for run in ("tokenizer", "generators", *GENERATORS)):
             raise ValueError(f"{folder} holds a training run; export to another folder.")
         folder = folder / EXPORT_FOLDER
@@ -522,7 +523,7 @@ def sample_keys(seed: int, indices: np.ndarray):
 
 def find_tokenizer(workdir: epath.Path, *elsewhere: str) -> epath.Path:
     """The folder of the tokenizer's run: in the workdir, else in one of the workdirs elsewhere."""
-    for folder in (workdir, *map(checkpoint.storage_path, elsewhere)):
+    for folder in (workdir, *map(storage_path, elsewhere)):
         if (folder / "tokenizer").is_dir():
             return folder / "tokenizer"
     return workdir / "tokenizer"

@@ -38,6 +38,7 @@ from nvg_jax.pipeline import (
     check_tokenizer,
 )
 from nvg_jax.runtime import checkpoint, preemption, sharding
+from nvg_jax.runtime.files import fingerprint, storage_path
 from nvg_jax.sampling import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import generators as generator_steps
@@ -64,7 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
         ValueError: a setting or data that cannot be, with what would do.
         FloatingPointError: a loss that is not finite, with its step and term.
     """
-    workdir = checkpoint.storage_path(workdir)
+    workdir = storage_path(workdir)
     check_config(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -117,7 +118,7 @@ class Trainer:
     ):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.tokenizer_workdir = checkpoint.storage_path(config.tokenizer_workdir or workdir)
+        self.tokenizer_workdir = storage_path(config.tokenizer_workdir or workdir)
         # Of all runs at once, so that a file that is missing is not found out days later.
         names = {n for run in RUNS[config.part] for n in programs.pretrained_names(config, run)}
         self.pretrained = {
@@ -228,7 +229,7 @@ class Trainer:
             params = jax.tree.map(sharding.to_host, state.params)
             return {
                 "canvas_scale": self.measure_canvas_scale(state.params, settings.batch_size),
-                "hash": checkpoint.fingerprint(params),
+                "hash": fingerprint(params),
             }
 
         self.fit(
@@ -296,9 +297,7 @@ class Trainer:
             **tokenizer_meta,
             **{name: dataclass_dict(TransformerConfig(**config[name])) for name in names},
             "sampling": sampling,
-            "tokenizer_workdir": str(
-                checkpoint.storage_path(config.tokenizer_workdir or self.workdir)
-            ),
+            "tokenizer_workdir": str(storage_path(config.tokenizer_workdir or self.workdir)),
         }
         sampler = None
 
@@ -343,9 +342,7 @@ class Trainer:
 
     def load_tokenizer(self):
         """The trained tokenizer to build on: (its metadata, its raw parameters, replicated)."""
-        folder = (
-            checkpoint.storage_path(self.config.tokenizer_workdir or self.workdir) / "tokenizer"
-        )
+        folder = storage_path(self.config.tokenizer_workdir or self.workdir) / "tokenizer"
         # One read: weights and metadata of the same checkpoint, also where a newer one is damaged.
         found = checkpoint.read(folder, lambda m: {"params": abstract_params(m, "tokenizer")})
         if found is None or found[0]["hash"] is None:

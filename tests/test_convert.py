@@ -17,6 +17,7 @@ from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from configs import common
 from nvg_jax import Pipeline, convert
 from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
@@ -135,7 +136,7 @@ def test_the_folder_says_what_it_is(files, folder):
         for part, weights, file in zip(("autoencoder", "generator"), ("raw", "ema"), files)
     }
     pipeline = Pipeline.from_pretrained(folder)
-    assert meta["hash"] == checkpoint.fingerprint(jax.device_get(pipeline.params["tokenizer"]))
+    assert meta["hash"] == fingerprint(jax.device_get(pipeline.params["tokenizer"]))
     assert pipeline.settings == convert.SAMPLING
 
 

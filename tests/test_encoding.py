@@ -18,7 +18,8 @@ from nvg_jax import Pipeline
 from nvg_jax.data import eval_batches, open_source, sequences, train_batches
 from nvg_jax.encode import prepare, tokenize, write_shards
 from nvg_jax.models import abstract_params
-from nvg_jax.runtime import checkpoint, sharding
+from nvg_jax.runtime import sharding
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import generators as steps
 from nvg_jax.training import programs
@@ -41,7 +42,7 @@ def pipeline():
     """A tokenizer with random weights."""
     meta = {"tokenizer": vars(SIZES), "class_names": ["ant", "bee"]}
     params = {"tokenizer": random_params(meta)}
-    meta["hash"] = checkpoint.fingerprint(params["tokenizer"])
+    meta["hash"] = fingerprint(params["tokenizer"])
     return Pipeline(meta, params)
 
 

@@ -1,4 +1,4 @@
-"""Being asked to end: SIGTERM, as clusters and clouds send it before they take a machine away."""
+"""Preemption: turns the SIGTERM sent before a machine is reclaimed into a flag that loops poll."""
 
 import itertools
 import signal
@@ -7,31 +7,30 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # EX_TEMPFAIL; the launchers start the command again on it
+EXIT_CODE = 75  # EX_TEMPFAIL; the launchers run the command again when they see it
 
 _asked = threading.Event()
 _steps = itertools.count()
 
 
 class Preempted(Exception):
-    """Work was stopped on request; what was done is saved, and started again it goes on."""
+    """The work stopped on request. Its state is saved; the same command resumes it."""
 
 
 def watch():
-    """From now on SIGTERM does not kill this process but is noticed.
+    """Makes SIGTERM set the flag instead of killing this process.
 
-    With several processes JAX itself watches, from `jax.distributed.initialize` on.
+    With several processes JAX itself watches for the signal, from `jax.distributed.initialize` on.
     """
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, lambda *_: _asked.set())
 
 
 def noticed() -> bool:
-    """Whether to save and stop after the present step.
+    """Whether to save and stop after the current step.
 
-    Every process asks as often as any other, after every step of its work.
-
-    With several processes a SIGTERM to any of them counts, at one and the same step of all.
+    Collective: every process must call this once per step; JAX finds the common stopping step by
+    counting calls. A SIGTERM to any process stops all of them at the same step.
     """
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(next(_steps))

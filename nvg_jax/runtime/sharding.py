@@ -1,7 +1,7 @@
-"""One mesh, one table from logical axis names to mesh axes, and how arrays are placed on it.
+"""The device mesh, the table from logical axis names to mesh axes, and the placement of arrays.
 
-Mesh axes: "data" (batch), "fsdp" (batch, and parameters, their averages and optimizer state) and
-"tensor" (wide channels). Models only name axes.
+Mesh axes: "data" splits the batch; "fsdp" splits the batch and also the parameters, their moving
+averages and the optimizer state; "tensor" splits wide channels. Models only name logical axes.
 """
 
 import math
@@ -31,11 +31,13 @@ RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of `devices`, by default all of all processes; one size may be -1, "the rest".
+    """A mesh of `devices` (by default all devices of all processes).
+
+    One size may be -1: it takes the devices that remain.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, or slices of TPUs (tori
-            without a link between them) do not divide "data".
+        ValueError: the product of the sizes is not the number of devices, or "data" is not a
+            multiple of the number of TPU slices (tori without a fast link between them).
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -45,24 +47,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if math.prod(sizes) != count or min(sizes) < 1:
         raise ValueError(
             f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} devices: "
-            "the sizes must multiply to it, and one of them may be -1 for the rest."
+            "their product must be that number. One size may be -1, which takes the rest."
         )
-    # Orders the devices of a torus so that neighbors on an axis are near each other.
-    # GPUs call every machine a slice, and fsdp may well span machines.
+    # Orders the devices of a torus so that neighbors on a mesh axis are close to each other.
+    # On GPUs JAX reports each machine as a slice; there fsdp may span machines.
     on_tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % slices:
         raise ValueError(
-            f"mesh.data={sizes[0]} must be a multiple of the {slices} slices, between which only "
-            "gradients are to travel; use a smaller mesh.fsdp or mesh.tensor."
+            f"mesh.data={sizes[0]} must be a multiple of the number of slices, {slices}, so that "
+            "only gradients travel between slices. Use a smaller mesh.fsdp or mesh.tensor."
         )
     else:
         grid = mesh_utils.create_hybrid_device_mesh(
-            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices,
+            (sizes[0] // slices, *sizes[1:]),
+            (slices, 1, 1),
+            devices,
             allow_split_physical_axes=True,
-        )  # fmt: skip
+        )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -71,14 +75,14 @@ def is_boxed(x) -> bool:
 
 
 def unbox(tree):
-    """The tree without its axis names; unlike `nn.unbox` it also takes abstract trees in a mesh."""
+    """Removes the axis names from a tree; unlike `nn.unbox`, accepts abstract trees in a mesh."""
     return jax.tree.map(lambda x: x.value if is_boxed(x) else x, tree, is_leaf=is_boxed)
 
 
 def shardings(abstract, mesh: Mesh):
-    """The sharding of every leaf of an abstract tree whose parameters name their axes.
+    """The sharding of each leaf of an abstract tree whose parameters name their axes.
 
-    A dimension that its mesh axis does not divide is not split.
+    A dimension that is not divisible by the size of its mesh axis is not split.
     """
 
     def sharding(leaf):
@@ -95,7 +99,7 @@ def shardings(abstract, mesh: Mesh):
 
 
 def with_shardings(tree, placed):
-    """Shapes and dtypes of an abstract tree with the shardings `placed`, one or one for each."""
+    """An abstract tree with shardings attached: `placed` is one sharding or a tree of them."""
     tree = unbox(tree)
     if isinstance(placed, NamedSharding):
         placed = jax.tree.map(lambda _: placed, tree)
@@ -105,13 +109,13 @@ def with_shardings(tree, placed):
 
 
 def sharded_init(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
-    """Prepares `init`, which makes a tree with named axes, to run sharded.
+    """Jits `init`, which returns a tree with named axes, so that its result is created sharded.
 
     Args:
-        args: what it will be called with, or their shapes and dtypes.
+        args: the arguments it will be called with, or their shapes and dtypes.
 
     Returns:
-        The compiled function, which gives a plain tree, and that tree's shapes, dtypes and
+        The jitted function, which returns a plain tree, and that tree's shapes, dtypes and
         shardings.
     """
     tree = jax.eval_shape(init, *args)
@@ -119,18 +123,32 @@ def sharded_init(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
     return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), with_shardings(tree, placed)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """The number of parts that a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def processes_split_batch(mesh: Mesh) -> bool:
-    """Whether every process holds as many rows of a batch as any other, and no row twice."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Whether all processes hold equally many rows of a batch, and no row is held by two."""
+    shards = batch_shards(mesh)
     rows = {}
-    for device, (row,) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((ways,)).items():
+    for device, (row,) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((shards,)).items():
         rows.setdefault(device.process_index, set()).add(row.start or 0)
     counts = [len(held) for held in rows.values()]
-    return sum(counts) == ways and len(set(counts)) == 1
+    return sum(counts) == shards and len(set(counts)) == 1
+
+
+def fill_batch(batch, size: int):
+    """Repeats the last row of arrays (B, ...), B at most `size`, to the shape (size, ...)."""
+
+    def fill(x):
+        return x if len(x) == size else x[np.minimum(np.arange(size), len(x) - 1)]
+
+    return jax.tree.map(fill, batch)
 
 
 def global_batch(batch, mesh: Mesh):
-    """Arrays whose leading axis is this process's share -> global arrays split over the batch."""
+    """Global arrays, split over the batch axis, from the rows of each process."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
 
     def place(x):
@@ -141,7 +159,7 @@ def global_batch(batch, mesh: Mesh):
 
 
 def to_host(array) -> np.ndarray:
-    """A whole global array as NumPy, on every process."""
+    """The full value of a global array as NumPy, on every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

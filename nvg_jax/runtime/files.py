@@ -1,0 +1,100 @@
+"""Files: paths on disks and in buckets, atomic writes, fingerprints, JSON with a checksum."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+from etils import epath
+
+
+def storage_path(folder: str | os.PathLike) -> epath.Path:
+    """The absolute path of a folder on a disk or in a bucket (gs://...)."""
+    folder = os.fspath(folder)
+    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; its file replaces `path` when the block succeeds.
+
+    After an interruption at any moment, `path` is either complete or as it was before.
+
+    Raises:
+        OSError: the file cannot be written; the message names `path`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.filename not in (None, str(temporary)):  # an error about another file
+            raise
+        raise OSError(
+            f"{path} cannot be written: {error.strerror or error}. Fix the cause and run the same "
+            "command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Like `atomic_path`, but yields the temporary file, opened for binary writing."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+# Fingerprints.
+
+
+def digest(content: dict[str, Any]) -> str:
+    """The SHA-256 of JSON-serializable content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(tree) -> str:
+    """A short hash of all names and values in a tree of host or fully addressable arrays."""
+    sha = hashlib.sha256()
+    for path, leaf in sorted(
+        jax.tree_util.tree_leaves_with_path(tree), key=lambda item: jax.tree_util.keystr(item[0])
+    ):
+        sha.update(jax.tree_util.keystr(path).encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()[:16]
+
+
+# JSON with a checksum.
+
+
+def write_json(path: Path, content: dict[str, Any]):
+    """Writes JSON together with its checksum, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps({**content, "digest": digest(content)}, indent=1).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads what `write_json` wrote; None if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        stored = content.pop("digest")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, AttributeError):
+        content = stored = None
+    if content is None or stored != digest(content):
+        raise ValueError(
+            f"{path} is damaged. Restore a copy, or delete {path.parent} and start over."
+        )
+    return content

@@ -1,0 +1,45 @@
+"""Several processes working on one job: who does what, and how they meet."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which writes what exists only once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str):
+    """Waits until every process has reached the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"nvg_jax: {name}")
+
+
+def own_share(count: int) -> range:
+    """This process's items of 0 .. count - 1: its index, then every process_count-th."""
+    return range(jax.process_index(), count, jax.process_count())
+
+
+def gather(own: np.ndarray, count: int) -> np.ndarray:
+    """Collects the rows that all processes computed; every process must call it.
+
+    Args:
+        own: this process's rows, those of `own_share(count)`.
+        count: the number of rows of all processes.
+
+    Returns:
+        All rows in order, (count, ...), on every process.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return own
+    rows_per_process = -(-count // processes)
+    gathered = np.empty((rows_per_process, processes, *own.shape[1:]), own.dtype)
+    for row in range(rows_per_process):  # one at a time, since they pass through device memory
+        sent = own[row] if row < len(own) else np.zeros(own.shape[1:], own.dtype)
+        # Sent as bytes, since JAX would turn float64 into float32.
+        received = multihost_utils.process_allgather(sent.reshape(-1).view(np.uint8))
+        received = np.ascontiguousarray(received).view(own.dtype)
+        gathered[row] = received.reshape(gathered.shape[1:])
+    return gathered.reshape(-1, *own.shape[1:])[:count]

@@ -1,0 +1,42 @@
+"""The progress line of long work: how much is done, how fast, and how long the rest will take."""
+
+import datetime
+import logging
+import time
+
+logger = logging.getLogger("nvg_jax")
+
+
+class Progress:
+    """Logs lines such as "tokenizer: 120/800 steps  loss 0.21  3.2 steps/s  ETA 0:03:32".
+
+    The clock starts with the first update: the work before it includes compilation, and its line
+    shows no rate.
+
+    Args:
+        name: what is running.
+        total: the number of items to do, including those done in an earlier run.
+        unit: what the items are called, in the plural.
+        interval: seconds between two lines; updates in between are silent. The last item is
+            always reported.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, interval: float = 10.0):
+        self._name, self._total, self._unit, self._interval = name, total, unit, interval
+        self._first = None  # (items done, time) at the first update
+        self._shown = -float("inf")
+
+    def update(self, done: int, details: str = ""):
+        """Reports that `done` items are finished, with details such as losses."""
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        if now - self._shown < self._interval and done < self._total:
+            return
+        self._shown = now
+        parts = [f"{self._name}: {done}/{self._total} {self._unit}", details]
+        first, start = self._first
+        if done > first and now > start:
+            rate = (done - first) / (now - start)
+            remaining = datetime.timedelta(seconds=round((self._total - done) / rate))
+            parts += [f"{rate:.3g} {self._unit}/s", f"ETA {remaining}"]
+        logger.info("%s", "  ".join(part for part in parts if part))
