@@ -1,4 +1,4 @@
-"""Pictures of images, reconstructions and stages, as uint8 arrays (H, W, 3), and their files."""
+"""Grids of images, reconstructions and stages as uint8 arrays (H, W, 3), and PNG files."""
 
 import io
 from pathlib import Path
@@ -13,12 +13,12 @@ GAP = 2
 
 
 def to_uint8(images) -> np.ndarray:
-    """float [-1, 1] -> uint8, 255 * (x + 1) / 2 truncated."""
+    """float [-1, 1] -> uint8: 255 * (x + 1) / 2, truncated. Values outside are clipped."""
     return (255 * (np.clip(np.asarray(images, np.float32), -1, 1) + 1) / 2).astype(np.uint8)
 
 
 def image_grid(images, columns: int) -> np.ndarray:
-    """Images (B, H, W, 3), float [-1, 1] or uint8, in rows of `columns` on white."""
+    """Arranges images (B, H, W, 3), float [-1, 1] or uint8, in rows of `columns` on white."""
     images = np.asarray(images)
     if images.dtype != np.uint8:
         images = to_uint8(images)
@@ -33,15 +33,15 @@ def image_grid(images, columns: int) -> np.ndarray:
     return grid
 
 
-def reconstruction_grid(images, restored) -> np.ndarray:
-    """Originals (B, H, W, 3) above their reconstructions."""
-    return image_grid(np.concatenate([to_uint8(images), to_uint8(restored)]), len(images))
+def reconstruction_grid(images, reconstructions) -> np.ndarray:
+    """Images (B, H, W, 3) in one row, their reconstructions in the row below."""
+    return image_grid(np.concatenate([to_uint8(images), to_uint8(reconstructions)]), len(images))
 
 
 def structure_colors(labels, num_labels: int) -> np.ndarray:
-    """A color for each label of a map: int (...) -> uint8 (..., 3).
+    """Colors the labels of a structure map: int (...) -> uint8 (..., 3).
 
-    Hues are spread over the circle in the order of the labels, so that siblings look alike.
+    Hues follow the order of the labels around the color circle, so siblings have similar colors.
     """
     hue = (np.asarray(labels) + 0.5) / num_labels
     channels = [np.clip(np.abs((hue * 6 + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)]
@@ -49,7 +49,9 @@ def structure_colors(labels, num_labels: int) -> np.ndarray:
 
 
 def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.ndarray:
-    """The stages of images: every decoded canvas above its structure map, stages left to right.
+    """Shows generation stage by stage, from left to right, in two rows for each image.
+
+    The upper row has the decoded canvas of each stage, the lower row its structure map.
 
     Args:
         stage_images: (B, S, H, W, 3) in [-1, 1], the canvas decoded after each stage.
@@ -57,19 +59,19 @@ def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.nda
         latent_size: (h, w).
     """
     batch, stages, height, width, _ = np.shape(stage_images)
-    rows = []
+    tiles = []
     for images, maps in zip(to_uint8(stage_images), np.asarray(structure)):
-        rows.extend(images)
+        tiles.extend(images)
         for stage, labels in enumerate(maps):
             colors = structure_colors(labels.reshape(latent_size), 2**stage)
-            rows.append(np.asarray(Image.fromarray(colors).resize((width, height), Image.NEAREST)))
-    return image_grid(np.stack(rows), stages)
+            tiles.append(np.asarray(Image.fromarray(colors).resize((width, height), Image.NEAREST)))
+    return image_grid(np.stack(tiles), stages)
 
 
 def png(picture: np.ndarray) -> bytes:
     """The PNG file of a uint8 (H, W, 3) picture."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "png")
+    Image.fromarray(image).save(file, "png")
     return file.getvalue()
 
 

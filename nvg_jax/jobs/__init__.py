@@ -1,0 +1,1 @@
+"""Long work of several processes on a `Pipeline`: sampling, encoding a data set, evaluation."""

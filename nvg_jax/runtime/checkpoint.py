@@ -1,7 +1,7 @@
-"""Orbax checkpoints: state, metadata and data position of one training run, and their readers.
+"""Orbax checkpoints of a training run: state, metadata and data position.
 
-Orbax restores a flipped bit silently, so every checkpoint holds a checksum of each leaf and of its
-metadata. Whoever reads compares them, and takes the checkpoint before a damaged one.
+Orbax restores a flipped bit silently. Every checkpoint therefore holds a checksum of its metadata
+and of each leaf; readers verify them and fall back to the checkpoint before a damaged one.
 """
 
 import logging
@@ -13,15 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+from etils import epath, epy
 from jax.experimental import multihost_utils
 
 from nvg_jax.runtime.files import digest, storage_path
 
 logger = logging.getLogger("nvg_jax")
 
-# What a user must mend; the errors of the libraries that write only tell it in words.
+# Failures that the user must fix; the libraries that write report them only in words.
 UNWRITABLE = re.compile(
     "no space left|quota|file too large|permission.denied|not permitted|read-only", re.IGNORECASE
 )
@@ -39,31 +38,34 @@ class Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder, the last `keep` of them, to write and to go on from.
+    """Writes the checkpoints of one run to a folder, keeps the last `keep`, and resumes from them.
 
-    Saving is asynchronous; `close` waits for what is under way. Every process of a run takes part
-    in every call.
+    Saving is asynchronous; `close` waits for pending saves. All methods are collective: every
+    process of the run must call them.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self._folder = storage_path(folder)
-        self._manager = Manager(
+        self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, cleanup_tmp_directories=True
             ),
         )
+        # Orbax must not poll for preemption: a second caller would desynchronize the counter that
+        # `preemption.noticed` relies on.
+        self._manager.reached_preemption = lambda step: False
 
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, state, meta: dict[str, Any], position=None):
-        """Begins to save a state, JSON-able metadata and the data iterator's position.
+        """Starts saving a state, JSON-serializable metadata and the data iterator's position.
 
         Raises:
-            OSError: there is no room, or no right to write, for this checkpoint or the one before.
-                Other failures, of a network or another process, are raised as they are.
+            OSError: no space or no permission to write this checkpoint or the previous one.
+                Other failures (a network, another process) are raised unchanged.
         """
         content = {"meta": meta, "position": position, "leaves": describe(state)}
         content["digest"] = digest(content)
@@ -71,17 +73,17 @@ class Checkpoints:
         self._writing(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def restore(self, state, check: Callable[[dict[str, Any]], None]) -> tuple[Any, Any, int]:
-        """The newest undamaged checkpoint; damaged ones that are newer are put aside.
+        """Restores the newest undamaged checkpoint; renames newer, damaged ones.
 
         Args:
             state: the shapes, dtypes and shardings to restore to.
-            check: raises for metadata of a run that must not go on.
+            check: called with the metadata; raises if the run must not be resumed.
 
         Returns:
             (state, data position, step).
 
         Raises:
-            ValueError: there are checkpoints and all are damaged, or of a state of other sizes.
+            ValueError: all checkpoints are damaged, or they hold a state of other sizes.
         """
 
         def wanted(meta):
@@ -92,16 +94,16 @@ class Checkpoints:
         if found is None:
             raise ValueError(
                 f"Every checkpoint in {self._folder} is damaged (steps {sorted(damaged)}). Put "
-                "back a copy, or remove the folder to start anew."
+                "back a copy, or delete the folder to start over."
             )
-        self._put_aside(damaged)
+        self._rename(damaged)
         step, content, restored = found
         return restored, content["position"], step
 
-    def _put_aside(self, steps: list[int]):
+    def _rename(self, steps: list[int]):
         if not steps:
             return
-        if jax.process_index() == 0:
+        if processes.is_main():
             for step in steps:
                 target = self._folder / f"damaged_{step}"
                 number = 0
@@ -109,24 +111,23 @@ class Checkpoints:
                     number += 1
                     target = self._folder / f"damaged_{step}_{number}"
                 (self._folder / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("nvg_jax put aside")
+        processes.barrier("damaged checkpoints are renamed")
         self._manager.reload()
 
     def _writing(self, write: Callable[[], Any]):
         try:
             write()
-        except Exception as error:  # of many kinds, from the threads and libraries that write
+        except Exception as error:  # writing threads and libraries raise errors of many kinds
             if not UNWRITABLE.search(str(error)):
                 raise
             raise OSError(
                 f"A checkpoint could not be written to {self._folder} "
-                f"({short(error)}). Earlier checkpoints are as they were; make room or give "
-                "the right to write, and start again to go on from the last one."
+                f"({short(error)}). Earlier checkpoints are intact; free some space or fix the "
+                "permissions, then run the same command again to resume from the last one."
             ) from error
 
     def wait(self):
-        """Waits until what was saved is on disk; raises as `save` does."""
+        """Waits until pending saves are on disk; raises like `save`."""
         self._writing(self._manager.wait_until_finished)
         self._writing(self._manager.check_for_errors)
 
@@ -138,7 +139,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace):
-        """Waits for what is being saved, also when an error ends the run, which it then is."""
+        """Waits for pending saves; if the body raised, that error wins over any save error."""
         try:
             self.close()
         except Exception:
@@ -150,9 +151,9 @@ class Checkpoints:
 
 
 def read_meta(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The metadata of the newest checkpoint of a folder, None if there is no checkpoint.
+    """The metadata of the newest undamaged checkpoint, with its "step"; None if there is none.
 
-    "step" is the checkpoint's. See `read` about damaged ones.
+    See `read` for damaged checkpoints.
     """
     found = read(folder, lambda meta: {})
     return found and found[0]
@@ -163,16 +164,16 @@ def read(
 ) -> tuple[dict[str, Any], Any] | None:
     """The metadata and a part of the state of the newest undamaged checkpoint of a folder.
 
-    A damaged one is left where it is, with a warning.
+    Damaged checkpoints are skipped with a warning and left in place.
 
     Args:
-        part: from the metadata to the abstract tree of the leaves wanted.
+        part: maps the metadata to the abstract tree of the leaves to read.
 
     Returns:
         (metadata with "step", tree of NumPy arrays), or None if the folder has no checkpoint.
 
     Raises:
-        ValueError: all checkpoints are damaged, or have other leaves.
+        ValueError: all checkpoints are damaged, or they lack a leaf or hold it in another size.
     """
     folder = storage_path(folder)
     if not folder.is_dir():
@@ -188,16 +189,20 @@ def read(
 
 
 def newest(
-    manager: ocp.CheckpointManager,
+    manager: "ocp.CheckpointManager",
     folder: epath.Path,
     wanted: Callable[[dict[str, Any]], Any],
-    restore: Callable[[ocp.CheckpointManager, int, Any], Any],
+    restore: Callable[["ocp.CheckpointManager", int, Any], Any],
 ) -> tuple[tuple[int, dict[str, Any], Any] | None, list[int]]:
-    """((step, content, restored tree) of the newest undamaged checkpoint or None, damaged steps).
+    """Finds and restores the newest undamaged checkpoint.
 
     Args:
-        wanted: from the metadata to the abstract tree to restore.
+        wanted: maps the metadata to the abstract tree to restore.
         restore: (manager, step, abstract tree) -> tree.
+
+    Returns:
+        (step, content, restored tree) of the checkpoint, or None; and the steps of newer, damaged
+        checkpoints.
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
@@ -215,23 +220,23 @@ def newest(
     return None, damaged
 
 
-def read_content(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The JSON of a checkpoint: "meta", "position" and "leaves"; raises if it is damaged."""
+def read_content(manager: "ocp.CheckpointManager", step: int) -> dict[str, Any]:
+    """The JSON of a checkpoint: "meta", "position" and "leaves". Raises if it is damaged."""
     items = ocp.args.Composite(meta=ocp.args.JsonRestore())
     content = manager.restore(step, args=items)["meta"]
     if "digest" not in content:
-        raise ValueError("it has no checksums; an older version of this program wrote it")
+        raise ValueError("it has no checksums")
     if content.pop("digest") != digest(content):
-        raise ValueError("its metadata has another checksum")
+        raise ValueError("the checksum of its metadata does not match")
     return content
 
 
-def restore_state(manager: ocp.CheckpointManager, step: int, state) -> Any:
+def restore_state(manager: "ocp.CheckpointManager", step: int, state) -> Any:
     items = ocp.args.Composite(state=ocp.args.StandardRestore(state))
     return manager.restore(step, args=items)["state"]
 
 
-def restore_part(manager: ocp.CheckpointManager, step: int, part) -> Any:
+def restore_part(manager: "ocp.CheckpointManager", step: int, part) -> Any:
     if not jax.tree.leaves(part):
         return part
     restore = ocp.args.PyTreeRestore(
@@ -243,7 +248,7 @@ def restore_part(manager: ocp.CheckpointManager, step: int, part) -> Any:
 
 
 def attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(what `read` gives, None), or (None, why it failed) if it fails in any process."""
+    """Calls `read` on every process: (its result, None), or a reason if it failed on any."""
     result, reason = None, None
     try:
         result = read()
@@ -257,14 +262,14 @@ def attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def short(error: Exception) -> str:
-    """The first sentence of an error; those of the storage library go on for pages."""
+    """The first sentence of an error message; the storage library's messages span pages."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0][:300]
 
 
 def warn(folder: epath.Path, step: int, reason: str):
     logger.warning(
-        "The checkpoint of step %d in %s is damaged (%s); taking the one before it.",
+        "The checkpoint of step %d in %s is damaged (%s); falling back to the one before it.",
         step,
         folder,
         reason,
@@ -275,13 +280,13 @@ def warn(folder: epath.Path, step: int, reason: str):
 
 
 def leaf_names(tree) -> dict[str, Any]:
-    """{path: leaf}, the same for dictionaries and for objects with the same fields."""
+    """{path: leaf}; dictionaries and objects with the same fields give the same paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def describe(state) -> dict[str, list]:
-    """{path: [shape, dtype, checksum]} of every leaf."""
+    """{path: [shape, dtype, checksum]} for every leaf."""
     names = leaf_names(state)
     sums = np.asarray(checksums(list(names.values()))).tolist() if names else []
     return {
@@ -291,30 +296,30 @@ def describe(state) -> dict[str, list]:
 
 
 def check_leaves(stored: dict[str, list], wanted, folder: epath.Path):
-    """Raises ValueError if a checkpoint lacks a leaf of an abstract tree, or has another size."""
+    """Raises ValueError if a leaf of the abstract tree is missing or has another size or dtype."""
     for name, leaf in leaf_names(wanted).items():
         found = stored.get(name)
         if found is None or found[:2] != [list(leaf.shape), str(leaf.dtype)]:
             raise ValueError(
                 f"The checkpoints in {folder} are of another model: {name} should be "
-                f"{leaf.dtype} {tuple(leaf.shape)}, and there it is "
-                f"{found and (found[1], tuple(found[0]))}."
+                f"{leaf.dtype} {tuple(leaf.shape)}, but there it is "
+                f"{f'{found[1]} {tuple(found[0])}' if found else 'missing'}."
             )
 
 
 def difference(stored: dict[str, list], state) -> str | None:
-    """What is wrong with the values of a restored tree, None if nothing."""
+    """The first mismatch between a restored tree and its stored checksums, None if none."""
     for name, found in describe(state).items():
         if found[2] != stored[name][2]:
-            return f"{name} has another checksum"
+            return f"the checksum of {name} does not match"
     return None
 
 
 @jax.jit
 def checksums(leaves: list) -> jax.Array:
-    """uint32 (number of leaves,): a sum over scrambled (position, bits), however it is sharded.
+    """uint32 (number of leaves,): a sum over hashed (position, bits), whatever the sharding.
 
-    Every step of the scrambling is one to one, so no single wrong value goes unnoticed.
+    The hash of an element is a bijection of its bits, so any single wrong value is detected.
     """
 
     def checksum(x):
