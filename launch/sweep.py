@@ -209,8 +209,8 @@ def check_parsed(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
     for key, value in overrides.items():
         if settings[key] != value or type(settings[key]) is not type(value):
             raise ValueError(
-                f"{key} would be {settings[key]!r} instead of {value!r}; do not set after -- what the "
-                "sweep sets."
+                f"{key} would be {settings[key]!r} instead of {value!r}; do not set after -- what "
+                "the sweep sets."
             )
 
 

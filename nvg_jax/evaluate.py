@@ -1,4 +1,4 @@
-"""Evaluates a model: `python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000`.
+"""Evaluation: `python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000`.
 
 Measures the reconstruction of held-out images, how often a classifier trained on real images names
 samples as the requested class, how far samples are from the training images, and (except for
@@ -6,10 +6,8 @@ digits) a Frechet distance in the classifier's features. Writes metrics.json, sa
 stages.png and reconstructions.png.
 """
 
-import functools
 import json
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 

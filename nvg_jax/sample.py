@@ -1,4 +1,4 @@
-"""Generates images: `python -m nvg_jax.sample --workdir=runs/digits --classes=0,1 --out=samples/`.
+"""Sampling: `python -m nvg_jax.sample --workdir=runs/digits --classes=0,1,2 --per_class=8`.
 
 Writes a PNG for every sample, a grid of the first ones and a picture of the stages; or, if --out
 ends in .npz, one file with "arr_0", uint8 (N, H, W, 3). Run the same command again to resume.
@@ -43,8 +43,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for the pictures, or a file ending in .npz.")
     flags.DEFINE_list("classes", None, "Class names or ids; all classes by default.")
     flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 64, "Samples a process makes at a time.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
-    define_flags()
     flags.mark_flags_as_required(["workdir", "out"])
     cli.main(main)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from nvg_jax.runtime.files import atomic_write
 
-MIN_TILE = 64  # tiles are enlarged by whole factors to about this size
-GAP = 2
+MIN_TILE = 64  # smaller tiles are enlarged by an integer factor to about this many pixels
+GAP = 2  # pixels between tiles
 
 
 def to_uint8(images) -> np.ndarray:
@@ -68,14 +68,14 @@ def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.nda
     return image_grid(np.stack(tiles), stages)
 
 
-def png(picture: np.ndarray) -> bytes:
-    """The PNG file of a uint8 (H, W, 3) picture."""
+def png(image: np.ndarray) -> bytes:
+    """Encodes a uint8 image (H, W, 3) as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "png")
     return file.getvalue()
 
 
-def save_png(path: str | Path, picture: np.ndarray):
-    """Writes a uint8 (H, W, 3) picture, whole or not at all."""
+def save_png(path: str | Path, image: np.ndarray):
+    """Writes a uint8 image (H, W, 3) to a PNG file, atomically."""
     with atomic_write(Path(path)) as file:
-        file.write(png(picture))
+        file.write(png(image))

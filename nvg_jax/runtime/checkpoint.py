@@ -16,7 +16,11 @@ import numpy as np
 from etils import epath, epy
 from jax.experimental import multihost_utils
 
+from nvg_jax.runtime import processes
 from nvg_jax.runtime.files import digest, storage_path
+
+with epy.lazy_imports():  # a command that only prints an error does not wait for it
+    import orbax.checkpoint as ocp
 
 logger = logging.getLogger("nvg_jax")
 
@@ -24,17 +28,6 @@ logger = logging.getLogger("nvg_jax")
 UNWRITABLE = re.compile(
     "no space left|quota|file too large|permission.denied|not permitted|read-only", re.IGNORECASE
 )
-
-
-class Manager(ocp.CheckpointManager):
-    """Orbax's, which leaves it to `preemption` to ask whether the processes are to end.
-
-    JAX finds the step at which all of them stop by the numbers they ask with; two who count
-    differently would make each other miss it.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        return False
 
 
 class Checkpoints:

@@ -47,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if math.prod(sizes) != count or min(sizes) < 1:
         raise ValueError(
             f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} devices: "
-            "the product of the sizes must be that number. One size may be -1, for the rest."
+            "their product must be that number. One size may be -1, which takes the rest."
         )
     # Orders the devices of a torus so that neighbors on a mesh axis are close to each other.
     # On GPUs JAX reports each machine as a slice; there fsdp may span machines.
