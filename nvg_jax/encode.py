@@ -18,7 +18,15 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from nvg_jax import cli
-from nvg_jax.data import SequenceSource, Source, crop_batches, open_source, sequences
+from nvg_jax.data import (
+    LoaderOptions,
+    SequenceSource,
+    Source,
+    Transform,
+    crop_batches,
+    open_source,
+    sequences,
+)
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.pipeline import Pipeline
 
@@ -116,7 +124,7 @@ def write_shards(
 
     Args:
         batch_size: crops encoded at a time; at least all of one image.
-        on_bad, num_threads, num_workers: see `nvg_jax.data.loader.Options`; with "skip" an
+        on_bad, num_threads, num_workers: see `nvg_jax.data.LoaderOptions`; with "skip" an
             unreadable image has no record.
     """
     shards = [
@@ -132,19 +140,16 @@ def write_shards(
             continue
         crops = settings["crops"] if split == "train" else 0
         images = max(1, batch_size // max(crops, 1))
-        batches = crop_batches(
-            source,
-            [(shard.start, shard.stop) for shard in missing],
-            crops=crops,
-            image_size=pipeline.tokenizer.config.image_size,
-            seed=settings["seed"],
-            resize=settings["data"]["resize"] or None,
-            pad=settings["data"]["pad"],
+        data = settings["data"]
+        options = LoaderOptions(
+            Transform(pipeline.tokenizer.config.image_size, data["resize"] or None, data["pad"]),
             batch_size=images,
             on_bad=on_bad,
             num_threads=num_threads,
             num_workers=num_workers,
         )
+        ranges = [(shard.start, shard.stop) for shard in missing]
+        batches = crop_batches(source, options, ranges, crops=crops, seed=settings["seed"])
         with contextlib.closing(batches):
             for shard in missing:
                 records, noted = [], len(source.unreadable)

@@ -29,7 +29,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from nvg_jax import cli, models, pretrained
-from nvg_jax.data import SequenceSource, eval_batches, open_source, train_batches
+from nvg_jax.data import (
+    LoaderOptions,
+    SequenceSource,
+    Transform,
+    eval_batches,
+    open_source,
+    train_batches,
+)
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.pipeline import (
     TOKENIZER_META,
@@ -148,11 +155,10 @@ class Trainer:
             )
         return batch_size // jax.process_count()
 
-    def loader_options(self, batch_size: int) -> dict[str, Any]:
+    def loader_options(self, batch_size: int) -> LoaderOptions:
         data = self.config.data
-        return dict(
-            image_size=self.tokenizer_config.image_size,
-            resize=data.resize or None,
+        return LoaderOptions(
+            Transform(self.tokenizer_config.image_size, data.resize or None, data.pad),
             batch_size=self.process_batch_size(batch_size),
             on_bad=data.on_bad,
             process_index=jax.process_index(),
@@ -163,18 +169,13 @@ class Trainer:
         )
 
     def training_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-        return train_batches(
-            self.train_source,
-            seed=seed,
-            pad=self.config.data.pad,
-            **self.loader_options(batch_size),
-        )
+        return train_batches(self.train_source, self.loader_options(batch_size), seed)
 
     def test_batches(self, batch_size: int):
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         batch_size = min(batch_size, max(ways, len(self.test_source) // ways * ways))
         with contextlib.closing(
-            eval_batches(self.test_source, **self.loader_options(batch_size))
+            eval_batches(self.test_source, self.loader_options(batch_size))
         ) as batches:
             for batch in batches:
                 if preemption.noticed():  # an evaluation can take longer than one is given
