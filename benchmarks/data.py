@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from nvg_jax.data import open_source, train_batches
+from nvg_jax.data import LoaderOptions, Transform, open_source, train_batches
 
 flags.DEFINE_integer("images", 256, "Different images.")
 flags.DEFINE_integer("batches", 20, "Batches of 64 that are timed.")
@@ -45,10 +45,10 @@ def main(_):
         print(f"{FLAGS.images} JPEGs of 500 x 375 pixels, {size / 1e3:.0f} kB each")
         source = open_source("image_folder", "train", data_dir=folder)
         for threads in (1, 2):
-            batches = train_batches(
-                source, image_size=(256, 256), batch_size=BATCH_SIZE, seed=0, num_threads=threads,
-                prefetch=1,
-            )  # fmt: skip
+            options = LoaderOptions(
+                Transform((256, 256)), BATCH_SIZE, num_threads=threads, prefetch=1
+            )
+            batches = train_batches(source, options, seed=0)
             next(batches)
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(FLAGS.batches):

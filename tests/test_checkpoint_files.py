@@ -1,7 +1,4 @@
-"""The reader of PyTorch's files: every layout of tensors, and no way in for a hostile pickle.
-
-The files are made here from pickle opcodes, so that no test needs PyTorch.
-"""
+"""The reader of PyTorch's files: every layout of tensors, and no way in for a hostile pickle."""
 
 import struct
 import sys
@@ -11,75 +8,11 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from torch_files import call, code, name, ordered, storage, tensor, write_legacy, write_zip
 
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 OWN_MODULE = "nvg_jax.torch_interop.checkpoint_files"
-
-
-def code(value) -> bytes:
-    """Pickle opcodes that build `value`; bytes are opcodes already."""
-    match value:
-        case bytes():
-            return value
-        case None:
-            return b"N"
-        case bool():
-            return b"\x88" if value else b"\x89"
-        case int():
-            return b"L%dL\n" % value
-        case str():
-            return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-        case tuple():
-            return b"(" + b"".join(map(code, value)) + b"t"
-        case list():
-            return b"](" + b"".join(map(code, value)) + b"e"
-        case dict():
-            return b"}(" + b"".join(code(k) + code(v) for k, v in value.items()) + b"u"
-
-
-def name(module: str, attribute: str) -> bytes:
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def call(function: bytes, *arguments) -> bytes:
-    return function + code(arguments) + b"R"
-
-
-def storage(key: str, elements: int, kind: str = "FloatStorage", *rest) -> bytes:
-    return code(("storage", name("torch", kind), key, "cpu", elements, *rest)) + b"Q"
-
-
-def tensor(store: bytes, offset, shape, strides) -> bytes:
-    rebuild = name("torch._utils", "_rebuild_tensor_v2")
-    return call(rebuild, store, offset, shape, strides, False, ordered())
-
-
-def ordered(*items) -> bytes:
-    """An OrderedDict with its items and, as in a real state_dict, an attribute."""
-    made = call(name("collections", "OrderedDict")) + b"(" + b"".join(map(code, items)) + b"u"
-    return made + code({"_metadata": {}}) + b"b"
-
-
-def write_zip(path, content, storages, byteorder=b"little"):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + code(content) + b".")
-        archive.writestr("archive/byteorder", byteorder)
-        for key, array in storages.items():
-            archive.writestr(f"archive/data/{key}", array.tobytes())
-    return path
-
-
-def write_legacy(path, content, storages, little_endian=True):
-    storages = {key: array for key, array in storages.items() if code(key) in code(content)}
-    head = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": little_endian}, content, list(storages)]
-    body = b"".join(b"\x80\x02" + code(value) + b"." for value in head)
-    for array in storages.values():
-        body += struct.pack("<q", array.size) + array.tobytes()
-    path.write_bytes(body)
-    return path
-
-
 WRITERS = pytest.mark.parametrize("write", [write_zip, write_legacy])
 X = np.arange(24, dtype=np.float32)
 
@@ -98,8 +31,6 @@ X = np.arange(24, dtype=np.float32)
         ("CharStorage", np.int8),
         ("ByteStorage", np.uint8),
         ("BoolStorage", np.bool_),
-        ("ComplexFloatStorage", np.complex64),
-        ("ComplexDoubleStorage", np.complex128),
     ],
 )
 def test_element_types(tmp_path, write, kind, dtype):
@@ -113,7 +44,7 @@ def test_element_types(tmp_path, write, kind, dtype):
     x = read_state_dict(path)["x"]
     assert x.dtype == dtype and x.shape == (2, 3)
     assert x.tobytes() == values.tobytes()
-    np.testing.assert_array_equal(x.astype(np.complex128).ravel(), values.astype(np.complex128))
+    np.testing.assert_array_equal(x.astype(np.float64).ravel(), values.astype(np.float64))
 
 
 @WRITERS
@@ -138,18 +69,6 @@ def test_views(tmp_path, write, offset, shape, strides, expected):
     np.testing.assert_array_equal(arrays["view"], expected)
     np.testing.assert_array_equal(arrays["whole"], X)
     assert not arrays["whole"].flags.writeable
-
-
-def test_newest_element_types_lie_in_untyped_storages(tmp_path):
-    values = np.array([[1, -2], [0.5, 448]], ml_dtypes.float8_e4m3fn)
-    store = (
-        code(("storage", name("torch.storage", "UntypedStorage"), "0", "cpu", values.nbytes)) + b"Q"
-    )
-    rebuild, dtype = name("torch._utils", "_rebuild_tensor_v3"), name("torch", "float8_e4m3fn")
-    x = call(rebuild, store, 0, (2, 2), (1, 2), False, ordered(), dtype)
-    arrays = read_state_dict(write_zip(tmp_path / "x.ckpt", {"x": x}, {"0": values}))
-    assert arrays["x"].dtype == values.dtype
-    np.testing.assert_array_equal(arrays["x"].astype(np.float32), values.astype(np.float32).T)
 
 
 def test_views_of_the_first_releases(tmp_path):
@@ -270,7 +189,7 @@ def test_nothing_in_a_pickle_is_called_or_imported(tmp_path, monkeypatch, write,
     for content in ({"state_dict": {"x": GOOD}, "callbacks": opcodes}, {"x": opcodes}):
         path = write(tmp_path / "x.ckpt", content, {"0": X})
         if "x" in content and attack != "hooks":
-            with pytest.raises(ValueError, match="no tensor"):
+            with pytest.raises(ValueError, match="not a tensor"):
                 read_state_dict(path)
         else:
             assert list(read_state_dict(path)) == ["x"]
@@ -306,16 +225,16 @@ def test_nothing_in_a_pickle_is_called_or_imported(tmp_path, monkeypatch, write,
         (b"\x82\x01", "EXT1"),
         (b"\x98", "unknown|READONLY_BUFFER"),
         (b"h\x63", "damaged"),
-        (b"R", "damaged|no function"),
+        (b"R", "damaged|not a function"),
         (b"0" * 9, "damaged"),
         (b"e", "malformed dictionary"),
-        (b"(u", "no container"),
-        (code("a") + code("b") + b"a", "no container"),
+        (b"(u", "not a container"),
+        (code("a") + code("b") + b"a", "not a container"),
         (b"B\xff\xff\xff\x7f", "bytes"),
         (b"\x8e" + b"\xff" * 7 + b"\x7f", "bytes"),
         (call(name("collections", "OrderedDict"), [(1, 2, 3)]), "malformed dictionary"),
-        (call(code("print"), 1), "no function"),
-        (code(1) + code(2) + b"\x93", "no string"),
+        (call(code("print"), 1), "not a function"),
+        (code(1) + code(2) + b"\x93", "not a string"),
     ],
 )
 def test_malformed_pickles_are_refused(tmp_path, write, opcodes, sentence):
@@ -326,19 +245,44 @@ def test_malformed_pickles_are_refused(tmp_path, write, opcodes, sentence):
 
 
 @WRITERS
+def test_a_large_memo_index_takes_no_memory(tmp_path, write):
+    """An array of so many slots, as pickle.Unpickler keeps, would take 512 MiB."""
+    content = {"state_dict": {"x": GOOD}, "other": b"]r" + struct.pack("<I", 2**26)}
+    path = write(tmp_path / "x.ckpt", content, {"0": X})
+    tracemalloc.start()
+    arrays = read_state_dict(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(arrays["x"], X)
+    assert peak < 2**20
+
+
+@WRITERS
+@pytest.mark.parametrize("opcodes", [b"\x85" * 300_000, b"2\x86" * 64], ids=["deep", "wide"])
+def test_nested_tuples_as_keys_are_not_hashed(tmp_path, write, opcodes):
+    """Hashing ((((...,),),),) overflows the C stack; 64 levels of (t, t) have 2**64 elements."""
+    content = {"state_dict": {"x": GOOD}, "other": b"})" + opcodes + b"Ns"}
+    arrays = read_state_dict(write(tmp_path / "x.ckpt", content, {"0": X}))
+    np.testing.assert_array_equal(arrays["x"], X)
+
+
+@WRITERS
 @pytest.mark.parametrize(
     "content, sentence",
     [
         ({}, "empty dictionary"),
         ([GOOD], "a list"),
         (GOOD, "a tensor"),
-        (3, "an? int"),
+        (3, "is an int, not a dictionary"),
         ({"state_dict": [GOOD]}, "a list"),
-        ({"state_dict": None}, "a nonetype"),
-        ({"x": GOOD, "epoch": 3}, "a int as 'epoch'"),
-        ({1: GOOD}, "where a name belongs"),
+        ({"state_dict": None}, "is None, not a dictionary"),
+        ({"x": GOOD, "epoch": 3}, "an int as 'epoch'"),
+        ({1: GOOD}, "where a name is expected"),
         ({"x": name("torch.nn", "Linear")}, "torch.nn.Linear as 'x'"),
-        ({"x": tensor(storage("0", 24, "QInt8Storage"), 0, (2,), (1,))}, "no tensor|unknown type"),
+        (
+            {"x": tensor(storage("0", 24, "QInt8Storage"), 0, (2,), (1,))},
+            "not a tensor|unknown type",
+        ),
         ({"x": tensor(storage("1", 24), 0, (2,), (1,))}, "missing|unknown type"),
         ({"x": tensor(storage("0", 25), 0, (25,), (1,))}, "25 elements|100 are expected"),
     ],
@@ -351,7 +295,7 @@ def test_other_contents_are_refused(tmp_path, write, content, sentence):
 def test_lazily_conjugated_tensors_are_refused(tmp_path):
     store = storage("0", 24)
     x = call(REBUILD, store, 0, (24,), (1,), False, ordered(), {"conj": True})
-    with pytest.raises(ValueError, match="no tensor"):
+    with pytest.raises(ValueError, match="not a tensor"):
         read_state_dict(write_zip(tmp_path / "x.ckpt", {"x": x}, {"0": X}))
 
 
@@ -369,7 +313,7 @@ def test_big_endian_is_refused(tmp_path):
         (b"hello", "neither"),
         (b"\x93NUMPY\x01\x00", "neither"),
         (b"PK\x03\x04 and no more", "zip directory"),
-        (b"\x80\x02}.", "not one that torch.save wrote"),
+        (b"\x80\x02}.", "not one written by torch.save"),
         (b"\x80", "not enough data"),
         (b"\x80\x02}", "pickle exhausted"),
     ],

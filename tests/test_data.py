@@ -13,9 +13,9 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from nvg_jax.data import eval_batches, open_source, train_batches
+from nvg_jax.data import LoaderOptions, Transform, eval_batches, open_source, train_batches
 from nvg_jax.data.sources import ArraySource
-from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.data.transforms import decode
 
 
 def numbered(count, size=4):
@@ -83,7 +83,7 @@ def test_fashion_mnist_idx_files(tmp_path):
     with pytest.raises(ValueError, match="go up to 10"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1]))
-    with pytest.raises(ValueError, match="train-labels-idx1-ubyte' is not a whole IDX file"):
+    with pytest.raises(ValueError, match="train-labels-idx1-ubyte' is not a complete IDX file"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
     packed = tmp_path / "train-images-idx3-ubyte.gz"
     packed.write_bytes(packed.read_bytes()[:-9])
@@ -106,7 +106,7 @@ def test_image_folder_with_split_folders(tmp_path):
     assert [item["label"] for item in items(train)] == [0, 0, 0, 1, 1, 1]
     assert [item["name"] for item in items(test)][1] == str(tmp_path / "val" / "ant" / "1.png")
     save(tmp_path / "val" / "bee" / "0.png", [[0]])
-    with pytest.raises(ValueError, match=r"\['bee'\] are in one of them alone"):
+    with pytest.raises(ValueError, match=r"\['bee'\] are in only one of them"):
         open_source("image_folder", "test", data_dir=str(tmp_path))
 
 
@@ -142,7 +142,7 @@ def test_image_folder_errors(tmp_path):
         open_source("image_folder", "train")
     with pytest.raises(ValueError, match="is not a folder"):
         open_source("image_folder", "train", data_dir=str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="has no sub-folders"):
+    with pytest.raises(ValueError, match="has no subfolders"):
         open_()
     (tmp_path / "ant").mkdir()
     (tmp_path / "ant" / ".hidden").touch()
@@ -260,7 +260,7 @@ def test_decode_refuses_what_it_cannot_show():
             decode(broken)
     with pytest.raises(ValueError, match="no fixed range"):
         decode(encoded(np.ones((2, 2), np.float32), format="TIFF"))
-    with pytest.raises(ValueError, match="do not fit into 16 bits"):
+    with pytest.raises(ValueError, match="do not fit in 16 bits"):
         decode(encoded(np.array([[70000]], np.int32), format="TIFF"))
 
 
@@ -318,7 +318,9 @@ def test_resize_covers_and_range():
 # Loader.
 
 
-OPTIONS = dict(image_size=(4, 4), resize=4)
+def options(batch_size, pad=0, **settings):
+    """Of images of 4x4 pixels, which are neither resized nor cropped."""
+    return LoaderOptions(Transform((4, 4), resize=4, pad=pad), batch_size, **settings)
 
 
 def take(iterator, count):
@@ -334,7 +336,7 @@ def assert_equal_batches(first, second):
 
 
 def test_train_epochs_hold_all_in_new_orders():
-    loader = train_batches(numbered(12), batch_size=4, seed=0, **OPTIONS)
+    loader = train_batches(numbered(12), options(4), seed=0)
     batches = take(loader, 9)
     assert batches[0]["image"].shape == (4, 4, 4, 3) and batches[0]["image"].dtype == np.float32
     assert batches[0]["label"].dtype == np.int32 and set(batches[0]) == {"image", "label"}
@@ -345,7 +347,7 @@ def test_train_epochs_hold_all_in_new_orders():
     epochs = np.concatenate([batch["label"] for batch in batches]).reshape(3, 12)
     assert (np.sort(epochs) == np.arange(12)).all()
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = train_batches(numbered(12), batch_size=4, seed=1, **OPTIONS)
+    other = train_batches(numbered(12), options(4), seed=1)
     assert (next(other)["label"] != epochs[0, :4]).any()
 
 
@@ -353,9 +355,8 @@ def test_resume_gives_the_same_batches(tmp_path):
     import orbax.checkpoint as ocp
 
     def loader():  # crops are random: part of what must be the same
-        return train_batches(
-            open_source("digits", "train"), image_size=(6, 6), batch_size=5, seed=3
-        )
+        options = LoaderOptions(Transform((6, 6)), batch_size=5)
+        return train_batches(open_source("digits", "train"), options, seed=3)
 
     first = loader()
     take(first, 7)
@@ -374,8 +375,9 @@ def test_resume_gives_the_same_batches(tmp_path):
 
 
 def test_processes_share_the_batches_of_one():
-    def loader(**options):
-        return train_batches(open_source("digits", "train"), image_size=(6, 6), seed=3, **options)
+    def loader(**settings):
+        options = LoaderOptions(Transform((6, 6)), **settings)
+        return train_batches(open_source("digits", "train"), options, seed=3)
 
     whole = take(loader(batch_size=6), 4)
     parts = [take(loader(batch_size=2, process_index=i, process_count=3), 4) for i in range(3)]
@@ -388,9 +390,7 @@ def test_processes_share_the_batches_of_one():
 def test_processes_cover_an_epoch_without_overlap():
     labels = []
     for i in range(2):  # 10 = 5 global batches of 2 x 1
-        loader = train_batches(
-            numbered(10), batch_size=1, seed=0, process_index=i, process_count=2, **OPTIONS
-        )
+        loader = train_batches(numbered(10), options(1, process_index=i, process_count=2), seed=0)
         labels.append({int(batch["label"][0]) for batch in take(loader, 5)})
     assert not labels[0] & labels[1] and labels[0] | labels[1] == set(range(10))
 
@@ -398,12 +398,12 @@ def test_processes_cover_an_epoch_without_overlap():
 def test_worker_processes_give_the_same_batches():
     flags.FLAGS.mark_as_parsed()
     source = numbered(12)
-    expected = take(train_batches(source, batch_size=4, seed=0, pad=1, **OPTIONS), 6)
-    workers = train_batches(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
+    expected = take(train_batches(source, options(4, pad=1), seed=0), 6)
+    workers = train_batches(source, options(4, pad=1, num_workers=2), seed=0)
     assert_equal_batches(take(workers, 3), expected[:3])
     state = workers.get_state()
     workers.close()
-    workers = train_batches(source, batch_size=4, seed=0, pad=1, num_workers=2, **OPTIONS)
+    workers = train_batches(source, options(4, pad=1, num_workers=2), seed=0)
     workers.set_state(state)
     assert_equal_batches(take(workers, 3), expected[3:])
     workers.close()
@@ -413,15 +413,8 @@ def test_worker_processes_give_the_same_batches():
 def test_eval_sees_every_example_once(count, process_count):
     seen, lengths = [], set()
     for i in range(process_count):
-        batches = list(
-            eval_batches(
-                numbered(count),
-                batch_size=2,
-                process_index=i,
-                process_count=process_count,
-                **OPTIONS,
-            )
-        )
+        own = options(2, process_index=i, process_count=process_count)
+        batches = list(eval_batches(numbered(count), own))
         lengths.add(len(batches))
         for batch in batches:
             assert batch["image"].shape == (2, 4, 4, 3) and batch["mask"].dtype == bool
@@ -444,22 +437,22 @@ def test_unreadable_files_are_named(tmp_path):
     broken_folder(tmp_path)
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"train/(ant/1|zebra/2).png: not an? "):
-        take(train_batches(source, batch_size=2, seed=0, **OPTIONS), 4)
+        take(train_batches(source, options(2), seed=0), 4)
     with pytest.raises(ValueError, match=r"train/ant/1.png: not an image"):
-        list(eval_batches(source, batch_size=2, **OPTIONS))
+        list(eval_batches(source, options(2)))
     (tmp_path / "train" / "ant" / "0.png").unlink()
     with pytest.raises(ValueError, match=r"ant/0.png"):
-        list(eval_batches(source, batch_size=2, **OPTIONS))
+        list(eval_batches(source, options(2)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_unreadable_files_are_skipped_and_counted(tmp_path, num_workers, caplog):
     flags.FLAGS.mark_as_parsed()
     broken = broken_folder(tmp_path)
-    options = dict(OPTIONS, batch_size=2, on_bad="skip", num_workers=num_workers)
+    skip = options(2, on_bad="skip", num_workers=num_workers)
 
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
-    loader = train_batches(source, seed=0, **options)
+    loader = train_batches(source, skip, seed=0)
     batches = take(loader, 12)  # four epochs
     loader.close()
     # Readable images take the places: the red of ant 0 and 2, zebra 0 and 1.
@@ -471,11 +464,11 @@ def test_unreadable_files_are_skipped_and_counted(tmp_path, num_workers, caplog)
     assert shown == {(0, 0), (0, 2), (1, 0), (1, 1)}
     assert sorted(source.unreadable) == [name.format("train") for name in broken]
     assert "not an image" in source.unreadable[broken[0].format("train")]
-    assert sum("Left out" in message for message in caplog.messages) == 2
-    assert_equal_batches(take(train_batches(source, seed=0, **options), 12), batches)
+    assert sum("Skipped" in message for message in caplog.messages) == 2
+    assert_equal_batches(take(train_batches(source, skip, seed=0), 12), batches)
 
     source = open_source("image_folder", "test", data_dir=str(tmp_path))
-    batches = eval_batches(source, **options)
+    batches = eval_batches(source, skip)
     masks = np.concatenate([batch["mask"] for batch in batches])
     batches.close()
     assert masks.tolist() == [True, False, True, True, True, False]
@@ -489,15 +482,15 @@ def test_a_broken_data_set_stops(tmp_path):
             (tmp_path / name / f"{i}.png").write_bytes(b"")
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match="10 records drawn in a row are unreadable"):
-        next(train_batches(source, batch_size=2, seed=0, on_bad="skip", **OPTIONS))
+        next(train_batches(source, options(2, on_bad="skip"), seed=0))
 
 
 def test_loader_errors():
-    for arguments, message in [
+    for settings, message in [
         (dict(batch_size=4, process_count=2), "A batch of 8 .* larger than the 7 training"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(batch_size=1, process_index=2, process_count=2), "process_index 2"),
         (dict(batch_size=1, on_bad="ignore"), "'error' or 'skip'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            train_batches(numbered(7), seed=0, **arguments, **OPTIONS)
+            train_batches(numbered(7), options(**settings), seed=0)

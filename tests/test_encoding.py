@@ -15,7 +15,14 @@ from PIL import Image
 
 from configs import digits
 from nvg_jax import Pipeline
-from nvg_jax.data import eval_batches, open_source, sequences, train_batches
+from nvg_jax.data import (
+    LoaderOptions,
+    Transform,
+    eval_batches,
+    open_source,
+    sequences,
+    train_batches,
+)
 from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
 from nvg_jax.runtime import files, sharding
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
@@ -25,7 +32,7 @@ from nvg_jax.workdir import RunMetadata
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)  # L = 16 of 8 x 8 pixels
 TRAIN, TEST = 10, 5  # images
 BATCH = 16  # the same everywhere, as every other one would be compiled anew
-ANY_SIZE = dict(image_size=(1, 1))  # of no meaning for sequences
+UNUSED = Transform((1, 1))  # sequences are not transformed
 
 
 def random_params(metadata: RunMetadata):
@@ -174,7 +181,7 @@ def test_every_crop_is_encoded_as_the_pipeline_encodes_it(pipeline, data, whole)
 def test_an_epoch_shows_one_crop_of_every_image_and_in_time_all_are_drawn(tmp_path):
     source = open_source("sequences", "train", data_dir=str(hand_made(tmp_path / "cache")))
     assert len(source) == 6
-    loader = train_batches(source, batch_size=3, seed=0, **ANY_SIZE)
+    loader = train_batches(source, LoaderOptions(UNUSED, batch_size=3), seed=0)
     drawn = set()
     for _ in range(20):
         epoch = [next(loader), next(loader)]
@@ -191,9 +198,10 @@ def test_evaluation_sees_the_first_crop_of_every_image_once(tmp_path, process_co
     source = open_source("sequences", "test", data_dir=str(hand_made(tmp_path / "cache")))
     seen = []
     for process in range(process_count):
-        for batch in eval_batches(
-            source, batch_size=2, process_index=process, process_count=process_count, **ANY_SIZE
-        ):
+        options = LoaderOptions(
+            UNUSED, batch_size=2, process_index=process, process_count=process_count
+        )
+        for batch in eval_batches(source, options):
             assert batch["tokens"].dtype == np.uint8 and not batch["tokens"][~batch["mask"]].any()
             seen += batch["tokens"][batch["mask"], 0].tolist()
     assert sorted(seen) == [0, 10, 20, 30, 40, 50]
@@ -211,8 +219,8 @@ def test_a_flipped_bit_is_named_and_the_rest_can_be_read(tmp_path):
         source[5]
     assert [source[i]["label"] for i in range(5)] == list(range(5))
     with pytest.raises(ValueError, match=r"train-00001-of-00002.array_record record 1 is damaged"):
-        list(eval_batches(source, batch_size=6, **ANY_SIZE))
-    (batch,) = eval_batches(source, batch_size=6, on_bad="skip", **ANY_SIZE)
+        list(eval_batches(source, LoaderOptions(UNUSED, batch_size=6)))
+    (batch,) = eval_batches(source, LoaderOptions(UNUSED, batch_size=6, on_bad="skip"))
     assert batch["mask"].tolist() == [True] * 5 + [False] and len(source.unreadable) == 1
 
 
@@ -388,7 +396,7 @@ def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, da
     config = digits.get_config("runlocal")
     mesh = sharding.make_mesh()
     tokenizer = pipeline.params["tokenizer"]
-    options = dict(image_size=(8, 8), resize=8, batch_size=4, seed=3)
+    options = LoaderOptions(Transform((8, 8), resize=8), batch_size=4)
     logged = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         program = steps.make_program(config, mesh, 10, ("content",), 2)
@@ -396,7 +404,8 @@ def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, da
             ("image_folder", data["data_dir"]),
             ("sequences", tmp_path / "cache"),
         ):
-            batches = train_batches(open_source(name, "train", data_dir=str(folder)), **options)
+            source = open_source(name, "train", data_dir=str(folder))
+            batches = train_batches(source, options, seed=3)
             states = program.init(jax.random.key(0), tokenizer["quantizer"]["codebook"])
             for _ in range(3):
                 batch = sharding.global_batch(next(batches), mesh)

@@ -71,10 +71,10 @@ def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe)
     meta = checkpoint.read_meta(workdir / "tokenizer")
     scale = meta["canvas_scale"]
     assert len(scale) == 6 and scale[0] == 1
-    from nvg_jax.data import eval_batches, open_source
+    from nvg_jax.data import LoaderOptions, Transform, eval_batches, open_source
 
-    batch = next(eval_batches(open_source("digits", "train"), image_size=(8, 8), resize=8,
-                              batch_size=1497))  # fmt: skip
+    options = LoaderOptions(Transform((8, 8), resize=8), batch_size=1497)
+    batch = next(eval_batches(open_source("digits", "train"), options))
     encode = functools.partial(pipe.tokenizer.apply, method="encode")
     canvases = jax.jit(encode)({"params": pipe.params["tokenizer"]}, batch["image"]).canvases
     # Measured on whole batches of a shuffled epoch: the last images may be seen twice.

@@ -1,49 +1,57 @@
-"""Batches of a source by Grain, for training (endless, resumable) and evaluation (each once).
+"""Batches from a source, made by Grain: endless and resumable for training, one pass to evaluate.
 
-Every process makes its own part of a global batch of batch_size * process_count examples: rows
-process_index * batch_size onwards. What the global batches hold depends on the seed alone, not
-on the number of processes, workers or threads.
+Every process makes its own part of each global batch of batch_size * process_count examples: the
+rows from process_index * batch_size on. The content of the global batches depends on the seed
+alone, not on the number of processes, workers or threads.
 
-An example has "label" (int32) and, of a source of images, "image": float32 (H, W, 3) in [-1, 1];
-of a cache of sequences "structure": int (L,), the labels of the finest stage, and "tokens": int
-(2L - 1,), those of each cluster of stage 0, 1, ..., both in the smallest type that holds them.
+An example has a "label" (int32). From a source of images it also has "image": float32 (H, W, 3) in
+[-1, 1]. From cached sequences it has "structure": int (L,), the labels of the finest stage, and
+"tokens": int (2L - 1,), one for each cluster of stage 0, 1, ...; both in the smallest integer type
+that holds them.
 """
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
-from absl import logging
 
-from nvg_jax.data.sequences import crop_dtype
 from nvg_jax.data.sources import SequenceSource, Source
 from nvg_jax.data.transforms import Transform, decode
 
-MAX_DRAWS = 10  # records tried for one place of a batch before the data set counts as broken
+# Grain takes seconds to import, so it is imported where batches are made: a command that only
+# reports a wrong setting answers without it.
+if TYPE_CHECKING:
+    import grain
+
+logger = logging.getLogger("nvg_jax")
+
+MAX_DRAWS = 10  # unreadable records drawn in a row before training stops
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How batches are made, whatever is in them.
+class LoaderOptions:
+    """How examples are made and batched.
 
     Attributes:
-        batch_size: examples of this process in a batch.
-        on_bad: what an unreadable record does. "error" stops with its name. "skip" logs it and
-            notes it in `source.unreadable`; in training another example, drawn at random, takes
-            its place.
-        process_index, process_count: which process of how many this is.
+        transform: from an image to the pixels of an example; unused for cached sequences.
+        batch_size: examples per batch of this process.
+        on_bad: what to do with an unreadable record. "error" raises an error that names it.
+            "skip" logs it and adds it to `source.unreadable`; in training, another example drawn
+            at random takes its place.
+        process_index, process_count: which process this is, of how many.
         num_threads: threads that make batches, in every worker.
-        num_workers: worker processes; 0 makes the batches in threads of this process. With
-            workers absl's flags must be parsed, and `close()` ends them.
+        num_workers: worker processes; 0 makes the batches in threads of this process. With workers,
+            absl's flags must be parsed, and the iterator's `close()` ends them.
         prefetch: batches made ahead, in every worker.
 
     Raises:
-        ValueError: settings that cannot be.
+        ValueError: an invalid setting.
     """
 
+    transform: Transform
     batch_size: int
     on_bad: str = "error"
     process_index: int = 0
@@ -68,37 +76,30 @@ class Options:
         return self.batch_size * self.process_count
 
 
-def train_batches(
-    source: Source,
-    *,
-    image_size: tuple[int, int],
-    seed: int,
-    resize: int | None = None,
-    pad: int = 0,
-    **options,
-) -> grain.DatasetIterator:
-    """Endless training batches, every epoch in a new order.
+def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.DatasetIterator":
+    """Endless training batches with random crops, in a new order every epoch.
 
-    The examples of an epoch are dealt out to the global batches one after the other; a batch may
-    hold the end of one epoch and the start of the next, so that none is left out.
+    The examples of an epoch are dealt out to the global batches one after the other. A batch may
+    hold the end of one epoch and the start of the next, so that no example is left out. Of cached
+    sequences, each visit to an image draws one of its stored crops.
 
     Args:
         source: the training split.
-        image_size, resize, pad: see `Transform`; of no meaning for a cache of sequences, of which
-            each visit to an image draws one of its crops.
-        seed: of the order and the crops.
-        options: the fields of `Options`.
+        options: how to make examples and batches.
+        seed: seed of the order and the crops.
 
     Returns:
-        An iterator over stacked examples. Its `get_state` and `set_state` continue exactly where
-        training was (with the same num_workers); `grain.checkpoint.CheckpointSave` and
-        `CheckpointRestore` take it.
+        An iterator over stacked examples. `get_state` and `set_state` resume training at the exact
+        batch (with the same num_workers); `grain.checkpoint.CheckpointSave` and
+        `CheckpointRestore` accept the iterator.
 
     Raises:
-        ValueError: settings that do not fit, here; an unreadable record, on iteration.
+        ValueError: the batch is larger than the data set; later, on iteration, an unreadable
+            record.
     """
-    options = Options(**options)
-    load = _Load(source, *_maker(source, image_size, resize, pad), options.on_bad)
+    import grain
+
+    load = _Load.of(source, options)
     if options.global_batch_size > len(source):
         raise ValueError(
             f"A batch of {options.global_batch_size} ({options.batch_size} for each of "
@@ -109,56 +110,63 @@ def train_batches(
     return _own_batches(examples.random_map(load.train).repeat(), source, options)
 
 
-def eval_batches(
-    source: Source, *, image_size: tuple[int, int], resize: int | None = None, **options
-) -> grain.DatasetIterator:
+def eval_batches(source: Source, options: LoaderOptions) -> "grain.DatasetIterator":
     """Every example once over all processes, in the order of the source, with center crops.
 
-    The arguments are those of `train_batches`; of a cache of sequences the first crop is taken.
-    The last batches are filled up, so that every process sees the same number of batches.
+    Of cached sequences, the first stored crop is taken. The last batches are padded, so that every
+    process sees the same number of batches.
+
+    Args:
+        source: any split.
+        options: how to make examples and batches.
 
     Returns:
-        An iterator over stacked examples with a "mask", bool (batch_size,). Where it is False
-        (filled up, or an unreadable record with on_bad="skip") the rest is zero and must not
-        count.
+        An iterator over stacked examples with a "mask", bool (batch_size,). Where the mask is False
+        (padding, or an unreadable record with on_bad="skip") the arrays are zero and must not be
+        counted.
 
     Raises:
-        ValueError: settings that do not fit, here; an unreadable record, on iteration.
+        ValueError: the source is empty; later, on iteration, an unreadable record.
     """
-    options = Options(**options)
-    load = _Load(source, *_maker(source, image_size, resize), options.on_bad)
+    import grain
+
+    load = _Load.of(source, options)
     padded = -(-len(source) // options.global_batch_size) * options.global_batch_size
     return _own_batches(grain.MapDataset.range(padded).map(load.evaluate), source, options)
 
 
 def crop_batches(
     source: Source,
+    options: LoaderOptions,
     ranges: Sequence[tuple[int, int]],
     *,
     crops: int,
-    image_size: tuple[int, int],
     seed: int,
-    resize: int | None = None,
-    pad: int = 0,
-    **options,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Images start .. stop - 1 of each (start, stop) in order, each with several crops.
 
-    The arguments are those of `train_batches`. The crops of an image depend on the seed and its
-    index alone. A batch does not go over the end of a range, so that the last of each may be
-    smaller.
+    The crops of an image depend only on the seed and the image's index. A batch never crosses the
+    end of a range, so the last batch of a range may be smaller.
 
     Args:
-        crops: random crops of each image; 0 for one from the center.
+        source: images, no cached sequences.
+        options: how to make examples and batches; process_index and process_count are unused.
+        ranges: the images to load.
+        crops: random crops per image; 0 for a single center crop.
+        seed: seed of the crops.
 
     Returns:
-        An iterator over {"image": float32 (batch, max(crops, 1), H, W, 3), "label", "mask"}, as
-        `eval_batches` gives them.
+        An iterator over {"image": float32 (batch, max(crops, 1), H, W, 3), "label", "mask"}, with
+        the "mask" of `eval_batches`.
+
+    Raises:
+        ValueError: the source is empty; later, on iteration, an unreadable record.
     """
-    options = Options(**options)
-    transform = Transform(image_size, resize, pad)
-    blank = {"image": np.zeros((max(crops, 1), *image_size, 3), np.float32)}
-    load = _Load(source, functools.partial(_crops, transform, crops), blank, options.on_bad)
+    import grain
+
+    height, width = options.transform.image_size
+    blank = {"image": np.zeros((max(crops, 1), height, width, 3), np.float32)}
+    load = _Load(source, functools.partial(_crops, options.transform, crops), blank, options.on_bad)
     examples = grain.MapDataset.range(len(source)).seed(seed).random_map(load.evaluate)
     batches = [
         examples[start:stop].batch(options.batch_size, batch_fn=_stack) for start, stop in ranges
@@ -166,21 +174,10 @@ def crop_batches(
     return _iterate(grain.MapDataset.concatenate(batches), source, options)
 
 
-# From an item of a source to the arrays of an example, but its label: functions of the item and a
-# random generator, None for the one way that evaluation takes.
+# Functions (item of a source, rng) -> arrays of one example, without its label. rng=None takes the
+# deterministic crop of evaluation.
 
 Arrays = dict[str, np.ndarray]
-
-
-def _maker(
-    source: Source, image_size: tuple[int, int], resize: int | None, pad: int = 0
-) -> tuple[Callable[..., Arrays], Arrays]:
-    """The function for a kind of source, and what stands in a place without an example."""
-    if isinstance(source, SequenceSource):
-        blank = np.zeros((), crop_dtype(source.tokenizer))
-        return _draw, {name: blank[name] for name in blank.dtype.names}
-    transform = Transform(image_size, resize, pad)
-    return functools.partial(_crop, transform), {"image": np.zeros((*image_size, 3), np.float32)}
 
 
 def _crop(transform: Transform, item: dict[str, Any], rng: np.random.Generator | None) -> Arrays:
@@ -209,7 +206,12 @@ class _UnreadableError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    """Makes an example of an index; the field "unreadable" lists the records it had to skip."""
+    """Makes the example of an index; its field "unreadable" lists the records skipped for it.
+
+    Attributes:
+        make: (item, rng) -> arrays of an example.
+        blank: the arrays of a place without an example.
+    """
 
     source: Source
     make: Callable[..., Arrays]
@@ -219,6 +221,17 @@ class _Load:
     def __post_init__(self):
         if len(self.source) == 0:
             raise ValueError("The data source is empty.")
+
+    @classmethod
+    def of(cls, source: Source, options: LoaderOptions) -> "_Load":
+        """One example per index, of either kind of source."""
+        if isinstance(source, SequenceSource):
+            zeros = np.zeros((), source.crop_dtype)
+            make, blank = _draw, {name: zeros[name] for name in zeros.dtype.names}
+        else:
+            make = functools.partial(_crop, options.transform)
+            blank = {"image": np.zeros((*options.transform.image_size, 3), np.float32)}
+        return cls(source, make, blank, options.on_bad)
 
     def read(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         name = f"record {index}"
@@ -241,8 +254,8 @@ class _Load:
                 unreadable.append(error.args)
                 if len(unreadable) == MAX_DRAWS:
                     raise ValueError(
-                        f"{MAX_DRAWS} records drawn in a row are unreadable; too much of this "
-                        f"data set is damaged to go on. The last: {error}"
+                        f"{MAX_DRAWS} records drawn in a row are unreadable: too much of this data "
+                        f"set is damaged. Repair it or get it again. The last one is {error}"
                     ) from error
             index = int(rng.integers(len(self.source)))
 
@@ -259,23 +272,26 @@ class _Load:
 
 
 def _own_batches(
-    examples: grain.MapDataset, source: Source, options: Options
-) -> grain.DatasetIterator:
-    """This process's batches: of all batches of batch_size in a row, every process_count-th."""
+    examples: "grain.MapDataset", source: Source, options: LoaderOptions
+) -> "grain.DatasetIterator":
+    """This process's batches: every process_count-th of all consecutive batches of batch_size."""
     batches = examples.batch(options.batch_size, drop_remainder=True, batch_fn=_stack)
     return _iterate(batches[options.process_index :: options.process_count], source, options)
 
 
-def _iterate(batches: grain.MapDataset, source: Source, options: Options) -> grain.DatasetIterator:
-    """Makes the batches ahead, and notes in the source what could not be read."""
+def _iterate(
+    batches: "grain.MapDataset", source: Source, options: LoaderOptions
+) -> "grain.DatasetIterator":
+    """Makes batches ahead, and records in `source.unreadable` what could not be read."""
+    import grain
 
     def note_unreadable(batch: dict[str, Any]) -> Arrays:
-        # In the main process: what threads and workers found comes here with their batches.
+        # Runs in the main process: threads and workers send what they skipped with their batches.
         for name, reason in batch.pop("unreadable"):
             if name not in source.unreadable:
                 source.unreadable[name] = reason
-                logging.warning(
-                    "Left out unreadable record %d: %s: %s", len(source.unreadable), name, reason
+                logger.warning(
+                    "Skipped unreadable record %d: %s: %s", len(source.unreadable), name, reason
                 )
         return batch
 

@@ -1,4 +1,4 @@
-"""From an encoded image to the numbers a model sees: one transform for all data sets."""
+"""From an encoded image to the array that a model sees: one transform for all data sets."""
 
 import dataclasses
 import io
@@ -8,13 +8,17 @@ from PIL import Image, UnidentifiedImageError
 
 
 def decode(image: bytes | np.ndarray) -> Image.Image:
-    """Makes an 8-bit RGB image of an image file's content or of a uint8 (H, W) or (H, W, 3).
+    """Returns an 8-bit RGB image.
 
-    Gray becomes RGB, 16 bits become 8, transparent parts show white, CMYK and palettes are
-    converted, an animation gives its first frame. An EXIF orientation is not applied.
+    Gray is repeated to RGB, 16 bits are scaled to 8, transparency is composited on white, CMYK and
+    palettes are converted, and of an animation the first frame is taken. EXIF orientation is not
+    applied.
+
+    Args:
+        image: content of an image file, or uint8 (H, W) or (H, W, 3).
 
     Raises:
-        ValueError: the content is no image, a damaged one, or of a kind that has no RGB form.
+        ValueError: not an image, a damaged one, or one that cannot be converted to RGB.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image).convert("RGB")
@@ -40,24 +44,28 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
 def _to_8_bits(gray: np.ndarray) -> np.ndarray:
     """0..65535 to uint8 0..255."""
     if gray.min() < 0 or gray.max() > 65535:
-        raise ValueError(f"gray values of {gray.min()} to {gray.max()} do not fit into 16 bits")
+        raise ValueError(f"gray values of {gray.min()} to {gray.max()} do not fit in 16 bits")
     return np.round(gray / 257).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Resize, crop and scale as the paper does for 256 pixels, without flips.
+    """Resizes, crops and scales as the paper does at 256 pixels; no flips.
 
-    The image is resized (Lanczos, aspect kept) until it just covers a rectangle of the shape of
-    `image_size` whose short side is `resize`; then `image_size` is cropped, at random in training
-    and from the center otherwise. For a square, `resize` is the short side of the resized image.
+    The image is resized (Lanczos, aspect ratio kept) to just cover a rectangle with the aspect
+    ratio of `image_size` and a short side of `resize`. Then `image_size` is cropped from it, at
+    random in training and from the center otherwise. For a square `image_size`, `resize` is the
+    short side of the resized image.
 
     Attributes:
         image_size: height and width of the result.
         resize: see above; None for 288/256 of the short side of `image_size`.
-        pad: in training the resized image is extended by this many pixels on every side, with
-            copies of its edge, before the crop. Where `resize` leaves no room to crop, this
-            shifts the image by up to `pad` pixels.
+        pad: in training, the resized image is padded by this many pixels on every side, with
+            copies of its edge, before the crop. If `resize` leaves no room to crop, this shifts
+            the image by up to `pad` pixels.
+
+    Raises:
+        ValueError: a size that is not positive, or `resize` smaller than the crop.
     """
 
     image_size: tuple[int, int]
@@ -67,7 +75,8 @@ class Transform:
     def __post_init__(self):
         if min(self.image_size) < 1 or self.pad < 0:
             raise ValueError(
-                f"image_size {self.image_size} must be positive and pad {self.pad} not negative."
+                f"image_size must be positive and pad not negative, got {self.image_size} and "
+                f"{self.pad}."
             )
         if self.resize is not None and self.resize < min(self.image_size):
             raise ValueError(
@@ -77,13 +86,13 @@ class Transform:
 
     @property
     def cover(self) -> tuple[int, int]:
-        """The height and width that the resized image covers."""
+        """Height and width that the resized image must cover."""
         short = min(self.image_size)
         resize = round(short * 288 / 256) if self.resize is None else self.resize
         return tuple(round(n * resize / short) for n in self.image_size)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Gives float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None crops the center."""
+        """Returns float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None takes the center."""
         height, width = self.cover
         if height * image.width >= width * image.height:
             width = height * image.width // image.height

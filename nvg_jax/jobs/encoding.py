@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from nvg_jax.data import SequenceSource, Source, crop_batches, open_source, sequences
+from nvg_jax.data import (
+    LoaderOptions,
+    SequenceSource,
+    Source,
+    Transform,
+    crop_batches,
+    open_source,
+    sequences,
+)
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import barrier, is_main
@@ -106,8 +114,8 @@ def write_shards(
 
     Args:
         batch_size: crops encoded at once; at least all of one image.
-        on_bad, num_threads, num_workers: see `nvg_jax.data.loader`; with "skip" an unreadable image
-            has no record.
+        on_bad, num_threads, num_workers: see `LoaderOptions`; with "skip" an unreadable image has no
+            record.
     """
     shards = [
         shard
@@ -122,19 +130,16 @@ def write_shards(
             continue
         crops = settings["crops"] if split == "train" else 0
         images = max(1, batch_size // max(crops, 1))
-        batches = crop_batches(
-            source,
-            [(shard.start, shard.stop) for shard in missing],
-            crops=crops,
-            image_size=pipeline.tokenizer.config.image_size,
-            seed=settings["seed"],
-            resize=settings["data"]["resize"] or None,
-            pad=settings["data"]["pad"],
+        data = settings["data"]
+        options = LoaderOptions(
+            Transform(pipeline.tokenizer.config.image_size, data["resize"] or None, data["pad"]),
             batch_size=images,
             on_bad=on_bad,
             num_threads=num_threads,
             num_workers=num_workers,
         )
+        ranges = [(shard.start, shard.stop) for shard in missing]
+        batches = crop_batches(source, options, ranges, crops=crops, seed=settings["seed"])
         with contextlib.closing(batches):
             for shard in missing:
                 records, noted = [], len(source.unreadable)

@@ -1,11 +1,15 @@
-"""Reads the tensors of PyTorch checkpoint files without PyTorch and without running them.
+"""Reads the tensors of PyTorch checkpoints without PyTorch and without executing their pickles.
 
 `torch.save` writes one of two containers: a zip with the pickled object in `*/data.pkl` and each
 storage in `*/data/KEY`, or, in older files, a stream of pickles followed by the storages. A pickle
-is a program that may call anything. Here it is interpreted by `_run`, which knows tuples, lists,
-dictionaries, strings and numbers, turns PyTorch's recipes for tensors into `_Tensor` records, and
-puts a `_Placeholder` in the place of everything else (callbacks, hyper-parameters, optimizers).
-It imports nothing and calls nothing, so there is nothing for a hostile file to reach.
+is a program that may call anything. Here `_run` interprets it: tuples, lists, dictionaries, strings
+and numbers are built as they are, PyTorch's calls that rebuild a tensor become `_Tensor` records,
+and everything else (callbacks, hyperparameters, optimizers) becomes a `_Placeholder`. `_run`
+imports nothing and calls nothing, so a hostile file has nothing to attack.
+
+A `pickle.Unpickler` with a harmless `find_class` would be shorter but not safe: a nine-byte pickle
+makes it allocate gigabytes (a large memo index), and a deeply nested tuple as a dictionary key
+overflows the C stack when it is hashed.
 """
 
 import dataclasses
@@ -26,7 +30,7 @@ import numpy as np
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
-# The class of a storage, by which all but PyTorch's newest element types are pickled.
+# A storage is pickled with the name of its class, which tells the element type.
 _STORAGE_DTYPES = {
     "torch.DoubleStorage": np.float64,
     "torch.FloatStorage": np.float32,
@@ -38,22 +42,8 @@ _STORAGE_DTYPES = {
     "torch.CharStorage": np.int8,
     "torch.ByteStorage": np.uint8,
     "torch.BoolStorage": np.bool_,
-    "torch.ComplexFloatStorage": np.complex64,
-    "torch.ComplexDoubleStorage": np.complex128,
-    "torch.storage.UntypedStorage": np.uint8,
 }
-# The newest element types lie in untyped storages, the tensor's recipe names them.
-_TENSOR_DTYPES = {
-    "torch.uint16": np.uint16,
-    "torch.uint32": np.uint32,
-    "torch.uint64": np.uint64,
-    "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "torch.float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "torch.float8_e5m2": ml_dtypes.float8_e5m2,
-    "torch.float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "torch.float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-}
-# Opcodes that push the number, string or bytes that stands beside them.
+# Opcodes that push their argument: a number, a string or bytes.
 _LITERALS = {
     opcode.name
     for opcode in pickletools.opcodes
@@ -64,20 +54,20 @@ _LITERALS = {
 def read_state_dict(
     path: str | Path, keep: Callable[[str], bool] | None = None
 ) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint: its "state_dict" (Lightning), else the file's own dictionary.
+    """Returns the tensors of a checkpoint's "state_dict" (Lightning), or of the file itself.
 
     Args:
-        path: file that `torch.save` wrote, in either container.
-        keep: which names to return, all if None. Others are neither read nor checked.
+        path: file written by `torch.save`, in either container.
+        keep: predicate on names, None keeps all. Other tensors are neither read nor checked.
 
     Returns:
-        Name -> array in the file's order, shapes and element types as in PyTorch (bfloat16 and
-        float8 as `ml_dtypes`). The arrays are read-only views of the mapped file, whatever their
-        strides, so memory holds only what is looked at; the file must stay unchanged meanwhile.
+        {name: array} in the file's order, with PyTorch's shapes and element types (bfloat16 from
+        `ml_dtypes`). The arrays are read-only views of the memory-mapped file, whatever their
+        strides: only the pages that are read take memory, and the file must not change meanwhile.
 
     Raises:
-        ValueError: the file is empty, truncated, damaged, no PyTorch container, or its state_dict
-            is no dictionary of tensors.
+        ValueError: the file is empty, truncated, damaged or not a PyTorch container, or its
+            state_dict is not a dictionary of tensors with supported element types.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -93,15 +83,15 @@ def read_state_dict(
             raise ValueError("it is neither PyTorch's zip nor its older stream of pickles")
         state = content.get("state_dict", content) if isinstance(content, dict) else content
         if not isinstance(state, dict) or not state:
-            raise ValueError(f"its state_dict is no dictionary of tensors but {_describe(state)}")
+            raise ValueError(f"its state_dict is {_describe(state)}, not a dictionary of tensors")
         arrays = {}
         for name, tensor in state.items():
             if not isinstance(name, str):
-                raise ValueError(f"its state_dict has {_describe(name)} where a name belongs")
+                raise ValueError(f"its state_dict has {_describe(name)} where a name is expected")
             if keep is None or keep(name):
                 if not isinstance(tensor, _Tensor):
                     raise ValueError(
-                        f"its state_dict holds {_describe(tensor)} as {name!r}, which is no tensor"
+                        f"its state_dict has {_describe(tensor)} as {name!r}, which is not a tensor"
                     )
                 arrays[name] = _view(data, locate(tensor.storage), tensor)
         return arrays
@@ -113,14 +103,14 @@ def read_state_dict(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Placeholder:
-    """A class or function that a pickle names, or whatever calling it would have given."""
+    """Stands for a class or function that a pickle names, or for the result of calling it."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
-    """`size` elements, from element `start` on, of the `total` in the storage called `key`."""
+    """Elements start .. start + size - 1 of the storage `key`, which has `total` elements."""
 
     key: str
     dtype: np.dtype
@@ -131,10 +121,9 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tensor:
-    """A strided view, counted in elements of `dtype`, that lies within its storage."""
+    """A strided view that lies within its storage; offset and strides count elements."""
 
     storage: _Storage
-    dtype: np.dtype
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -143,11 +132,14 @@ class _Tensor:
 def _describe(value) -> str:
     if isinstance(value, _Placeholder):
         return f"an object of {value.name}"
-    return "an empty dictionary" if value == {} else f"a {type(value).__name__.strip('_').lower()}"
+    if value is None or value == {}:
+        return "None" if value is None else "an empty dictionary"
+    kind = type(value).__name__.strip("_").lower()
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _open_zip(data: mmap.mmap, path: Path):
-    """(content, function from a storage to the position of its bytes) of the zip container."""
+    """(content, function from a storage to its byte position) of the zip container."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
@@ -159,7 +151,7 @@ def _open_zip(data: mmap.mmap, path: Path):
     checked = {}
 
     def position(name: str, size: int | None = None) -> int:
-        """Where the bytes of a member begin, once its size and checksum are found right."""
+        """Where the bytes of a member begin; checks its size and checksum first."""
         if name not in members:
             raise ValueError(f"{name!r} is missing from the zip")
         info = members[name]
@@ -167,13 +159,13 @@ def _open_zip(data: mmap.mmap, path: Path):
             raise ValueError(f"{name!r} has {info.file_size} bytes where {size} are expected")
         if name not in checked:
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise ValueError(f"{name!r} is compressed or encrypted, PyTorch writes plain zips")
+                raise ValueError(f"{name!r} is compressed or encrypted, unlike PyTorch's zips")
             header = data[info.header_offset : info.header_offset + 30]
             if len(header) < 30 or header[:4] != b"PK\x03\x04":
                 raise ValueError(f"{name!r} is not where the zip directory says")
             begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
             with memoryview(data) as view, view[begin : begin + info.file_size] as body:
-                # PyTorch can be told to leave the checksums out, they are 0 then.
+                # PyTorch can be configured to omit checksums; they are 0 then.
                 if len(body) < info.file_size or info.CRC not in (0, zlib.crc32(body)):
                     raise ValueError(f"the checksum of {name!r} does not match its bytes")
             checked[name] = begin
@@ -193,7 +185,7 @@ def _open_zip(data: mmap.mmap, path: Path):
 
 
 def _open_legacy(data: mmap.mmap):
-    """(content, function from a storage to the position of its bytes) of the older container."""
+    """(content, function from a storage to its byte position) of the older container."""
     storages = {}
 
     def load(identifier):
@@ -203,10 +195,10 @@ def _open_legacy(data: mmap.mmap):
         return storage
 
     if _run(data, load) != _LEGACY_MAGIC:
-        raise ValueError("it is a pickle, but not one that torch.save wrote")
+        raise ValueError("it is a pickle, but not one written by torch.save")
     version, system = _run(data, load), _run(data, load)
     if version != _LEGACY_PROTOCOL or not isinstance(system, dict):
-        raise ValueError(f"its container has an unknown version, expected {_LEGACY_PROTOCOL}")
+        raise ValueError(f"its container is not of version {_LEGACY_PROTOCOL}")
     if system.get("little_endian") is not True:
         raise ValueError("it was written on a big-endian machine, only little-endian is supported")
     content, keys = _run(data, load), _run(data, load)
@@ -219,7 +211,7 @@ def _open_legacy(data: mmap.mmap):
         storage, head = storages[key], data[end : end + 8]
         begin, end = end + 8, end + 8 + storage.total * storage.dtype.itemsize
         if len(head) == 8 and int.from_bytes(head, "little") != storage.total:
-            raise ValueError(f"storage {key!r} has not the {storage.total} elements expected")
+            raise ValueError(f"storage {key!r} does not have the expected {storage.total} elements")
         if end > len(data):
             raise ValueError(f"it ends within storage {key!r}")
         positions[key] = begin
@@ -238,19 +230,20 @@ def _open_legacy(data: mmap.mmap):
 
 def _view(data: mmap.mmap, position: int, tensor: _Tensor) -> np.ndarray:
     """The tensor whose storage begins at byte `position`, without copying."""
+    storage = tensor.storage
     if 0 in tensor.shape:
-        return np.empty(tensor.shape, tensor.dtype)
-    storage, item = tensor.storage, tensor.dtype.itemsize
+        return np.empty(tensor.shape, storage.dtype)
+    item = storage.dtype.itemsize
     strides = [
         stride * item if n > 1 else 0
         for n, stride in zip(tensor.shape, tensor.strides, strict=True)
     ]
-    position += storage.start * storage.dtype.itemsize + tensor.offset * item
-    return np.ndarray(tensor.shape, tensor.dtype, data, position, strides)
+    position += (storage.start + tensor.offset) * item
+    return np.ndarray(tensor.shape, storage.dtype, data, position, strides)
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Number of elements from a tensor's first to its last, 0 without any."""
+    """Number of elements from a tensor's first to its last, 0 for an empty tensor."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -261,10 +254,11 @@ def _is_count(*values) -> bool:
 
 
 def _storage(identifier) -> _Storage | _Placeholder:
-    """The storage that a persistent id stands for: ("storage", class, key, device, elements).
+    """The storage of a persistent id ("storage", class, key, device, elements).
 
-    The older container adds None, or (key, start, size) of a view of the storage; it also writes
-    ("module", class, file, source), which stands for the class.
+    The older container appends None, or (key, start, size) for a view of the storage. It also
+    writes ("module", class, file, source), which stands for the class. A storage of an unsupported
+    element type becomes a placeholder.
     """
     match identifier:
         case ("module", _Placeholder() as module, *_):
@@ -284,8 +278,8 @@ def _storage(identifier) -> _Storage | _Placeholder:
     raise ValueError("a persistent id in its pickle describes no storage")
 
 
-def _tensor(storage, offset, shape, strides, dtype=None) -> _Tensor | _Placeholder:
-    """The tensor of one of PyTorch's recipes; a placeholder where the storage is one."""
+def _tensor(storage, offset, shape, strides) -> _Tensor | _Placeholder:
+    """The tensor that PyTorch would rebuild; a placeholder if the storage is one."""
     if isinstance(storage, _Placeholder):
         return storage
     if not (
@@ -296,22 +290,20 @@ def _tensor(storage, offset, shape, strides, dtype=None) -> _Tensor | _Placehold
         and _is_count(offset, *shape, *strides)
     ):
         raise ValueError("its pickle describes a malformed tensor")
-    dtype = storage.dtype if dtype is None else np.dtype(dtype)
-    end = (offset + _extent(shape, strides)) * dtype.itemsize
-    if end > storage.size * storage.dtype.itemsize:
+    if offset + _extent(shape, strides) > storage.size:
         raise ValueError(f"a tensor of shape {shape} reaches outside storage {storage.key!r}")
-    if math.prod(shape) * dtype.itemsize > np.iinfo(np.intp).max:
+    if math.prod(shape) * storage.dtype.itemsize > np.iinfo(np.intp).max:
         raise ValueError(f"a tensor of shape {shape} is too large for any memory")
-    return _Tensor(storage, dtype, offset, shape, strides)
+    return _Tensor(storage, offset, shape, strides)
 
 
 def _reduce(function, arguments):
-    """What the pickle's call function(*arguments) stands for."""
+    """What the call function(*arguments) in a pickle stands for."""
     if not isinstance(function, _Placeholder) or not isinstance(arguments, tuple):
-        raise ValueError("its pickle calls something that is no function")
+        raise ValueError("its pickle calls something that is not a function")
     name = function.name
     if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:
-        function, _, arguments, _ = arguments  # a tensor with attributes of its own: drop these
+        function, _, arguments, _ = arguments  # a tensor with attributes, which are dropped
         if isinstance(function, _Placeholder) and isinstance(arguments, tuple):
             name = function.name
     match name, arguments:
@@ -323,9 +315,6 @@ def _reduce(function, arguments):
             arguments
         ) >= 4 and arguments[6:] in ((), (None,), ({},)):
             return _tensor(*arguments[:4])
-        case "torch._utils._rebuild_tensor_v3", (_, _, _, _, _, _, _Placeholder(name=dtype), *rest):
-            if dtype in _TENSOR_DTYPES and rest in ([], [None], [{}]):
-                return _tensor(*arguments[:4], dtype=_TENSOR_DTYPES[dtype])
         case (
             "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
             (_Tensor() as tensor, *_),
@@ -341,7 +330,10 @@ def _pair(value) -> tuple:
 
 
 def _fill(container, values: list):
-    """Adds [value, ...] to a list or [key, value, ...] to a dictionary; a placeholder stays."""
+    """Adds [value, ...] to a list or [key, value, ...] to a dictionary; a placeholder ignores them.
+
+    Compound keys are replaced before anything hashes them.
+    """
     if isinstance(container, list):
         container.extend(values)
     elif isinstance(container, dict):
@@ -351,12 +343,12 @@ def _fill(container, values: list):
             plain = key is None or isinstance(key, str | bytes | int | float)
             container[key if plain else _Placeholder("a compound key")] = value
     elif not isinstance(container, _Placeholder):
-        raise ValueError("its pickle adds elements to something that is no container")
+        raise ValueError("its pickle adds elements to something that is not a container")
     return container
 
 
 def _run(stream, load: Callable):
-    """Interprets one pickle from `stream`, up to its STOP; `load` resolves persistent ids."""
+    """Interprets one pickle of `stream` up to its STOP; `load` resolves persistent ids."""
     stack, outer, memo = [], [], {}
     try:
         for opcode, argument, _ in pickletools.genops(stream):
@@ -424,7 +416,7 @@ def _run(stream, load: Callable):
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
                     if not isinstance(module, str) or not isinstance(name, str):
-                        raise ValueError("its pickle names a class by something that is no string")
+                        raise ValueError("its pickle has a class name that is not a string")
                     stack.append(_Placeholder(f"{module}.{name}"))
                 case "INST":
                     stack = outer.pop()
@@ -439,12 +431,12 @@ def _run(stream, load: Callable):
                     _, arguments, function = stack.pop(), stack.pop(), stack.pop()
                     stack.append(_reduce(function, arguments))
                 case "BUILD":
-                    stack.pop()  # attributes are not kept
-                    stack[-1]
+                    stack.pop()  # attributes are dropped
+                    stack[-1]  # damaged if there is no object
                 case "BINPERSID":
                     stack.append(load(stack.pop()))
                 case name:
-                    raise ValueError(f"torch.save never writes the opcode {name} of its pickle")
+                    raise ValueError(f"torch.save never writes the pickle opcode {name}")
     except (IndexError, KeyError) as error:
         raise ValueError("its pickle is damaged") from error
     raise ValueError("its pickle has no end")

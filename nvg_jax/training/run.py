@@ -13,7 +13,15 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import pretrained
-from nvg_jax.data import SequenceSource, Source, eval_batches, open_source, train_batches
+from nvg_jax.data import (
+    LoaderOptions,
+    SequenceSource,
+    Source,
+    Transform,
+    eval_batches,
+    open_source,
+    train_batches,
+)
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.files import storage_path
 from nvg_jax.tokenizer import TokenizerConfig
@@ -81,21 +89,17 @@ class Run:
 
     # Batches.
 
-    @property
-    def batch_shards(self) -> int:
-        """The number of shards a global batch is split into."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
     def process_batch_size(self, batch_size: int) -> int:
         """This process's share of a global batch.
 
         Raises:
             ValueError: the batch does not divide over the mesh, or the mesh not over the processes.
         """
-        if batch_size % self.batch_shards:
+        shards = sharding.batch_shards(self.mesh)
+        if batch_size % shards:
             raise ValueError(
-                f"batch_size {batch_size} must be a multiple of data x fsdp = "
-                f"{self.batch_shards}, so that every device has its part of a batch."
+                f"batch_size {batch_size} must be a multiple of data x fsdp = {shards}, so that "
+                "every device has its part of a batch."
             )
         if not sharding.processes_split_batch(self.mesh):
             raise ValueError(
@@ -105,11 +109,10 @@ class Run:
             )
         return batch_size // jax.process_count()
 
-    def loader_options(self, batch_size: int) -> dict[str, Any]:
+    def loader_options(self, batch_size: int) -> LoaderOptions:
         data = self.config.data
-        return dict(
-            image_size=self.tokenizer_config.image_size,
-            resize=data.resize or None,
+        return LoaderOptions(
+            Transform(self.tokenizer_config.image_size, data.resize or None, data.pad),
             batch_size=self.process_batch_size(batch_size),
             on_bad=data.on_bad,
             process_index=jax.process_index(),
@@ -119,10 +122,9 @@ class Run:
             prefetch=data.prefetch,
         )
 
-    def train_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    def train_batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
         """Endless training batches, this process's share of each."""
-        options = self.loader_options(batch_size)
-        return train_batches(self.train_source, seed=seed, pad=self.config.data.pad, **options)
+        return train_batches(self.train_source, self.loader_options(batch_size), seed=seed)
 
     def test_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """The global batches of the test split, each once.
@@ -130,10 +132,10 @@ class Run:
         Raises:
             Preempted: SIGTERM arrived; an evaluation can take longer than the grace period.
         """
-        shards = self.batch_shards
+        shards = sharding.batch_shards(self.mesh)
         batch_size = min(batch_size, max(shards, len(self.test_source) // shards * shards))
         with contextlib.closing(
-            eval_batches(self.test_source, **self.loader_options(batch_size))
+            eval_batches(self.test_source, self.loader_options(batch_size))
         ) as batches:
             for batch in batches:
                 if preemption.noticed():
