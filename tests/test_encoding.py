@@ -270,7 +270,7 @@ def test_another_tokenizer_is_refused(pipeline, whole):
     source = open_source("sequences", "train", data_dir=str(whole))
     source.check_tokenizer(pipeline.metadata.fingerprint)
     assert TokenizerConfig(**source.tokenizer) == SIZES
-    with pytest.raises(ValueError, match=r"another tokenizer \(weights .*the one to train with"):
+    with pytest.raises(ValueError, match=r"another tokenizer \(weights .*than the one of this run"):
         source.check_tokenizer("0123456789abcdef")
 
 

@@ -114,8 +114,8 @@ def write_shards(
 
     Args:
         batch_size: crops encoded at once; at least all of one image.
-        on_bad, num_threads, num_workers: see `LoaderOptions`; with "skip" an unreadable image has no
-            record.
+        on_bad, num_threads, num_workers: see `LoaderOptions`; with "skip" an unreadable image
+            has no record.
     """
     shards = [
         shard
