@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import granularity, models, workdir
 from nvg_jax.models import GENERATORS
-from nvg_jax.runtime.sharding import BATCH_SPEC, make_mesh
+from nvg_jax.runtime.sharding import BATCH_SPEC, fill_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.workdir import RunMetadata
@@ -271,16 +271,9 @@ class Pipeline:
 
     def _place(self, tree):
         """Pads the batch to a multiple of the devices and shards it."""
-        devices, split = self._mesh.size, NamedSharding(self._mesh, BATCH_SPEC)
-
-        def place(x):
-            x = jnp.asarray(x)
-            missing = -len(x) % devices
-            if missing:
-                x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
-            return jax.device_put(x, split)
-
-        return jax.tree.map(place, tree)
+        count, devices = len(jax.tree.leaves(tree)[0]), self._mesh.size
+        tree = fill_batch(tree, -(-count // devices) * devices)
+        return jax.device_put(tree, NamedSharding(self._mesh, BATCH_SPEC))
 
     def _tokenize(self, batch, method: str):
         """Runs a method of the tokenizer on a batch over all devices; NumPy arrays."""

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back exactly, or the one before it, or a sentence."""
+"""Checkpoints: restored exactly, or the one before, or a clear error."""
 
 import gc
 import logging
@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import multihost
 
-from nvg_jax.runtime.checkpoint import Checkpoints, checksums, read, read_meta, storage_path
+from nvg_jax.runtime.checkpoint import Checkpoints, checksums, read, read_meta
+from nvg_jax.runtime.files import storage_path
 
-# After an error Orbax leaves coroutines behind that Python complains of.
+# After an error Orbax leaves coroutines behind, which Python warns about.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 META = {"name": "run", "scale": [1.0, 0.3333333333333333], "none": None, "sizes": [3, 4]}
@@ -53,7 +54,7 @@ def same(found, state) -> bool:
 
 
 def restore(folder):
-    """(state, position, step) as a run that goes on gets them."""
+    """(state, position, step) as a resumed run gets them."""
     checkpoints = Checkpoints(folder)
     try:
         return checkpoints.restore(abstract(make_state(0)), lambda meta: None)
@@ -64,7 +65,7 @@ def restore(folder):
 @pytest.fixture(autouse=True)
 def clear_up():
     yield
-    gc.collect()  # the complaints come here, where they are filtered
+    gc.collect()  # the warnings come here, where they are filtered
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_folders_on_disks_and_in_buckets(tmp_path, monkeypatch):
     assert str(storage_path("gs://bucket/a") / "b") == "gs://bucket/a/b"
 
 
-def test_the_last_ones_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     save(tmp_path / "run", 1, 2, 3, keep=2)
     kept = sorted(int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit())
     assert kept == [2, 3]
@@ -118,7 +119,7 @@ def flip(path, position, bit):
 
 
 def test_a_flipped_bit_anywhere_never_gives_wrong_numbers(two, tmp_path, caplog):
-    """The newest checkpoint, or the one before it; exactly, for training and for readers."""
+    """Training and readers get the newest checkpoint or the one before it, exactly."""
     rng = np.random.default_rng(0)
     files = sorted(
         path for path in (two / "2").rglob("*") if path.is_file() and path.stat().st_size
@@ -162,13 +163,13 @@ def test_truncated_missing_and_broken_files_give_the_one_before(two, tmp_path, c
         state, _, step = restore(copy)
         assert step == 1 and same(state, make_state(1))
         assert (copy / "damaged_2").is_dir() and not (copy / "2").exists()
-        save(copy, 2)  # as the run that goes on will
+        save(copy, 2)  # as the resumed run will
         assert restore(copy)[2] == 2
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert any("The checkpoint of step 2" in r.getMessage() for r in warnings)
 
 
-def test_when_all_are_damaged_nothing_is_begun_anew(two):
+def test_when_all_are_damaged_nothing_starts_over(two):
     for step in ("1", "2"):
         largest = max((two / step).rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
         os.truncate(largest, 10)
@@ -179,7 +180,7 @@ def test_when_all_are_damaged_nothing_is_begun_anew(two):
     assert (two / "1").is_dir() and (two / "2").is_dir()
 
 
-def test_another_model_is_no_damage(two):
+def test_another_model_is_not_reported_as_damage(two):
     other = make_state(0)
     other["params"]["kernel"] = jnp.zeros((64, 47))
     with pytest.raises(ValueError, match=r"params/kernel should be float32 \(64, 47\)"):
@@ -212,8 +213,8 @@ def test_other_failures_are_not_called_a_full_disk(two, monkeypatch):
     assert restore(two)[2] == 3
 
 
-def test_orbax_does_not_ask_whether_to_end(two, monkeypatch):
-    """Training does, with numbers of its own; JAX would mix up the two."""
+def test_orbax_does_not_poll_for_preemption(two, monkeypatch):
+    """Training polls for preemption itself; a second caller would disturb its counter."""
 
     def ask(step):
         raise AssertionError("asked")
@@ -224,7 +225,7 @@ def test_orbax_does_not_ask_whether_to_end(two, monkeypatch):
 
 
 def fill_disk(folder):
-    """Saves where files are limited to less than the checkpoint takes, as on a full disk."""
+    """Saves with a file size limit below the size of the checkpoint, as on a full disk."""
     checkpoints = Checkpoints(folder)
     big = make_state(3) | {"big": jnp.asarray(np.random.default_rng(0).normal(size=1 << 18))}
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -234,17 +235,17 @@ def fill_disk(folder):
         checkpoints.wait()
     except OSError as error:
         print(error, flush=True)
-    os._exit(0)  # what Orbax leaves behind complains on the way out
+    os._exit(0)  # skips the cleanup, in which Orbax would raise
 
 
-def test_a_full_disk_is_a_sentence_and_the_old_ones_stay(two):
+def test_a_full_disk_is_explained_and_old_checkpoints_stay(two):
     run = subprocess.run(
         [sys.executable, __file__, two],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
-    assert f"could not be written to {two}" in run.stdout and "make room" in run.stdout, run
+    assert f"could not be written to {two}" in run.stdout and "free some space" in run.stdout, run
     state, _, step = restore(two)
     assert step == 2 and same(state, make_state(2))
 

@@ -69,7 +69,7 @@ def test_two_processes_train_stop_on_a_signal_and_one_goes_on(tmp_path):
     lines = []
     for line in running[0].stderr:
         lines.append(line)
-        if "generators 3/" in line:
+        if "generators: 3/" in line:
             running[1].send_signal(signal.SIGTERM)
             break
     outputs = finish(running)

@@ -41,6 +41,14 @@ def test_between_slices_lies_the_data_axis():
         sharding.make_mesh(1, 16, 1, devices=chips)
 
 
+def test_a_batch_is_filled_with_its_last_row():
+    rows, labels = np.arange(6.0).reshape(3, 2), jnp.array([7, 8, 9])
+    filled, filled_labels = sharding.fill_batch((rows, labels), 5)
+    assert filled.tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]]
+    assert filled_labels.tolist() == [7, 8, 9, 9, 9]
+    assert sharding.fill_batch(rows, 3) is rows
+
+
 def test_every_process_has_rows_of_its_own():
     chips = [Chip(number, 4, 16) for number in range(16)]
     split = lambda *sizes: sharding.processes_split_batch(sharding.make_mesh(*sizes, devices=chips))

@@ -1,4 +1,4 @@
-"""Pictures of hand-made tiles."""
+"""Grids of hand-made tiles."""
 
 import numpy as np
 from PIL import Image

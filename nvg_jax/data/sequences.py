@@ -1,9 +1,9 @@
-"""The files of a cache of granularity sequences, which `nvg_jax.encode` writes.
+"""Cached granularity sequences: the files that `nvg_jax.encode` writes.
 
-A folder holds, for each split, files train-00000-of-00157.array_record, each of a range of the
-data set's images, and meta.json, written when all of them are there; until then unfinished.json
-holds the settings. A record is an image with all its crops (see `pack`); the last record of a file
-is JSON, {name: reason} of the images of its range that could not be read and have no record.
+For each split a folder holds files train-00000-of-00157.array_record, each with a range of the
+data set's images. meta.json is written when all of them are there; until then unfinished.json
+holds the settings. A record is an image with all its crops (see `pack`). The last record of a file
+is JSON, {name: reason} of the images in its range that are unreadable and have no record.
 """
 
 import dataclasses
@@ -13,14 +13,17 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epy
 
 from nvg_jax.runtime.files import atomic_path, read_json, write_json
 
+with epy.lazy_imports():  # slow
+    import grain
+    from array_record.python import array_record_module
+
 FORMAT = 1
-SHARD_SIZE = 4096  # images of a file
+SHARD_SIZE = 4096  # images per file
 META, UNFINISHED = "meta.json", "unfinished.json"
 
 
@@ -28,7 +31,9 @@ META, UNFINISHED = "meta.json", "unfinished.json"
 
 
 def crop_dtype(tokenizer: dict[str, Any]) -> np.dtype:
-    """What is stored of one crop: "structure" (L,), "tokens" (2L - 1,), in the smallest integers.
+    """The stored form of a crop: "structure" (L,) and "tokens" (2L - 1,).
+
+    Both use the smallest integer type that holds all values.
 
     Args:
         tokenizer: the sizes "latent_size" and "codebook_size".
@@ -44,15 +49,15 @@ def crop_dtype(tokenizer: dict[str, Any]) -> np.dtype:
 
 
 def compact(structure: np.ndarray, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Whole sequences, int (N, S, L) each, as N crops of `crop_dtype`.
+    """Packs full structure maps and tokens, int (N, S, L) each, into N crops of `crop_dtype`.
 
-    Stored are the labels of the finest stage, of which those of the others are the leading bits,
-    and the tokens of stage 0, 1, ... K after each other, one for each cluster.
+    Only the labels of the finest stage are stored, since those of the other stages are their
+    leading bits, and one token for each cluster of stage 0, 1, ... K in that order.
     """
     stages, length = structure.shape[1:]
     finest = structure[:, -1]
-    # Where the label 0, 1, ... L-1 of the finest stage is; every 2**(K-i)-th opens a cluster of
-    # stage i.
+    # The positions of the labels 0, 1, ... L-1 of the finest stage. Every 2**(K-i)-th of them is
+    # the first of a cluster of stage i.
     positions = np.argsort(finest, axis=1)
     unique = [
         np.take_along_axis(tokens[:, stage], positions[:, :: length >> stage], axis=1)
@@ -65,20 +70,23 @@ def compact(structure: np.ndarray, tokens: np.ndarray, dtype: np.dtype) -> np.nd
 
 
 def pack(label: int, crops: np.ndarray) -> bytes:
-    """The record of an image: crc32 of the rest, label (little-endian uint32 both), its crops."""
+    """The record of an image: the CRC-32 of the rest, the label, the crops.
+
+    The CRC-32 and the label are little-endian uint32.
+    """
     content = label.to_bytes(4, "little") + crops.tobytes()
     return zlib.crc32(content).to_bytes(4, "little") + content
 
 
 def unpack(record: bytes, dtype: np.dtype) -> tuple[int, np.ndarray]:
-    """(label, crops) of a record.
+    """The label and the crops of a record.
 
     Raises:
         ValueError: the record is damaged.
     """
     checksum, content = record[:4], record[4:]
     if zlib.crc32(content) != int.from_bytes(checksum, "little"):
-        raise ValueError("its checksum differs")
+        raise ValueError("its checksum does not match")
     return int.from_bytes(content[:4], "little"), np.frombuffer(content, dtype, offset=4)
 
 
@@ -87,7 +95,7 @@ def unpack(record: bytes, dtype: np.dtype) -> tuple[int, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of a cache and the images of the split that it takes, start .. stop - 1."""
+    """One file, with the images start .. stop - 1 of a split."""
 
     split: str
     file: str
@@ -96,7 +104,7 @@ class Shard:
 
 
 def plan(settings: dict[str, Any]) -> list[Shard]:
-    """All files of a cache, from "images" (their number in each split) and "shard_size"."""
+    """All files to write, from the settings "images" (their number per split) and "shard_size"."""
     shards, size = [], settings["shard_size"]
     for split, images in settings["images"].items():
         count = math.ceil(images / size)
@@ -113,58 +121,55 @@ def plan(settings: dict[str, Any]) -> list[Shard]:
 
 
 def begin(folder: Path, settings: dict[str, Any]):
-    """Begins a cache in a new folder, or sees that one is to go on with the same settings.
+    """Creates a folder for sequences, or checks that it was created with the same settings.
 
     Raises:
-        ValueError: other settings, or a folder with something else in it.
+        ValueError: other settings, or the folder holds something else.
     """
-    settings = json.loads(json.dumps(settings))  # as they come back
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     stored = read_json(folder / META) or read_json(folder / UNFINISHED)
     if stored is None:
-        # A kill in this very function may have left the settings' temporary file.
+        # If this function was killed earlier, the temporary file of the settings remains.
         names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
         if folder.is_file() or names - {f"{UNFINISHED}.tmp"}:
-            raise ValueError(f"{folder} exists and is no cache of sequences; give a new folder.")
+            raise ValueError(f"{folder} exists and holds no cached sequences. Give a new folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / UNFINISHED, settings)
         return
     for key, value in settings.items():
         if stored.get(key) != value:
             raise ValueError(
-                f"{folder} holds a cache with {key} = {stored.get(key)}, and it cannot go on with "
-                f"{value}. Use the settings it was begun with, or another folder."
+                f"{folder} holds sequences made with {key} = {stored.get(key)}, and cannot be "
+                f"resumed with {value}. Use the same settings, or another folder."
             )
 
 
 def write_shard(path: Path, records: list[bytes], unreadable: dict[str, str]):
-    """Writes one file of cached sequences, atomically.
+    """Writes a file of records, atomically.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
         try:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
             try:
                 for record in (*records, json.dumps(unreadable).encode()):
                     writer.write(record)
             finally:
                 writer.close()
-        except RuntimeError as error:  # the writer raises it for any failure
-            raise OSError(
-                f"{temporary} could not be written ({error}). Make room or grant write permission, "
-                "and run the same command again to resume."
-            ) from error
+        except RuntimeError as error:  # what the writer raises for any failure
+            raise OSError(str(error)) from error
 
 
 def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes and returns the metadata of a cache of which all files are there.
+    """Writes and returns the metadata, once all files are there.
 
-    They are the settings and, for each split, "shards": {file: {"records", "bytes"}} and
+    It holds the settings and, for each split, "shards": {file: {"records", "bytes"}} and
     "unreadable": {name: reason}.
 
     Raises:
-        ValueError: a file is damaged, or no image of a split could be read.
+        ValueError: a file is damaged, or all images of a split are unreadable.
     """
     shards = {split: {} for split in settings["images"]}
     unreadable = {split: {} for split in settings["images"]}
@@ -180,7 +185,7 @@ def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         shards[shard.split][shard.file] = {"records": records, "bytes": path.stat().st_size}
     for split, files in shards.items():
         if not any(file["records"] for file in files.values()):
-            raise ValueError(f"No image of the {split} split could be read.")
+            raise ValueError(f"All images of the {split} split are unreadable.")
     meta = {**settings, "shards": shards, "unreadable": unreadable}
     write_json(folder / META, meta)
     (folder / UNFINISHED).unlink(missing_ok=True)
@@ -191,15 +196,15 @@ def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Records:
-    """The records of one split of a cache by image, each checked against its checksum."""
+    """The records of one split, indexed by image; reading verifies the checksum."""
 
     def __init__(self, folder: Path, split: str, meta: dict[str, Any]):
         """
         Args:
-            meta: of `read_meta`.
+            meta: the result of `read_meta`.
 
         Raises:
-            ValueError: a file is missing or has another length than when it was written.
+            ValueError: a file is missing, or its size is not the one it was written with.
         """
         self._dtype = crop_dtype(meta["tokenizer"])
         self._paths = [folder / file for file in meta["shards"][split]]
@@ -219,19 +224,19 @@ class Records:
         return f"{self._paths[shard]} record {index - first}"
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
-        """(label, crops of `crop_dtype`) of an image.
+        """The label and the crops (of `crop_dtype`) of an image.
 
         Raises:
             ValueError: the record is damaged.
         """
         shard = self._shard(index)
-        try:  # every file before this one has one record more, of JSON
+        try:  # each file before this one has one more record, the JSON
             return unpack(self._files[index + shard], self._dtype)
         except Exception as error:  # damage comes as errors of many kinds
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{self.name(index)} is damaged ({reason}). Remove the file, and run "
-                "nvg_jax.encode again with the same settings to write it anew."
+                f"{self.name(index)} is damaged ({reason}). Delete the file and run "
+                "nvg_jax.encode again with the same settings to rewrite it."
             ) from error
 
     def _shard(self, index: int) -> int:
@@ -239,32 +244,32 @@ class Records:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The metadata of a finished cache.
+    """The metadata of a folder of sequences.
 
     Raises:
-        ValueError: there is none in the folder, it is not finished, or of another format.
+        ValueError: the folder has none, is not finished, or is of another format.
     """
     meta = read_json(folder / META)
     if meta is None:
         if (folder / UNFINISHED).exists():
             raise ValueError(
-                f"The cache in {folder} is not finished; run nvg_jax.encode again with the same "
-                "settings to go on."
+                f"The encoding into {folder} is not finished. Run nvg_jax.encode again with the "
+                "same settings to resume it."
             )
         raise ValueError(
-            f"{folder} has no cached sequences (no {META}); make them with `python -m "
+            f"{folder} has no cached sequences (no {META}). Make them with `python -m "
             "nvg_jax.encode`."
         )
     if meta["format"] != FORMAT:
         raise ValueError(
-            f"The cache in {folder} has the format {meta['format']}, and this version reads "
-            f"{FORMAT}. Make it again with nvg_jax.encode."
+            f"The sequences in {folder} are in format {meta['format']}, but this version reads "
+            f"format {FORMAT}. Make them again with nvg_jax.encode."
         )
     return meta
 
 
 def _damaged(path: Path) -> str:
     return (
-        f"{path} is missing or damaged. Remove what is left of it, and run nvg_jax.encode again "
-        "with the same settings to write it anew."
+        f"{path} is missing or damaged. Delete what is left of it and run nvg_jax.encode again "
+        "with the same settings to rewrite it."
     )

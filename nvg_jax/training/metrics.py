@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.progress import Progress
 from nvg_jax.visualize import png
 
 logger = logging.getLogger("nvg_jax")
@@ -22,13 +24,11 @@ class Reporter:
     def __init__(self, part: str, folder: epath.Path, start: int, steps: int, batch_size: int):
         from clu import metric_writers  # imports TensorFlow, which takes seconds
 
-        main_process = jax.process_index() == 0
-        writers = [metric_writers.SummaryWriter(str(folder))] if main_process else []
+        writers = [metric_writers.SummaryWriter(str(folder))] if is_main() else []
         self._writer = metric_writers.MultiWriter(writers)
         self._part, self._folder, self._batch_size = part, folder, batch_size
-        self._start, self._steps = start, steps
+        self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
-        self._started = self._window_started = time.monotonic()
         if start:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
@@ -52,17 +52,12 @@ class Reporter:
             FloatingPointError: a metric is not finite.
         """
         scalars = summarize(jax.device_get(self._window), self._part, step)
-        now = time.monotonic()
-        rate = len(self._window) / (now - self._window_started)
+        rate = len(self._window) / (time.monotonic() - self._window_started)
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
         self._writer.write_scalars(step, scalars)
-        remaining = (now - self._started) / (step - self._start) * (self._steps - step)
-        losses = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items() if k.endswith("loss"))
-        logger.info(
-            "%s %d/%d  %s  %.3g steps/s  ETA %d:%02d",
-            self._part, step, self._steps, losses, rate, *divmod(round(remaining), 60),
-        )  # fmt: skip
+        losses = (f"{k} {v:.4g}" for k, v in scalars.items() if k.endswith("loss"))
+        self._progress.update(step, "  ".join(losses))
         self._window = []
 
     def evaluation(self, step: int, metrics: dict[str, Any], picture: np.ndarray | None):
@@ -70,8 +65,8 @@ class Reporter:
         scalars = {f"test_{name}": value for name, value in flatten(metrics).items()}
         self._writer.write_scalars(step, scalars)
         shown = (f"{k} {v:.4g}" for k, v in scalars.items() if not k.split("/")[-1].isdigit())
-        logger.info("%s %d  held out: %s", self._part, step, "  ".join(shown))
-        if picture is not None and jax.process_index() == 0:
+        logger.info("%s: %d  held out: %s", self._part, step, "  ".join(shown))
+        if picture is not None and is_main():
             (self._folder / f"pictures_{step:07d}.png").write_bytes(png(picture))
             self._writer.write_images(step, {"pictures": picture[None]})
 
