@@ -1,13 +1,18 @@
-"""What all presets share: the published training recipe (paper, Section 4.1 and Appendix)."""
+"""All settings with their defaults: the published recipe (paper, Section 4.1 and Appendix).
+
+Each preset is base() with a few changes. Any setting can be overridden on the command line:
+
+    --config.generator_training.length="800 steps" --config.content.depth=8
+"""
 
 import ml_collections
 
 
 def base() -> ml_collections.ConfigDict:
-    """Every setting there is, as published for ImageNet at 256 pixels, without a model size."""
+    """Every setting, with the values published for ImageNet at 256 x 256 pixels (d16)."""
     optimizer = dict(
         learning_rate=1e-4,  # at batch size 256; scales linearly with it
-        schedule="linear",  # constant, then linear decay; or cosine, constant
+        schedule="linear",  # constant, then linear decay; or "cosine", "constant"
         warmup_steps=1000,
         warmup_start=0.005,
         decay_start=0.8,  # fraction of the steps
@@ -19,12 +24,10 @@ def base() -> ml_collections.ConfigDict:
         ema_decay=0.9999,
     )
     run = dict(
-        steps=0,  # give steps or epochs
-        epochs=0.0,
-        log_every=100,
+        log_every=100,  # steps; so are the next two
         eval_every=5000,
         save_every=5000,
-        keep=2,  # checkpoints
+        keep=2,  # number of checkpoints to keep
     )
     tokenizer_optimizer = optimizer | dict(
         schedule="cosine", warmup_steps=0, final=0.0, weight_decay=0.0
@@ -33,19 +36,19 @@ def base() -> ml_collections.ConfigDict:
         dict(
             part="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
-            tokenizer_workdir="",  # where the generators' tokenizer is, if not in --workdir
-            pretrained_dir="",  # of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
-            dtype="float32",  # of the arithmetic; bfloat16 on accelerators
+            tokenizer_workdir="",  # the run that trained the generators' tokenizer; "": --workdir
+            pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
+            dtype="float32",  # of the arithmetic; "bfloat16" on accelerators
             fast_compile=False,  # compile without optimization: for runs of a few steps
-            mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: the rest of the devices
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: all remaining devices
             data=dict(
                 name="",  # digits, fashion_mnist, image_folder, tfds:NAME, sequences
                 data_dir="",
                 resize=0,  # short side before the crop; 0: image size * 288 / 256
                 pad=0,  # random shifts by up to this many pixels
-                on_bad="error",  # or skip: unreadable images are left out and counted
+                on_bad="error",  # for unreadable images; or "skip": skip and count them
                 num_threads=2,
-                num_workers=0,  # processes that decode; 0: threads only
+                num_workers=0,  # processes that decode images; 0: threads only
                 prefetch=4,
             ),
             tokenizer=dict(
@@ -62,29 +65,29 @@ def base() -> ml_collections.ConfigDict:
             class_dropout=0.1,  # share of labels replaced by the null class, for guidance
             tokenizer_training=run
             | dict(
+                length="100 epochs",  # or "800 steps"
                 batch_size=256,
-                epochs=100.0,
-                reconstruction="l1",  # or l2
+                reconstruction="l1",  # or "l2"
                 perceptual_weight=1.0,  # LPIPS; 0: off
                 adversarial_weight=0.1,  # 0: no discriminator
                 lecam_weight=0.001,
-                discriminator="dino",  # or small, for small images and without pretrained weights
+                discriminator="dino",  # or "small": for small images, needs no pretrained weights
                 discriminator_weight_decay=5e-4,
-                index_backprop_epochs=1.0,  # IBQ warm-up
+                index_backprop_epochs=1.0,  # IBQ warm-up: gradients through the choice of the token
                 optimizer=tokenizer_optimizer,
             ),
             generator_training=run
             | dict(
+                length="200 epochs",  # or "800 steps"
                 batch_size=768,
-                epochs=200.0,
-                repa_weight=0.5,  # alignment of the content generator with DINOv2; 0: off
-                repa_block=8,
+                repa_weight=0.5,  # REPA: alignment of the content generator with DINOv2; 0: off
+                repa_block=8,  # aligned are the hidden states after so many blocks
                 optimizer=optimizer,
             ),
             sampling=dict(
                 temperature=1.0,
                 top_k=0,
-                top_p=(1.0, 0.5),  # a number, (start, end) or one a stage
+                top_p=(1.0, 0.5),  # one number, (first, last) stage, or one number per stage
                 content_guidance=(1.0, 3.5),
                 structure_guidance=(1.0, 2.5),
                 flow_steps=25,
@@ -95,32 +98,36 @@ def base() -> ml_collections.ConfigDict:
 
 
 def transformer(width: int, depth: int, head_dim: int = 64, drop_path: float = -1.0) -> dict:
-    """Sizes of a generator; drop_path -1 is the published 0.1 * depth / 24."""
+    """Sizes of a generator; drop_path=-1 means the published 0.1 * depth / 24."""
     return dict(
         width=width, depth=depth, head_dim=head_dim, mlp_ratio=4, drop_path=drop_path, remat=False
     )
 
 
 def without_pretrained(config: ml_collections.ConfigDict):
-    """Turns off what needs pretrained networks: perceptual and adversarial losses, REPA."""
+    """Turns off all losses that need pretrained networks: perceptual, adversarial and REPA."""
     config.tokenizer_training.update(perceptual_weight=0.0, adversarial_weight=0.0)
     config.generator_training.repa_weight = 0.0
 
 
 def choose(arg: str | None, variants) -> list[str]:
-    """The variants that a comma-separated argument names, checked."""
+    """The variants named by a comma-separated argument.
+
+    Raises:
+        ValueError: an unknown variant; the message lists the known ones.
+    """
     names = [name for name in (arg or "").split(",") if name]
     unknown = [name for name in names if name not in variants]
     if unknown:
         raise ValueError(
             f"Unknown variant {', '.join(unknown)!r}; choose from {', '.join(variants)} "
-            "(--config=FILE.py:VARIANT, several separated by commas)."
+            "(--config=FILE.py:VARIANT; separate several by commas)."
         )
     return names
 
 
 def run_locally(config: ml_collections.ConfigDict):
-    """Shrinks a preset to 8-pixel images and a few steps of tiny models: seconds on a CPU."""
+    """Shrinks a preset to 8 x 8 images and a few steps of tiny models: seconds on a CPU."""
     without_pretrained(config)
     config.dtype = "float32"
     config.fast_compile = True
@@ -137,8 +144,8 @@ def run_locally(config: ml_collections.ConfigDict):
     config.content = transformer(32, 2, head_dim=16)
     config.structure = transformer(32, 2, head_dim=16)
     for training in (config.tokenizer_training, config.generator_training):
-        training.update(batch_size=16, epochs=0.0, steps=12, log_every=2, save_every=4)
-        training.update(eval_every=12)
+        training.update(length="12 steps", batch_size=16)
+        training.update(log_every=2, save_every=4, eval_every=12)
         training.optimizer.update(warmup_steps=2, learning_rate=1e-2)
     config.tokenizer_training.index_backprop_epochs = 0.0
     config.sampling.flow_steps = 2

@@ -1,9 +1,15 @@
-"""Handwritten digits (scikit-learn's 1,797 of 8 x 8 pixels), from images to images on a CPU.
+"""Handwritten digits: scikit-learn's 1,797 images of 8 x 8 pixels, on a CPU in about ten minutes.
 
-python -m nvg_jax.train --config=configs/digits.py --workdir=runs/digits
-python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000
+    python -m nvg_jax.train --config=configs/digits.py --workdir=runs/digits
+    python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000
 
-Variants: `:demo` (what `make demo` trains), `:runlocal` (all stages in seconds, for tests).
+Reaches 25.6 dB PSNR and 93.2% agreement of guided samples with their class (docs/results.md).
+
+`:demo` is the shorter training of `make demo` (under four minutes, 25.0 dB, 95.6%):
+
+    python -m nvg_jax.train --config=configs/digits.py:demo --workdir=runs/demo
+
+`:runlocal` trains tiny models for a few steps, to test the installation.
 """
 
 from configs import common
@@ -14,7 +20,7 @@ def get_config(arg: str | None = None):
     config = common.base()
     common.without_pretrained(config)
     config.data.update(name="digits", resize=8)
-    # Four channels and 32 codes: a latent with little in it that cannot be predicted.
+    # Four channels and 32 codes: a latent with little unpredictable content.
     config.tokenizer.update(
         image_size=(8, 8),
         latent_size=(4, 4),
@@ -28,9 +34,8 @@ def get_config(arg: str | None = None):
     config.structure = common.transformer(64, 2, head_dim=32, drop_path=0.1)
     config.content.remat = config.structure.remat = True  # on a CPU also faster
     config.tokenizer_training.update(
+        length="800 steps",
         batch_size=32,
-        epochs=0.0,
-        steps=800,
         log_every=50,
         eval_every=400,
         save_every=400,
@@ -39,9 +44,9 @@ def get_config(arg: str | None = None):
     config.tokenizer_training.optimizer.update(
         learning_rate=1.6e-2, warmup_steps=50, final=0.02, ema_decay=0.99
     )
-    # The content generator begins to memorize the 1,497 images after some 2,500 steps.
+    # After about 2,500 steps the content generator begins to memorize the 1,497 training images.
     config.generator_training.update(
-        batch_size=32, epochs=0.0, steps=2400, log_every=100, eval_every=800, save_every=800
+        length="2400 steps", batch_size=32, log_every=100, eval_every=800, save_every=800
     )
     config.generator_training.optimizer.update(
         learning_rate=1.6e-2, warmup_steps=100, decay_start=0.5, final=0.02, ema_decay=0.998
@@ -50,8 +55,8 @@ def get_config(arg: str | None = None):
         content_guidance=(3.0, 3.0), structure_guidance=(1.0, 1.0), top_p=(0.5, 0.5)
     )
     if "demo" in variants:
-        config.tokenizer_training.update(steps=600, eval_every=300, save_every=300)
-        config.generator_training.update(steps=1500, eval_every=500, save_every=500)
+        config.tokenizer_training.update(length="600 steps", eval_every=300, save_every=300)
+        config.generator_training.update(length="1500 steps", eval_every=500, save_every=500)
         config.generator_training.optimizer.ema_decay = 0.995
     if "runlocal" in variants:
         common.run_locally(config)

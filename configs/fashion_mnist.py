@@ -1,11 +1,18 @@
-"""Fashion-MNIST (60,000 gray images of clothing) at 32 x 32 pixels, on a CPU in under an hour.
+"""Fashion-MNIST: 60,000 gray images of clothing at 32 x 32 pixels, on a CPU in under an hour.
 
-python -m nvg_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion
-python -m nvg_jax.evaluate --workdir=runs/fashion --num_samples=10000
+    python -m nvg_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion
+    python -m nvg_jax.evaluate --workdir=runs/fashion --num_samples=10000
 
-The IDX files are looked for where Debian's package dataset-fashion-mnist puts them; give another
-folder with --config.data.data_dir. Variants: `:runlocal`; `:adversarial`, whose tokenizer is also
-trained against a small discriminator.
+Reaches 21.3 dB PSNR and 91.0% agreement of samples with their class (docs/results.md). The IDX
+files are read from where Debian's package dataset-fashion-mnist installs them, or from
+--config.data.data_dir=FOLDER.
+
+`:adversarial` also trains the tokenizer against a small discriminator:
+
+    python -m nvg_jax.train --config=configs/fashion_mnist.py:adversarial \\
+        --config.part=tokenizer --workdir=runs/fashion_adversarial
+
+`:runlocal` trains tiny models for a few steps, to test the installation.
 """
 
 from configs import common
@@ -29,14 +36,18 @@ def get_config(arg: str | None = None):
     config.structure = common.transformer(64, 2, head_dim=32)
     config.content.remat = config.structure.remat = True  # on a CPU also faster
     config.tokenizer_training.update(
-        batch_size=16, epochs=0.0, steps=2000, log_every=50, eval_every=2000, save_every=500
+        length="2000 steps",
+        batch_size=16,
+        log_every=50,
+        eval_every=2000,
+        save_every=500,
+        index_backprop_epochs=0.0,
     )
-    config.tokenizer_training.index_backprop_epochs = 0.0
     config.tokenizer_training.optimizer.update(
         learning_rate=2e-2, warmup_steps=100, final=0.02, ema_decay=0.99
     )
     config.generator_training.update(
-        batch_size=32, epochs=0.0, steps=5000, log_every=100, eval_every=5000, save_every=1000
+        length="5000 steps", batch_size=32, log_every=100, eval_every=5000, save_every=1000
     )
     config.generator_training.optimizer.update(
         learning_rate=1.6e-2, warmup_steps=200, decay_start=0.5, final=0.02, ema_decay=0.998

@@ -1,10 +1,11 @@
-"""Your own images: a folder with one sub-folder a class. Classes and counts are found.
+"""Your own images: a folder with one subfolder per class. Class names and counts are read from it.
 
-python -m nvg_jax.train --config=configs/image_folder.py --config.data.data_dir=FOLDER \\
-    --workdir=runs/mine
+    python -m nvg_jax.train --config=configs/image_folder.py --config.data.data_dir=FOLDER \\
+        --workdir=runs/mine
+    python -m nvg_jax.evaluate --workdir=runs/mine --num_samples=1000
 
-64 x 64 pixels by default; for 128 use the variant `:128`, for 256 `:256`. `:runlocal` shrinks
-everything to run in a minute on a CPU (64,runlocal and so on combine).
+Variants: `:64` (default), `:128` and `:256` are the image size in pixels. `:runlocal` trains tiny
+models for a few steps on a CPU, and combines with a size (`:128,runlocal`).
 """
 
 from configs import common

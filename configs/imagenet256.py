@@ -1,13 +1,33 @@
-"""ImageNet at 256 x 256 pixels, the published sizes: d16 (default), d20, d24.
+"""ImageNet at 256 x 256 pixels, the published sizes: `:d16` (default), `:d20`, `:d24`.
 
-python -m nvg_jax.train --config=configs/imagenet256.py:d16 --workdir=runs/imagenet-d16
-docs/data.md says how to prepare the data. Variants combine with commas: d16,runlocal runs every
-stage in a minute on a CPU, on the digits, without the losses that need pretrained networks.
+docs/data.md prepares the data, docs/pretrained_features.md the frozen networks. On one machine:
+
+    python -m nvg_jax.train --config=configs/imagenet256.py:d16 --workdir=runs/imagenet-d16 \\
+        --config.data.data_dir=/data/tfds
+
+On a TPU pod (docs/launch.md has SLURM and GKE):
+
+    launch/tpu_vm.sh run --name=nvg-d16 --zone=ZONE --type=v5p-128 --spot \\
+        --setup="mountpoint -q /mnt/data || COMMAND THAT MOUNTS IT" \\
+        -- --config=configs/imagenet256.py:d16 --workdir=gs://BUCKET/d16 \\
+           --config.data.data_dir=/mnt/data/tfds --config.pretrained_dir=/mnt/data/pretrained
+
+What both generators take at the global batch of 768. These are compile-time estimates, not
+measurements: memory of a device, and the roofline's upper bound of epochs a day
+(docs/scaling.md, which also has v6e and the tokenizer).
+
+    size  epochs  64 chips of v5p (v5p-128)    256 chips of v5e (v5litepod-256)
+    d16   200     13.4 of 95 GiB, 216 a day    9.0 of 16 GiB, 322 a day
+    d20   250     22.1 of 95 GiB, 136 a day    9.2 of 16 GiB, 199 a day  --config.mesh.fsdp=2
+    d24   350     34.9 of 95 GiB,  94 a day    8.7 of 16 GiB, 131 a day  --config.mesh.fsdp=4
+
+`:runlocal` trains tiny models for a few steps on the digits, without the losses that need
+pretrained networks, and combines with a size (`:d20,runlocal`).
 """
 
 from configs import common
 
-EPOCHS = {"d16": 200.0, "d20": 250.0, "d24": 350.0}
+EPOCHS = {"d16": 200, "d20": 250, "d24": 350}
 
 
 def get_config(arg: str | None = None):
@@ -23,11 +43,11 @@ def get_config(arg: str | None = None):
     config.content = common.transformer(64 * depth, depth)
     config.structure = common.transformer(32 * depth, depth)
     config.content.remat = config.structure.remat = True
-    config.generator_training.epochs = EPOCHS[size]
+    config.generator_training.length = f"{EPOCHS[size]} epochs"
     optimizer = config.generator_training.optimizer
-    if size == "d24":  # trained for more than 300 epochs
+    if size == "d24":  # as published for trainings of more than 300 epochs
         optimizer.update(decay_start=200 / 350, final=0.01)
-    else:  # constant for 80% of the steps, counted from the end of the warm-up
+    else:  # constant for 80% of all steps, counted from the end of the warm-up
         steps = EPOCHS[size] * 1_281_167 / config.generator_training.batch_size
         optimizer.decay_start = 0.8 + optimizer.warmup_steps / steps
     if "runlocal" in names:

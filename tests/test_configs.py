@@ -13,6 +13,7 @@ from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import programs
+from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -65,7 +66,7 @@ def test_every_variant_is_a_whole_configuration(name, arg):
     sizes = TokenizerConfig(**config.tokenizer)
     for training in (config.tokenizer_training, config.generator_training):
         OptimizerConfig(**training.optimizer)
-        assert bool(training.steps) != bool(training.epochs)
+        assert training_length(training.length, 1000, training.batch_size) > 0
     for part in models.GENERATORS:
         transformer = layers.TransformerConfig(**config[part])
         layers.rope_split(transformer.head_dim, sizes.num_stages - 1)
@@ -80,7 +81,8 @@ def test_runlocal_is_tiny(name, arg):
     config = load(name, arg)
     assert tuple(config.tokenizer.image_size) == (8, 8) and config.dtype == "float32"
     for training in (config.tokenizer_training, config.generator_training):
-        assert 0 < training.steps <= 20 and training.batch_size <= 16
+        assert training_length(training.length, 10**6, training.batch_size) <= 20
+        assert training.batch_size <= 16
     for part in models.GENERATORS:
         model = generator(part, config, num_classes=10)
         assert count(parameters(models.init_generator, model)) < 100_000
@@ -139,7 +141,7 @@ def test_published_generators(size, width, content, structure, epochs):
         model = generator(name, config, num_classes=1000)
         assert count(parameters(models.init_generator, model)) == expected
     training = config.generator_training
-    assert (training.epochs, training.batch_size) == (epochs, 768)
+    assert (training.length, training.batch_size) == (f"{epochs} epochs", 768)
 
 
 def test_published_tokenizer():

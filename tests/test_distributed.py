@@ -20,7 +20,7 @@ STEPS = 20
 def run_config():
     config = digits.get_config("runlocal")
     for training in (config.tokenizer_training, config.generator_training):
-        training.update(steps=STEPS, log_every=1, save_every=10, eval_every=STEPS)
+        training.update(length=f"{STEPS} steps", log_every=1, save_every=10, eval_every=STEPS)
         training.optimizer.update(learning_rate=1e-3)
     return config
 
@@ -61,7 +61,7 @@ def test_two_processes_train_stop_on_a_signal_and_one_goes_on(tmp_path):
         f"--config.{stage}_training.{key}={value}"
         for stage, evaluations in (("tokenizer", STEPS), ("generator", 2))
         for key, value in (
-            ("steps", STEPS), ("log_every", 1), ("save_every", 10), ("eval_every", evaluations),
+            ("length", f"{STEPS} steps"), ("log_every", 1), ("save_every", 10), ("eval_every", evaluations),
             ("optimizer.learning_rate", 1e-3),
         )
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sweeps, one a module; launch/sweep.py says what is in it and runs it."""
+"""Sweeps, one per module; launch/sweep.py describes their contents and runs them."""
 
 
 def product(choices: dict[str, list]) -> list[dict]:

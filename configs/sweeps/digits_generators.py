@@ -1,10 +1,10 @@
 """Learning rate and regularization of the digits' generators, on one tokenizer.
 
-python -m nvg_jax.train --config=configs/digits.py --config.part=tokenizer --workdir=runs/digits
-python launch/sweep.py --sweep=configs/sweeps/digits_generators.py --workdir=runs/sweep --submit
+    python -m nvg_jax.train --config=configs/digits.py --config.part=tokenizer --workdir=runs/digits
+    python launch/sweep.py --sweep=configs/sweeps/digits_generators.py --workdir=runs/sweep --submit
 
-The generators memorize the 1,497 images if trained for long, so what regularizes them (drop path,
-how long the average of the weights is) is to be chosen together with the learning rate.
+Long trainings memorize the 1,497 images. The sweep therefore varies the regularization (drop path,
+decay of the weight average) together with the learning rate.
 """
 
 from configs.sweeps import product

@@ -22,6 +22,7 @@ from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.length import training_length
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # the units of XLA's messages
@@ -81,7 +82,7 @@ def lower_training(
     part, config = training_part(config), config.copy_and_resolve_references()
     recipe = config[recipe_name(part)]
     recipe.batch_size = batch_size
-    steps = recipe.steps or max(1, round(recipe.epochs * images / batch_size))
+    steps = training_length(recipe.length, images, batch_size)
     with in_mesh(mesh):
         if part == "tokenizer":
             program = tokenizer.make_program(config, mesh, steps)

@@ -1,24 +1,30 @@
-"""The content generator's objective over all stages of an image at once (paper, Section 3.2)."""
+"""Losses of the content generator, over all stages of an image at once (paper, Section 3.2)."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from nvg_jax import granularity
 from nvg_jax.tokenizer.quantizer import Quantized
 
 
 def content_losses(
-    predict_canvas, token_logits, quantized: Quantized, weights=None
-) -> dict[str, jax.Array]:
+    predict_canvas: Callable[[Array, Array, Array], Array],
+    token_logits: Callable[[Array], Array],
+    quantized: Quantized,
+    weights: Array | None = None,
+) -> dict[str, Array]:
     """The losses of each stage, averaged over the batch.
 
     Args:
-        predict_canvas: (canvas, structure embedding, stage) -> predicted final canvas, as
-            `ContentGenerator.predict_canvas` with the rest bound, on a batch B * S that runs
-            through the stages of an image first.
-        token_logits: (..., D) -> (..., V), as `ContentGenerator.token_logits`.
-        quantized: the images' sequence, canvases and unique tokens.
-        weights: float32 (B,), the share of each image in the averages, 1 in all; alike if None.
+        predict_canvas: (canvas, structure embedding, stage) -> predicted final canvas, such as
+            `ContentGenerator.predict_canvas` with its other arguments bound. It is called once, on
+            a batch of B * S with the stages of an image adjacent.
+        token_logits: (..., D) -> (..., V), such as `ContentGenerator.token_logits`.
+        quantized: sequences, canvases and unique tokens of the images.
+        weights: float32 (B,), per-image weights that sum to 1; None means uniform.
 
     Returns:
         "canvas_loss" (mean squared error of the final canvas), "token_loss" (cross-entropy of the
@@ -55,11 +61,11 @@ def content_losses(
     }
 
 
-def alignment_loss(projected, targets):
-    """REPA: one minus the cosine between features and targets, averaged over positions.
+def alignment_loss(projected: Array, targets: Array) -> Array:
+    """REPA: one minus the cosine similarity of features and targets, averaged over positions.
 
     Args:
-        projected: float (B * S, L, F), through the stages of an image first.
+        projected: float (B * S, L, F), with the stages of an image adjacent.
         targets: float32 (B, L, F), shared by the stages of an image.
 
     Returns:

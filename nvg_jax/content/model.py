@@ -1,7 +1,8 @@
-"""The content generator: predicts the final canvas from the canvas so far (paper, Section 3.2)."""
+"""The content generator: predicts the final canvas from the current one (paper, Section 3.2)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
 
 from nvg_jax import layers
 
@@ -9,7 +10,7 @@ from nvg_jax import layers
 class ContentGenerator(nn.Module):
     """A transformer over [class token, L canvas tokens].
 
-    num_classes: classes without the null class, whose id is `num_classes`.
+    num_classes: number of classes without the null class, whose id is `num_classes`.
     """
 
     grid: tuple[int, int]
@@ -36,25 +37,29 @@ class ContentGenerator(nn.Module):
 
     def predict_canvas(
         self,
-        canvas,
-        structure,
-        stage,
-        class_ids,
-        canvas_scale,
+        canvas: Array,
+        structure: Array,
+        stage: Array,
+        class_ids: Array,
+        canvas_scale: Array,
         deterministic: bool = True,
         feature_block: int = 0,
-    ):
-        """The predicted final canvas, float32 (B, L, D), and features (B, L, C) on the way to it.
+    ) -> tuple[Array, Array]:
+        """The predicted final canvas, float32 (B, L, D), and hidden states (B, L, C).
 
         Args:
-            canvas: float32 (B, L, D) before the stage.
-            structure: structure embedding of the stage, int (B, L, K), values 0, 1, 2.
-            stage: int32 (B,).
+            canvas: float32 (B, L, D), the canvas before the stage; stage 0 has none and takes a
+                learned one.
+            structure: int (B, L, K), the structure embedding of the stage, values 0, 1, 2.
+            stage: int32 (B,), 0 .. K.
             class_ids: int32 (B,), `num_classes` for the null class.
-            canvas_scale: float32 (S + 1,), 1 / std of the inputs of all stages and of the final
-                canvas; the network sees and predicts canvases of unit variance.
-            deterministic: False turns drop path on (rng "drop_path").
-            feature_block: number of blocks after which the features are taken; 0 is the input.
+            canvas_scale: float32 (S + 1,). A canvas grows with every stage; these factors, 1 / std
+                over training images, bring it to unit variance. Entry i < S scales the input of
+                stage i (1 for stage 0, whose input is learned); entry S is that of the final
+                canvas, which the network predicts at unit variance.
+            deterministic: False turns on drop path (rng "drop_path").
+            feature_block: the hidden states are those after so many blocks, 0 .. depth; 0 is the
+                embedded input. REPA aligns them with DINOv2's features.
         """
         scaled = canvas * canvas_scale[stage][:, None, None]
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
@@ -62,30 +67,36 @@ class ContentGenerator(nn.Module):
         x = jnp.concatenate([class_token[:, None], self.canvas_embed(scaled)], axis=1)
         positions = layers.rope_positions(structure, (0,), self.grid)
         vec = class_token + self.stage_embed(stage)
-        x, tapped = self.blocks(x, vec, positions, deterministic, feature_block)
-        return self.canvas_head(x[:, 1:], vec) / canvas_scale[-1], tapped[:, 1:]
+        x, features = self.blocks(x, vec, positions, deterministic, feature_block)
+        return self.canvas_head(x[:, 1:], vec) / canvas_scale[-1], features[:, 1:]
 
-    def token_logits(self, missing):
-        """float32 (..., V), logits of the token that brings what is missing.
+    def token_logits(self, missing: Array) -> Array:
+        """Logits of a token, float32 (..., V).
 
         Args:
-            missing: float32 (..., D), mean over the token's cluster of (predicted final canvas -
-                canvas before the stage).
+            missing: float32 (..., D), the mean of (predicted final canvas - canvas before the
+                stage) over the positions of the token's cluster.
         """
         return self.token_head(missing)
 
-    def __call__(self, canvas, structure, stage, class_ids, canvas_scale):
+    def __call__(
+        self, canvas: Array, structure: Array, stage: Array, class_ids: Array, canvas_scale: Array
+    ) -> Array:
+        """Logits at each position as if it were a cluster of its own; initializes all parameters.
+
+        Arguments as of `predict_canvas`; returns float32 (B, L, V).
+        """
         canvas_hat, _ = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
         return self.token_logits(canvas_hat - canvas)
 
 
 class RepaProjector(nn.Module):
-    """From the content generator's features (..., C) to DINOv2's (..., 768), for training alone."""
+    """Projects hidden states (..., C) to the width of DINOv2 features (..., 768); training only."""
 
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Array) -> Array:
         for name in ("hidden1", "hidden2"):
             x = nn.silu(layers.Dense(2048, ("embed", "mlp"), self.dtype, name=name)(x))
         return layers.Dense(768, ("embed", "mlp"), self.dtype, name="out")(x)

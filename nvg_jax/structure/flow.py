@@ -1,16 +1,27 @@
-"""The rectified flow of the structure generator: path, target, schedule, solver. No network."""
+"""The rectified flow of the structure generator: path, target, schedule, solver; no network.
+
+The flow leads from noise (t = 1) to the finest structure embedding minus 1 (t = 0), float32
+(B, L, K). Channel j of the embedding is bit j of the labels, so at stage i the map of the stage
+already fixes channels j < i: they are known, and only the others are generated.
+"""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 
 def shifted_times(num_steps: int, num_positions: int) -> np.ndarray:
-    """The n + 1 times of the solver from 1 down to 0, float64.
+    """The n + 1 times of the solver, from 1 down to 0, float64.
 
-    t' = e^mu / (e^mu + 1/t - 1) with mu linear in L through (256, 0.5) and (4096, 1.15).
+    Evenly spaced times t become e^mu / (e^mu + 1/t - 1), with mu linear in L through (256, 0.5) and
+    (4096, 1.15).
+
+    Raises:
+        ValueError: num_steps is less than 1.
     """
     if num_steps < 1:
         raise ValueError(f"The flow needs at least one step, got flow_steps={num_steps}.")
@@ -19,18 +30,25 @@ def shifted_times(num_steps: int, num_positions: int) -> np.ndarray:
     return math.exp(mu) * t / (math.exp(mu) * t + 1 - t)
 
 
-def known_channels(stage, num_bits: int):
-    """bool (..., 1, K): the bits that the maps of stage(s) `stage` (...) have already decided."""
+def known_channels(stage: int | Array, num_bits: int) -> Array:
+    """bool (..., 1, K): the channels that the map of a stage already fixes.
+
+    Args:
+        stage: i, int (...); the map of stage i fixes the first i channels.
+        num_bits: K.
+    """
     return jnp.arange(num_bits) < jnp.asarray(stage)[..., None, None]
 
 
-def path(noise, target, time, stage):
-    """The point z_t between noise (t = 1) and target (t = 0), and the noise that leads there.
+def path(noise: Array, target: Array, time: Array, stage: Array) -> tuple[Array, Array]:
+    """The point z_t between noise (t = 1) and target (t = 0), and the noise used for it.
+
+    In the known channels the noise is replaced by the target, so z_t equals the target at all t.
 
     Args:
-        noise, target: float32 (B, L, K); the target is the full structure embedding minus 1.
+        noise, target: float32 (B, L, K); the target is the finest structure embedding minus 1.
         time: float32 (B,) in [0, 1].
-        stage: int32 (B,); channels below it are known: there the noise is the target.
+        stage: int32 (B,), the stage that is split.
 
     Returns:
         (z_t, noise), both float32 (B, L, K); the velocity to learn is noise - target.
@@ -40,15 +58,25 @@ def path(noise, target, time, stage):
     return time * noise + (1 - time) * target, noise
 
 
-def solve(velocity, noise, known, stage, times):
-    """Euler steps from noise to a structure, the known channels put back after every step.
+def solve(
+    velocity: Callable[[Array, Array], Array],
+    noise: Array,
+    known: Array,
+    stage: int | Array,
+    times: Array,
+) -> Array:
+    """Euler steps from noise to a structure; resets the known channels after every step.
 
     Args:
         velocity: (z float32 (B, L, K), time scalar) -> float32 (B, L, K).
         noise: float32 (B, L, K).
-        known: float32 (B, L, K), structure embedding of the stage minus 1.
+        known: float32 (B, L, K), the structure embedding of the stage minus 1, which holds the
+            values of the known channels.
         stage: int scalar, may be traced.
-        times: float32 (n + 1,), falling from 1 to 0.
+        times: float32 (n + 1,), decreasing from 1 to 0.
+
+    Returns:
+        float32 (B, L, K), the structure embedding minus 1 at t = 0, not rounded.
     """
     mask = known_channels(stage, noise.shape[-1])
 

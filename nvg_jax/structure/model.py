@@ -1,15 +1,19 @@
-"""The structure generator: velocity of the flow that splits a map (paper, Section 3.3)."""
+"""The structure generator: velocity of the flow that splits a structure map (Section 3.3)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
 
 from nvg_jax import layers
 
-CANVAS_KIND = 2  # the rotary kind of condition tokens; image and structure tokens have kind 0
+CANVAS_KIND = 2  # rotary kind of condition tokens; image and structure tokens have kind 0
 
 
 class StructureGenerator(nn.Module):
-    """A transformer over [class token, L canvas tokens, L noisy structure tokens]."""
+    """A transformer over [class token, L canvas tokens, L noisy structure tokens].
+
+    num_classes: number of classes without the null class, whose id is `num_classes`.
+    """
 
     grid: tuple[int, int]
     latent_dim: int
@@ -30,19 +34,26 @@ class StructureGenerator(nn.Module):
         self.head = layers.Head(self.num_bits, self.dtype)
 
     def __call__(
-        self, noisy, time, structure, canvas, stage, class_ids, deterministic: bool = True
-    ):
+        self,
+        noisy: Array,
+        time: Array,
+        structure: Array,
+        canvas: Array,
+        stage: Array,
+        class_ids: Array,
+        deterministic: bool = True,
+    ) -> Array:
         """The velocity noise - target, float32 (B, L, K).
 
         Args:
-            noisy: float32 (B, L, K), structure embedding - 1 mixed with noise; the channels below
-                `stage` are the known ones.
-            time: float32 (B,) in [0, 1], 1 is pure noise.
-            structure: structure embedding of the stage, int (B, L, K), values 0, 1, 2.
-            canvas: float32 (B, L, D) after the stage.
+            noisy: float32 (B, L, K), the structure embedding minus 1, mixed with noise except in
+                the known channels (those below `stage`, see `flow`).
+            time: float32 (B,) in [0, 1]; 1 is pure noise.
+            structure: int (B, L, K), the structure embedding of the stage, values 0, 1, 2.
+            canvas: float32 (B, L, D), the canvas after the stage.
             stage: int32 (B,), 0 .. K-2, the stage whose clusters are split.
             class_ids: int32 (B,), `num_classes` for the null class.
-            deterministic: False turns drop path on (rng "drop_path").
+            deterministic: False turns on drop path (rng "drop_path").
         """
         length = noisy.shape[1]
         class_token = self.class_embed(class_ids)

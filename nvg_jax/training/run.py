@@ -25,6 +25,7 @@ from nvg_jax.data import (
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.files import storage_path
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.training.length import training_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +74,9 @@ class Run:
         """The named pretrained networks, replicated on every device."""
         return jax.device_put({name: self.networks[name] for name in names}, self.replicated)
 
-    # Lengths.
-
     def num_steps(self, recipe: ml_collections.ConfigDict) -> int:
-        """The steps of a training: `steps`, or as many as `epochs` take."""
-        if bool(recipe.steps) == bool(recipe.epochs):
-            raise ValueError(
-                f"Give either steps or epochs, not both and not neither (got steps="
-                f"{recipe.steps}, epochs={recipe.epochs})."
-            )
-        return recipe.steps or max(1, self.epochs_to_steps(recipe, recipe.epochs))
-
-    def epochs_to_steps(self, recipe: ml_collections.ConfigDict, epochs: float) -> int:
-        return round(epochs * len(self.train_source) / recipe.batch_size)
+        """The length of a training in steps."""
+        return training_length(recipe.length, len(self.train_source), recipe.batch_size)
 
     # Batches.
 

@@ -352,7 +352,7 @@ def task(run: Run) -> Task:
     """The tokenizer as a task for `fit`."""
     recipe = run.config.tokenizer_training
     steps = run.num_steps(recipe)
-    warmup = run.epochs_to_steps(recipe, recipe.index_backprop_epochs)
+    warmup = round(recipe.index_backprop_epochs * len(run.train_source) / recipe.batch_size)
     program = make_program(run.config, run.mesh, steps)
     frozen = run.frozen(loss_config(run.config).pretrained)
     key = jax.random.fold_in(run.key, 3)
