@@ -12,7 +12,7 @@ from nvg_jax import layers, models
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.training import programs
+from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig
 
@@ -175,14 +175,14 @@ def test_published_recipe():
 
 def test_the_losses_that_need_other_networks():
     """All of the paper's for ImageNet; none where a laptop or one's own images are the aim."""
-    published = programs.tokenizer_losses(load("imagenet256"))
+    published = tokenizer.loss_config(load("imagenet256"))
     assert (published.perceptual_weight, published.adversarial_weight) == (1.0, 0.1)
     assert published.pretrained == ("lpips", "dino")
-    repa = programs.representation_alignment(load("imagenet256"))
+    repa = generators.repa_config(load("imagenet256"))
     assert (repa.weight, repa.block) == (0.5, 8)
     for name, arg in EVERY:
         if name != "imagenet256" or "runlocal" in (arg or ""):
             config = load(name, arg)
-            assert programs.pretrained_names(config, "tokenizer") == ()
-            assert programs.pretrained_names(config, "generators") == ()
-    assert programs.tokenizer_losses(load("fashion_mnist", "adversarial")).adversarial_weight > 0
+            assert tokenizer.loss_config(config).pretrained == ()
+            assert generators.pretrained_names(config, models.GENERATORS) == ()
+    assert tokenizer.loss_config(load("fashion_mnist", "adversarial")).adversarial_weight > 0

@@ -57,14 +57,13 @@ def finish(processes) -> list[str]:
 
 def test_two_processes_train_stop_on_a_signal_and_one_goes_on(tmp_path):
     """Four devices of two processes; a SIGTERM to one saves in both; one device ends the run."""
+    settings = {"length": f"{STEPS} steps", "log_every": 1, "save_every": 10}
+    settings["optimizer.learning_rate"] = 1e-3
     arguments = [
-        f"--config.{stage}_training.{key}={value}"
-        for stage, evaluations in (("tokenizer", STEPS), ("generator", 2))
-        for key, value in (
-            ("length", f"{STEPS} steps"), ("log_every", 1), ("save_every", 10), ("eval_every", evaluations),
-            ("optimizer.learning_rate", 1e-3),
-        )
-    ]  # fmt: skip
+        f"--config.{part}_training.{key}={value}"
+        for part, evaluations in (("tokenizer", STEPS), ("generator", 2))
+        for key, value in (settings | {"eval_every": evaluations}).items()
+    ]
     running = start(tmp_path / "two", *arguments)
     lines = []
     for line in running[0].stderr:
