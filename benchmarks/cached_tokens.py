@@ -1,9 +1,9 @@
 """Time of a generator training step from images and from cached sequences.
 
-python -m benchmarks.cached_tokens [--repeats=5] [--presets=digits,imagenet256]
+    python -m benchmarks.cached_tokens [--repeats=5] [--presets=digits,imagenet256]
 
-imagenet256 is the published tokenizer (256 pixels, L = 256) at batch 2 with generators of two
-blocks of d16's width: the whole preset is too large for a CPU.
+"imagenet256" stands for the published tokenizer (256 pixels, L = 256) at batch size 2, with
+generators of two blocks of the width of d16; the full preset is too large for a CPU.
 """
 
 import argparse
@@ -28,14 +28,14 @@ def preset(name: str):
         return digits.get_config()
     config = imagenet256.get_config("d16")
     config.dtype = "float32"
-    config.generator_training.update(batch_size=2, repa_weight=0.0)  # sequences have no image
+    config.generator_training.update(batch_size=2, repa_weight=0.0)  # REPA needs images
     config.content = common.transformer(1024, 2)
     config.structure = common.transformer(512, 2)
     return config
 
 
 def smooth_images(batch: int, size: tuple[int, int]) -> np.ndarray:
-    """Random images in [-1, 1] whose neighboring pixels are alike, as in photographs."""
+    """Random float32 images (batch, *size, 3) in [-1, 1] with the smoothness of photographs."""
     noise = np.random.default_rng(0).normal(size=(batch, *size, 3))
     rows, columns = (np.fft.fftfreq(n)[:, None] for n in size)
     spectrum = 1 / np.maximum(np.hypot(rows, columns[:, 0]), 1 / max(size))
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--presets", default="digits,imagenet256")
     args = parser.parse_args()
     mesh = sharding.make_mesh()
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {args.repeats} steps of each")
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {args.repeats} steps each")
     for name in args.presets.split(","):
         config = preset(name)
         sizes = TokenizerConfig(**config.tokenizer)
@@ -70,7 +70,9 @@ def main():
             }
             program = programs.generator_training(config, mesh, 1000, GENERATORS, 10)
             seconds = step_seconds(program, batches, params, sizes, mesh, args.repeats)
-        print(f"{name}, batch {count}, median of a step, load average {os.getloadavg()[0]:.1f}:")
+        print(
+            f"{name}, batch size {count}, median per step, load average {os.getloadavg()[0]:.1f}:"
+        )
         medians = {kind: np.median(values, axis=0) for kind, values in seconds.items()}
         for kind, (wall, cpu) in medians.items():
             print(f"    from {kind:9}  {1e3 * wall:9.1f} ms  {1e3 * cpu:9.1f} ms of CPU time")
@@ -79,9 +81,9 @@ def main():
 
 
 def step_seconds(program, batches, tokenizer_params, sizes, mesh, repeats: int):
-    """{kind of batch: [(seconds, seconds of CPU time) of each step after the one that compiles]}.
+    """{kind of batch: [(wall seconds, CPU seconds) of each step]}, without the compiling step.
 
-    The kinds take turns, so that other work on the machine slows all of them alike.
+    Steps of the kinds alternate, so that other load on the machine affects all of them equally.
     """
     states = program.init(jax.random.key(0), tokenizer_params["quantizer"]["codebook"])
     canvas_scale = np.ones(sizes.num_stages + 1, np.float32)

@@ -1,4 +1,4 @@
-"""Times the parallel greedy clustering against sequential ones that give the same maps.
+"""Times the parallel greedy clustering against sequential versions that give the same maps.
 
 python -m benchmarks.clustering --batch=32 --points=256 --channels=32
 """
@@ -15,15 +15,17 @@ from jax import Array, lax
 
 from nvg_jax.clustering import greedy_hierarchy
 
-BATCH = flags.DEFINE_integer("batch", 32, "Latents in a batch.", lower_bound=1)
-POINTS = flags.DEFINE_integer("points", 256, "Positions of a latent, a power of two.")
-CHANNELS = flags.DEFINE_integer("channels", 32, "Channels of a position.", lower_bound=1)
-REPEATS = flags.DEFINE_integer("repeats", 10, "Runs of each; the fastest counts.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 32, "Latents per batch.", lower_bound=1)
+POINTS = flags.DEFINE_integer("points", 256, "Positions per latent, a power of two.")
+CHANNELS = flags.DEFINE_integer("channels", 32, "Channels per position.", lower_bound=1)
+REPEATS = flags.DEFINE_integer(
+    "repeats", 10, "Timed calls of each version; the fastest is reported.", lower_bound=1
+)
 
 
 @jax.jit
 def sequential_xla(points: Array) -> Array:
-    """One pair after the other, by argmin over all pairs in a `fori_loop`, over a batch."""
+    """One pair at a time: argmin over all pairs in a `fori_loop`, batched."""
     batch, length, _ = points.shape
     rows = jnp.arange(batch)
     members = jnp.broadcast_to(jnp.arange(length)[:, None], (batch, length, 1))
@@ -52,7 +54,7 @@ def sequential_xla(points: Array) -> Array:
 
 
 def sequential_numpy(points: np.ndarray) -> np.ndarray:
-    """One pair after the other, from all pairs sorted by distance, one latent at a time."""
+    """One pair at a time from all pairs sorted by distance, one latent at a time."""
     maps = []
     for centroids in points:
         length = len(centroids)
@@ -74,7 +76,7 @@ def sequential_numpy(points: np.ndarray) -> np.ndarray:
 
 
 def fastest(function: Callable[[Array], Array], points: Array) -> tuple[float, float]:
-    """Seconds of the first call and of the fastest one of the later calls."""
+    """Seconds of the first call and of the fastest later call."""
     seconds = []
     for _ in range(1 + REPEATS.value):
         start = time.perf_counter()

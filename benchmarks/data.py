@@ -1,10 +1,10 @@
-"""Images a second and core that the data pipeline makes for 256 x 256 pixels, from JPEG files.
+"""Throughput of the data pipeline: images per second and core, from JPEG files to 256 x 256 pixels.
 
-python -m benchmarks.data
+    python -m benchmarks.data [--need=IMAGES_PER_SECOND]
 
-JPEGs of ImageNet's mean size (500 x 375, 110 kB) with detail at every scale are decoded, resized,
-cropped and batched by the training loader in threads of this process. Counted in CPU time, so that
-other work on the machine matters little; the rate needed is what --need says, in images a second.
+The training loader decodes, resizes, crops and batches JPEGs of ImageNet's mean size (500 x 375
+pixels, 110 kB) with detail at every scale, in threads of this process. Rates are per second of CPU
+time, so that other load on the machine matters little. --need prints the cores that a rate takes.
 """
 
 import pathlib
@@ -17,15 +17,17 @@ from PIL import Image
 
 from nvg_jax.data import LoaderOptions, Transform, open_source, train_batches
 
-flags.DEFINE_integer("images", 256, "Different images.")
-flags.DEFINE_integer("batches", 20, "Batches of 64 that are timed.")
-flags.DEFINE_float("need", None, "Images a second that training takes, for the number of cores.")
+flags.DEFINE_integer("images", 256, "Number of different images.")
+flags.DEFINE_integer("batches", 20, "Number of timed batches of 64 images.")
+flags.DEFINE_float(
+    "need", None, "Images per second that training needs; prints the number of cores."
+)
 FLAGS = flags.FLAGS
 BATCH_SIZE = 64
 
 
 def picture(rng: np.random.Generator) -> Image.Image:
-    """A 500 x 375 picture whose spectrum falls with the frequency, as photographs' do."""
+    """A 500 x 375 image whose spectrum falls with frequency, like that of a photograph."""
     shape = (375, 500)
     frequency = np.hypot(*np.meshgrid(*(np.fft.fftfreq(n) for n in shape), indexing="ij"))
     noise = rng.normal(size=(3, *shape))
@@ -57,11 +59,11 @@ def main(_):
             batches.close()
             count = FLAGS.batches * BATCH_SIZE
             print(
-                f"{threads} threads: {count / cpu:.0f} images a second of CPU time "
-                f"({count / wall:.0f} a second on the clock)"
+                f"{threads} threads: {count / cpu:.0f} images per second of CPU time "
+                f"({count / wall:.0f} per second of wall time)"
             )
         if FLAGS.need:
-            print(f"{FLAGS.need:.0f} images a second take {FLAGS.need / (count / cpu):.1f} cores")
+            print(f"{FLAGS.need:.0f} images per second need {FLAGS.need / (count / cpu):.1f} cores")
 
 
 if __name__ == "__main__":
