@@ -21,6 +21,7 @@ from nvg_jax import cli, pretrained
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import GENERATORS
 from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
@@ -77,7 +78,7 @@ def read_published(
         shapes = _shapes(metadata.abstract_params("tokenizer"))
         flat = weight_names.from_published(tensors, shapes)
     params = {"tokenizer": unflatten_dict(flat, sep="/")}
-    metadata = metadata.replace(fingerprint=files.fingerprint(params["tokenizer"]))
+    metadata = metadata.replace(fingerprint=fingerprint(params["tokenizer"]))
     if generator is None:
         return metadata, params
     for size in ("latent_dim", "codebook_size"):

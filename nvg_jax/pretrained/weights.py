@@ -28,7 +28,7 @@ from nvg_jax.pretrained.networks import (
     Lpips,
     VisionTransformer,
 )
-from nvg_jax.runtime import files
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 
@@ -116,7 +116,7 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     flat = {key: np.ascontiguousarray(x) for key, x in flatten_dict(params, sep="/").items()}
-    checksum = files.fingerprint(unflatten_dict(flat, sep="/"))
+    checksum = fingerprint(unflatten_dict(flat, sep="/"))
     try:
         unfinished.write_bytes(save(flat, {"checksum": checksum}))
         unfinished.replace(path)
@@ -152,7 +152,7 @@ def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
     params = unflatten_dict(flat, sep="/")
     expected = {key: leaf.shape for key, leaf in flatten_dict(abstract(name), sep="/").items()}
     shapes = {key: x.shape for key, x in flat.items()}
-    if shapes != expected or files.fingerprint(params) != checksum:
+    if shapes != expected or fingerprint(params) != checksum:
         raise ValueError(
             f"{path} is damaged (its contents and its checksum differ). Write it anew: `{command}`."
         )
