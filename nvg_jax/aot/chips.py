@@ -70,7 +70,7 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
             "v5e:16x16, v5p:4x4x4 or v6e:8x8."
         )
     devices = tpu_devices(topology)
-    # v4 and later present one device per chip, TPU7x two.
+    # Some chips present several devices.
     per_chip = len(devices) // len({tuple(device.coords) for device in devices})
     device = Chip(*(figure / per_chip for figure in CHIPS[name]))
     return Target(topology, sharding.make_mesh(**mesh, devices=devices), device)
