@@ -14,7 +14,7 @@ $(VENV)/installed: export PIP_ROOT_USER_ACTION = ignore
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; name one with make PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --quiet --requirement requirements.txt --editable '.[test]'
 	touch $@
 
 demo: setup
