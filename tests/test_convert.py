@@ -248,6 +248,7 @@ def test_one_generator_alone_has_no_published_file(folder, tmp_path):
 # The pack of the published model.
 
 
+@pytest.mark.slow
 def test_the_converted_pack(parity_dir, tmp_path):
     """The folder encodes to the published tokens, and gives the files' bytes back."""
     autoencoder, generator = parity_dir / "ae.ckpt", parity_dir / "generator.ckpt"

@@ -55,6 +55,7 @@ def finish(processes) -> list[str]:
     return [process.communicate()[1] for process in processes]
 
 
+@pytest.mark.slow
 def test_two_processes_train_stop_on_a_signal_and_one_goes_on(tmp_path):
     """Four devices of two processes; a SIGTERM to one saves in both; one device ends the run."""
     settings = {"length": f"{STEPS} steps", "log_every": 1, "save_every": 10}

@@ -31,6 +31,7 @@ from nvg_jax.training.run import open_run
 from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import RunMetadata
 
+pytestmark = pytest.mark.slow
 STEPS = 20
 MESHES = {
     "one device": (1, 1, 1),

@@ -313,6 +313,7 @@ def test_an_interrupted_run_goes_on_with_the_missing_files(
     assert contents(folder) == contents(whole) and written[1].stat().st_mtime_ns == before[1]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_half_file(pipeline, data, whole, tmp_path):
     pipeline.save_pretrained(tmp_path / "export")
     # The third file to be flushed is the second shard: only its temporary file is there.

@@ -17,6 +17,7 @@ from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
 
 KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "6"))
+pytestmark = pytest.mark.slow
 
 
 def run(workdir):
@@ -28,14 +29,20 @@ def run(workdir):
     train(config, workdir)
 
 
+def run_to_be_killed(workdir):
+    """`run` without writing to the shared compilation cache: a kill would leave half an entry."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    run(workdir)
+
+
 @pytest.fixture(scope="module")
 def spawn():
-    """Starts `run` in a process of its own that has already imported everything."""
+    """Starts `run_to_be_killed` in a process of its own that has already imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_faults"])
 
     def spawn(*arguments):
-        process = context.Process(target=run, args=arguments)
+        process = context.Process(target=run_to_be_killed, args=arguments)
         process.start()
         return process
 

@@ -65,7 +65,8 @@ def raw(load):
     return load("raw", "raw")
 
 
-COPIES = pytest.mark.parametrize("copy", ["raw", "ema"])
+SLOW = pytest.mark.slow
+COPIES = pytest.mark.parametrize("copy", ["raw", pytest.param("ema", marks=SLOW)])
 
 
 def prefix(copy: str) -> str:
@@ -392,6 +393,7 @@ def test_training_outputs_and_losses(load, training, expected, meta, copy):
         assert total_norm == pytest.approx(float(row["grad_total_norm"]), rel=NETWORK)
 
 
+@SLOW
 def test_training_with_averaged_content_alone(load, training, expected):
     content = load("raw", "ema").params["content"]
     total, _, _ = training(load("raw", "raw").params | {"content": content})
@@ -519,10 +521,9 @@ def test_each_stage_from_the_true_canvas_and_map(raw, expected, meta, one_stage)
         same(split, expected["gentf_structure"][stage], f"map of stage {stage + 1}")
 
 
-GENERATIONS = pytest.mark.parametrize("name", ["gen4", "gen25", "gen4nocfg", "gen4randn"])
-
-
-@GENERATIONS
+@pytest.mark.parametrize(
+    "name", ["gen4", *(pytest.param(n, marks=SLOW) for n in ("gen25", "gen4nocfg", "gen4randn"))]
+)
 def test_whole_generation(raw, expected, meta, name):
     """Argmax tokens and deterministic splits: equal tokens and maps up to the first tied split."""
     guided = "nocfg" not in name
@@ -560,6 +561,7 @@ def test_whole_generation(raw, expected, meta, name):
     close(image, channels_last(expected[name + "_image"]), NETWORK)
 
 
+@SLOW
 def test_networks_inside_a_generation(expected, meta, one_stage):
     """Every stage by itself from the pack's canvas and map: logits, scores and splits.
 

@@ -108,6 +108,7 @@ def test_the_array_holds_the_samples_in_order_of_their_classes(whole, expected):
     assert [path.name for path in whole.parent.iterdir()] == ["all.npz"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(pipe, workdir, whole, tmp_path):
     out = tmp_path / "new" / "all.npz"
     parts = tmp_path / "new" / "all.npz.parts"
@@ -295,6 +296,7 @@ sampling.barrier("end")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(pipe, workdir, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
