@@ -52,11 +52,14 @@ def get_config(arg: str | None = None):
         learning_rate=1.6e-2, warmup_steps=100, decay_start=0.5, final=0.02, ema_decay=0.998
     )
     config.sampling.update(
-        content_guidance=(3.0, 3.0), structure_guidance=(1.0, 1.0), top_p=(0.5, 0.5)
+        content_guidance=(3.0, 3.0),
+        structure_guidance=(1.0, 1.0),
+        top_p=(0.5, 0.5),
+        flow_steps=8,  # as good as 25 on these maps, and a third of the time
     )
     if "demo" in variants:
-        config.tokenizer_training.update(length="600 steps", eval_every=300, save_every=300)
-        config.generator_training.update(length="1500 steps", eval_every=500, save_every=500)
+        config.tokenizer_training.update(length="600 steps", eval_every=600, save_every=300)
+        config.generator_training.update(length="1500 steps", eval_every=1500, save_every=500)
         config.generator_training.optimizer.ema_decay = 0.995
     if "runlocal" in variants:
         common.run_locally(config)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import logged, with_devices
 
 from configs import digits
