@@ -49,7 +49,9 @@ def test_inception_agrees_with_pytorch_fid(expected, inception_params):
         assert ours.shape == reference.shape and ours.dtype == jnp.float32
         assert relative_error(ours, reference) < CLOSE
         # Of every value, not of the largest alone.
-        np.testing.assert_allclose(ours, reference, atol=CLOSE * np.abs(reference).mean(), rtol=1e-3)
+        np.testing.assert_allclose(
+            ours, reference, atol=CLOSE * np.abs(reference).mean(), rtol=1e-3
+        )
 
 
 def test_inception_takes_images_of_its_size():

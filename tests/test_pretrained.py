@@ -238,7 +238,9 @@ def test_unknown_name(tmp_path):
         lambda: pretrained.convert("clip", [], tmp_path),
         lambda: pretrained.abstract("clip"),
     ):
-        with pytest.raises(ValueError, match="'clip'; choose lpips, lpips_alex, dino, dinov2, inception"):
+        with pytest.raises(
+            ValueError, match="'clip'; choose lpips, lpips_alex, dino, dinov2, inception"
+        ):
             call()
 
 

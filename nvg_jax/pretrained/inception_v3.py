@@ -131,7 +131,9 @@ class Inception(nn.Module):
         x = BlockE(average_pool, name="Mixed_7b")(x)
         x = BlockE(max_pool, name="Mixed_7c")(x)
         pool = x.mean((1, 2))
-        linear = nn.Dense(NUM_LOGITS, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc")
+        linear = nn.Dense(
+            NUM_LOGITS, use_bias=False, precision=jax.lax.Precision.HIGHEST, name="fc"
+        )
         return ImageFeatures(pool, spatial.reshape(len(x), -1), linear(pool))
 
 

@@ -128,7 +128,7 @@ def _check_pair(images_a, images_b, smallest: int):
 
 
 def imagenet_normalized(images):
-    """Images in [-1, 1] normalized by ImageNet's statistics, float32, as the transformers expect."""
+    """Images in [-1, 1] normalized by ImageNet's statistics, float32, for the transformers."""
     return ((images.astype(jnp.float32) + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD
 
 

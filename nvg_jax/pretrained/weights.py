@@ -188,7 +188,8 @@ def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
     shapes = {key: x.shape for key, x in flat.items()}
     if shapes != expected or checkpoint.fingerprint(params) != checksum:
         raise ValueError(
-            f"{path} is damaged (its contents and its checksum differ). Import it again: `{command}`."
+            f"{path} is damaged (its contents and its checksum differ). Import it again: "
+            f"`{command}`."
         )
     return params
 

@@ -84,7 +84,9 @@ def main():
                 layer.weight.data = trunk[f"features.{number}.weight"]
                 layer.bias.data = trunk[f"features.{number}.bias"]
     with torch.no_grad():
-        distance = model(channels_first(images("first", 64, 2)), channels_first(images("second", 64, 2)))
+        distance = model(
+            channels_first(images("first", 64, 2)), channels_first(images("second", 64, 2))
+        )
     out["lpips_alex"] = distance[:, 0, 0, 0].numpy()
 
     np.savez_compressed(FOLDER / "evaluation.npz", **out)
