@@ -147,14 +147,17 @@ def test_layer_norm_of_small_values():
 def test_every_network_traces_in_bfloat16(name):
     params = pretrained.abstract(name)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    size = 224 if name == "dino" else 256
+    size = {"dino": 224, "inception": 299}.get(name, 256)
     x = jax.ShapeDtypeStruct((4, size, size, 3), jnp.bfloat16)
     inputs, outputs = {
         "lpips": ((x, x), [((4,), jnp.float32)]),
+        "lpips_alex": ((x, x), [((4,), jnp.float32)]),
         "dino": ((x,), [((4, 197, 384), jnp.bfloat16)] * 5),
         "dinov2": ((x,), [((4, 256, 768), jnp.float32)]),
+        "inception": ((x,), [((4, n), jnp.float32) for n in (2048, 2023, 1008)]),
     }[name]
-    run = lambda params, *x: getattr(pretrained, name)(params, *x, dtype=jnp.bfloat16)
+    dtype = {} if name == "inception" else {"dtype": jnp.bfloat16}  # that one stays in float32
+    run = lambda params, *x: getattr(pretrained, name)(params, *x, **dtype)
     found = jax.tree.leaves(jax.eval_shape(run, params, *inputs))
     assert [(leaf.shape, leaf.dtype) for leaf in found] == outputs
 
@@ -200,6 +203,18 @@ def test_lpips_compares_images_of_one_shape():
             "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/",
             "generator_training.repa_weight=0",
         ),
+        (
+            "lpips_alex",
+            "alexnet-owt-7be5be79.pth,alex.pth",
+            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            None,
+        ),
+        (
+            "inception",
+            "pt_inception-2015-12-05-6726825d.pth",
+            "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
+            None,
+        ),
     ],
 )
 def test_missing_weights_say_what_to_do(name, file, address, setting, tmp_path, monkeypatch):
@@ -209,7 +224,10 @@ def test_missing_weights_say_what_to_do(name, file, address, setting, tmp_path, 
     assert str(tmp_path / f"{name}.safetensors") in str(error.value)
     assert address in str(error.value)
     assert f" `python -m nvg_jax.convert --pretrained={name} --from={file}`" in str(error.value)
-    assert f"--config.{setting}" in str(error.value)
+    if setting:
+        assert f"--config.{setting}" in str(error.value)
+    else:  # training never loads it
+        assert "--config" not in str(error.value)
     with pytest.raises(ValueError, match=f"`NVG_CACHE={tmp_path}/other python -m"):
         pretrained.load(name, tmp_path / "other")
 
@@ -220,7 +238,9 @@ def test_unknown_name(tmp_path):
         lambda: pretrained.convert("clip", [], tmp_path),
         lambda: pretrained.abstract("clip"),
     ):
-        with pytest.raises(ValueError, match="'clip'; choose lpips, dino, dinov2"):
+        with pytest.raises(
+            ValueError, match="'clip'; choose lpips, lpips_alex, dino, dinov2, inception"
+        ):
             call()
 
 
@@ -283,7 +303,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="There is no file .*nothing.pth"):
         pretrained.convert("dino", [tmp_path / "nothing.pth"], tmp_path)
     (tmp_path / "text.safetensors").write_text("not a file of tensors")
-    with pytest.raises(ValueError, match="text.safetensors, it is no safetensors file"):
+    with pytest.raises(ValueError, match="text.safetensors, it is not a safetensors file"):
         pretrained.convert("dino", [tmp_path / "text.safetensors"], tmp_path)
     (tmp_path / "text.pth").write_text("not a file of tensors")
     with pytest.raises(ValueError, match="Cannot read .*text.pth"):
@@ -305,7 +325,7 @@ def test_a_flipped_bit_is_an_error(lpips_cache, tmp_path, place):
         }[place]
         data[where] ^= 1
     (tmp_path / "lpips.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="lpips.safetensors is damaged .*Write it anew"):
+    with pytest.raises(ValueError, match="lpips.safetensors is damaged .*Import it again"):
         pretrained.load("lpips", tmp_path)
 
 

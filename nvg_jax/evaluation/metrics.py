@@ -1,107 +1,366 @@
-"""Measures of image quality: pure functions from arrays to float64 numbers, on the host.
+"""Metrics of images and of image features: pure functions that know no model.
 
-Images are float32 (B, H, W, 3) in [-1, 1] or uint8 (B, H, W, 3) in 0..255, which is the same
-picture as value / 127.5 - 1.
+Images are float32 (B, H, W, 3) in [-1, 1] or uint8 (B, H, W, 3) in 0..255; the uint8 value v is
+the float value v / 127.5 - 1. Features are float (N, D) from any network, computed on the host.
 """
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-LOW_QUANTILE = 0.05  # of held-out distances: nearer than this is unusually near
+LOW_QUANTILE = 0.05  # of held-out distances; smaller distances are unusually small
+SSIM_WINDOW = 7  # pixels of the square window
+ROWS = 4096  # features converted to float64 at once
+MAX_DISTANCES = 2**26  # in memory at once, 256 MiB
 
 
 def to_float(images) -> np.ndarray:
-    """Images of either kind as float32 (B, H, W, 3) in [-1, 1].
+    """Converts images of either kind to float32 (B, H, W, 3) in [-1, 1].
 
     Raises:
-        ValueError: another shape or type, no images, or values outside [-1, 1] or not finite.
+        ValueError: another shape or dtype, an empty array, or values outside [-1, 1] or not finite.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"Images must have the shape (B, H, W, 3), none of it 0, not {images.shape}."
-        )
+        raise ValueError(f"Expected images of shape (B, H, W, 3), not empty, got {images.shape}.")
     if images.dtype == np.uint8:
         return images.astype(np.float32) / 127.5 - 1
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"Images must be uint8, or float in [-1, 1], not {images.dtype}.")
+        raise ValueError(f"Expected images in uint8, or float in [-1, 1], got {images.dtype}.")
     images = images.astype(np.float32, copy=False)
     low, high = images.min(), images.max()
-    if not (low >= -1 and high <= 1):  # also where either is NaN
+    if not (low >= -1 and high <= 1):  # also true for NaN
         raise ValueError(
-            f"Float images must be in [-1, 1], these reach from {low} to {high}; clip what a "
-            "decoder gives, and scale other ranges."
+            f"Expected float images in [-1, 1], got values from {low} to {high}. Clip a decoder's "
+            "output; rescale images in another range."
         )
     return images
 
 
 def psnr(images, reconstructions) -> np.ndarray:
-    """Peak signal-to-noise ratio of every image in dB: 10 log10(2^2 / mean squared error).
+    """Peak signal-to-noise ratio of each image in dB: 10 log10(2^2 / mean squared error).
 
     Args:
-        images, reconstructions: images of equal shape (B, H, W, 3), each of either kind.
+        images, reconstructions: images of the same shape (B, H, W, 3), each of either kind.
 
     Returns:
-        float64 (B,), infinite where image and reconstruction are equal. The figure reported for
-        a data set is the mean over its images.
+        float64 (B,), infinite where an image and its reconstruction are equal. A data set's PSNR is
+        the mean over its images.
 
     Raises:
-        ValueError: unequal shapes, or arrays that are no images.
+        ValueError: different shapes, or arrays that are not images.
     """
     images, reconstructions = to_float(images), to_float(reconstructions)
-    if images.shape != reconstructions.shape:
-        raise ValueError(
-            f"Images {images.shape} and reconstructions {reconstructions.shape} must have the "
-            "same shape."
-        )
+    _check_same_shape(images, reconstructions)
     error = np.square(images - reconstructions).mean((1, 2, 3), dtype=np.float64)
     with np.errstate(divide="ignore"):
         return 10 * np.log10(4 / error)
 
 
-def frechet_distance(features_a, features_b) -> float:
-    """Squared Frechet distance of the Gaussians fitted to two sets of features.
+def structural_similarity(images_a, images_b) -> jax.Array:
+    """Structural similarity (SSIM) of each pair of images, as scikit-image computes it by default.
 
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), with means m and unbiased
-    covariances S, in float64 (Heusel et al., 2017, Equation 6). Singular covariances are allowed.
-    The distance of small sets is too large, and chance differences in how many images each class
-    has add to it: compare only distances between sets of the same sizes with the same classes.
+    7 x 7 uniform windows that lie inside the image, unbiased covariances, K1 = 0.01, K2 = 0.03,
+    data range 1 for uint8 / 255, mean over windows and channels. Works inside `jax.jit`.
 
     Args:
-        features_a: float (N_a, F), N_a at least 2.
-        features_b: float (N_b, F), N_b at least 2.
+        images_a, images_b: uint8 (B, H, W, 3), H and W at least 7.
+
+    Returns:
+        float32 (B,), 1 for equal images. A data set's SSIM is the mean over its images.
 
     Raises:
-        ValueError: features of other shapes or not finite.
+        ValueError: different shapes, other dtypes, or images that are too small.
     """
-    features_a, features_b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
-    for features in features_a, features_b:
-        if features.ndim != 2 or len(features) < 2 or features.shape[1] != features_a.shape[1]:
+    for images in (images_a, images_b):
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[-1] != 3
+            or min(images.shape[1:3]) < SSIM_WINDOW
+        ):
             raise ValueError(
-                "Two sets of features must have the shapes (N, F) with the same F and at least two "
-                f"rows each, not {features_a.shape} and {features_b.shape}."
+                f"Expected uint8 images (B, H, W, 3) of at least {SSIM_WINDOW} x {SSIM_WINDOW} "
+                f"pixels, got {images.dtype} {images.shape}."
             )
-        if not np.isfinite(features).all():
-            raise ValueError("Features must be finite; these hold NaN or infinite values.")
-    covariance_a = np.atleast_2d(np.cov(features_a, rowvar=False))
-    covariance_b = np.atleast_2d(np.cov(features_b, rowvar=False))
+    _check_same_shape(images_a, images_b)
+    return _structural_similarity(images_a, images_b)
+
+
+@jax.jit
+def _structural_similarity(x, y):
+    def window_sum(values):
+        for axis in (1, 2):
+            size = values.shape[axis] - SSIM_WINDOW + 1
+            values = sum(
+                jax.lax.slice_in_dim(values, start, start + size, axis=axis)
+                for start in range(SSIM_WINDOW)
+            )
+        return values
+
+    # Moments are exact: at most (49 * 255)^2 < 2^31. In float32 their differences would cancel.
+    x, y, n = x.astype(jnp.int32), y.astype(jnp.int32), SSIM_WINDOW**2
+    sum_x, sum_y = window_sum(x), window_sum(y)
+    variances = n * window_sum(x * x + y * y) - sum_x**2 - sum_y**2
+    covariance = n * window_sum(x * y) - sum_x * sum_y
+    mean_x, mean_y = sum_x / n, sum_y / n
+    unbiased = n * (n - 1)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance / unbiased + c2)
+    similarity /= (mean_x**2 + mean_y**2 + c1) * (variances / unbiased + c2)
+    return similarity.mean((1, 2, 3))
+
+
+def _check_same_shape(images_a, images_b):
+    if images_a.shape != images_b.shape:
+        raise ValueError(
+            f"Expected two batches of the same shape, got {images_a.shape} and {images_b.shape}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of features that arrive in batches or on several processes, float64.
+
+        moments = Moments()
+        for features in batches:
+            moments += Moments.of(features)
+
+    Attributes:
+        count: number of features N.
+        mean: (D,).
+        scatter: (D, D), the sum of (x - mean)(x - mean)^T over all features x.
+    """
+
+    count: int = 0
+    mean: np.ndarray | float = 0.0
+    scatter: np.ndarray | float = 0.0
+
+    @classmethod
+    def of(cls, features) -> "Moments":
+        """The moments of features (N, D).
+
+        Raises:
+            ValueError: features of another shape or not finite.
+        """
+        features, moments = _check_features(features), cls()
+        for start in range(0, len(features), ROWS):
+            x = features[start : start + ROWS].astype(np.float64)
+            mean = x.mean(0)
+            x -= mean
+            moments += cls(len(x), mean, x.T @ x)
+        return moments
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The moments of both sets together (Chan et al., 1979)."""
+        count = self.count + other.count
+        share = other.count / max(count, 1)
+        shift = other.mean - self.mean
+        between = np.multiply.outer(shift, shift) * (self.count * share)
+        return Moments(count, self.mean + shift * share, self.scatter + other.scatter + between)
+
+    @property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and unbiased covariance (D, D).
+
+        Raises:
+            ValueError: fewer than two features.
+        """
+        if self.count < 2:
+            raise ValueError(f"A covariance needs at least two features, got {self.count}.")
+        return self.mean, self.scatter / (self.count - 1)
+
+
+def frechet_distance(a, b) -> float:
+    """Squared Frechet distance between two Gaussians, or the Gaussians fitted to features.
+
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), with means m and unbiased
+    covariances S, in float64 (Heusel et al., 2017, Equation 6). Covariances may be singular. The
+    distance is biased upward for small sets, and grows with chance differences in the number of
+    images per class: compare only distances between sets of equal sizes and class counts.
+
+    Args:
+        a, b: each either features, float (N, D) with N at least 2, or their statistics, a tuple
+            (mean (D,), covariance (D, D)) such as `Moments.statistics`.
+
+    Raises:
+        ValueError: features or statistics of other shapes, of different D, or not finite.
+    """
+    (mean_a, covariance_a), (mean_b, covariance_b) = _statistics(a), _statistics(b)
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(
+            f"Expected features with the same D, got D = {len(mean_a)} and D = {len(mean_b)}."
+        )
     # The last trace is the sum of the singular values of S_a^1/2 S_b^1/2.
     overlap = np.linalg.norm(_square_root(covariance_a) @ _square_root(covariance_b), "nuc")
-    means = np.square(features_a.mean(0) - features_b.mean(0)).sum()
+    means = np.square(mean_a - mean_b).sum()
     distance = means + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap
     return max(float(distance), 0.0)  # rounding can leave a tiny negative number
 
 
+def _statistics(features) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(features, tuple):
+        return Moments.of(features).statistics
+    mean, covariance = (np.asarray(x, np.float64) for x in features)
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        raise ValueError(
+            "Expected statistics (mean, covariance) of shapes (D,) and (D, D), got "
+            f"{mean.shape} and {covariance.shape}."
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("Expected finite statistics, got NaN or infinite values.")
+    return mean, covariance
+
+
+def _check_features(features) -> np.ndarray:
+    features = np.asarray(features)
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"Expected features of shape (N, D), not empty, got {features.shape}.")
+    if not np.isfinite(features).all():
+        raise ValueError("Expected finite features, got NaN or infinite values.")
+    return features
+
+
 def _square_root(matrix: np.ndarray) -> np.ndarray:
-    """The symmetric root of a positive semi-definite matrix (F, F)."""
+    """The symmetric square root of a positive semi-definite matrix (D, D)."""
     values, vectors = np.linalg.eigh(matrix)
     rounding = values.max() * len(values) * np.finfo(np.float64).eps
     values = np.where(values > rounding, values, 0)
     return vectors * np.sqrt(values) @ vectors.T
 
 
+def inception_score(probabilities, split_size: int = 5000) -> float:
+    """Inception Score (Salimans et al., 2016).
+
+    The exponential of the mean KL divergence between each prediction and the mean prediction,
+    computed for each run of `split_size` images in the given order and averaged over the runs; a
+    shorter last run counts like the others. Order matters: shuffle images that are sorted by class.
+
+    Args:
+        probabilities: float (N, C), class probabilities of each image.
+        split_size: images per run.
+
+    Returns:
+        The score, from 1 to C.
+
+    Raises:
+        ValueError: another shape, rows that are not probabilities, or a split size below 1.
+    """
+    probabilities = _check_features(probabilities)
+    if split_size < 1:
+        raise ValueError(f"Expected a split size of at least 1, got {split_size}.")
+    scores = []
+    for start in range(0, len(probabilities), split_size):
+        p = probabilities[start : start + split_size].astype(np.float64)
+        if p.min() < 0 or np.abs(p.sum(1) - 1).max() > 1e-2:
+            raise ValueError(
+                "Expected class probabilities, at least 0 and with rows that sum to 1, got values "
+                f"from {p.min()} to {p.max()} and sums from {p.sum(1).min()} to {p.sum(1).max()}."
+            )
+        mean = p.mean(0)
+        ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)  # 0 log 0 is 0
+        scores.append(np.exp((p * np.log(ratio)).sum(1).mean()))
+    return float(np.mean(scores))
+
+
+def precision_recall(reference, samples, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., 2019).
+
+    Each point of a set has a ball that reaches to its k-th nearest other point of the same set.
+    Precision is the share of samples inside any ball of the reference, recall the share of the
+    reference inside any ball of the samples. Points on a sphere are inside.
+
+    Distances are float32 and are computed in blocks, which take 256 MiB beside the features.
+
+    Args:
+        reference: float (N, D), features of real images.
+        samples: float (M, D), features of generated images.
+        k: neighbors; less than N and M.
+
+    Returns:
+        Precision and recall, 0 to 1.
+
+    Raises:
+        ValueError: features of other shapes, of different D, or not finite; too few for k.
+    """
+    reference, samples = _check_features(reference), _check_features(samples)
+    if reference.shape[1] != samples.shape[1]:
+        raise ValueError(
+            "Expected features with the same D, got "
+            f"D = {reference.shape[1]} and D = {samples.shape[1]}."
+        )
+    if not 1 <= k < min(len(reference), len(samples)):
+        raise ValueError(
+            f"Expected k from 1 to below the number of features, got k = {k} for "
+            f"{len(reference)} reference features and {len(samples)} samples."
+        )
+    center = reference.mean(0, dtype=np.float64)  # large norms would cost precision
+    reference, samples = (
+        (x - center.astype(np.result_type(x, np.float32))).astype(np.float32, copy=False)
+        for x in (reference, samples)
+    )
+    reference_radii, sample_radii = _squared_radii(reference, k), _squared_radii(samples, k)
+    precise, recalled = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
+    for start, block in _blocks(reference, len(samples)):
+        stop = start + len(block)
+        distances = _squared_distances(block, samples)
+        precise |= (distances <= reference_radii[start:stop, None]).any(0)
+        recalled[start:stop] = (distances <= sample_radii).any(1)
+    return float(precise.mean()), float(recalled.mean())
+
+
+def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
+    """float32 (N,): squared distance of each point to its k-th nearest other point.
+
+    Radii are widened by the rounding error of the distances, so that ties count as inside.
+    """
+    nearest = np.full((k, len(points)), np.inf, np.float32)  # sorted along the first axis
+
+    def insert(nearest, distances):
+        for level in nearest:
+            larger = np.maximum(level, distances)
+            np.minimum(level, distances, out=level)
+            distances = larger
+
+    # Distances are symmetric: each block serves its own points and all later ones.
+    for start, block in _blocks(points, len(points)):
+        stop, rows = start + len(block), np.arange(len(block))
+        distances = _squared_distances(block, points[start:])
+        distances[rows, rows] = np.inf
+        for row in distances:
+            insert(nearest[:, stop:], row[len(block) :])
+        for _ in range(k):
+            columns = distances.argmin(1)
+            insert(nearest[:, start:stop], distances[rows, columns])
+            distances[rows, columns] = np.inf
+    rounding = 16 * np.finfo(np.float32).eps
+    return nearest[-1] * (1 + rounding) + _squared_norms(points) * rounding
+
+
+def _blocks(points: np.ndarray, others: int):
+    """(start, rows of `points`) whose distances to `others` points fit in memory."""
+    size = max(1, MAX_DISTANCES // others)
+    for start in range(0, len(points), size):
+        yield start, points[start : start + size]
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """float32 (N, M) of (N, D) and (M, D); rounding can make small ones negative."""
+    distances = a @ b.T
+    distances *= -2
+    distances += _squared_norms(a)[:, None]
+    distances += _squared_norms(b)
+    return distances
+
+
+def _squared_norms(points: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,nd->n", points, points)
+
+
 def nearest_distances(queries, references) -> np.ndarray:
-    """Distance of every query image to the reference image nearest to it.
+    """Distance of each query image to its nearest reference image.
 
     The distance is Euclidean over all values in [-1, 1], divided by sqrt(H * W * 3): a root mean
     square error, from 0 (a copy) to 2 (black against white).
@@ -114,15 +373,15 @@ def nearest_distances(queries, references) -> np.ndarray:
         float64 (B,).
 
     Raises:
-        ValueError: images of different sizes, or arrays that are no images.
+        ValueError: images of different sizes, or arrays that are not images.
     """
     from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import
 
     queries, references = to_float(queries), to_float(references)
     if queries.shape[1:] != references.shape[1:]:
         raise ValueError(
-            f"Images of size {queries.shape[1:3]} cannot be compared with images of size "
-            f"{references.shape[1:3]}; bring all to one size."
+            f"Cannot compare images of size {queries.shape[1:3]} with images of size "
+            f"{references.shape[1:3]}; resize all to one size."
         )
     queries, references = queries.reshape(len(queries), -1), references.reshape(len(references), -1)
     nearest = pairwise_distances_argmin(queries, references)  # in chunks
@@ -130,31 +389,31 @@ def nearest_distances(queries, references) -> np.ndarray:
 
 
 def copying_report(samples, train, held_out) -> dict[str, float | bool]:
-    """Whether samples lie nearer to the training images than real unseen images do.
+    """Whether samples lie closer to the training images than unseen real images do.
 
-    Every sample and every held-out image gets the distance to its nearest training image
-    (`nearest_distances`). The samples are "not nearer than held-out" when both hold:
-      - the median over the samples is at least the median over the held-out images (they are not
-        nearer on the whole), and
-      - at most 5% of the samples lie nearer than the 5% quantile of the held-out images, that is,
-        nearer than all but 5% of those do (no part of the samples is copied).
-    Both are taken strictly, without a margin for chance. Real unseen images in the place of the
-    samples would scatter by `near_share_error` around a share of 5%. The distance sees copies of
-    pixels; it does not see a copy that is shifted or recolored.
+    The distance of each sample and each held-out image to its nearest training image is computed
+    by `nearest_distances`. Samples are not closer (`not_nearer`) when both hold:
+      - the median over the samples is at least the median over the held-out images (samples are
+        not closer on the whole), and
+      - at most 5% of the samples fall below the 5% quantile of the held-out distances (no part of
+        the samples is copied).
+    Both comparisons are strict, without a margin for chance. With unseen real images in place of
+    samples, the share would scatter around 5% by `near_share_error`. The distance detects copies
+    of pixels, but not a shifted or recolored copy.
 
     Args:
-        samples, train, held_out: images (B, H, W, 3) of one size, transformed alike without
-            random augmentation; B may differ. `held_out` was not trained on.
+        samples, train, held_out: images (B, H, W, 3) of one size, preprocessed alike without random
+            augmentation; B may differ. `held_out` was not trained on.
 
     Returns:
         samples_median, samples_mean, held_out_median, held_out_mean: distances.
         held_out_low_quantile: the distance that 5% of the held-out images fall below.
-        near_share: the share of samples nearer than that, 0 to 1.
-        near_share_error: the standard error that this share would have for real images.
+        near_share: the share of samples below that distance, 0 to 1.
+        near_share_error: the standard error of this share for real images.
         not_nearer: the verdict.
 
     Raises:
-        ValueError: images of different sizes, or arrays that are no images.
+        ValueError: images of different sizes, or arrays that are not images.
     """
     sampled, real = nearest_distances(samples, train), nearest_distances(held_out, train)
     low = np.quantile(real, LOW_QUANTILE)
@@ -172,24 +431,24 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
     }
 
 
-def class_agreement(predicted, asked) -> tuple[float, dict[int, float]]:
-    """Share of images that a classifier names as the class that was asked for.
+def class_agreement(predicted, requested) -> tuple[float, dict[int, float]]:
+    """Share of images that a classifier assigns to the requested class.
 
     Args:
-        predicted, asked: int (B,), class of every image.
+        predicted, requested: int (B,), class of each image.
 
     Returns:
-        The share of all images, and the share of each class among `asked`, both 0 to 1.
+        The share among all images, and the share within each requested class, both 0 to 1.
 
     Raises:
         ValueError: arrays that are empty, not one-dimensional or of different lengths.
     """
-    predicted, asked = np.asarray(predicted), np.asarray(asked)
-    if predicted.shape != asked.shape or asked.ndim != 1 or not len(asked):
+    predicted, requested = np.asarray(predicted), np.asarray(requested)
+    if predicted.shape != requested.shape or requested.ndim != 1 or not len(requested):
         raise ValueError(
-            "Predicted and asked classes must be two lists of the same length, not empty; their "
-            f"shapes are {predicted.shape} and {asked.shape}."
+            "Expected predicted and requested classes as two lists of the same length, not empty, "
+            f"got shapes {predicted.shape} and {requested.shape}."
         )
-    agree = predicted == asked
-    per_class = {int(label): float(agree[asked == label].mean()) for label in np.unique(asked)}
+    agree = predicted == requested
+    per_class = {int(c): float(agree[requested == c].mean()) for c in np.unique(requested)}
     return float(agree.mean()), per_class

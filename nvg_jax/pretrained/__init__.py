@@ -1,12 +1,47 @@
-"""Frozen networks that the training losses look through: LPIPS, DINO ViT-S/16, DINOv2 ViT-B/14.
+"""Frozen networks of the training losses and of evaluation.
 
-`load` gives the parameters, which `convert` has stored from published files. Each network is a
-pure function of them and of images, and takes the type of its arithmetic:
+LPIPS on VGG16 and AlexNet, DINO ViT-S/16, DINOv2 ViT-B/14 and Inception v3. `convert` stores the
+parameters from published files, `load` reads them. Each network is a pure function of its
+parameters and of images:
 
     distance = lpips(load("lpips"), images_a, images_b, dtype=jnp.bfloat16)
 """
 
-from nvg_jax.pretrained.networks import dino, dinov2, lpips
+from nvg_jax.pretrained.inception_v3 import (
+    ImageFeatures,
+    antialiased_inception_input,
+    inception,
+    tf1_inception_input,
+)
+from nvg_jax.pretrained.networks import (
+    DINO_FEATURES,
+    DINO_GRID,
+    DINO_WIDTH,
+    DINOV2_GRID,
+    DINOV2_WIDTH,
+    dino,
+    dinov2,
+    lpips,
+    lpips_alex,
+)
 from nvg_jax.pretrained.weights import NAMES, abstract, convert, load
 
-__all__ = ["NAMES", "abstract", "convert", "dino", "dinov2", "load", "lpips"]
+__all__ = [
+    "DINOV2_GRID",
+    "DINOV2_WIDTH",
+    "DINO_FEATURES",
+    "DINO_GRID",
+    "DINO_WIDTH",
+    "NAMES",
+    "ImageFeatures",
+    "abstract",
+    "antialiased_inception_input",
+    "convert",
+    "dino",
+    "dinov2",
+    "inception",
+    "load",
+    "lpips",
+    "lpips_alex",
+    "tf1_inception_input",
+]

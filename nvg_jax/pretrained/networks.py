@@ -1,7 +1,7 @@
-"""VGG16 with the LPIPS heads, and the vision transformer of DINO and DINOv2.
+"""VGG16 and AlexNet with LPIPS heads, and the vision transformer of DINO and DINOv2.
 
 Images are float (B, H, W, 3) in [-1, 1]. Parameters are float32 and come from
-`nvg_jax.pretrained.load`; nothing here is random, so gradients flow to the images alone.
+`nvg_jax.pretrained.load`. Everything is deterministic: no dropout, no batch statistics.
 """
 
 import functools
@@ -14,18 +14,24 @@ import numpy as np
 from nvg_jax.layers import attention
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
-# What LPIPS subtracts and divides by, for images in [-1, 1].
+# LPIPS normalizes images in [-1, 1] by these.
 LPIPS_SHIFT = np.float32([-0.030, -0.088, -0.188])
 LPIPS_SCALE = np.float32([0.458, 0.448, 0.450])
-# Of ImageNet, for images in [0, 1].
+# Statistics of ImageNet, for images in [0, 1].
 IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
 IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
 
-DEPTH = 12  # blocks of either transformer
+DEPTH = 12  # blocks of both transformers
 HEAD_DIM = 64
 VIT_IMAGE = 224  # pixels of their square input
-SIZES = {"dino": {"width": 384, "patch": 16}, "dinov2": {"width": 768, "patch": 14}}
-DINO_TAPS = (2, 5, 8, 11)
+DINO_WIDTH, DINOV2_WIDTH = 384, 768  # channels of a token
+SIZES = {
+    "dino": {"width": DINO_WIDTH, "patch": 16},
+    "dinov2": {"width": DINOV2_WIDTH, "patch": 14},
+}
+DINO_GRID, DINOV2_GRID = ((VIT_IMAGE // size["patch"],) * 2 for size in SIZES.values())  # patches
+DINO_BLOCKS = (2, 5, 8, 11)  # whose outputs the discriminator sees, counted from 0
+DINO_FEATURES = 1 + len(DINO_BLOCKS)  # sequences that `dino` returns
 
 
 def lpips(params, images_a, images_b, dtype=jnp.float32):
@@ -34,7 +40,7 @@ def lpips(params, images_a, images_b, dtype=jnp.float32):
     Args:
         params: of "lpips".
         images_a, images_b: float (B, H, W, 3) in [-1, 1], H and W at least 16.
-        dtype: of the VGG16's arithmetic; features are compared in float32.
+        dtype: of the convolutions; features are compared in float32.
 
     Returns:
         float32 (B,), at least 0 and 0 for equal images.
@@ -42,13 +48,18 @@ def lpips(params, images_a, images_b, dtype=jnp.float32):
     Raises:
         ValueError: images of another shape or type.
     """
-    for images in (images_a, images_b):
-        _check(images, min(images.shape[1:3], default=0) >= 16, "at least 16 x 16 pixels")
-    if images_a.shape != images_b.shape:
-        raise ValueError(
-            f"LPIPS compares images of one shape, got {images_a.shape} and {images_b.shape}."
-        )
-    return Lpips(dtype).apply({"params": params}, images_a, images_b)
+    _check_pair(images_a, images_b, 16)
+    return Lpips("vgg", dtype).apply({"params": params}, images_a, images_b)
+
+
+def lpips_alex(params, images_a, images_b, dtype=jnp.float32):
+    """LPIPS v0.1 on AlexNet features, the variant that most papers report.
+
+    Arguments, result and errors are those of `lpips`, except that params are of "lpips_alex" and H
+    and W at least 31.
+    """
+    _check_pair(images_a, images_b, 31)
+    return Lpips("alex", dtype).apply({"params": params}, images_a, images_b)
 
 
 def dino(params, images, dtype=jnp.float32):
@@ -57,12 +68,12 @@ def dino(params, images, dtype=jnp.float32):
     Args:
         params: of "dino".
         images: float (B, 224, 224, 3) in [-1, 1].
-        dtype: of the arithmetic.
+        dtype: of the computation.
 
     Returns:
-        Five arrays `dtype` (B, 197, 384): after the patch embedding with its positions, and after
-        blocks 2, 5, 8 and 11 (counted from 0), without the final norm. The class token is the
-        first, the 14 x 14 patches follow row by row.
+        Five arrays `dtype` (B, 197, 384): the embedded tokens with their positions, and the outputs
+        of blocks 2, 5, 8 and 11 (counted from 0), without the final norm. The class token comes
+        first, then the 14 x 14 patches row by row.
 
     Raises:
         ValueError: images of another shape or type.
@@ -71,7 +82,7 @@ def dino(params, images, dtype=jnp.float32):
     _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
     model = VisionTransformer(**SIZES["dino"], dtype=dtype)
     embedded, outputs, _ = model.apply({"params": params}, imagenet_normalized(images))
-    return (embedded, *(outputs[i] for i in DINO_TAPS))
+    return (embedded, *(outputs[i] for i in DINO_BLOCKS))
 
 
 def dinov2(params, images, dtype=jnp.float32):
@@ -80,10 +91,11 @@ def dinov2(params, images, dtype=jnp.float32):
     Args:
         params: of "dinov2".
         images: float (B, H, W, 3) in [-1, 1]; resized to 224 x 224, bicubic with antialiasing.
-        dtype: of the arithmetic.
+        dtype: of the computation.
 
     Returns:
-        float32 (B, 256, 768) after the final norm: 16 x 16 patches row by row, no class token.
+        float32 (B, 256, 768) after the final norm: 16 x 16 patches row by row, without the class
+        token.
 
     Raises:
         ValueError: images of another shape or type.
@@ -105,8 +117,18 @@ def _check(images, size_fits: bool, size: str):
         )
 
 
+def _check_pair(images_a, images_b, smallest: int):
+    for images in (images_a, images_b):
+        fits = min(images.shape[1:3], default=0) >= smallest
+        _check(images, fits, f"at least {smallest} x {smallest} pixels")
+    if images_a.shape != images_b.shape:
+        raise ValueError(
+            f"LPIPS compares images of one shape, got {images_a.shape} and {images_b.shape}."
+        )
+
+
 def imagenet_normalized(images):
-    """float32 images as the transformers were trained on, from float images in [-1, 1]."""
+    """Images in [-1, 1] normalized by ImageNet's statistics, float32, for the transformers."""
     return ((images.astype(jnp.float32) + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD
 
 
@@ -117,7 +139,7 @@ class VGG16(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """x (B, H, W, 3) -> the last activations of each of the five levels, `dtype`."""
+        """x (B, H, W, 3) -> the last activations of each of the five levels, in `dtype`."""
         levels, count = [], 0
         for channels in VGG_CHANNELS:
             if levels:
@@ -129,17 +151,38 @@ class VGG16(nn.Module):
         return levels
 
 
-class Lpips(nn.Module):
-    """Distance of unit VGG16 features, a weight for every channel."""
+class AlexNet(nn.Module):
+    """The convolutions of torchvision's AlexNet (Krizhevsky, arXiv 1404.5997)."""
 
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        """x (B, H, W, 3) -> the activations of each of the five convolutions, in `dtype`."""
+        conv = functools.partial(nn.Conv, dtype=self.dtype)
+        levels = [nn.relu(conv(64, (11, 11), 4, padding=2, name="conv0")(x))]
+        x = nn.max_pool(levels[-1], (3, 3), (2, 2))
+        levels.append(nn.relu(conv(192, (5, 5), name="conv1")(x)))
+        x = nn.max_pool(levels[-1], (3, 3), (2, 2))
+        for i, features in enumerate((384, 256, 256), 2):
+            x = nn.relu(conv(features, (3, 3), name=f"conv{i}")(x))
+            levels.append(x)
+        return levels
+
+
+class Lpips(nn.Module):
+    """Squared differences of unit features, weighted by channel, averaged over positions."""
+
+    network: str  # "vgg" or "alex"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images_a, images_b):
         """Two of (B, H, W, 3) in [-1, 1] -> float32 (B,)."""
-        vgg = VGG16(self.dtype, name="vgg")
+        network = {"vgg": VGG16, "alex": AlexNet}[self.network](self.dtype, name=self.network)
         levels_a, levels_b = (
-            vgg((x.astype(jnp.float32) - LPIPS_SHIFT) / LPIPS_SCALE) for x in (images_a, images_b)
+            network((x.astype(jnp.float32) - LPIPS_SHIFT) / LPIPS_SCALE)
+            for x in (images_a, images_b)
         )
         distance = 0.0
         for level, (a, b) in enumerate(zip(levels_a, levels_b)):
@@ -150,7 +193,7 @@ class Lpips(nn.Module):
 
 
 def unit_channels(x):
-    """x (..., C) divided by its length + 1e-10, float32; zero stays zero, also in the gradient."""
+    """x (..., C) over its norm + 1e-10, float32. Zero vectors and their gradients stay zero."""
     x = x.astype(jnp.float32)
     square = jnp.square(x).sum(-1, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
@@ -166,11 +209,11 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        """images (B, 224, 224, 3), normalized, to three of `dtype`, N = 1 + patches.
+        """Tokens of normalized images (B, 224, 224, 3), in `dtype`; N = 1 + patches.
 
         Returns:
-            (embedded tokens (B, N, C), tokens after each block (12, B, N, C), tokens after the
-            last block and the final norm (B, N, C)).
+            The embedded tokens (B, N, C), the output of each block (12, B, N, C), and the last
+            output after the final norm (B, N, C).
         """
         zeros, size = nn.initializers.zeros, (self.patch, self.patch)
         length = 1 + (VIT_IMAGE // self.patch) ** 2

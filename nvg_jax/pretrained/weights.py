@@ -1,8 +1,9 @@
-"""From the files that people publish to a checked file of ours in a cache folder, and back.
+"""Imports published weights into a cache folder, as one file with a checksum per network.
 
-What a network does not need is worked in once, here: DINOv2's layer scales are multiplied into the
-linears before them, position embeddings are resampled to 224 x 224 pixels, and the key biases are
-zero (a key's bias adds the same to all scores of a query, which the softmax does not see).
+Importing simplifies the networks: Inception's batch norms are folded into the convolutions before
+them, DINOv2's layer scales into the linears before them. Position embeddings are resampled to 224 x
+224 pixels. Key biases are set to zero: a key bias shifts all scores of a query equally, which the
+softmax cancels.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from nvg_jax.pretrained.inception_v3 import IMAGE_SIZE, NUM_LOGITS, POOL_WIDTH, Inception
 from nvg_jax.pretrained.networks import (
     DEPTH,
     SIZES,
@@ -34,23 +36,37 @@ from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Published files (name -> address), pattern of their tensors that are of no use here, and the
-    setting of a run that does without the network."""
+    """Where a network's weights come from.
+
+    Attributes:
+        files: name -> address of each published file.
+        unneeded: pattern of tensor names that are ignored.
+        without: setting of a training run that does not need the network, if training uses it.
+    """
 
     files: dict[str, str]
     unneeded: str
-    without: str
+    without: str = ""
 
 
+LPIPS_UNNEEDED = r"(classifier|pre_logits|head|lins|scaling_layer)\..*"
+LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
 SOURCES = {
     "lpips": Source(
         {
             "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
-            "vgg.pth": "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/"
-            "weights/v0.1/vgg.pth",
+            "vgg.pth": f"{LPIPS_HEADS}/vgg.pth",
         },
-        r"(classifier|pre_logits|head|lins|scaling_layer)\..*",
+        LPIPS_UNNEEDED,
         "tokenizer_training.perceptual_weight=0",
+    ),
+    "lpips_alex": Source(
+        {
+            "alexnet-owt-7be5be79.pth": "https://download.pytorch.org/models/"
+            "alexnet-owt-7be5be79.pth",
+            "alex.pth": f"{LPIPS_HEADS}/alex.pth",
+        },
+        LPIPS_UNNEEDED,
     ),
     "dino": Source(
         {
@@ -68,15 +84,26 @@ SOURCES = {
         "mask_token",
         "generator_training.repa_weight=0",
     ),
+    "inception": Source(
+        {
+            "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/"
+            "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+        },
+        r"fc\.bias|.*\.num_batches_tracked",
+    ),
 }
 NAMES = tuple(SOURCES)
-DINOV2_GRID = 37  # rows of its published position embedding, for 518 x 518 pixels
+LPIPS_NETWORKS = {"lpips": "vgg", "lpips_alex": "alex"}
+PUBLISHED_DINOV2_GRID = 37  # rows of its published position embedding, for 518 x 518 pixels
+BATCH_NORM_EPS = 1e-3  # of Inception
 
 
 def abstract(name: str) -> dict[str, Any]:
-    """The tree of `jax.ShapeDtypeStruct` that `load` gives values to, all float32."""
-    if _known(name) == "lpips":
-        model, images = Lpips(), ((1, 16, 16, 3),) * 2
+    """The parameters that `load` returns, as `jax.ShapeDtypeStruct`, all float32."""
+    if _known(name) in LPIPS_NETWORKS:
+        model, images = Lpips(LPIPS_NETWORKS[name]), ((1, 64, 64, 3),) * 2
+    elif name == "inception":
+        model, images = Inception(), ((1, IMAGE_SIZE, IMAGE_SIZE, 3),)
     else:
         model, images = VisionTransformer(**SIZES[name]), ((1, VIT_IMAGE, VIT_IMAGE, 3),)
     init = lambda: model.init(jax.random.key(0), *map(jnp.zeros, images))
@@ -84,34 +111,39 @@ def abstract(name: str) -> dict[str, Any]:
 
 
 def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = None) -> Path:
-    """Stores the parameters of a network from its published files, for `load`.
+    """Imports a network's published files into the cache, for `load`.
 
     Args:
         name: one of NAMES.
-        files: the published ones, or timm's, from `torch.save` or as .safetensors. "lpips" needs
-            two, torchvision's (or timm's) VGG16 and the heads of the package lpips, or one, the
-            state dict of its `LPIPS(net="vgg")`.
-        cache: folder, by default that of $NVG_CACHE, else ~/.cache/nvg_jax.
+        files: the published files or timm's, written by `torch.save` or as .safetensors. "lpips"
+            and "lpips_alex" take two, torchvision's (or timm's) VGG16 or AlexNet and the heads of
+            the package lpips, or one, the state dict of its `LPIPS(net="vgg")` or "alex".
+        cache: folder; by default $NVG_CACHE, else ~/.cache/nvg_jax.
 
     Returns:
         The written file. It appears complete or not at all.
 
     Raises:
-        ValueError: an unknown name, files that are missing or cannot be read, tensors that are
-            missing, unexpected, of another shape or type; it lists them.
+        ValueError: an unknown name; files that are missing or cannot be read; tensors that are
+            missing, unexpected, or of another shape or type, which the message lists.
     """
     source = SOURCES[_known(name)]
     tensors = {}
     for file in map(Path, files):
         found = _read(file, source.unneeded)
-        # lpips numbers VGG16's layers as torchvision does, within five slices.
+        # lpips keeps torchvision's layer numbers, but in five slices.
         found = {re.sub(r"^net\.slice\d\.", "features.", key): x for key, x in found.items()}
         if twice := [key for key in found if key in tensors]:
             raise ValueError(f"{file} repeats tensors of another file: {_listed(twice)}.")
         tensors |= found
     _check(name, files, tensors)
     tensors = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
-    params = _lpips_params(tensors) if name == "lpips" else _vit_params(tensors, **SIZES[name])
+    if name in LPIPS_NETWORKS:
+        params = _lpips_params(name, tensors)
+    elif name == "inception":
+        params = _inception_params(tensors)
+    else:
+        params = _vit_params(tensors, **SIZES[name])
     path = _path(name, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -126,35 +158,38 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
 
 
 def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
-    """The parameters of a network, NumPy float32, whose checksum is verified.
+    """The parameters of a network as NumPy float32, read from the cache.
 
     Args:
         name: one of NAMES.
         cache: the folder given to `convert`.
 
     Raises:
-        ValueError: an unknown name; nothing was converted, with what to do; a damaged file.
+        ValueError: an unknown name; a network that was not imported, with the commands to run; a
+            file that does not match its checksum.
     """
     source, path = SOURCES[_known(name)], _path(name, cache)
     own = "" if path == _path(name, None) else f"NVG_CACHE={path.parent} "
     command = f"{own}python -m nvg_jax.convert --pretrained={name} --from={','.join(source.files)}"
     if not path.is_file():
+        without = f" Or train without: --config.{source.without}." if source.without else ""
         raise ValueError(
-            f"The weights of {name} are not there ({path}). Download {_files(source)}, and run "
-            f"`{command}`. Or go without: --config.{source.without}."
+            f"The weights of {name} are missing ({path}). Download {_files(source)}, and run "
+            f"`{command}`.{without}"
         )
     try:
         with safe_open(path, "numpy") as file:
             checksum = (file.metadata() or {}).get("checksum")
             flat = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}). Write it anew: `{command}`.") from error
+        raise ValueError(f"{path} is damaged ({error}). Import it again: `{command}`.") from error
     params = unflatten_dict(flat, sep="/")
     expected = {key: leaf.shape for key, leaf in flatten_dict(abstract(name), sep="/").items()}
     shapes = {key: x.shape for key, x in flat.items()}
     if shapes != expected or fingerprint(params) != checksum:
         raise ValueError(
-            f"{path} is damaged (its contents and its checksum differ). Write it anew: `{command}`."
+            f"{path} is damaged (its contents and its checksum differ). Import it again: "
+            f"`{command}`."
         )
     return params
 
@@ -169,8 +204,8 @@ def _path(name: str, cache: str | Path | None) -> Path:
     folder = cache or os.environ.get("NVG_CACHE") or "~/.cache/nvg_jax"
     if "://" in str(folder):
         raise ValueError(
-            f"Pretrained networks are kept in folders, and {folder} is none; mount the bucket on "
-            "every machine (gcsfuse; docs/launch.md) and give the folder it is mounted on."
+            f"The cache of pretrained networks must be a folder, not {folder}. Mount the bucket on "
+            "every machine (gcsfuse; docs/launch.md) and give the mount point."
         )
     return Path(folder).expanduser().absolute() / f"{name}.safetensors"
 
@@ -180,7 +215,7 @@ def _files(source: Source) -> str:
 
 
 def _listed(items: Sequence[str]) -> str:
-    """The first ten, so that a wholly wrong file gives a readable message."""
+    """The first ten items, so that the message for an entirely wrong file stays readable."""
     more = f" and {len(items) - 10} more" if len(items) > 10 else ""
     return ", ".join(items[:10]) + more
 
@@ -194,16 +229,18 @@ def _read(file: Path, unneeded: str) -> dict[str, np.ndarray]:
     try:
         return {key: tensor for key, tensor in load_file(file).items() if keep(key)}
     except SafetensorError as error:
-        raise ValueError(f"Cannot read {file}, it is no safetensors file: {error}.") from error
+        raise ValueError(f"Cannot read {file}, it is not a safetensors file: {error}.") from error
 
 
 def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray]):
     """Raises ValueError unless the tensors are those of the published files."""
-    if name == "lpips":
-        shapes = _lpips_shapes()
+    if name in LPIPS_NETWORKS:
+        shapes = _lpips_shapes(name)
+    elif name == "inception":
+        shapes = _inception_shapes()
     else:
         shapes = _vit_shapes(name)
-        # timm's networks for 224 x 224 pixels have the positions that we need.
+        # timm's networks for 224 x 224 pixels have these positions already.
         needed = (1, 1 + (VIT_IMAGE // SIZES[name]["patch"]) ** 2, SIZES[name]["width"])
         if "pos_embed" in tensors and tensors["pos_embed"].shape == needed:
             shapes["pos_embed"] = needed
@@ -228,14 +265,16 @@ def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray
             if keys
         ]
         raise ValueError(
-            f"The tensors of {', '.join(map(str, files))} are not those of {name}.\n"
+            f"The tensors in {', '.join(map(str, files))} are not those of {name}.\n"
             + "\n".join(lists)
             + f"\nGive {_files(SOURCES[name])}."
         )
 
 
-def _vgg_modules() -> list[str]:
-    """Published name of each convolution: features.N, where ReLU and pooling have numbers too."""
+def _lpips_modules(name: str) -> list[str]:
+    """Published name of each convolution: features.N, where N counts ReLUs and pools too."""
+    if LPIPS_NETWORKS[name] == "alex":
+        return [f"features.{number}" for number in (0, 3, 6, 8, 10)]
     names, number = [], 0
     for channels in VGG_CHANNELS:
         for _ in channels:
@@ -245,23 +284,64 @@ def _vgg_modules() -> list[str]:
     return names
 
 
-def _lpips_shapes() -> dict[str, tuple[int, ...]]:
-    shapes, before = {}, 3
-    for name, after in zip(_vgg_modules(), sum(VGG_CHANNELS, ())):
-        shapes |= {f"{name}.weight": (after, before, 3, 3), f"{name}.bias": (after,)}
-        before = after
-    heads = {
-        f"lin{i}.model.1.weight": (1, channels[-1], 1, 1) for i, channels in enumerate(VGG_CHANNELS)
+def _lpips_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    params, shapes = abstract(name), {}
+    convolutions = params.pop(LPIPS_NETWORKS[name])
+    for i, module in enumerate(_lpips_modules(name)):
+        shapes |= _conv_shapes(convolutions[f"conv{i}"], module)
+    return shapes | {
+        f"lin{i}.model.1.weight": (1, *params[f"head{i}"].shape, 1, 1) for i in range(len(params))
     }
-    return shapes | heads
 
 
-def _lpips_params(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    heads = range(len(VGG_CHANNELS))
+def _lpips_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    modules = enumerate(_lpips_modules(name))
+    heads = sorted(key for key in tensors if key.startswith("lin"))
     return {
-        "vgg": {f"conv{i}": _conv(tensors, name) for i, name in enumerate(_vgg_modules())},
-        **{f"head{i}": tensors[f"lin{i}.model.1.weight"].ravel() for i in heads},
+        LPIPS_NETWORKS[name]: {f"conv{i}": _conv(tensors, module) for i, module in modules},
+        **{f"head{i}": tensors[key].ravel() for i, key in enumerate(heads)},
     }
+
+
+def _inception_modules() -> dict[tuple[str, ...], Any]:
+    """Path of each convolution -> its abstract kernel and bias."""
+    params = abstract("inception")
+    del params["fc"]
+    return flatten_dict(params, is_leaf=lambda _, tree: "kernel" in tree)
+
+
+def _inception_shapes() -> dict[str, tuple[int, ...]]:
+    shapes = {"fc.weight": (NUM_LOGITS, POOL_WIDTH)}
+    for path, conv in _inception_modules().items():
+        module = ".".join(path)
+        shapes[f"{module}.conv.weight"] = _conv_shapes(conv, module)[f"{module}.weight"]
+        for statistic in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{module}.bn.{statistic}"] = conv["bias"].shape
+    return shapes
+
+
+def _inception_params(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """With each batch norm folded into the convolution before it, in float64."""
+    params = {("fc",): {"kernel": tensors["fc.weight"].T}}
+    for path in _inception_modules():
+        module = ".".join(path)
+        weight, bias, mean, variance = (
+            tensors[f"{module}.bn.{key}"].astype(np.float64)
+            for key in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / np.sqrt(variance + BATCH_NORM_EPS)
+        kernel = tensors[f"{module}.conv.weight"].transpose(2, 3, 1, 0) * scale
+        params[path] = {
+            "kernel": kernel.astype(np.float32),
+            "bias": (bias - mean * scale).astype(np.float32),
+        }
+    return unflatten_dict(params)
+
+
+def _conv_shapes(conv: dict[str, Any], module: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a convolution's published tensors, from those of our parameters."""
+    height, width, before, after = conv["kernel"].shape
+    return {f"{module}.weight": (after, before, height, width), f"{module}.bias": (after,)}
 
 
 def _conv(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
@@ -271,7 +351,7 @@ def _conv(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 
 def _vit_shapes(name: str) -> dict[str, tuple[int, ...]]:
     width, patch = SIZES[name]["width"], SIZES[name]["patch"]
-    grid = DINOV2_GRID if name == "dinov2" else VIT_IMAGE // patch
+    grid = PUBLISHED_DINOV2_GRID if name == "dinov2" else VIT_IMAGE // patch
     shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + grid**2, width),
@@ -327,7 +407,7 @@ def _vit_params(tensors: dict[str, np.ndarray], width: int, patch: int) -> dict[
 
 
 def _resampled(position: np.ndarray, grid: int) -> np.ndarray:
-    """(1, 1 + n * n, C) -> (1, 1 + grid * grid, C), bicubic with antialiasing (a = -0.5)."""
+    """Positions (1, 1 + n * n, C) -> (1, 1 + grid * grid, C), antialiased bicubic (a = -0.5)."""
     first, rest = position[:, :1], position[:, 1:]
     n, width = round(rest.shape[1] ** 0.5), rest.shape[2]
     rest = jax.image.resize(rest.reshape(n, n, width), (grid, grid, width), "cubic", antialias=True)

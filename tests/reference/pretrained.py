@@ -1,12 +1,12 @@
-"""Makes pretrained.npz: what PyTorch's implementations give for weights drawn by name.
+"""Makes pretrained.npz: outputs of PyTorch's implementations for weights drawn by name.
 
     pip install torch torchvision lpips==0.1.4 timm
     python tests/reference/pretrained.py
 
 The tests draw the same weights and images, so only outputs are stored, with the names and shapes
-of the reference's tensors. They import this file; PyTorch is imported by `main` alone.
-`lpips_vgg.pth` is the file of LPIPS heads of the package lpips 0.1.4 (lpips/weights/v0.1/vgg.pth),
-unchanged; its licence is in LICENSE-lpips.
+of the reference's tensors. The tests import this file; only `main` imports PyTorch.
+`lpips_vgg.pth` and `lpips_alex.pth` are the unchanged LPIPS heads of the package lpips 0.1.4
+(lpips/weights/v0.1/vgg.pth and alex.pth); their license is in LICENSE-lpips.
 """
 
 import json
@@ -19,9 +19,13 @@ FOLDER = Path(__file__).parent
 
 
 def seeded(name: str, shape) -> np.ndarray:
-    """The weight called `name`, float32, at a scale that keeps activations in range."""
+    """The tensor called `name`, float32, at a scale that keeps activations in range."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     x = rng.standard_normal(shape, dtype=np.float32)
+    if "running_var" in name:
+        return 2 * np.exp(x)
+    if ".bn.weight" in name:
+        return 1 + 0.2 * x
     if "gamma" in name:
         return 0.5 + 0.2 * x
     if "norm" in name and name.endswith("weight"):
