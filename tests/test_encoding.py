@@ -384,7 +384,7 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
     with pytest.raises(ValueError, match="crops must be at least 1"):
         encode_data_set(pipeline, tmp_path / "new", data, crops=0)
     (tmp_path / "new.array_record.tmp").mkdir()
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(OSError, match="cannot be written"):
         sequences.write_shard(tmp_path / "new.array_record", [], {})
 
 
