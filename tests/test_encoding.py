@@ -260,7 +260,7 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="no cached sequences"):
         open_()
     files.write_json(folder / "meta.json", {"format": 2})
-    with pytest.raises(ValueError, match="has the format 2"):
+    with pytest.raises(ValueError, match="are in format 2"):
         open_()
     with pytest.raises(ValueError, match="needs data_dir"):
         open_(data_dir=None)
@@ -298,8 +298,8 @@ def test_an_interrupted_run_goes_on_with_the_missing_files(
     with pytest.raises(ValueError, match="is not finished"):
         open_source("sequences", "train", data_dir=str(folder))
     for other, message in (
-        (dict(crops=7), "crops = 8, and it cannot go on with 7"),
-        (dict(crops=8, seed=1), "seed = 0, and it cannot go on with 1"),
+        (dict(crops=7), "crops = 8, and cannot be resumed with 7"),
+        (dict(crops=8, seed=1), "seed = 0, and cannot be resumed with 1"),
     ):
         with pytest.raises(ValueError, match=message):
             encode_data_set(pipeline, folder, data, **other)
@@ -376,15 +376,15 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
     (tmp_path / "something").touch()
     for arguments, message in (
         ((tmp_path / "new", cached), "holds cached sequences already"),
-        ((tmp_path, data), "exists and is no cache"),
-        ((tmp_path / "something", data), "exists and is no cache"),
+        ((tmp_path, data), "exists and holds no cached sequences"),
+        ((tmp_path / "something", data), "exists and holds no cached sequences"),
     ):
         with pytest.raises(ValueError, match=message):
             encode_data_set(pipeline, *arguments)
     with pytest.raises(ValueError, match="crops must be at least 1"):
         encode_data_set(pipeline, tmp_path / "new", data, crops=0)
     (tmp_path / "new.array_record.tmp").mkdir()
-    with pytest.raises(OSError, match="could not be written"):
+    with pytest.raises(OSError, match="cannot be written"):
         sequences.write_shard(tmp_path / "new.array_record", [], {})
 
 
