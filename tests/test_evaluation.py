@@ -47,8 +47,8 @@ def test_image_kinds():
 @pytest.mark.parametrize(
     "images, message",
     [
-        (flat(0, 255), "clip"),
-        (flat(np.nan), "clip"),
+        (flat(0, 255), "Clip a decoder's output"),
+        (flat(np.nan), "from nan to nan"),
         (flat(0, dtype=np.int32), "uint8"),
         (flat(0)[0], "shape"),
         (flat(0)[..., :1], "shape"),
@@ -106,9 +106,9 @@ def test_frechet_distance_with_fewer_samples_than_features():
 @pytest.mark.parametrize(
     "features, message",
     [
-        (np.zeros((3, 5)), "same F"),
-        (np.zeros((1, 4)), "two rows"),
-        (np.zeros(4), "shapes"),
+        (np.zeros((3, 5)), "same D"),
+        (np.zeros((1, 4)), "at least two features, got 1"),
+        (np.zeros(4), r"shape \(N, D\)"),
         (np.full((3, 4), np.nan), "finite"),
     ],
 )
