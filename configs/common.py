@@ -146,6 +146,6 @@ def run_locally(config: ml_collections.ConfigDict):
     for training in (config.tokenizer_training, config.generator_training):
         training.update(length="12 steps", batch_size=16)
         training.update(log_every=2, save_every=4, eval_every=12)
-        training.optimizer.update(warmup_steps=2, learning_rate=1e-2)
+        training.optimizer.update(warmup_steps=2, learning_rate=1e-3)
     config.tokenizer_training.index_backprop_epochs = 0.0
     config.sampling.flow_steps = 2

@@ -81,6 +81,7 @@ def init_generator(model: Generator, key, codebook=None):
     return params
 
 
+@functools.cache
 def abstract_params(
     name: str,
     tokenizer: TokenizerConfig,

@@ -11,7 +11,8 @@ os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "0",
-    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0",
+    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false",
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # JAX locks the folder only if a size is set
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",

@@ -45,7 +45,6 @@ def run_config():
     config = digits.get_config("runlocal")
     for training in (config.tokenizer_training, config.generator_training):
         training.update(length=f"{STEPS} steps", log_every=1, save_every=10, eval_every=STEPS)
-        training.optimizer.update(learning_rate=1e-3)
     return config
 
 

@@ -75,7 +75,8 @@ def content_output(params, model, **changes):
         class_ids=jnp.array([0, 3]),
         canvas_scale=jnp.array([1.0, 2.0, 3.0, 4.0]),
     )
-    return model.apply({"params": params}, **(args | changes), method="predict_canvas")[0]
+    apply = jax.jit(functools.partial(model.apply, method="predict_canvas"))
+    return apply({"params": params}, **(args | changes))[0]
 
 
 def test_the_content_generator_sees_each_input_and_scales_the_canvas():
@@ -112,7 +113,8 @@ def test_the_structure_generator_sees_each_input():
         stage=jnp.array([0, 0]),
         class_ids=jnp.array([0, 3]),
     )
-    apply = lambda **changes: model.apply({"params": params}, **(args | changes))
+    forward = jax.jit(model.apply)
+    apply = lambda **changes: forward({"params": params}, **(args | changes))
     base = apply()
     assert base.shape == (2, 4, 2) and base.dtype == jnp.float32
     for change in (
@@ -135,17 +137,18 @@ def test_drop_path_and_the_key_decide_the_loss_and_nothing_else_does(name):
     )
     first, again, other = loss(jax.random.key(0)), loss(jax.random.key(0)), loss(jax.random.key(1))
     assert first == again and first != other
-    evaluated = [
-        steps.loss_terms(model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), None)[0]
-        for _ in range(2)
-    ]
+    evaluate = jax.jit(
+        lambda: steps.loss_terms(model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), None)
+    )
+    evaluated = [evaluate()[0] for _ in range(2)]
     assert evaluated[0] == evaluated[1]
 
 
 def test_the_token_head_starts_as_the_nearest_code_rule():
     model = models.make_generator("content", SIZES, CONFIG, num_classes=3)
     codebook = jax.random.normal(jax.random.key(5), (5, 3))
-    params = unbox(models.init_generator(model, jax.random.key(0), codebook))
+    init = functools.partial(models.init_generator, model)
+    params = unbox(jax.jit(init)(jax.random.key(0), codebook))
     missing = jax.random.normal(jax.random.key(6), (50, 3))
     logits = model.apply({"params": params}, missing, method="token_logits")
     distance = np.square(np.asarray(missing)[:, None] - np.asarray(codebook)).sum(-1)
@@ -178,11 +181,12 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(na
     half = model.clone(dtype=jnp.bfloat16)
     losses = []
     for each in (model, half):
-        loss, grads = jax.value_and_grad(
+        value_and_grad = jax.value_and_grad(
             lambda p, each=each: steps.loss_terms(
                 each, p, quantized(), jnp.array([0, 1]), jnp.ones(4), jax.random.key(0)
             )[0]
-        )(params)
+        )
+        loss, grads = jax.jit(value_and_grad)(params)
         assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
         losses.append(loss)
     assert losses[0] != losses[1]

@@ -315,6 +315,7 @@ def checksums(leaves: list) -> jax.Array:
     The hash of an element is a bijection of its bits, so any single wrong value is detected.
     """
 
+    @jax.jit  # leaves of the same shape are traced once
     def checksum(x):
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
