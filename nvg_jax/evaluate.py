@@ -1,9 +1,14 @@
-"""Evaluation: `python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000`.
+"""Evaluation of samples and of models. Four uses, each for one table:
 
-Measures the reconstruction of held-out images, how often a classifier trained on real images names
-samples as the requested class, how far samples are from the training images, and (except for
-digits) a Frechet distance in the classifier's features. Writes metrics.json, samples.png,
-stages.png and reconstructions.png.
+    python -m nvg_jax.evaluate --samples=fid50k.npz --reference=VIRTUAL_imagenet256_labeled.npz
+    python -m nvg_jax.evaluate --workdir=runs/d16 --num_samples=50000 --reference=train
+    python -m nvg_jax.evaluate --workdir=runs/d16 --reconstruction
+    python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000
+
+The first two give FID, sFID, Inception Score, precision and recall in Inception's features, of a
+file or of samples drawn as it goes. The third gives rFID, LPIPS, PSNR, SSIM and codebook usage of
+the tokenizer. The last needs no downloaded network: a classifier trained on the data set is the
+judge (--judge=classifier). docs/evaluation.md has the details.
 """
 
 import json
@@ -18,22 +23,103 @@ FLAGS = flags.FLAGS
 
 def main(_):
     settings = cli.sampling_settings()
+    judge = FLAGS.judge or ("inception" if FLAGS.reference else "classifier")
+    check_flags(judge)
+    from nvg_jax.runtime.processes import barrier, is_main
+
+    results, table = evaluate_samples() if FLAGS.samples else evaluate_model(judge, settings)
+    if is_main():
+        print(table or json.dumps(results, indent=1))
+        print(f"metrics.json: {out_folder()}")
+    barrier("the metrics are written")
+
+
+def check_flags(judge: str):
+    """Raises ValueError for flags that contradict each other."""
+    if bool(FLAGS.samples) == bool(FLAGS.workdir):
+        raise ValueError("Give either --samples=FILE.npz, or --workdir of a model.")
+    if FLAGS.samples and not FLAGS.reference:
+        raise ValueError("--samples needs --reference=FILE.npz to compare with.")
+    if FLAGS.samples and (FLAGS.reconstruction or FLAGS.sweep or judge == "classifier"):
+        raise ValueError(
+            "--reconstruction, --sweep and --judge=classifier need a model; give --workdir."
+        )
+    if judge == "inception" and not (FLAGS.reference or FLAGS.reconstruction):
+        raise ValueError(
+            "--judge=inception needs --reference (train, test or an .npz file) for samples, or "
+            "--reconstruction."
+        )
+    if FLAGS.sweep and not FLAGS.reference:
+        raise ValueError("--sweep needs --reference (train, test or an .npz file).")
+
+
+def out_folder() -> Path:
+    default = FLAGS.workdir and Path(FLAGS.workdir) / "evaluation"
+    return Path(FLAGS.out or default or Path(FLAGS.samples).with_suffix(".evaluation"))
+
+
+def is_split(reference: str) -> bool:
+    return reference in ("train", "test")
+
+
+def evaluate_samples():
+    """(results, table) of a file of samples."""
+    from nvg_jax.jobs import comparison, features
+
+    images = features.Archive(FLAGS.samples, FLAGS.batch_size)
+    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, None, None)
+    judge = features.Inception()
+    comparison.check_sizes(images, reference)
+    known = features.reference_features(reference, judge)
+    facts = {"samples": FLAGS.samples, "reference": FLAGS.reference}
+    results = comparison.compare(images, known, judge, out_folder(), facts)
+    return results, results and comparison.table([results])
+
+
+def evaluate_model(judge: str, settings):
+    """(results, table or None) of a model."""
     from nvg_jax.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(FLAGS.workdir)
-    data = cli.data_section(pipeline.metadata.config)
-    from nvg_jax.jobs.evaluation import evaluate
-    from nvg_jax.runtime.processes import barrier, is_main
-
-    out = Path(FLAGS.out or Path(FLAGS.workdir) / "evaluation")
+    needs_data = FLAGS.reconstruction or judge == "classifier" or is_split(FLAGS.reference)
+    data = cli.data_section(pipeline.metadata.config) if needs_data else None
+    out = out_folder()
     out.mkdir(parents=True, exist_ok=True)
-    results = evaluate(
-        pipeline, data, out, FLAGS.num_samples, FLAGS.seed, FLAGS.batch_size, **settings
-    )
-    if is_main():
-        print(json.dumps(results, indent=1))
-        print(f"metrics.json and pictures: {out}")
-    barrier("the metrics are written")
+    if FLAGS.reconstruction:
+        from nvg_jax.jobs import comparison
+
+        images = comparison.split_images(pipeline, data, "test", FLAGS.batch_size)
+        return comparison.reconstruction(pipeline, images, out), None
+    if judge == "classifier":
+        from nvg_jax.jobs.evaluation import evaluate
+
+        return evaluate(
+            pipeline, data, out, FLAGS.num_samples, FLAGS.seed, FLAGS.batch_size, **settings
+        ), None
+    return compare_samples(pipeline, data, out, settings)
+
+
+def compare_samples(pipeline, data, out: Path, settings):
+    """(results, table) of samples that are drawn now."""
+    from nvg_jax.jobs import comparison, features
+    from nvg_jax.jobs.sampling import SamplingJob
+
+    pipeline.check_can_sample()
+    classes = [index % pipeline.metadata.num_classes for index in range(FLAGS.num_samples)]
+    size = min(FLAGS.batch_size, FLAGS.num_samples)
+    job = SamplingJob(pipeline, classes, 1, size, FLAGS.seed, settings)
+    points = comparison.parse_sweep(FLAGS.sweep) if FLAGS.sweep else []
+    for point in points or [{}]:  # raises before anything is computed
+        SamplingJob(pipeline, classes, 1, size, FLAGS.seed, {**settings, **point}).describe()
+    judge = features.Inception()
+    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, pipeline, data)
+    known = features.reference_features(reference, judge)
+    if points:
+        results = comparison.sweep(job, points, known, judge, out)
+        return results, results and comparison.table(results)
+    facts = {"reference": FLAGS.reference, **comparison.sampling_facts(job)}
+    results = comparison.compare(features.Samples(job), known, judge, out, facts)
+    return results, results and comparison.table([results])
 
 
 if __name__ == "__main__":
@@ -42,5 +128,18 @@ if __name__ == "__main__":
     cli.define_data_flags()
     flags.DEFINE_string("out", None, "Folder for the results; by default WORKDIR/evaluation.")
     flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.", 10)
-    flags.mark_flags_as_required(["workdir"])
+    flags.DEFINE_string("samples", None, "An .npz file of samples to compare; needs no model.")
+    flags.DEFINE_string(
+        "reference", None, "What to compare with: an .npz file, or the data set's train or test."
+    )
+    flags.DEFINE_enum(
+        "judge",
+        None,
+        ["inception", "classifier"],
+        "The network whose features are compared; inception if there is a --reference.",
+    )
+    flags.DEFINE_boolean("reconstruction", False, "Evaluate the tokenizer alone.")
+    flags.DEFINE_string(
+        "sweep", None, 'Settings to try: "content_guidance=1,3.5;1,4.5 top_p=1,0.5;1,0.7".'
+    )
     cli.main(main)

@@ -218,10 +218,12 @@ def test_train_classifier_on_bars():
     images, labels = bars(1100, color=0.7)  # more than are predicted at once
     predicted, logits = classifier.predict(images), classifier.logits(images)
     assert (predicted == labels).mean() > 0.95
-    assert logits.shape == (1100, 3) and classifier.features(images).shape == (1100, 64)
+    found = classifier.image_features(images)
+    assert logits.shape == (1100, 3) and found.pool.shape == (1100, 64)
+    assert found.spatial.shape == (1100, 7 * 16)
     np.testing.assert_array_equal(logits.argmax(-1), predicted)
     # The logits are a linear map of the features, so the features are the layer before.
-    features = np.c_[classifier.features(images), np.ones(1100)]
+    features = np.c_[found.pool, np.ones(1100)]
     solution = np.linalg.lstsq(features, logits, rcond=None)[0]
     np.testing.assert_allclose(features @ solution, logits, atol=1e-3)
     # A gray classifier sees the mean of the channels: opposite tints change nothing.

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from nvg_jax.evaluation.metrics import to_float
+from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
 
 logger = logging.getLogger("nvg_jax")
 
@@ -82,6 +83,12 @@ class DigitClassifier:
         """int (B,): the digit in every image."""
         return self._svc.predict(self.features(images))
 
+    def image_features(self, images) -> ImageFeatures:
+        """Features (B, 10), (B, 64) and (B, 10): decision values, gray values, decision values."""
+        gray = self.features(images)
+        values = self._svc.decision_function(gray).astype(np.float32)
+        return ImageFeatures(values, gray, values)
+
     @staticmethod
     def features(images) -> np.ndarray:
         """float32 (B, 64): the gray values in [-1, 1] of the images at 8x8 pixels."""
@@ -96,12 +103,13 @@ class _Network(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """float32 (B, 32, 32, 1 or 3) to logits float32 (B, num_classes) and features (B, 64)."""
+        """float32 (B, 32, 32, 1 or 3) to features (B, 64), (B, 112) and logits (B, num_classes)."""
         x = nn.relu(nn.Conv(32, (5, 5), strides=2)(x))
         x = nn.relu(nn.Conv(64, (3, 3), strides=2)(x))
         x = nn.relu(nn.Conv(96, (3, 3), strides=2)(x))
+        spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
         features = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
-        return nn.Dense(self.num_classes)(features), features
+        return ImageFeatures(features, spatial, nn.Dense(self.num_classes)(features))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,19 +132,20 @@ class Classifier:
 
     def logits(self, images) -> np.ndarray:
         """float32 (B, num_classes)."""
-        return self._apply(images)[0]
+        return self.image_features(images).logits
 
-    def features(self, images) -> np.ndarray:
-        """float32 (B, 64): the layer before the logits, for `metrics.frechet_distance`."""
-        return self._apply(images)[1]
+    def image_features(self, images) -> ImageFeatures:
+        """Features (B, 64), (B, 112) and logits (B, num_classes).
 
-    def _apply(self, images) -> list[np.ndarray]:
+        Pool is the layer before the logits; spatial is 7 channels of the last convolution at 4 x 4
+        positions.
+        """
         images = _prepare(to_float(images), self.gray)
         chunks = [
             _forward(self.params, images[start : start + CHUNK_SIZE], self.num_classes)
             for start in range(0, len(images), CHUNK_SIZE)
         ]
-        return [np.concatenate(arrays) for arrays in zip(*chunks)]
+        return ImageFeatures(*(np.concatenate(arrays) for arrays in zip(*chunks)))
 
 
 @jax.jit(static_argnames="num_classes")
@@ -179,7 +188,7 @@ def train_classifier(
     @jax.jit
     def step(params, state, batch, batch_labels):
         def loss_fn(params):
-            logits, _ = network.apply({"params": params}, batch)
+            logits = network.apply({"params": params}, batch).logits
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch_labels).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)

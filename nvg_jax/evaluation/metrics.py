@@ -113,6 +113,12 @@ def _structural_similarity(x, y):
     return similarity.mean((1, 2, 3))
 
 
+def codebook_usage(counts) -> dict[str, np.ndarray]:
+    """The share of the codebook in use, in each stage and in all, from counts (S, V)."""
+    used = np.asarray(counts) > 0
+    return {"codebook_usage_stage": used.mean(1), "codebook_usage": used.any(0).mean()}
+
+
 def _check_same_shape(images_a, images_b):
     if images_a.shape != images_b.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Evaluation of a model on a data set: reconstruction, class agreement, copying, Frechet distance.
+"""Evaluation by a classifier of the data set: class agreement, copying, FID and its companions.
 
 Several processes share the reconstruction and the sampling; process 0 measures and writes.
 """
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nvg_jax.data import Source, open_source
-from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.data.transforms import Transform
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
+from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
+from nvg_jax.jobs.features import read_image
 from nvg_jax.jobs.sampling import SamplingJob, stages_picture
 from nvg_jax.pipeline import Pipeline, SampleOutput
 from nvg_jax.runtime.files import atomic_write
@@ -26,6 +28,7 @@ logger = logging.getLogger("nvg_jax")
 STAGES_SHOWN = 4  # samples in the picture of the stages
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # images of each split, at most
 MAX_BYTES = 4 << 30  # of one split's images in memory
+NEIGHBOR_IMAGES = 10_000  # training images compared for precision and recall
 COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
 
 
@@ -121,19 +124,13 @@ def load_images(source: Source, transform: Transform, limit: int, on_bad: str = 
     images, labels = np.empty((limit, height, width, 3), np.float32), np.empty(limit, np.int64)
     count = 0
     for index in indices:
-        name = f"record {index}"
         try:
-            item = source[int(index)]
-            name = item["name"]
-            image = decode(item["image"])
-        except Exception as error:  # readers of damaged files raise errors of many kinds
+            images[count], labels[count] = read_image(source, index, transform)
+        except ValueError as error:
             if on_bad != "skip":
-                raise ValueError(
-                    f"{name}: {error}. Repair it or remove it from the data set to evaluate."
-                ) from error
-            logger.warning("left out %s: %s", name, error)
+                raise
+            logger.warning("left out %s", error)
             continue
-        images[count], labels[count] = transform(image), item["label"]
         count += 1
     if count == 0:
         raise ValueError(f"None of the {limit} images to evaluate with can be read.")
@@ -177,18 +174,12 @@ def balanced(labels: np.ndarray, count: int) -> np.ndarray:
 # Measuring: functions of arrays and a classifier.
 
 
-def has_features(classifier) -> bool:
-    """Whether Frechet distances can be measured; the digits are too few for them."""
-    return not isinstance(classifier, DigitClassifier)
-
-
 def measure_reconstructions(classifier, restored: np.ndarray, test: Images) -> dict[str, Any]:
     """Metrics of reconstructions (N, H, W, 3) of test images."""
     results = {"test_psnr": float(metrics.psnr(test.images, restored).mean())}
-    if has_features(classifier):
-        results["frechet_of_reconstructions"] = metrics.frechet_distance(
-            classifier.features(restored), classifier.features(test.images)
-        )
+    results["rfid"] = metrics.frechet_distance(
+        classifier.image_features(restored).pool, classifier.image_features(test.images).pool
+    )
     for name, images in (("real_test_images", test.images), ("reconstructions", restored)):
         accuracy, _ = metrics.class_agreement(classifier.predict(images), test.labels)
         results[f"classifier_accuracy_on_{name}"] = accuracy
@@ -209,15 +200,15 @@ def measure_samples(
             samples.images[:COPY_CHECK_IMAGES], train.images, test.images[:COPY_CHECK_IMAGES]
         ),
     }
-    if has_features(classifier):
-        chosen = balanced(test.labels, len(samples.images))
-        features = classifier.features(train.images)
-        for name, images in (
-            ("samples", samples.images[: len(chosen)]),
-            ("real_test_images", test.images[chosen]),
-        ):
-            results[f"frechet_of_{name}"] = metrics.frechet_distance(
-                classifier.features(images), features
-            )
-        results["frechet_images"] = len(chosen)
+    reference = FeatureSet.of(classifier.image_features(train.images))
+    shuffled = np.random.default_rng(0).permutation(len(train.images))[:NEIGHBOR_IMAGES]
+    reference = reference._replace(pool=reference.pool[shuffled])
+    chosen = balanced(test.labels, len(samples.images))
+    for name, images in (
+        ("samples", samples.images[: len(chosen)]),
+        ("real_test_images", test.images[chosen]),
+    ):
+        found = FeatureSet.of(classifier.image_features(images))
+        results[f"figures_of_{name}"] = generation_metrics(reference, found)
+    results["figures_images"] = len(chosen)
     return results

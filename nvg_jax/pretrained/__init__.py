@@ -24,7 +24,7 @@ from nvg_jax.pretrained.networks import (
     lpips,
     lpips_alex,
 )
-from nvg_jax.pretrained.weights import NAMES, abstract, convert, load
+from nvg_jax.pretrained.weights import NAMES, abstract, cache_folder, convert, load
 
 __all__ = [
     "DINOV2_GRID",
@@ -36,6 +36,7 @@ __all__ = [
     "ImageFeatures",
     "abstract",
     "antialiased_inception_input",
+    "cache_folder",
     "convert",
     "dino",
     "dinov2",

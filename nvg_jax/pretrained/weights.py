@@ -200,14 +200,23 @@ def _known(name: str) -> str:
     return name
 
 
-def _path(name: str, cache: str | Path | None) -> Path:
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """The folder of what is computed or imported once: `cache`, $NVG_CACHE or ~/.cache/nvg_jax.
+
+    Raises:
+        ValueError: a bucket.
+    """
     folder = cache or os.environ.get("NVG_CACHE") or "~/.cache/nvg_jax"
     if "://" in str(folder):
         raise ValueError(
-            f"The cache of pretrained networks must be a folder, not {folder}. Mount the bucket on "
+            f"The cache must be a folder, not {folder}. Mount the bucket on "
             "every machine (gcsfuse; docs/launch.md) and give the mount point."
         )
-    return Path(folder).expanduser().absolute() / f"{name}.safetensors"
+    return Path(folder).expanduser().absolute()
+
+
+def _path(name: str, cache: str | Path | None) -> Path:
+    return cache_folder(cache) / f"{name}.safetensors"
 
 
 def _files(source: Source) -> str:

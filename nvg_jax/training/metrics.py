@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from nvg_jax.evaluation.metrics import codebook_usage
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.visualize import png
@@ -90,16 +91,10 @@ def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[s
     for name in window[0]:
         values = np.stack([metrics[name] for metrics in window])
         if name == "code_counts":
-            means |= usage(values.sum(0))
+            means |= codebook_usage(values.sum(0))
         else:
             means[name] = values.mean(0)
     return flatten(means)
-
-
-def usage(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """The share of the codebook in use, in each stage and in all, from counts (S, V)."""
-    used = np.asarray(counts) > 0
-    return {"codebook_usage_stage": used.mean(1), "codebook_usage": used.any(0).mean()}
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,377 @@
+"""Features of many images (an archive, a split, samples), computed by all processes together.
+
+The unit of work is a batch. Its features are stored in a folder of parts, so that a run that was
+killed goes on where it was.
+"""
+
+import concurrent.futures
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nvg_jax import pretrained
+from nvg_jax.data import Source, Transform
+from nvg_jax.data.transforms import decode
+from nvg_jax.evaluation.generation import FeatureSet
+from nvg_jax.evaluation.metrics import Moments
+from nvg_jax.jobs.sampling import SamplingJob, open_folder
+from nvg_jax.pretrained import ImageFeatures
+from nvg_jax.runtime.files import atomic_write, digest, fingerprint
+from nvg_jax.runtime.processes import barrier, gather, is_main, own_share
+from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.sharding import BATCH_SPEC, fill_batch, make_mesh
+from nvg_jax.visualize import to_uint8
+
+logger = logging.getLogger("nvg_jax")
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of a reference file
+REFERENCE_IMAGES = 10_000  # of a data set, for precision and recall
+SHUFFLE_SEED = 0
+DECODING_THREADS = 16
+
+
+class ImageSet(Protocol):
+    """A fixed sequence of images, in batches.
+
+    Attributes:
+        batch_size: of all batches but the last, which may be smaller.
+    """
+
+    batch_size: int
+
+    def __len__(self) -> int: ...
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yields the batches of these numbers, which increase, as uint8 (B, H, W, 3)."""
+
+    def describe(self) -> dict[str, Any]:
+        """Everything the images depend on, JSON-able."""
+
+
+class Archive:
+    """The images in an .npz file, "arr_0", uint8 (N, H, W, 3), read one batch at a time.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one with other contents.
+    """
+
+    def __init__(self, path: str | os.PathLike, batch_size: int):
+        self.path, self.batch_size = Path(path), batch_size
+        if not self.path.is_file():
+            raise ValueError(f"There is no file {path}.")
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                self.names = tuple(n.removesuffix(".npy") for n in archive.namelist())
+                if "arr_0" not in self.names:
+                    raise ValueError(
+                        f"{path} has the arrays {', '.join(self.names) or '(none)'}; expected "
+                        'the images as "arr_0", which is what np.savez and `nvg_jax.sample` write.'
+                    )
+                self._checksum = archive.getinfo("arr_0.npy").CRC
+                with archive.open("arr_0.npy") as member:
+                    self.shape, fortran, dtype = read_header(member)
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise self._damaged(error) from error
+        if len(self.shape) != 4 or self.shape[-1] != 3 or dtype != np.uint8 or fortran:
+            raise ValueError(
+                f"The images in {path} must be uint8 of shape (N, H, W, 3), got {dtype} "
+                f"{self.shape}{' in Fortran order' if fortran else ''}."
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        wanted, image_size = set(numbers), int(np.prod(self.shape[1:]))
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                read_header(member)
+                for number in range(max(wanted, default=-1) + 1):
+                    count = min(self.batch_size, len(self) - number * self.batch_size)
+                    content = member.read(count * image_size)
+                    if number in wanted:
+                        yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+        except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def statistics(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The statistics that a reference file has beside its images, for `FeatureSet`."""
+        try:
+            with np.load(self.path) as archive:
+                stored = {n: archive[n].astype(np.float64) for n in STATISTICS if n in archive}
+        except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
+            raise self._damaged(error) from error
+        pairs = {"pool_statistics": ("mu", "sigma"), "spatial_statistics": ("mu_s", "sigma_s")}
+        return {
+            name: tuple(stored[key] for key in keys)
+            for name, keys in pairs.items()
+            if all(key in stored for key in keys)
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "crc32": self._checksum}
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self.path} is damaged, incomplete or not an .npz file ({error}). Copy or make it "
+            "again."
+        )
+
+
+def read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, Fortran order, dtype) of an .npy file opened at its start."""
+    if np.lib.format.read_magic(member) == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
+
+
+class Split:
+    """The images of a split of a data set, cropped to one size, in a fixed random order."""
+
+    def __init__(self, source: Source, transform: Transform, data: dict[str, Any], batch_size: int):
+        self.batch_size, self._source, self._transform, self._data = (
+            batch_size, source, transform, data
+        )  # fmt: skip
+        self._order = np.random.default_rng(SHUFFLE_SEED).permutation(len(source))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        with concurrent.futures.ThreadPoolExecutor(DECODING_THREADS) as threads:
+            for number in numbers:
+                start = number * self.batch_size
+                chosen = self._order[start : start + self.batch_size]
+                yield np.stack(list(threads.map(self._image, chosen)))
+
+    def _image(self, index: int) -> np.ndarray:
+        return image_to_uint8(read_image(self._source, index, self._transform)[0])
+
+    def describe(self) -> dict[str, Any]:
+        name = self._data.get("data_dir") and os.path.abspath(self._data["data_dir"])
+        first, last = (self._source[index]["name"] for index in (0, -1 + len(self)))
+        return {
+            "data": [self._data["name"], name, self._data.get("split")],
+            "images": [len(self), first, last],
+            "size": [*self._transform.image_size, *self._transform.cover],
+        }
+
+
+def read_image(source: Source, index: int, transform: Transform) -> tuple[np.ndarray, int]:
+    """(image float32 (H, W, 3) in [-1, 1], label) of a record.
+
+    Raises:
+        ValueError: an unreadable image, with its name.
+    """
+    name = f"record {index}"
+    try:
+        item = source[int(index)]
+        name = item["name"]
+        return transform(decode(item["image"])), item["label"]
+    except Exception as error:  # readers of damaged files raise errors of many kinds
+        raise ValueError(
+            f"{name}: {error}. Repair it or remove it from the data set to evaluate."
+        ) from error
+
+
+def image_to_uint8(image: np.ndarray) -> np.ndarray:
+    """The pixels that float values v / 127.5 - 1 were made from."""
+    return np.round((image + 1) * 127.5).astype(np.uint8)
+
+
+class Samples:
+    """The samples of a job."""
+
+    def __init__(self, job: SamplingJob):
+        self.job, self.batch_size = job, job.batch_size
+
+    def __len__(self) -> int:
+        return len(self.job)
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        for number in numbers:
+            yield to_uint8(self.job.sample(number).images)
+
+    def describe(self) -> dict[str, Any]:
+        return self.job.describe()
+
+
+class Inception:
+    """The network of the published figures, on all local devices.
+
+    Args:
+        prepare: `tf1_inception_input` for generation, `antialiased_inception_input` for
+            reconstruction.
+
+    Raises:
+        ValueError: the network's weights are missing; the message says how to import them.
+    """
+
+    name = "inception"
+
+    def __init__(self, prepare=pretrained.tf1_inception_input):
+        params = pretrained.load("inception")
+        self.fingerprint = fingerprint(params)
+        self._mesh = make_mesh(devices=jax.local_devices())
+        self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+        self._features = jax.jit(lambda params, x: pretrained.inception(params, prepare(x)))
+
+    def image_features(self, images) -> ImageFeatures:
+        """Float32 features of images that `prepare` takes, (B, H, W, 3)."""
+        devices = self._mesh.size
+        filled = fill_batch(images, -(-len(images) // devices) * devices)
+        with jax.set_mesh(self._mesh):
+            placed = jax.device_put(filled, NamedSharding(self._mesh, BATCH_SPEC))
+            found = jax.device_get(self._features(self._params, placed))
+        return jax.tree.map(lambda x: x[: len(images)], found)
+
+
+def num_batches(images: ImageSet) -> int:
+    return -(-len(images) // images.batch_size)
+
+
+def extract(
+    images: ImageSet, judge: Inception, folder: Path, keep: int | None = None
+) -> FeatureSet:
+    """The features of all images, on every process.
+
+    Args:
+        folder: of the parts; it stays, so that the same call later is answered at once.
+        keep: how many of the first images' own features the result has; None keeps all.
+
+    Raises:
+        ValueError: an image that cannot be read, or `folder` holds features of other images.
+    """
+    size, count = images.batch_size, len(images)
+    description = {"network": judge.fingerprint, "batch_size": size, **images.describe()}
+    pool_moments, spatial_moments, kept = Moments(), Moments(), []
+    keep_batches = num_batches(images) if keep is None else -(-min(keep, count) // size)
+    own = own_share(num_batches(images))
+    compute = lambda numbers: map(judge.image_features, filled(images, numbers))
+    parts = in_parts(own, folder, description, compute, "features", min(size, count))
+    for number, part in zip(own, parts):
+        real = min(size, count - number * size)
+        features = ImageFeatures(**part)
+        pool_moments += Moments.of(features.pool[:real])
+        spatial_moments += Moments.of(features.spatial[:real])
+        if number < keep_batches:
+            kept.append(np.concatenate([features.pool, features.logits], axis=1))
+    kept = gather_rows(kept, keep_batches)[: min(keep or count, count)]
+    width = len(gather_moments(pool_moments).mean)
+    statistics = [gather_moments(x).statistics for x in (pool_moments, spatial_moments)]
+    return FeatureSet(count, kept[:, :width], kept[:, width:], *statistics)
+
+
+def filled(images: ImageSet, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """The batches, all of the same size, so that one program serves them."""
+    for batch in images.batches(numbers):
+        yield fill_batch(batch, min(images.batch_size, len(images)))
+
+
+def in_parts(
+    own: Sequence[int], folder: Path, description: dict[str, Any], compute, name: str, size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the arrays of each batch in order: from its file in `folder`, or computed and stored.
+
+    Args:
+        own: this process's batches, increasing.
+        description: of what the arrays depend on.
+        compute: batch numbers -> an iterator of their arrays, NamedTuples.
+        name: for the progress.
+        size: images in a batch.
+    """
+    open_folder(folder, "*.npz", description)
+    path = lambda number: folder / f"{number:06d}.npz"
+    missing = [number for number in own if not path(number).exists()]
+    if len(missing) < len(own):
+        logger.info("%d of %d batches exist already", len(own) - len(missing), len(own))
+    computed, progress = compute(missing), Progress(name, len(missing) * size, "images")
+    done, missing = 0, set(missing)
+    for number in own:
+        arrays = None if number in missing else read_arrays(path(number))
+        if arrays is None:
+            source = computed if number in missing else compute([number])
+            arrays = {k: np.asarray(v) for k, v in next(iter(source))._asdict().items()}
+            with atomic_write(path(number)) as file:
+                np.savez(file, **arrays)
+            done += size
+            progress.update(done)
+        yield arrays
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a part, None if it is damaged."""
+    try:
+        with np.load(path) as archive:
+            return dict(archive)
+    except Exception as error:  # damage raises errors of many kinds
+        logger.warning("%s is damaged (%s); it is made again", path, error)
+        return None
+
+
+def gather_rows(own: list[np.ndarray], count: int) -> np.ndarray:
+    """All processes' batches (B, D), one after the other; `own` are those of `own_share`."""
+    if jax.process_count() == 1:
+        return np.concatenate(own)
+    shape = np.array(own[0].shape if own else (0, 0))
+    shape = gather(shape[None], jax.process_count()).max(0)
+    stacked = np.stack(own) if own else np.empty((0, *shape), np.float32)
+    return gather(stacked, count).reshape(-1, shape[-1])
+
+
+def gather_moments(own: Moments) -> Moments:
+    """The moments of all processes' features."""
+    if jax.process_count() == 1:
+        return own
+    width = gather(np.array([np.size(own.mean) if own.count else 0]), jax.process_count()).max()
+    own_row = np.zeros((1, 1 + width + width * width))
+    if own.count:
+        own_row[0] = np.concatenate([[own.count], own.mean, own.scatter.ravel()])
+    total = Moments()
+    for row in gather(own_row, jax.process_count()):
+        if row[0]:
+            mean, scatter = row[1 : 1 + width], row[1 + width :].reshape(width, width)
+            total += Moments(int(row[0]), mean, scatter)
+    return total
+
+
+def reference_features(images: ImageSet, judge: Inception) -> FeatureSet:
+    """The features to compare with, kept in the cache and found again for the same images.
+
+    The statistics that a reference file brings along take precedence over its images'. Of a data
+    set, the statistics are from all images, and precision and recall from 10,000.
+    """
+    description = {"network": judge.fingerprint, **images.describe()}
+    folder = pretrained.cache_folder() / "references" / digest(description)[:16]
+    keep = None if isinstance(images, Archive) else REFERENCE_IMAGES
+    file = folder.with_suffix(".npz")
+    if file.exists() and (stored := read_arrays(file)) is not None:
+        logger.info("features of the reference: %s", file)
+        pairs = [
+            (stored[f"{name}_mean"], stored[f"{name}_covariance"]) for name in ("pool", "spatial")
+        ]
+        found = FeatureSet(int(stored["count"]), stored["pool"], stored["logits"], *pairs)
+    else:
+        found = extract(images, judge, folder, keep)
+        if is_main():
+            with atomic_write(file) as out:
+                np.savez(
+                    out, count=found.count, pool=found.pool, logits=found.logits,
+                    pool_mean=found.pool_statistics[0], pool_covariance=found.pool_statistics[1],
+                    spatial_mean=found.spatial_statistics[0],
+                    spatial_covariance=found.spatial_statistics[1],
+                )  # fmt: skip
+            for part in folder.iterdir():
+                part.unlink()
+            folder.rmdir()
+    barrier("the features of the reference are there")
+    if isinstance(images, Archive):
+        found = found._replace(**images.statistics())
+    return found

@@ -1,0 +1,263 @@
+"""The evaluation command: archives, features in parts, references, sweeps, reconstruction.
+
+The network in these tests is a small function of the pixels; Inception has tests of its own.
+"""
+
+import logging
+import types
+
+import numpy as np
+import pytest
+
+from nvg_jax import pretrained
+from nvg_jax.data import Transform, open_source
+from nvg_jax.evaluation import metrics
+from nvg_jax.jobs import comparison, features
+from nvg_jax.pretrained import ImageFeatures
+from nvg_jax.tokenizer import GranularitySequence
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (23, 8, 8, 3), np.uint8)
+OTHERS = RNG.integers(0, 200, (17, 8, 8, 3), np.uint8)
+FIGURES = ("fid", "sfid", "inception_score", "precision", "recall")
+
+
+class Judge:
+    """Pool: channel means of the quarters; spatial: one row; logits: a part of the pool."""
+
+    name, fingerprint = "stub", "0"
+
+    def __init__(self, fail_after=None):
+        self.seen, self._fail_after = 0, fail_after
+
+    def image_features(self, images) -> ImageFeatures:
+        if self._fail_after is not None and self.seen >= self._fail_after:
+            raise KeyboardInterrupt
+        self.seen += len(images)
+        x = np.asarray(images, np.float32) / 255
+        pool = x.reshape(-1, 2, 4, 2, 4, 3).mean((2, 4)).reshape(len(x), 12)
+        return ImageFeatures(pool, x[:, 0, :, 0], 9 * pool[:, :5])
+
+
+def save(path, images, **more):
+    np.savez(path, images, **more)
+    return path
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return features.Archive(save(tmp_path / "samples.npz", IMAGES), 5)
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVG_CACHE", str(tmp_path / "cache"))
+    return features.Archive(save(tmp_path / "reference.npz", OTHERS), 4)
+
+
+def expected_figures():
+    ours, real = (Judge().image_features(x) for x in (IMAGES, OTHERS))
+    order = np.random.default_rng(0).permutation(len(IMAGES))
+    exponentials = np.exp(ours.logits[order])
+    precision, recall = metrics.precision_recall(real.pool, ours.pool)
+    return {
+        "fid": metrics.frechet_distance(real.pool, ours.pool),
+        "sfid": metrics.frechet_distance(real.spatial, ours.spatial),
+        "inception_score": metrics.inception_score(
+            exponentials / exponentials.sum(1, keepdims=True)
+        ),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def test_batches_give_the_figures_of_all_images_at_once(samples, reference, tmp_path):
+    judge = Judge()
+    known = features.reference_features(reference, judge)
+    found = comparison.compare(samples, known, judge, tmp_path / "out", {"samples": "a"})
+    for name, value in expected_figures().items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    assert found["images"] == 23 and found["reference_images"] == 17 and found["samples"] == "a"
+    assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        features.extract(samples, Judge(fail_after=10), tmp_path / "parts")
+    second = Judge()
+    found = features.extract(samples, second, tmp_path / "parts")
+    assert second.seen == 25 - 10  # the last batch is filled up
+    np.testing.assert_array_equal(found.pool, Judge().image_features(IMAGES).pool)
+    assert found.count == 23
+    (tmp_path / "parts" / "000002.npz").write_bytes(b"PK")
+    third = Judge()
+    again = features.extract(samples, third, tmp_path / "parts")
+    assert third.seen == 5  # the damaged part alone
+    np.testing.assert_array_equal(again.pool, found.pool)
+
+
+def test_parts_of_other_images_are_refused(samples, reference, tmp_path):
+    features.extract(samples, Judge(), tmp_path / "parts")
+    with pytest.raises(ValueError, match="holds samples of other settings"):
+        features.extract(reference, Judge(), tmp_path / "parts")
+
+
+def test_a_reference_is_computed_once(reference, tmp_path):
+    first = features.reference_features(reference, Judge())
+    judge = Judge()
+    again = features.reference_features(reference, judge)
+    assert judge.seen == 0
+    np.testing.assert_array_equal(first.pool, again.pool)
+    np.testing.assert_array_equal(first.spatial_statistics[1], again.spatial_statistics[1])
+    changed = features.Archive(save(tmp_path / "reference.npz", OTHERS[::-1]), 4)
+    features.reference_features(changed, judge)
+    assert judge.seen > 0
+
+
+def test_statistics_of_a_reference_file_come_first(reference, tmp_path):
+    rng = np.random.default_rng(1)
+    mu, sigma = rng.normal(size=12), np.eye(12)
+    file = save(tmp_path / "statistics.npz", OTHERS, mu=mu, sigma=sigma)
+    found = features.reference_features(features.Archive(file, 4), Judge())
+    np.testing.assert_array_equal(found.pool_statistics[0], mu)
+    np.testing.assert_array_equal(found.pool_statistics[1], sigma)
+    np.testing.assert_allclose(found.spatial_statistics[0], OTHERS[:, 0, :, 0].mean(0) / 255, 1e-5)
+
+
+def test_a_split_is_every_image_once_and_keeps_the_first_features(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVG_CACHE", str(tmp_path))
+    monkeypatch.setattr(features, "REFERENCE_IMAGES", 50)
+    source = open_source("digits", "test")
+    data = {"name": "digits", "data_dir": "", "split": "test"}
+    split = features.Split(source, Transform((8, 8), resize=8), data, 64)
+    seen = np.concatenate(list(split.batches(range(5))))
+    stored = np.stack([source[i]["image"] for i in range(len(source))])
+    as_set = lambda images: sorted(image.tobytes() for image in images)
+    assert as_set(seen[..., 0]) == as_set(stored)
+    found = features.reference_features(split, Judge())
+    assert found.count == 300 and found.pool.shape == (50, 12)
+    np.testing.assert_array_equal(found.pool, Judge().image_features(seen[:50]).pool)
+    np.testing.assert_allclose(
+        found.pool_statistics[0], Judge().image_features(seen).pool.mean(0, np.float64), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (dict(images=IMAGES), 'has the arrays images; expected the images as "arr_0"'),
+        (dict(arr_0=IMAGES / 255), "must be uint8 of shape .* got float64"),
+        (dict(arr_0=IMAGES[..., 0]), r"must be uint8 .* got uint8 \(23, 8, 8\)"),
+        (dict(arr_0=np.asfortranarray(IMAGES)), "in Fortran order"),
+    ],
+)
+def test_archives_with_other_contents(tmp_path, content, message):
+    np.savez(tmp_path / "x.npz", **content)
+    with pytest.raises(ValueError, match=message):
+        features.Archive(tmp_path / "x.npz", 5)
+
+
+def test_truncated_and_damaged_archives(tmp_path):
+    path = save(tmp_path / "x.npz", IMAGES)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000])
+    with pytest.raises(ValueError, match="is damaged, incomplete or not an .npz file"):
+        features.Archive(path, 5)
+    path.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    with pytest.raises(ValueError, match="is damaged"):
+        list(features.Archive(path, 5).batches(range(5)))
+    with pytest.raises(ValueError, match="There is no file"):
+        features.Archive(tmp_path / "y.npz", 5)
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("nvg_jax"), "propagate", True)
+    return caplog
+
+
+def test_other_sizes_and_too_few_images_are_said(samples, reference, tmp_path, warnings):
+    larger = features.Archive(save(tmp_path / "l.npz", np.zeros((4, 16, 8, 3), np.uint8)), 4)
+    comparison.check_sizes(samples, reference)
+    assert not warnings.records
+    comparison.check_sizes(samples, larger)
+    assert "8 x 8 pixels and the reference 16 x 8" in warnings.text
+    few = features.Archive(save(tmp_path / "few.npz", IMAGES[:9]), 4)
+    known = features.reference_features(reference, Judge())
+    comparison.compare(few, known, Judge(), tmp_path / "few", {})
+    assert "9 samples for 12 features: the covariance is rank deficient" in warnings.text
+
+
+def test_what_a_reference_may_be(tmp_path):
+    with pytest.raises(ValueError, match="must be train, test or an .npz file, got 'val'"):
+        comparison.open_reference("val", 4, None, None)
+    with pytest.raises(ValueError, match="is a split of a data set"):
+        comparison.open_reference("train", 4, None, None)
+
+
+def test_a_sweep_is_every_combination():
+    points = comparison.parse_sweep("content_guidance=1,3.5;2 flow_steps=4;8 gumbel=true")
+    assert points == [
+        dict(content_guidance=guidance, flow_steps=steps, gumbel=True)
+        for guidance in ((1.0, 3.5), 2.0)
+        for steps in (4, 8)
+    ]
+    for text, message in (
+        ("guidance=1", "with the names temperature"),
+        ("top_p", "takes NAME=VALUE"),
+        ("top_p=1,x", "top_p takes numbers"),
+        ("gumbel=maybe", "gumbel takes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            comparison.parse_sweep(text)
+
+
+def test_the_table_marks_the_lowest_fid():
+    line = dict.fromkeys(FIGURES, 0.5)
+    results = [
+        {**line, "fid": fid, "sweep": dict(top_p=(1.0, top_p))} for fid, top_p in ((3, 0.5), (2, 1))
+    ]
+    first, second = comparison.table(results).splitlines()[1:]
+    assert "top_p=1,0.5" in first and "lowest" not in first
+    assert "top_p=1,1" in second and second.endswith("lowest FID")
+
+
+def test_reconstruction(monkeypatch, tmp_path):
+    """A model that darkens the images by a known amount, with stubs for the networks."""
+    monkeypatch.setattr(comparison, "Inception", lambda prepare: Judge())
+    monkeypatch.setattr(pretrained, "load", lambda name: {"w": np.float32(len(name))})
+    distance = lambda params, a, b, dtype: params["w"] * abs(a - b).mean((1, 2, 3))
+    monkeypatch.setattr(pretrained, "lpips", distance)
+    monkeypatch.setattr(pretrained, "lpips_alex", distance)
+    config = types.SimpleNamespace(num_stages=2, codebook_size=4)
+    originals = []
+
+    def encode(images):
+        originals.append(images)
+        tokens = np.zeros((len(images), 2, 1), np.int32)
+        tokens[:, 1, 0] = 1 + np.arange(len(images)) % 2
+        return GranularitySequence(tokens, tokens)
+
+    darker = lambda sequence: np.maximum(metrics.to_float(originals[-1]) - 0.2, -1)
+    pipeline = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(config=config),
+        params={"tokenizer": {}},
+        encode=encode,
+        decode=darker,
+        reconstruct=lambda images: darker(encode(images)),
+    )
+    source = open_source("digits", "test")
+    data = {"name": "digits", "data_dir": "", "split": "test"}
+    images = features.Split(source, Transform((8, 8), resize=8), data, 50)
+    found = comparison.reconstruction(pipeline, images, tmp_path)
+    pixels = np.concatenate(list(images.batches(range(6))))
+    floats = pixels / 255 * 2 - 1
+    restored = np.floor(255 * (np.maximum(floats - 0.2, -1) + 1) / 2 + 1e-4) / 255 * 2 - 1
+    psnr = 10 * np.log10(4 / np.square(restored - floats).mean((1, 2, 3)))
+    np.testing.assert_allclose(found["psnr"], psnr.mean(), rtol=1e-4)
+    absolute = np.abs(restored - floats).mean()
+    np.testing.assert_allclose(found["lpips_vgg"], 5 * absolute, rtol=1e-3)
+    np.testing.assert_allclose(found["lpips_alex"], 10 * absolute, rtol=1e-3)
+    assert 0 < found["ssim"] < 1 and found["rfid"] > 0 and found["images"] == 300
+    assert found["codebook_usage"] == 0.75 and found["codebook_usage_of_stages"] == [0.25, 0.5]
+    assert (tmp_path / "extremes.png").is_file()
