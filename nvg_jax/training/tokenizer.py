@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import models, pretrained
+from nvg_jax.evaluation.metrics import codebook_usage
 from nvg_jax.layers import unshard
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.files import fingerprint
@@ -29,7 +30,6 @@ from nvg_jax.tokenizer.losses import (
 )
 from nvg_jax.training import programs
 from nvg_jax.training.loop import Task
-from nvg_jax.training.metrics import usage
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
@@ -375,7 +375,7 @@ def task(run: Run) -> Task:
                 pair = sharding.to_host(batch["image"]), np.asarray(out["restored"])
                 shown = [images[mask][:PICTURE_IMAGES] for images in pair]
         metrics = {name: np.concatenate(parts).mean() for name, parts in quality.items()}
-        return metrics | usage(counts), reconstruction_grid(*shown)
+        return metrics | codebook_usage(counts), reconstruction_grid(*shown)
 
     def finish(state):
         return metadata.replace(
