@@ -2,23 +2,26 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_comparison import Judge
 
 from configs import digits
 from nvg_jax import Pipeline
 from nvg_jax.data.sources import FolderSource
 from nvg_jax.data.transforms import Transform
-from nvg_jax.jobs import sampling
+from nvg_jax.jobs import comparison, features, sampling
 from nvg_jax.jobs.evaluation import evaluate, load_images
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import GENERATORS
@@ -281,7 +284,7 @@ import sys, jax
 from pathlib import Path
 jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
 from nvg_jax import Pipeline
-from nvg_jax.jobs import sampling
+from nvg_jax.jobs import comparison, features, sampling
 from nvg_jax.jobs.evaluation import evaluate
 folder = Path({folder!r})
 pipe = Pipeline.from_pretrained({workdir!r})
@@ -292,8 +295,19 @@ sampling.write_array(samples, folder / "all.npz")
 sampling.write_pictures(samples, folder / "pictures", 5)
 (folder / ("made_%d" % jax.process_index())).write_text(repr(made))
 evaluate(pipe, {data}, folder, num_samples=10, seed=4, batch_size={batch})
+sys.path.insert(0, {tests!r})
+from test_sampling_runs import compare_archives
+compare_archives(folder / "all.npz", folder)
 sampling.barrier("end")
 """
+
+
+def compare_archives(samples, folder):
+    """The five figures of samples and of noise, in the features of test_comparison's stub."""
+    judge = Judge()
+    known = features.extract(features.Archive(folder / "noise.npz", 3), judge, folder / "noise")
+    images = features.Archive(samples, BATCH)
+    return comparison.compare(images, known, judge, folder / "compared", {})
 
 
 @pytest.mark.slow
@@ -301,9 +315,11 @@ def test_two_processes_share_the_work(pipe, workdir, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    noise = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "noise.npz", noise)
     code = TWO.format(
         port=port, folder=str(tmp_path), workdir=str(workdir), data=DATA, classes=CLASSES,
-        per_class=PER_CLASS, batch=BATCH,
+        per_class=PER_CLASS, batch=BATCH, tests=str(Path(__file__).parent),
     )  # fmt: skip
     processes = [start(code, str(index)) for index in range(2)]
     for process in processes:
@@ -321,6 +337,11 @@ def test_two_processes_share_the_work(pipe, workdir, whole, tmp_path):
     # Measured on the same reconstructions and samples as by one process.
     alone = tmp_path / "alone"
     alone.mkdir()
+    shutil.copy(tmp_path / "noise.npz", alone)
+    figures = compare_archives(whole, alone)
+    shared = json.loads((tmp_path / "compared" / "metrics.json").read_text())
+    for name in ("fid", "sfid", "inception_score", "precision", "recall"):
+        assert shared[name] == pytest.approx(figures[name], rel=1e-9), name
     one = evaluate(pipe, DATA, alone, num_samples=10, seed=4, batch_size=BATCH)
     two = json.loads((tmp_path / "metrics.json").read_text())
     assert one.pop("seconds_per_sample") > 0 < two.pop("seconds_per_sample")
