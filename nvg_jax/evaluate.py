@@ -111,8 +111,8 @@ def compare_samples(pipeline, data, out: Path, settings):
     points = comparison.parse_sweep(FLAGS.sweep) if FLAGS.sweep else []
     for point in points or [{}]:  # raises before anything is computed
         SamplingJob(pipeline, classes, 1, size, FLAGS.seed, {**settings, **point}).describe()
-    judge = features.Inception()
     reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, pipeline, data)
+    judge = features.Inception()
     known = features.reference_features(reference, judge)
     if points:
         results = comparison.sweep(job, points, known, judge, out)
