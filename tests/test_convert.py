@@ -15,7 +15,8 @@ from test_checkpoint_files import ordered, storage, tensor, write_zip
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 
 from configs import common
-from nvg_jax import Pipeline, convert
+from nvg_jax import Pipeline
+from nvg_jax.jobs import conversion
 from nvg_jax.runtime import checkpoint
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.sampling.settings import PUBLISHED
@@ -83,7 +84,7 @@ def files(tmp_path_factory):
 def folder(files, tmp_path_factory):
     """A folder converted from both, with the default weights."""
     folder = tmp_path_factory.mktemp("converted")
-    convert.convert(folder, *files)
+    conversion.convert(folder, *files)
     return folder
 
 
@@ -153,16 +154,16 @@ def test_a_converted_folder_samples(folder):
 
 def test_the_other_weights_and_an_autoencoder_alone(tmp_path):
     path = write_autoencoder(tmp_path / "ae.ckpt", SQUARE)
-    convert.convert(tmp_path / "out", path, autoencoder_weights="ema")
+    conversion.convert(tmp_path / "out", path, autoencoder_weights="ema")
     pipeline = Pipeline.from_pretrained(tmp_path / "out")
     assert not pipeline.can_sample
-    convert.to_safetensors(tmp_path / "out", tmp_path / "back")
+    conversion.to_safetensors(tmp_path / "out", tmp_path / "back")
     same_bytes(tmp_path / "back" / "autoencoder.safetensors", averaged(path))
     assert [file.name for file in (tmp_path / "back").iterdir()] == ["autoencoder.safetensors"]
 
 
 def test_raw_generators(files):
-    _, params = convert.read_published(*files, generator_weights="raw")
+    _, params = conversion.read_published(*files, generator_weights="raw")
     raw = read_state_dict(files[1], lambda name: name == "nvgformer.cls_head.linear.bias")
     ours = params["content"]["token_head"]["bias"]
     assert ours.tobytes() == raw["nvgformer.cls_head.linear.bias"].tobytes()
@@ -176,22 +177,22 @@ SQUARE = dataclasses.replace(CONFIG, image_size=(8, 8), latent_size=(4, 4))
 def test_missing_and_foreign_files(files, tmp_path):
     autoencoder, generator = files
     with pytest.raises(ValueError, match="There is no file .*nowhere.ckpt"):
-        convert.read_published(tmp_path / "nowhere.ckpt")
+        conversion.read_published(tmp_path / "nowhere.ckpt")
     with pytest.raises(ValueError, match="There is no file .*nowhere.ckpt"):
-        convert.read_published(autoencoder, tmp_path / "nowhere.ckpt")
+        conversion.read_published(autoencoder, tmp_path / "nowhere.ckpt")
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="Cannot read .*notes.txt: .*neither"):
-        convert.read_published(tmp_path / "notes.txt")
+        conversion.read_published(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="Cannot convert .*d2.ckpt. .*no tensor 'encoder.conv_in"):
-        convert.read_published(generator, generator)
+        conversion.read_published(generator, generator)
     with pytest.raises(ValueError, match="Cannot convert .*ae.ckpt. .*no tensor 'rope_ids'"):
-        convert.read_published(autoencoder, autoencoder)
+        conversion.read_published(autoencoder, autoencoder)
 
 
 def test_weights_that_the_file_does_not_have(files, tmp_path):
     raw = write_checkpoint(tmp_path / "raw.ckpt", raw_autoencoder(files[0]))
     with pytest.raises(ValueError, match="raw.ckpt holds no ema weights. Take the raw ones"):
-        convert.read_published(raw, files[1], autoencoder_weights="ema")
+        conversion.read_published(raw, files[1], autoencoder_weights="ema")
 
 
 @pytest.mark.parametrize(
@@ -205,12 +206,12 @@ def test_weights_that_the_file_does_not_have(files, tmp_path):
 def test_a_generator_of_another_autoencoder(files, tmp_path, config, sentence):
     other = write_autoencoder(tmp_path / "ae.ckpt", config)
     with pytest.raises(ValueError, match=sentence):
-        convert.read_published(other, files[1])
+        conversion.read_published(other, files[1])
 
 
 def test_an_autoencoder_alone_that_is_not_square(files):
     with pytest.raises(ValueError, match="Give its latent size .*, or a generator"):
-        convert.read_published(files[0])
+        conversion.read_published(files[0])
 
 
 def test_other_tensors_are_listed_with_their_file(files, tmp_path):
@@ -218,7 +219,7 @@ def test_other_tensors_are_listed_with_their_file(files, tmp_path):
     tensors["encoder.extra"] = tensors.pop("decoder.conv_in.conv.bias")
     path = write_checkpoint(tmp_path / "odd.ckpt", tensors)
     with pytest.raises(ValueError) as error:
-        convert.read_published(path, files[1])
+        conversion.read_published(path, files[1])
     for part in ("odd.ckpt", "missing (1): decoder.conv_in.conv.bias", "(1): encoder.extra"):
         assert part in str(error.value)
 
@@ -226,9 +227,9 @@ def test_other_tensors_are_listed_with_their_file(files, tmp_path):
 def test_nothing_is_overwritten(files, folder):
     before = sorted(folder.rglob("*"))
     for write in (
-        lambda: convert.convert(folder, *files),
-        lambda: convert.to_safetensors(folder, folder),
-        lambda: convert.convert(files[0], *files),  # a file
+        lambda: conversion.convert(folder, *files),
+        lambda: conversion.to_safetensors(folder, folder),
+        lambda: conversion.convert(files[0], *files),  # a file
     ):
         with pytest.raises(ValueError, match="exists and is not empty. Give --out a new folder"):
             write()
@@ -241,7 +242,7 @@ def test_one_generator_alone_has_no_published_file(folder, tmp_path):
     params = {k: v for k, v in pipeline.params.items() if k != "structure"}
     Pipeline(metadata, params).save_pretrained(tmp_path / "half")
     with pytest.raises(ValueError, match="has only the content generator"):
-        convert.to_safetensors(tmp_path / "half", tmp_path / "back")
+        conversion.to_safetensors(tmp_path / "half", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
@@ -252,11 +253,11 @@ def test_one_generator_alone_has_no_published_file(folder, tmp_path):
 def test_the_converted_pack(parity_dir, tmp_path):
     """The folder encodes to the published tokens, and gives the files' bytes back."""
     autoencoder, generator = parity_dir / "ae.ckpt", parity_dir / "generator.ckpt"
-    convert.convert(tmp_path / "folder", autoencoder, generator)
+    conversion.convert(tmp_path / "folder", autoencoder, generator)
     with np.load(parity_dir / "expected.npz") as expected, jax.default_matmul_precision("highest"):
         got = Pipeline.from_pretrained(tmp_path / "folder").encode(expected["images_nhwc"])
         np.testing.assert_array_equal(got.tokens, expected["tokens"])
         np.testing.assert_array_equal(got.structure, expected["labels"])
-    convert.to_safetensors(tmp_path / "folder", tmp_path / "back")
+    conversion.to_safetensors(tmp_path / "folder", tmp_path / "back")
     same_bytes(tmp_path / "back" / "autoencoder.safetensors", raw_autoencoder(autoencoder))
     same_bytes(tmp_path / "back" / "generator.safetensors", averaged(generator))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from nvg_jax import clustering, convert, granularity, layers, models
+from nvg_jax import clustering, granularity, layers, models
 from nvg_jax.content.losses import content_losses
+from nvg_jax.jobs import conversion
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling.guidance import filter_logits
 from nvg_jax.sampling.settings import top_p_range
@@ -55,7 +56,7 @@ def load(parity_dir):
     @functools.cache
     def load(autoencoder: str, generators: str) -> Pipeline:
         files = parity_dir / "ae.ckpt", parity_dir / "generator.ckpt"
-        return Pipeline(*convert.read_published(*files, autoencoder, generators))
+        return Pipeline(*conversion.read_published(*files, autoencoder, generators))
 
     return load
 

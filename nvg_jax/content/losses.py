@@ -1,4 +1,7 @@
-"""Losses of the content generator, over all stages of an image at once (paper, Section 3.2)."""
+"""Losses of the content generator, over all stages of an image at once (paper, Section 3.2).
+
+`training.generators.loss_terms` weights and adds the losses.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""Loss of the structure generator, over all stages of an image at once (paper, Section 3.3)."""
+"""Loss of the structure generator, over all stages of an image at once (paper, Section 3.3).
+
+`training.generators.loss_terms` weights and adds the losses.
+"""
 
 from collections.abc import Callable
 

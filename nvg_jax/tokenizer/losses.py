@@ -1,6 +1,7 @@
 """Pixel and adversarial losses of the tokenizer; the quantizer loss is in quantizer.py.
 
 Logits are the discriminator's output, float32 (B, P), P the number of positions of all its heads.
+`training.tokenizer.loss_terms` weights and adds the losses.
 """
 
 import flax.struct

@@ -1,0 +1,167 @@
+"""Between the published checkpoints and folders that `Pipeline.from_pretrained` opens."""
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.models import GENERATORS
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime.files import fingerprint
+from nvg_jax.sampling.settings import PUBLISHED
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.torch_interop import weight_names
+from nvg_jax.workdir import RunMetadata
+
+
+def read_published(
+    autoencoder: str | Path,
+    generator: str | Path | None = None,
+    autoencoder_weights: str = "raw",
+    generator_weights: str = "ema",
+) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, params) of published checkpoints, as `Pipeline` takes them.
+
+    Sizes are read from the tensors, every one of which is used or known to be unneeded. The files
+    are mapped, so memory holds the float32 parameters and what is being looked at.
+
+    Args:
+        autoencoder: file of an autoencoder.
+        generator: file of its content and structure generator, None for the autoencoder alone.
+        autoencoder_weights, generator_weights: "raw", or "ema" for the moving average. The
+            published generators were trained with, and sample with, the defaults.
+
+    Raises:
+        ValueError: a file that is missing, no checkpoint, has no such weights or other tensors
+            than the published model; a generator of another autoencoder.
+    """
+    files = {"autoencoder": (autoencoder, autoencoder_weights)}
+    if generator is not None:
+        files["generator"] = generator, generator_weights
+    for file in (Path(file) for file, _ in files.values()):
+        if not file.is_file():
+            raise ValueError(
+                f"There is no file {file}. Give a checkpoint that the authors publish."
+            )
+    sizes = {}
+    if generator is not None:
+        generator_tensors = weight_names.read(generator, generator_weights)
+        with _naming(generator):
+            sizes = weight_names.generator_sizes(generator_tensors)
+    tensors = weight_names.read(autoencoder, autoencoder_weights)
+    with _naming(autoencoder):
+        own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
+        metadata = RunMetadata(
+            tokenizer=TokenizerConfig(**own),
+            class_names=tuple(str(i) for i in range(sizes.get("num_classes", 0))),
+            sources={
+                part: {"file": Path(file).name, "weights": weights, "sha256": _sha256(Path(file))}
+                for part, (file, weights) in files.items()
+            },
+        )
+        shapes = _shapes(metadata.abstract_params("tokenizer"))
+        flat = weight_names.from_published(tensors, shapes)
+    params = {"tokenizer": unflatten_dict(flat, sep="/")}
+    metadata = metadata.replace(fingerprint=fingerprint(params["tokenizer"]))
+    if generator is None:
+        return metadata, params
+    for size in ("latent_dim", "codebook_size"):
+        if sizes[size] != own[size]:
+            raise ValueError(
+                f"{generator} was made for another autoencoder than {autoencoder}: its {size} is "
+                f"{sizes[size]}, the autoencoder's {own[size]}. Give the two that belong together."
+            )
+    with _naming(generator):
+        metadata = metadata.replace(**{n: TransformerConfig(**sizes[n]) for n in GENERATORS})
+        shapes = _shapes({name: metadata.abstract_params(name) for name in GENERATORS})
+        shapes["canvas_scale"] = (metadata.tokenizer.num_stages + 1,)
+        flat = weight_names.from_published(generator_tensors, shapes)
+    metadata = metadata.replace(
+        canvas_scale=tuple(flat.pop("canvas_scale").tolist()), sampling=PUBLISHED
+    )
+    return metadata, params | unflatten_dict(flat, sep="/")
+
+
+def convert(
+    out: str | Path,
+    autoencoder: str | Path,
+    generator: str | Path | None = None,
+    autoencoder_weights: str = "raw",
+    generator_weights: str = "ema",
+):
+    """Writes a folder for `Pipeline.from_pretrained`; arguments and errors of `read_published`.
+
+    Raises:
+        ValueError: also if `out` exists and is not empty.
+    """
+    _check_new(out)
+    # Given on without a name, so that the arrays go once the pipeline has its own.
+    pipeline = Pipeline(
+        *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
+    )
+    pipeline.save_pretrained(out)
+
+
+def to_safetensors(workdir: str | Path, out: str | Path):
+    """Writes a folder's weights under the published names, float32, in the published layout.
+
+    The files are `out`/autoencoder.safetensors and, for a folder that can sample,
+    `out`/generator.safetensors.
+
+    Args:
+        workdir: of a training run (raw tokenizer, averaged generators), or an exported or
+            converted one.
+
+    Raises:
+        ValueError: no model in the folder, one generator of the two, or `out` exists and is not
+            empty.
+    """
+    _check_new(out)
+    pipeline = Pipeline.from_pretrained(workdir)
+    params = {
+        name: flatten_dict(jax.device_get(tree), sep="/") for name, tree in pipeline.params.items()
+    }
+    generators = [name for name in GENERATORS if name in params]
+    if len(generators) == 1:
+        raise ValueError(
+            f"{workdir} has only the {generators[0]} generator, and the published layout holds "
+            "both in one file. Train the other one first."
+        )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    tensors = weight_names.to_published(params["tokenizer"])
+    save_file(tensors, Path(out) / "autoencoder.safetensors")
+    if generators:
+        both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
+        both["canvas_scale"] = np.float32(pipeline.metadata.canvas_scale)
+        tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
+        save_file(tensors, Path(out) / "generator.safetensors")
+
+
+@contextlib.contextmanager
+def _naming(file: str | Path):
+    """Says in which file a mistake is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Cannot convert {file}. {error}") from error
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_new(folder: str | Path):
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty. Give --out a new folder.")
