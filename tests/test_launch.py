@@ -593,7 +593,7 @@ def get_sweep():
         config, workdir = parsed([run[3].replace("configs/", f"{ROOT}/configs/"), *run[4:]])
         workdirs.append(workdir)
         assert config.seed == 5 and config.data.prefetch == 3
-        assert config.tokenizer_training.length == "600 steps"  # the variant
+        assert config.tokenizer_training.length == "500 steps"  # the variant
         if len(workdirs) == 1:
             assert config.sampling.top_p == (0.5, 0.25) and config.content.depth == 8
             assert config.generator_training.optimizer.learning_rate == 1e-4

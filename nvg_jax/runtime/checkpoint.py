@@ -1,8 +1,8 @@
 """Orbax checkpoints of a training run: state, metadata and data position.
 
 Orbax restores a flipped bit silently. Every checkpoint therefore holds a checksum of its metadata
-and of each leaf; readers verify them and fall back to the checkpoint before a damaged one. The metadata
-is any JSON; its keys are defined in `workdir.RunMetadata`.
+and of each leaf; readers verify them and fall back to the checkpoint before a damaged one. The
+metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
 """
 
 import logging
