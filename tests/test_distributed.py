@@ -8,20 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import logged, with_devices
+from helpers import logged, tiny_config, with_devices
 
-from configs import digits
 from nvg_jax.runtime import checkpoint
 from nvg_jax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 12  # of the configuration
+STEPS = 20
 
 
 def run_config():
-    config = digits.get_config("runlocal")
+    config = tiny_config()
     for training in (config.tokenizer_training, config.generator_training):
-        training.log_every = 1
+        training.update(length=f"{STEPS} steps", log_every=1, save_every=10, eval_every=STEPS)
     return config
 
 
@@ -58,8 +57,12 @@ def finish(processes) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_train_stop_on_a_signal_and_one_goes_on(tmp_path):
     """Four devices of two processes; a SIGTERM to one saves in both; one device ends the run."""
-    arguments = [f"--config.{part}_training.log_every=1" for part in ("tokenizer", "generator")]
-    arguments.append("--config.generator_training.eval_every=2")
+    settings = {"length": f"{STEPS} steps", "log_every": 1, "save_every": 10}
+    arguments = [
+        f"--config.{part}_training.{key}={value}"
+        for part, evaluations in (("tokenizer", STEPS), ("generator", 2))
+        for key, value in (settings | {"eval_every": evaluations}).items()
+    ]
     running = start(tmp_path / "two", *arguments)
     lines = []
     for line in running[0].stderr:

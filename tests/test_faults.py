@@ -16,7 +16,7 @@ from configs import digits
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
 
-KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "6"))
 pytestmark = pytest.mark.slow
 
 
