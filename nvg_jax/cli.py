@@ -123,7 +123,7 @@ def sampling_settings() -> dict[str, Any]:
         value = flags.FLAGS[name].value
         if value is not None and spec.per_stage:
             try:
-                value = tuple(float(number) for number in value)
+                value = spec.parse(",".join(value))
             except ValueError:
                 raise ValueError(f"--{name} takes numbers, got {','.join(value)!r}.") from None
         if value is not None:

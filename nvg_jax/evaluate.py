@@ -58,10 +58,6 @@ def out_folder() -> Path:
     return Path(FLAGS.out or default or Path(FLAGS.samples).with_suffix(".evaluation"))
 
 
-def is_split(reference: str) -> bool:
-    return reference in ("train", "test")
-
-
 def evaluate_samples():
     """(results, table) of a file of samples."""
     from nvg_jax.jobs import comparison, features
@@ -78,10 +74,11 @@ def evaluate_samples():
 
 def evaluate_model(judge: str, settings):
     """(results, table or None) of a model."""
+    from nvg_jax.data.sources import SPLITS
     from nvg_jax.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(FLAGS.workdir)
-    needs_data = FLAGS.reconstruction or judge == "classifier" or is_split(FLAGS.reference)
+    needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
     data = cli.data_section(pipeline.metadata.config) if needs_data else None
     out = out_folder()
     out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +107,7 @@ def compare_samples(pipeline, data, out: Path, settings):
     job = SamplingJob(pipeline, classes, 1, size, FLAGS.seed, settings)
     points = comparison.parse_sweep(FLAGS.sweep) if FLAGS.sweep else []
     for point in points or [{}]:  # raises before anything is computed
-        SamplingJob(pipeline, classes, 1, size, FLAGS.seed, {**settings, **point}).describe()
+        comparison.at_point(job, point).expanded_settings()
     reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, pipeline, data)
     judge = features.Inception()
     known = features.reference_features(reference, judge)
@@ -118,7 +115,7 @@ def compare_samples(pipeline, data, out: Path, settings):
         results = comparison.sweep(job, points, known, judge, out)
         return results, results and comparison.table(results)
     facts = {"reference": FLAGS.reference, **comparison.sampling_facts(job)}
-    results = comparison.compare(features.Samples(job), known, judge, out, facts)
+    results = comparison.compare(job, known, judge, out, facts)
     return results, results and comparison.table([results])
 
 

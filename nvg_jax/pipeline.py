@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import granularity, models, workdir
 from nvg_jax.models import GENERATORS
-from nvg_jax.runtime.sharding import BATCH_SPEC, fill_batch, make_mesh
+from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.workdir import RunMetadata
@@ -208,7 +208,7 @@ class Pipeline:
         plan, values = self._plan(settings, structure_stages, token_stages)
         batch = self._batch(class_ids, seed, structure_noise, first_index)
         batch = *batch, self._check_prefix(prefix, len(batch[0]), structure_stages, token_stages)
-        count, (ids, keys, noise, prefix) = len(batch[0]), self._place(batch)
+        count, (ids, keys, noise, prefix) = len(batch[0]), local_batch(batch, self._mesh)
         canvas_scale = jnp.asarray(self.metadata.canvas_scale, jnp.float32)
         with jax.set_mesh(self._mesh):
             out = self.program.sample(
@@ -267,19 +267,15 @@ class Pipeline:
             return GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
         return self._check_sequence(prefix, "prefix", count, structure_stages, token_stages)
 
-    # Checks and placement.
-
-    def _place(self, tree):
-        """Pads the batch to a multiple of the devices and shards it."""
-        count, devices = len(jax.tree.leaves(tree)[0]), self._mesh.size
-        tree = fill_batch(tree, -(-count // devices) * devices)
-        return jax.device_put(tree, NamedSharding(self._mesh, BATCH_SPEC))
+    # Checks.
 
     def _tokenize(self, batch, method: str):
         """Runs a method of the tokenizer on a batch over all devices; NumPy arrays."""
         count = len(jax.tree.leaves(batch)[0])
         with jax.set_mesh(self._mesh):
-            out = self._apply(self.params["tokenizer"], self._place(batch), method=method)
+            out = self._apply(
+                self.params["tokenizer"], local_batch(batch, self._mesh), method=method
+            )
         if method == "encode":
             out = out.sequence
         return jax.tree.map(lambda x: x[:count], jax.device_get(out))

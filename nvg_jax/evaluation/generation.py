@@ -3,6 +3,7 @@
 import logging
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from nvg_jax.evaluation import metrics
@@ -60,13 +61,7 @@ def generation_metrics(reference: FeatureSet, samples: FeatureSet) -> dict[str, 
     return {
         "fid": metrics.frechet_distance(reference.pool_statistics, samples.pool_statistics),
         "sfid": metrics.frechet_distance(reference.spatial_statistics, samples.spatial_statistics),
-        "inception_score": metrics.inception_score(softmax(samples.logits[order])),
+        "inception_score": metrics.inception_score(jax.nn.softmax(samples.logits[order])),
         "precision": precision,
         "recall": recall,
     }
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, without overflow."""
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)

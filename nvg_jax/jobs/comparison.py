@@ -1,5 +1,6 @@
 """Figures that can be compared with published ones: of samples, of reconstructions, of a sweep."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -13,14 +14,15 @@ import numpy as np
 
 from nvg_jax import pretrained
 from nvg_jax.data import Transform, open_source
+from nvg_jax.data.sources import SPLITS
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
 from nvg_jax.jobs import features
-from nvg_jax.jobs.features import Archive, ImageSet, Inception, Samples, Split
+from nvg_jax.jobs.features import Archive, ImageSet, Inception, Split
 from nvg_jax.jobs.sampling import SamplingJob
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
-from nvg_jax.runtime.processes import is_main, own_share
+from nvg_jax.runtime.processes import is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8
 
@@ -67,13 +69,12 @@ def write_results(path: Path, results: dict[str, Any] | list[dict[str, Any]]):
 
 def check_sizes(images: ImageSet, reference: ImageSet):
     """Warns if two sets have images of different sizes, which the network's resizing hides."""
-    sizes = [next(each.batches([0])).shape[1:3] for each in (images, reference)]
-    if sizes[0] != sizes[1]:
+    if tuple(images.image_size) != tuple(reference.image_size):
         logger.warning(
             "the samples have %d x %d pixels and the reference %d x %d: both are resized to the "
             "network's input, so the figures also measure the difference in resolution",
-            *sizes[0],
-            *sizes[1],
+            *images.image_size,
+            *reference.image_size,
         )
 
 
@@ -95,20 +96,11 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
                 f"the names {', '.join(specs)}; got {item!r}."
             )
         try:
-            choices[name] = [_sweep_value(specs[name], value) for value in values.split(";")]
+            choices[name] = [specs[name].parse(value) for value in values.split(";")]
         except ValueError:
             kind = "true or false" if specs[name].kind is bool else "numbers"
             raise ValueError(f"--sweep: {name} takes {kind}, got {values!r}.") from None
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
-
-
-def _sweep_value(spec, text: str):
-    if spec.kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError(text)
-        return text == "true"
-    numbers = tuple(spec.kind(number) for number in text.split(","))
-    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def sweep(
@@ -126,17 +118,19 @@ def sweep(
     results = []
     for number, point in enumerate(points, 1):
         logger.info("sweep: %d of %d: %s", number, len(points), point)
-        settings = {**job.settings, **point}
-        changed = SamplingJob(
-            job.pipeline, job.classes, job.per_class, job.batch_size, job.seed, settings
-        )
+        changed = at_point(job, point)
         folder = out / digest(json.loads(json.dumps(point)))[:8]
-        found = compare(Samples(changed), reference, judge, folder, sampling_facts(changed))
+        found = compare(changed, reference, judge, folder, sampling_facts(changed))
         results.append({"sweep": point, **found})
     if not is_main():
         return []
     write_results(out / "metrics.json", results)
     return results
+
+
+def at_point(job: SamplingJob, point: dict[str, Any]) -> SamplingJob:
+    """The job with the settings of a point of a sweep."""
+    return dataclasses.replace(job, settings={**job.settings, **point})
 
 
 def sampling_facts(job: SamplingJob) -> dict[str, Any]:
@@ -219,37 +213,34 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
     def compute(numbers: Sequence[int]) -> Iterator[Reconstructions]:
         return map(measure, features.filled(images, numbers))
 
-    size, count, num_batches = images.batch_size, len(images), features.num_batches(images)
+    count, num_batches = len(images), images.num_batches
     description = {
         "network": judge.fingerprint,
         "lpips": [fingerprint(network) for network in networks.values()],
         "tokenizer": fingerprint(pipeline.params["tokenizer"]),
-        "batch_size": size,
+        "batch_size": images.batch_size,
         **images.describe(),
     }
-    own, folder = own_share(num_batches), out / "reconstructions"
-    parts = list(
-        features.in_parts(own, folder, description, compute, "reconstruction", min(size, count))
-    )
-    codes = [part.pop("codes").ravel().astype(np.float32)[None] for part in parts]
-    codes = features.gather_rows(codes, num_batches).reshape(num_batches, config.num_stages, -1)
-    rows = [
-        np.concatenate([np.asarray(x, np.float32).reshape(len(x), -1) for x in p.values()], axis=1)
-        for p in parts
-    ]
-    rows = features.gather_rows(rows, num_batches)[:count]
+    folder = out / "reconstructions"
+    parts = list(features.in_parts(images, folder, description, compute, "reconstruction"))
+
+    def gathered(name: str) -> np.ndarray:
+        rows = [part[name].astype(np.float32).reshape(len(part[name]), -1) for part in parts]
+        return features.gather_rows(rows, num_batches)
+
+    found = Reconstructions(*map(gathered, Reconstructions._fields))
     if not is_main():
         return {}
-    width = (rows.shape[1] - 4) // 2
-    real, restored, per_image = np.split(rows, [width, 2 * width], axis=1)
-    results = {"rfid": metrics.frechet_distance(real, restored)}
-    names = ("lpips_vgg", "lpips_alex", "psnr", "ssim")
-    results |= dict(zip(names, per_image.mean(0, dtype=np.float64).tolist()))
-    used = metrics.codebook_usage((codes > 0).sum(0))
+    codes = found.codes.reshape(num_batches, config.num_stages, -1)
+    found = jax.tree.map(lambda x: x[:count], found)
+    results = {"rfid": metrics.frechet_distance(found.real, found.restored)}
+    for name in ("lpips_vgg", "lpips_alex", "psnr", "ssim"):
+        results[name] = float(getattr(found, name).mean(dtype=np.float64))
+    used = metrics.codebook_usage(codes.sum(0))
     results["codebook_usage"] = float(used["codebook_usage"])
     results["codebook_usage_of_stages"] = used["codebook_usage_stage"].tolist()
     results |= {"images": count, "network": judge.fingerprint, "data": images.describe()}
-    save_png(out / "extremes.png", extremes(pipeline, images, per_image[:, 0]))
+    save_png(out / "extremes.png", extremes(pipeline, images, found.lpips_vgg[:, 0]))
     write_results(out / "metrics.json", results)
     return results
 
@@ -273,7 +264,7 @@ def open_reference(
     Raises:
         ValueError: neither.
     """
-    if text in ("train", "test"):
+    if text in SPLITS:
         if pipeline is None or data is None:
             raise ValueError(
                 f"--reference={text} is a split of a data set, cropped to a model's image size; "

@@ -3,7 +3,6 @@
 Several processes share the reconstruction and the sampling; process 0 measures and writes.
 """
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -16,10 +15,10 @@ from nvg_jax.data.transforms import Transform
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
+from nvg_jax.jobs.comparison import write_results
 from nvg_jax.jobs.features import read_image
 from nvg_jax.jobs.sampling import SamplingJob, stages_picture
 from nvg_jax.pipeline import Pipeline, SampleOutput
-from nvg_jax.runtime.files import atomic_write
 from nvg_jax.runtime.processes import gather, is_main, own_share
 from nvg_jax.runtime.sharding import fill_batch
 from nvg_jax.visualize import image_grid, reconstruction_grid, save_png
@@ -101,8 +100,7 @@ def evaluate(
         save_png(out / "samples.png", image_grid(samples[: 8 * columns], columns=columns))
         picks = np.arange(min(STAGES_SHOWN, len(first_batch.images)))
         save_png(out / "stages.png", stages_picture(pipeline, first_batch, picks))
-    with atomic_write(out / "metrics.json") as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
+    write_results(out / "metrics.json", results)
     return results
 
 

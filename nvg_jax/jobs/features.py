@@ -7,6 +7,7 @@ killed goes on where it was.
 import concurrent.futures
 import logging
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,12 @@ from nvg_jax.data import Source, Transform
 from nvg_jax.data.transforms import decode
 from nvg_jax.evaluation.generation import FeatureSet
 from nvg_jax.evaluation.metrics import Moments
-from nvg_jax.jobs.sampling import SamplingJob, open_folder
+from nvg_jax.jobs.sampling import open_folder, own_missing
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
 from nvg_jax.runtime.processes import barrier, gather, is_main, own_share
 from nvg_jax.runtime.progress import Progress
-from nvg_jax.runtime.sharding import BATCH_SPEC, fill_batch, make_mesh
-from nvg_jax.visualize import to_uint8
+from nvg_jax.runtime.sharding import fill_batch, local_batch, make_mesh
 
 logger = logging.getLogger("nvg_jax")
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of a reference file
@@ -38,13 +38,17 @@ DECODING_THREADS = 16
 
 
 class ImageSet(Protocol):
-    """A fixed sequence of images, in batches.
+    """A fixed sequence of images, in batches: an `Archive`, a `Split` or a `SamplingJob`.
 
     Attributes:
         batch_size: of all batches but the last, which may be smaller.
+        num_batches: number of batches.
+        image_size: height and width.
     """
 
     batch_size: int
+    num_batches: int
+    image_size: tuple[int, int]
 
     def __len__(self) -> int: ...
 
@@ -68,10 +72,10 @@ class Archive:
             raise ValueError(f"There is no file {path}.")
         try:
             with zipfile.ZipFile(self.path) as archive:
-                self.names = tuple(n.removesuffix(".npy") for n in archive.namelist())
-                if "arr_0" not in self.names:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                if "arr_0" not in names:
                     raise ValueError(
-                        f"{path} has the arrays {', '.join(self.names) or '(none)'}; expected "
+                        f"{path} has the arrays {', '.join(names) or '(none)'}; expected "
                         'the images as "arr_0", which is what np.savez and `nvg_jax.sample` write.'
                     )
                 self._checksum = archive.getinfo("arr_0.npy").CRC
@@ -84,6 +88,9 @@ class Archive:
                 f"The images in {path} must be uint8 of shape (N, H, W, 3), got {dtype} "
                 f"{self.shape}{' in Fortran order' if fortran else ''}."
             )
+
+        self.image_size = self.shape[1:3]
+        self.num_batches = -(-len(self) // batch_size)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -136,9 +143,9 @@ class Split:
     """The images of a split of a data set, cropped to one size, in a fixed random order."""
 
     def __init__(self, source: Source, transform: Transform, data: dict[str, Any], batch_size: int):
-        self.batch_size, self._source, self._transform, self._data = (
-            batch_size, source, transform, data
-        )  # fmt: skip
+        self._source, self._transform, self._data = source, transform, data
+        self.batch_size, self.num_batches = batch_size, -(-len(source) // batch_size)
+        self.image_size = transform.image_size
         self._order = np.random.default_rng(SHUFFLE_SEED).permutation(len(source))
 
     def __len__(self) -> int:
@@ -186,23 +193,6 @@ def image_to_uint8(image: np.ndarray) -> np.ndarray:
     return np.round((image + 1) * 127.5).astype(np.uint8)
 
 
-class Samples:
-    """The samples of a job."""
-
-    def __init__(self, job: SamplingJob):
-        self.job, self.batch_size = job, job.batch_size
-
-    def __len__(self) -> int:
-        return len(self.job)
-
-    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        for number in numbers:
-            yield to_uint8(self.job.sample(number).images)
-
-    def describe(self) -> dict[str, Any]:
-        return self.job.describe()
-
-
 class Inception:
     """The network of the published figures, on all local devices.
 
@@ -225,16 +215,10 @@ class Inception:
 
     def image_features(self, images) -> ImageFeatures:
         """Float32 features of images that `prepare` takes, (B, H, W, 3)."""
-        devices = self._mesh.size
-        filled = fill_batch(images, -(-len(images) // devices) * devices)
         with jax.set_mesh(self._mesh):
-            placed = jax.device_put(filled, NamedSharding(self._mesh, BATCH_SPEC))
-            found = jax.device_get(self._features(self._params, placed))
+            found = self._features(self._params, local_batch(images, self._mesh))
+            found = jax.device_get(found)
         return jax.tree.map(lambda x: x[: len(images)], found)
-
-
-def num_batches(images: ImageSet) -> int:
-    return -(-len(images) // images.batch_size)
 
 
 def extract(
@@ -252,20 +236,20 @@ def extract(
     size, count = images.batch_size, len(images)
     description = {"network": judge.fingerprint, "batch_size": size, **images.describe()}
     pool_moments, spatial_moments, kept = Moments(), Moments(), []
-    keep_batches = num_batches(images) if keep is None else -(-min(keep, count) // size)
-    own = own_share(num_batches(images))
+    keep = count if keep is None else min(keep, count)
+    keep_batches = -(-keep // size)
     compute = lambda numbers: map(judge.image_features, filled(images, numbers))
-    parts = in_parts(own, folder, description, compute, "features", min(size, count))
-    for number, part in zip(own, parts):
+    parts = in_parts(images, folder, description, compute, "features")
+    for number, part in zip(own_share(images.num_batches), parts):
         real = min(size, count - number * size)
         features = ImageFeatures(**part)
         pool_moments += Moments.of(features.pool[:real])
         spatial_moments += Moments.of(features.spatial[:real])
         if number < keep_batches:
             kept.append(np.concatenate([features.pool, features.logits], axis=1))
-    kept = gather_rows(kept, keep_batches)[: min(keep or count, count)]
-    width = len(gather_moments(pool_moments).mean)
+    kept = gather_rows(kept, keep_batches)[:keep]
     statistics = [gather_moments(x).statistics for x in (pool_moments, spatial_moments)]
+    width = len(statistics[0][0])
     return FeatureSet(count, kept[:, :width], kept[:, width:], *statistics)
 
 
@@ -276,25 +260,23 @@ def filled(images: ImageSet, numbers: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 def in_parts(
-    own: Sequence[int], folder: Path, description: dict[str, Any], compute, name: str, size: int
+    images: ImageSet, folder: Path, description: dict[str, Any], compute, name: str
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the arrays of each batch in order: from its file in `folder`, or computed and stored.
+    """Yields the arrays of each of this process's batches, from a file or computed and stored.
 
     Args:
-        own: this process's batches, increasing.
+        folder: of the files.
         description: of what the arrays depend on.
         compute: batch numbers -> an iterator of their arrays, NamedTuples.
         name: for the progress.
-        size: images in a batch.
     """
     open_folder(folder, "*.npz", description)
     path = lambda number: folder / f"{number:06d}.npz"
-    missing = [number for number in own if not path(number).exists()]
-    if len(missing) < len(own):
-        logger.info("%d of %d batches exist already", len(own) - len(missing), len(own))
+    missing = own_missing(images.num_batches, lambda number: [path(number)])
+    size = min(images.batch_size, len(images))
     computed, progress = compute(missing), Progress(name, len(missing) * size, "images")
     done, missing = 0, set(missing)
-    for number in own:
+    for number in own_share(images.num_batches):
         arrays = None if number in missing else read_arrays(path(number))
         if arrays is None:
             source = computed if number in missing else compute([number])
@@ -368,9 +350,7 @@ def reference_features(images: ImageSet, judge: Inception) -> FeatureSet:
                     spatial_mean=found.spatial_statistics[0],
                     spatial_covariance=found.spatial_statistics[1],
                 )  # fmt: skip
-            for part in folder.iterdir():
-                part.unlink()
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)
     barrier("the features of the reference are there")
     if isinstance(images, Archive):
         found = found._replace(**images.statistics())

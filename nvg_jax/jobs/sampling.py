@@ -19,6 +19,7 @@ from nvg_jax.pipeline import Pipeline, SampleOutput
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
 from nvg_jax.runtime.processes import barrier, is_main, own_share
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.visualize import image_grid, save_png, stages_grid, to_uint8
 
 GRID_LIMIT = 400  # samples in the grid
@@ -54,8 +55,22 @@ class SamplingJob:
         return -(-len(self) // self.batch_size)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        return self.pipeline.tokenizer.config.image_size
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (*self.pipeline.tokenizer.config.image_size, 3)
+        return (*self.image_size, 3)
+
+    def expanded_settings(self) -> Settings:
+        """The settings of every stage, with the folder's where none is given.
+
+        Raises:
+            ValueError: a setting out of range.
+        """
+        config = self.pipeline.tokenizer.config
+        settings = self.pipeline.settings.updated(self.settings)
+        return settings.expand(config.num_stages, config.codebook_size)
 
     def indices(self, batch: int) -> range:
         """The samples of a batch; the last batch may be smaller."""
@@ -68,6 +83,11 @@ class SamplingJob:
         filled = ids + ids[-1:] * (self.batch_size - len(ids))  # one program for all batches
         out = self.pipeline.sample(filled, self.seed, first_index=indices.start, **self.settings)
         return jax.tree.map(lambda x: x[: len(ids)], out)
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yields the batches of these numbers as uint8 (B, H, W, 3)."""
+        for number in numbers:
+            yield to_uint8(self.sample(number).images)
 
     def sample_all(self, batches: Sequence[int]) -> Iterator[tuple[int, SampleOutput]]:
         """Yields each batch with its number, and logs progress."""
@@ -88,16 +108,13 @@ class SamplingJob:
         metadata = self.pipeline.metadata.to_json()
         model = {name: metadata[name] for name in ("tokenizer", "canvas_scale", *GENERATORS)}
         model["weights"] = fingerprint(self.pipeline.params)
-        config = self.pipeline.tokenizer.config
-        settings = self.pipeline.settings.updated(self.settings)
-        settings = settings.expand(config.num_stages, config.codebook_size)
         description = {
             "model": digest(model)[:16],
             "classes": self.classes,
             "per_class": self.per_class,
             "seed": self.seed,
             "batch_size": self.batch_size,
-            **dataclasses.asdict(settings),
+            **dataclasses.asdict(self.expanded_settings()),
         }
         return json.loads(json.dumps(description))
 
@@ -164,9 +181,9 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
         )
 
 
-def own_missing(job: SamplingJob, files) -> list[int]:
+def own_missing(num_batches: int, files) -> list[int]:
     """This process's batches for which one of `files(batch)` does not exist yet."""
-    own = own_share(job.num_batches)
+    own = own_share(num_batches)
     missing = [batch for batch in own if not all(path.exists() for path in files(batch))]
     if len(missing) < len(own):
         logger.info("%d of %d batches exist already", len(own) - len(missing), len(own))
@@ -196,7 +213,9 @@ def write_array(job: SamplingJob, out: Path):
         logger.info("%s is there already", out)
     else:
         open_folder(folder, "*.npz", description)
-        for batch, output in job.sample_all(own_missing(job, lambda batch: [part(batch)])):
+        for batch, output in job.sample_all(
+            own_missing(job.num_batches, lambda batch: [part(batch)])
+        ):
             write_part(part(batch), to_uint8(output.images))
         barrier(f"the parts of {out} are there")
         if is_main():
@@ -257,7 +276,7 @@ def write_pictures(job: SamplingJob, out: Path, columns: int):
     stages = out / "stages.png"
     files = lambda batch: [pictures[i] for i in job.indices(batch)] + [stages] * (batch == 0)
     open_folder(out, "*_class*.png", job.describe())
-    for batch, output in job.sample_all(own_missing(job, files)):
+    for batch, output in job.sample_all(own_missing(job.num_batches, files)):
         for index, image in zip(job.indices(batch), to_uint8(output.images)):
             save_png(pictures[index], image)
         if batch == 0:

@@ -147,6 +147,16 @@ def fill_batch(batch, size: int):
     return jax.tree.map(fill, batch)
 
 
+def local_batch(batch, mesh: Mesh):
+    """Arrays (B, ...) split over the devices of a mesh of this process.
+
+    The last row is repeated until B is a multiple of the number of devices.
+    """
+    count = len(jax.tree.leaves(batch)[0])
+    batch = fill_batch(batch, -(-count // mesh.size) * mesh.size)
+    return jax.device_put(batch, NamedSharding(mesh, BATCH_SPEC))
+
+
 def global_batch(batch, mesh: Mesh):
     """Global arrays, split over the batch axis, from the rows of each process."""
     sharding = NamedSharding(mesh, BATCH_SPEC)

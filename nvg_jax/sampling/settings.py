@@ -45,6 +45,21 @@ class Spec:
     per_stage: Callable[[float, float, int], np.ndarray] | None = None
     traced: bool = True
 
+    def parse(self, text: str):
+        """The value that a text such as "8", "1,3.5" (one per stage or start, end) or "true" means.
+
+        Raises:
+            ValueError: the text means no value of this setting's kind.
+        """
+        if self.kind is bool:
+            if text not in ("true", "false"):
+                raise ValueError(f"Expected true or false, got {text!r}.")
+            return text == "true"
+        if self.per_stage is None:
+            return self.kind(text)
+        numbers = tuple(float(number) for number in text.split(","))
+        return numbers if len(numbers) > 1 else numbers[0]
+
     def expand(self, name: str, value, num_stages: int, codebook_size: int):
         """A checked value of `kind`, or a tuple with one per stage.
 
