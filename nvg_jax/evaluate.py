@@ -109,6 +109,7 @@ def compare_samples(pipeline, data, out: Path, settings):
     for point in points or [{}]:  # raises before anything is computed
         comparison.at_point(job, point).expanded_settings()
     reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, pipeline, data)
+    comparison.check_sizes(job, reference)
     judge = features.Inception()
     known = features.reference_features(reference, judge)
     if points:

@@ -114,6 +114,16 @@ def test_a_reference_is_computed_once(reference, tmp_path):
     assert judge.seen > 0
 
 
+def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):
+    """Otherwise the others would wait for the features of this process for ever."""
+    first = features.reference_features(reference, Judge())
+    monkeypatch.setattr(features, "gather", lambda own, count: np.array([*own, False]))
+    judge = Judge()
+    again = features.reference_features(reference, judge)
+    assert judge.seen > 0
+    np.testing.assert_array_equal(first.pool, again.pool)
+
+
 def test_statistics_of_a_reference_file_come_first(reference, tmp_path):
     rng = np.random.default_rng(1)
     mu, sigma = rng.normal(size=12), np.eye(12)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import pretrained
 from nvg_jax.data import Transform, open_source
@@ -23,6 +24,7 @@ from nvg_jax.jobs.sampling import SamplingJob
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
 from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8
 
@@ -185,7 +187,9 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
         ValueError: a network's weights are missing, or an image cannot be read.
     """
     judge = Inception(pretrained.antialiased_inception_input)
-    networks = {name: jax.device_put(pretrained.load(name)) for name in ("lpips", "lpips_alex")}
+    mesh = make_mesh(devices=jax.local_devices())
+    networks = {name: pretrained.load(name) for name in ("lpips", "lpips_alex")}
+    networks = jax.device_put(networks, NamedSharding(mesh, PartitionSpec()))
     distances = jax.jit(
         lambda networks, a, b: (
             pretrained.lpips(networks["lpips"], a, b, jnp.float32),
@@ -201,10 +205,12 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
         codes = np.zeros((config.num_stages, config.codebook_size), bool)
         for stage in range(config.num_stages):
             codes[stage, sequence.tokens[:, stage]] = True
+        with jax.set_mesh(mesh):
+            lpips = distances(networks, *local_batch((a, b), mesh))
         return Reconstructions(
             judge.image_features(a).pool,
             judge.image_features(b).pool,
-            *distances(networks, a, b),
+            *(np.asarray(distance)[: len(batch)] for distance in lpips),
             metrics.psnr(batch, restored),
             metrics.structural_similarity(batch, restored),
             codes,

@@ -334,7 +334,9 @@ def reference_features(images: ImageSet, judge: Inception) -> FeatureSet:
     folder = pretrained.cache_folder() / "references" / digest(description)[:16]
     keep = None if isinstance(images, Archive) else REFERENCE_IMAGES
     file = folder.with_suffix(".npz")
-    if file.exists() and (stored := read_arrays(file)) is not None:
+    stored = read_arrays(file) if file.exists() else None
+    # Each machine may have a cache of its own; all processes must take the same way.
+    if gather(np.array([stored is not None]), jax.process_count()).all():
         logger.info("features of the reference: %s", file)
         pairs = [
             (stored[f"{name}_mean"], stored[f"{name}_covariance"]) for name in ("pool", "spatial")
