@@ -5,7 +5,7 @@
 
 Reaches 25.6 dB PSNR and 93.2% agreement of guided samples with their class (docs/results.md).
 
-`:demo` is the shorter training of `make demo` (under five minutes, 24.5 dB, 94.8%):
+`:demo` is the shorter training of `make demo` (about five minutes, 24.5 dB, 94.8%):
 
     python -m nvg_jax.train --config=configs/digits.py:demo --workdir=runs/demo
 
