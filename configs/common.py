@@ -28,6 +28,8 @@ def base() -> ml_collections.ConfigDict:
         eval_every=5000,
         save_every=5000,
         keep=2,  # number of checkpoints to keep
+        fid_every=0,  # steps between measurements of FID, whose best model is kept; 0: never
+        fid_samples=10_000,
     )
     tokenizer_optimizer = optimizer | dict(
         schedule="cosine", warmup_steps=0, final=0.0, weight_decay=0.0
@@ -36,7 +38,7 @@ def base() -> ml_collections.ConfigDict:
         dict(
             part="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
-            tokenizer_workdir="",  # the run that trained the generators' tokenizer; "": --workdir
+            tokenizer_workdir="",  # folder of a run, exported or converted; "": --workdir
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # of the arithmetic; "bfloat16" on accelerators
             fast_compile=False,  # compile without optimization: for runs of a few steps
@@ -62,6 +64,10 @@ def base() -> ml_collections.ConfigDict:
             ),
             content=transformer(1024, 16),
             structure=transformer(512, 16),
+            evaluation=dict(  # of fid_every
+                judge="inception",  # or "classifier", trained on the data set when the run starts
+                reference="train",  # what samples are compared with: train, test or an .npz file
+            ),
             class_dropout=0.1,  # share of labels replaced by the null class, for guidance
             tokenizer_training=run
             | dict(
@@ -105,9 +111,10 @@ def transformer(width: int, depth: int, head_dim: int = 64, drop_path: float = -
 
 
 def without_pretrained(config: ml_collections.ConfigDict):
-    """Turns off all losses that need pretrained networks: perceptual, adversarial and REPA."""
+    """Turns off all that needs pretrained networks: perceptual and adversarial loss, REPA, FID."""
     config.tokenizer_training.update(perceptual_weight=0.0, adversarial_weight=0.0)
     config.generator_training.repa_weight = 0.0
+    config.evaluation.judge = "classifier"
 
 
 def choose(arg: str | None, variants) -> list[str]:

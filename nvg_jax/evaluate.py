@@ -63,7 +63,7 @@ def evaluate_samples():
     from nvg_jax.jobs import comparison, features
 
     images = features.Archive(FLAGS.samples, FLAGS.batch_size)
-    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, None, None)
+    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size)
     judge = features.Inception()
     comparison.check_sizes(images, reference)
     known = features.reference_features(reference, judge)
@@ -85,7 +85,8 @@ def evaluate_model(judge: str, settings):
     if FLAGS.reconstruction:
         from nvg_jax.jobs import comparison
 
-        images = comparison.split_images(pipeline, data, "test", FLAGS.batch_size)
+        size = pipeline.tokenizer.config.image_size
+        images = comparison.split_images(data, "test", size, FLAGS.batch_size)
         return comparison.reconstruction(pipeline, images, out), None
     if judge == "classifier":
         from nvg_jax.jobs.evaluation import evaluate
@@ -108,7 +109,7 @@ def compare_samples(pipeline, data, out: Path, settings):
     points = comparison.parse_sweep(FLAGS.sweep) if FLAGS.sweep else []
     for point in points or [{}]:  # raises before anything is computed
         comparison.at_point(job, point).expanded_settings()
-    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, pipeline, data)
+    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
     comparison.check_sizes(job, reference)
     judge = features.Inception()
     known = features.reference_features(reference, judge)

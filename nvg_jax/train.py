@@ -36,6 +36,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     import flax.linen as nn
     import jax
 
+    from nvg_jax.jobs.scoring import make_scorers
     from nvg_jax.runtime import sharding
     from nvg_jax.runtime.files import storage_path
     from nvg_jax.training import generators, tokenizer
@@ -53,9 +54,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         run = open_run(config, storage_path(workdir), mesh, networks)
+        scorers = make_scorers(config, parts, run.train_source.num_classes)
         for part in parts:
             task = tokenizer.task(run) if part == "tokenizer" else generators.task(run, part)
-            fit(task, run.workdir, mesh)
+            fit(task, run.workdir, mesh, scorers.get(part))
 
 
 def check_config(config: ml_collections.ConfigDict):
@@ -74,6 +76,8 @@ def check_config(config: ml_collections.ConfigDict):
         for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
             if config[name][key] < 1:
                 raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
+        if config[name].fid_every:
+            check_fid(config, name, parts)
     if config.data.name == "sequences":
         if "tokenizer" in parts:
             raise ValueError(
@@ -85,6 +89,32 @@ def check_config(config: ml_collections.ConfigDict):
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."
             )
+
+
+def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
+    """Raises ValueError if the recipe `name` asks for an FID that cannot be measured."""
+    recipe, judge = config[name], config.evaluation.judge
+    if recipe.fid_every < 0 or recipe.fid_samples < 2:
+        raise ValueError(
+            f"{name}.fid_every must be 0 (never) or more and fid_samples at least 2, got "
+            f"{recipe.fid_every} and {recipe.fid_samples}."
+        )
+    if judge not in ("inception", "classifier"):
+        raise ValueError(f"evaluation.judge must be inception or classifier, got {judge!r}.")
+    if name == "generator_training" and {"structure", "content"} & set(parts):
+        raise ValueError(
+            f"generator_training.fid_every needs both generators to draw samples, and "
+            f"part={config.part} trains them one at a time; set it to 0, or train with "
+            "part=generators."
+        )
+    if judge == "classifier" and config.evaluation.reference != "train":
+        raise ValueError("evaluation.judge=classifier compares with evaluation.reference=train.")
+    if config.data.name == "sequences" and not config.evaluation.reference.endswith(".npz"):
+        raise ValueError(
+            "Cached sequences have no images to compare samples with: give "
+            "--config.evaluation.reference=FILE.npz and --config.evaluation.judge=inception, or "
+            "set generator_training.fid_every to 0."
+        )
 
 
 FLAGS = flags.FLAGS

@@ -16,6 +16,7 @@ from nvg_jax import models
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import GENERATORS
 from nvg_jax.runtime import checkpoint, files
+from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 
@@ -23,7 +24,7 @@ EXPORT_FOLDER = "pipeline"
 PARTS = ("tokenizer", "generators", *GENERATORS)  # "generators" holds both of them
 # What may change when a run is resumed: how often it reports, and where the same data lies.
 MAY_CHANGE = frozenset(
-    ("log_every", "eval_every", "save_every", "keep")
+    ("log_every", "eval_every", "save_every", "keep", "fid_every", "fid_samples")
     + ("data_dir", "num_threads", "prefetch", "on_bad")
 )
 
@@ -43,6 +44,7 @@ class RunMetadata:
         tokenizer_workdir: the workdir of the tokenizer that the generators were trained with.
         config: the training configuration.
         steps: the length of the training.
+        fid: of a model kept as the best of its training, its Frechet distance.
         sources: of converted weights, the files they come from.
         step: the training step of the checkpoint that was read; not stored.
     """
@@ -57,6 +59,7 @@ class RunMetadata:
     tokenizer_workdir: str | None = None
     config: dict[str, Any] | None = None
     steps: int | None = None
+    fid: float | None = None
     sources: dict[str, Any] | None = None
     step: int | None = None
 
@@ -177,35 +180,63 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
                     f"{part}/. Move the one you do not want to another folder."
                 )
             found[name] = folder / part, metadata
-    tokenizer_folder = find_tokenizer(folder, *(m.tokenizer_workdir for _, m in found.values()))
-    tokenizer = read(tokenizer_folder, lambda m: {"params": m.abstract_params("tokenizer")})
-    if tokenizer is None:
+    for place in (folder, *(m.tokenizer_workdir for _, m in found.values())):
+        tokenizer = read_tokenizer(place)
+        if tokenizer is not None:
+            break
+    else:
         raise ValueError(
             f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
             f"--config=... --workdir={folder}`."
         )
-    metadata, params = tokenizer[0], {"tokenizer": tokenizer[1]["params"]}
+    metadata, params = tokenizer[0], {"tokenizer": tokenizer[1]}
     if found and metadata.fingerprint is None:
         raise ValueError(
-            f"The tokenizer in {tokenizer_folder} stands at step {metadata.step}, before the end "
+            f"The tokenizer in {place} stands at step {metadata.step}, before the end "
             "of its training, and the generators need the finished one. Restore a copy of its "
             "last checkpoint, or let `python -m nvg_jax.train` finish it."
         )
-    metadata = metadata.replace(step=None, steps=None)
+    if len({m.class_names for _, m in found.values()}) > 1:
+        raise ValueError(
+            f"The generators in {folder} were trained on data with different classes; train one of "
+            "them again."
+        )
+    metadata = metadata.replace(step=None, steps=None, fid=None)
     for name, (part_folder, part_metadata) in found.items():
         check_tokenizer(part_metadata, metadata, part_folder)
         part_metadata, state = read(
             part_folder, lambda m: {"ema_params": {name: m.abstract_params(name)}}
         )
         params[name] = state["ema_params"][name]
-        metadata = metadata.replace(
-            **{key: getattr(part_metadata, key) for key in (name, "sampling", "steps", "step")}
-        )
+        of_generator = (name, "class_names", "sampling", "config", "steps", "step")
+        metadata = metadata.replace(**{key: getattr(part_metadata, key) for key in of_generator})
     return metadata, params
 
 
-def write_export(folder: str | os.PathLike, metadata: RunMetadata, params: dict[str, Any]):
+def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
+    """The tokenizer of a workdir or of an exported or converted folder, without generators.
+
+    Returns:
+        (metadata, raw parameters), or None if the folder holds no tokenizer.
+
+    Raises:
+        ValueError: all its checkpoints are damaged.
+    """
+    folder = files.storage_path(folder)
+    for place, key in ((folder / EXPORT_FOLDER, "tokenizer"), (folder / "tokenizer", "params")):
+        found = read(place, lambda metadata: {key: metadata.abstract_params("tokenizer")})
+        if found is not None:
+            return found[0].replace(content=None, structure=None), found[1][key]
+    return None
+
+
+def write_export(
+    folder: str | os.PathLike, metadata: RunMetadata, params: dict[str, Any], step: int = 0
+):
     """Writes a model to a folder for `read_model`; replaces an earlier export.
+
+    Args:
+        step: of the training. An export of a lower step stays until the new one is complete.
 
     Raises:
         ValueError: the folder is a training run's, whose checkpoints the export would hide.
@@ -214,18 +245,13 @@ def write_export(folder: str | os.PathLike, metadata: RunMetadata, params: dict[
     if any((folder / part).is_dir() for part in PARTS):
         raise ValueError(f"{folder} holds a training run; export to another folder.")
     folder = folder / EXPORT_FOLDER
-    if folder.exists():
-        folder.rmtree()
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        checkpoints.save(0, params, metadata.to_json())
-
-
-def find_tokenizer(workdir: epath.Path, *elsewhere: str) -> epath.Path:
-    """The folder of the tokenizer's checkpoints: in the workdir, else in one of the others."""
-    for folder in (workdir, *map(files.storage_path, elsewhere)):
-        if (folder / "tokenizer").is_dir():
-            return folder / "tokenizer"
-    return workdir / "tokenizer"
+    if is_main() and folder.exists():
+        steps = [int(child.name) for child in folder.iterdir() if child.name.isdecimal()]
+        if steps and max(steps) >= step:
+            folder.rmtree()
+    barrier(f"{folder} can be written")
+    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(step, params, metadata.to_json())
 
 
 # Runs to resume or to build on.

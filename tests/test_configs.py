@@ -12,6 +12,7 @@ from nvg_jax import layers, models
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.train import check_config
 from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig
@@ -186,3 +187,24 @@ def test_the_losses_that_need_other_networks():
             assert tokenizer.loss_config(config).pretrained == ()
             assert generators.pretrained_names(config, models.GENERATORS) == ()
     assert tokenizer.loss_config(load("fashion_mnist", "adversarial")).adversarial_weight > 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(part="content"), "part=content trains them one at a time"),
+        (dict(part="separate"), "part=separate trains them one at a time"),
+        (dict(evaluation=dict(judge="me")), "inception or classifier, got 'me'"),
+        (dict(evaluation=dict(reference="test")), "judge=classifier compares with"),
+        (dict(generator_training=dict(fid_samples=1)), "fid_samples at least 2, got 5 and 1"),
+        (dict(generator_training=dict(fid_every=-1)), "fid_every must be 0 .* got -1"),
+        (dict(part="generators", data=dict(name="sequences")), "no images to compare samples"),
+    ],
+)
+def test_an_fid_that_cannot_be_measured_is_refused_at_once(changes, message):
+    config = load("digits", "runlocal")
+    config.generator_training.fid_every = 5
+    check_config(config)
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        check_config(config)

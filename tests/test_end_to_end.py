@@ -19,9 +19,17 @@ from PIL import Image
 
 from configs import digits
 from nvg_jax import GranularitySequence, Pipeline, cli
+from nvg_jax.evaluation import frechet_distance
+from nvg_jax.evaluation.classifiers import DigitClassifier
+from nvg_jax.jobs.comparison import split_images
+from nvg_jax.jobs.evaluation import load_split
 from nvg_jax.runtime import checkpoint, sharding
+from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.train import train
 from nvg_jax.training import tokenizer
+from nvg_jax.training.loop import BestModel
+from nvg_jax.visualize import to_uint8
+from nvg_jax.workdir import RunMetadata, read_metadata
 
 
 def run_config(**changes):
@@ -32,9 +40,12 @@ def run_config(**changes):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A finished run of every stage."""
+    """A finished run of every stage that measured FID."""
     folder = tmp_path_factory.mktemp("run")
-    train(run_config(), folder)
+    config = run_config()
+    config.tokenizer_training.update(fid_every=8, fid_samples=50)
+    config.generator_training.update(fid_every=8, fid_samples=50)
+    train(config, folder)
     return folder
 
 
@@ -65,6 +76,47 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(workdir):
     tags = {tag for tag, _ in logged(workdir / "generators")}
     expected = {"content/token_loss/4", "content/token_accuracy/0", "structure/flow_loss/2"}
     assert expected | {"images_per_second", "grad_norm", "test_content/loss"} <= tags
+
+
+def test_the_best_model_by_fid_is_kept_beside_the_latest(workdir):
+    real = load_split(run_config().data, "train", (8, 8))
+    judge = DigitClassifier(*real)
+    held_out = next(split_images(run_config().data, "test", (8, 8), 50).batches([0]))
+    samples = lambda best: best.sample([i % 10 for i in range(50)], seed=0).images
+    for part, known, images in (
+        ("tokenizer", held_out, lambda best: best.reconstruct(held_out)),
+        ("generators", real.images, samples),
+    ):
+        values = logged(workdir / part)
+        measured = {step: values[tag, step] for tag, step in values if tag == "fid"}
+        assert measured.keys() == {8, 12}
+        best = Pipeline.from_pretrained(workdir / f"best_{part}")
+        assert best.metadata.step == min(measured, key=measured.get)
+        assert best.metadata.fid == pytest.approx(min(measured.values()), rel=1e-6)
+        features = [judge.image_features(x).pool for x in (known, to_uint8(images(best)))]
+        assert frechet_distance(*features) == pytest.approx(best.metadata.fid, rel=1e-4)
+
+
+def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
+    metadata, params = (
+        RunMetadata(TokenizerConfig(**run_config().tokenizer), ("a",)),
+        {"x": np.ones(3)},
+    )
+    values = iter([5.0, 7.0, 3.0, 4.0, 3.0, 9.0])
+    score = lambda metadata, params: next(values)
+    best = BestModel(tmp_path, score, new=True)
+    assert [best.update(step, metadata, params) for step in (10, 20, 30)] == [
+        (5.0, 5.0), (7.0, 5.0), (3.0, 3.0)
+    ]  # fmt: skip
+    resumed = BestModel(tmp_path, score, new=False)
+    assert resumed.update(40, metadata, params) == (4.0, 3.0)
+    assert resumed.update(50, metadata, params) == (3.0, 3.0)
+    stored = read_metadata(tmp_path / "pipeline")
+    assert (stored.step, stored.fid) == (30, 3.0)
+    # A new training in the same workdir does not compete with the one before.
+    anew = BestModel(tmp_path, score, new=True)
+    assert anew.update(10, metadata, params) == (9.0, 9.0)
+    assert read_metadata(tmp_path / "pipeline").step == 10
 
 
 def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe):

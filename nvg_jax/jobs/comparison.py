@@ -32,10 +32,12 @@ logger = logging.getLogger("nvg_jax")
 EXTREMES = 8  # best and worst reconstructions in the picture
 
 
-def split_images(pipeline: Pipeline, data: dict[str, Any], split: str, batch_size: int) -> Split:
-    """The images of a split at the model's size; `data` as in a config."""
+def split_images(
+    data: dict[str, Any], split: str, image_size: tuple[int, int], batch_size: int
+) -> Split:
+    """The images of a split, cropped to one size; `data` as in a config."""
     source = open_source(data["name"], split, data_dir=data["data_dir"] or None)
-    transform = Transform(pipeline.tokenizer.config.image_size, data["resize"] or None)
+    transform = Transform(image_size, data["resize"] or None)
     return Split(source, transform, {**data, "split": split}, batch_size)
 
 
@@ -263,20 +265,26 @@ def extremes(pipeline: Pipeline, images: Split, distances: np.ndarray) -> np.nda
 
 
 def open_reference(
-    text: str, batch_size: int, pipeline: Pipeline | None, data: dict[str, Any] | None
+    text: str,
+    batch_size: int,
+    image_size: tuple[int, int] | None = None,
+    data: dict[str, Any] | None = None,
 ) -> ImageSet:
     """The reference images that --reference names: an .npz file, or a split of the data set.
+
+    Args:
+        image_size, data: of the model and as in a config; only a split needs them.
 
     Raises:
         ValueError: neither.
     """
     if text in SPLITS:
-        if pipeline is None or data is None:
+        if data is None:
             raise ValueError(
                 f"--reference={text} is a split of a data set, cropped to a model's image size; "
                 "give --workdir, or a reference file."
             )
-        return split_images(pipeline, data, text, batch_size)
+        return split_images(data, text, image_size, batch_size)
     if not text.endswith(".npz"):
         raise ValueError(f"--reference must be train, test or an .npz file, got {text!r}.")
     return Archive(text, batch_size)

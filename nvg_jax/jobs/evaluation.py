@@ -25,7 +25,7 @@ from nvg_jax.visualize import image_grid, reconstruction_grid, save_png
 
 logger = logging.getLogger("nvg_jax")
 STAGES_SHOWN = 4  # samples in the picture of the stages
-TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # images of each split, at most
+MAX_IMAGES = {"train": 60_000, "test": 10_000}  # of a split
 MAX_BYTES = 4 << 30  # of one split's images in memory
 NEIGHBOR_IMAGES = 10_000  # training images compared for precision and recall
 COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
@@ -59,19 +59,14 @@ def evaluate(
     Raises:
         ValueError: the data is not what the model was trained on, or an image cannot be read.
     """
-    transform = Transform(pipeline.tokenizer.config.image_size, data["resize"] or None)
-    sources = {
-        split: open_source(data["name"], split, data_dir=data["data_dir"] or None)
-        for split in ("train", "test")
-    }
-    if sources["train"].num_classes != pipeline.metadata.num_classes:
+    size = pipeline.tokenizer.config.image_size
+    num_classes = open_split(data, "train").num_classes
+    if num_classes != pipeline.metadata.num_classes:
         raise ValueError(
             f"The model has {pipeline.metadata.num_classes} classes and the data set "
-            f"{data['name']!r} has {sources['train'].num_classes}; evaluate on the data it was "
-            "trained on."
+            f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
         )
-    on_bad = data.get("on_bad", "error")
-    test = load_images(sources["test"], transform, TEST_IMAGES, on_bad)
+    test = load_split(data, "test", size)
     restored = reconstruct(pipeline, test.images)
     if pipeline.can_sample:
         classes = np.arange(num_samples) % pipeline.metadata.num_classes
@@ -84,11 +79,8 @@ def evaluate(
     if not is_main():
         return None
 
-    train = load_images(sources["train"], transform, TRAIN_IMAGES, on_bad)
-    if data["name"] == "digits":  # few images, for which there is a classifier of its own
-        classifier = DigitClassifier(*train)
-    else:
-        classifier = train_classifier(*train, pipeline.metadata.num_classes)
+    train = load_split(data, "train", size)
+    classifier = make_classifier(data["name"], train, num_classes)
     results = measure_reconstructions(classifier, restored, test)
     save_png(out / "reconstructions.png", reconstruction_grid(test.images[:12], restored[:12]))
     if pipeline.can_sample:
@@ -104,7 +96,29 @@ def evaluate(
     return results
 
 
+def make_classifier(name: str, train: Images, num_classes: int):
+    """The judge of a data set, fitted on its training images; `name` as in a config's `data`."""
+    if name == "digits":  # few images, for which there is a classifier of its own
+        return DigitClassifier(*train)
+    return train_classifier(*train, num_classes)
+
+
 # Images.
+
+
+def open_split(data: dict[str, Any], split: str) -> Source:
+    return open_source(data["name"], split, data_dir=data["data_dir"] or None)
+
+
+def load_split(data: dict[str, Any], split: str, image_size: tuple[int, int]) -> Images:
+    """The images of a split, cropped to one size; `data` as for `evaluate`.
+
+    Raises:
+        ValueError: an unreadable image, unless data["on_bad"] is "skip".
+    """
+    transform = Transform(image_size, data["resize"] or None)
+    on_bad = data.get("on_bad", "error")
+    return load_images(open_split(data, split), transform, MAX_IMAGES[split], on_bad)
 
 
 def load_images(source: Source, transform: Transform, limit: int, on_bad: str = "error") -> Images:

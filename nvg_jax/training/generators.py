@@ -22,6 +22,7 @@ from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import Generator
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.processes import is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
@@ -363,7 +364,7 @@ def task(run: Run, part: str) -> Task:
     key = jax.random.fold_in(run.key, 2)
     metadata = RunMetadata(
         tokenizer=tokenizer.tokenizer,
-        class_names=tokenizer.class_names,
+        class_names=run.train_source.class_names,
         fingerprint=tokenizer.fingerprint,
         canvas_scale=tokenizer.canvas_scale,
         **{name: TransformerConfig(**config[name]) for name in names},
@@ -385,11 +386,16 @@ def task(run: Run, part: str) -> Task:
             count += images
         picture = None
         if sampler is not None:
-            params = {"tokenizer": tokenizer_params, **state.ema_params}
-            params = jax.tree.map(sharding.to_host, params)
-            if jax.process_index() == 0:
+            _, params = model(state)
+            if is_main():
                 picture = sampler.picture(params)
         return {name: total / count for name, total in totals.items()}, picture
+
+    def model(state):
+        params = {"tokenizer": tokenizer_params}
+        for name in names:
+            params[name] = {k: v for k, v in state.ema_params[name].items() if k != "repa"}
+        return metadata, jax.tree.map(sharding.to_host, params)
 
     return Task(
         name=part,
@@ -407,6 +413,7 @@ def task(run: Run, part: str) -> Task:
         ),
         evaluate=evaluate,
         finish=lambda state: metadata,
+        model=model,
     )
 
 
@@ -433,28 +440,23 @@ def load_tokenizer(run: Run):
     """The trained tokenizer to build on: (its metadata, its raw parameters, replicated).
 
     Raises:
-        ValueError: there is none that has finished, or its sizes or classes differ.
+        ValueError: there is none that has finished, or its sizes differ.
     """
-    folder = run.tokenizer_workdir / "tokenizer"
+    folder = run.tokenizer_workdir
     # One read: weights and metadata of the same checkpoint, even if the newest one is damaged.
-    found = workdir.read(folder, lambda m: {"params": m.abstract_params("tokenizer")})
+    found = workdir.read_tokenizer(folder)
     if found is None or found[0].fingerprint is None:
         raise ValueError(
             f"The generators need a trained tokenizer, and {folder} has none that has finished. "
             "Run with --config.part=tokenizer (or all) first."
         )
-    metadata, state = found
+    metadata, params = found
     if metadata.tokenizer != run.tokenizer_config:
         raise ValueError(
             f"The tokenizer in {folder} has other sizes than config.tokenizer: "
             f"{metadata.tokenizer} and {run.tokenizer_config}. Use the config it was trained with, "
             "or another workdir."
         )
-    if metadata.class_names != run.train_source.class_names:
-        raise ValueError(
-            f"The tokenizer in {folder} was trained on a data set with other classes than "
-            f"{run.config.data.name!r} has. Use the same data, or another workdir."
-        )
     if run.cached_sequences:
         run.train_source.check_tokenizer(metadata.fingerprint)
-    return metadata, jax.device_put(state["params"], run.replicated)
+    return metadata, jax.device_put(params, run.replicated)

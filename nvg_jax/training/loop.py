@@ -13,7 +13,13 @@ from etils import epath
 
 from nvg_jax.runtime import checkpoint, preemption, sharding
 from nvg_jax.training.metrics import Reporter
-from nvg_jax.workdir import RunMetadata, check_resume
+from nvg_jax.workdir import (
+    EXPORT_FOLDER,
+    RunMetadata,
+    check_resume,
+    read_metadata,
+    write_export,
+)
 
 
 class Task(NamedTuple):
@@ -30,6 +36,7 @@ class Task(NamedTuple):
     update: (state, global batch, step) -> (state, metrics).
     evaluate: state -> (metrics on held-out data, picture uint8 (H, W, 3) or None).
     finish: state -> the metadata of the last checkpoint.
+    model: state -> (metadata, NumPy parameters) of the model to measure FID of.
     """
 
     name: str
@@ -43,10 +50,20 @@ class Task(NamedTuple):
     update: Callable[[Any, Any, int], tuple[Any, dict[str, Any]]]
     evaluate: Callable[[Any], tuple[dict[str, Any], np.ndarray | None]]
     finish: Callable[[Any], RunMetadata]
+    model: Callable[[Any], tuple[RunMetadata, dict[str, Any]]]
 
 
-def fit(task: Task, workdir: epath.Path, mesh: jax.sharding.Mesh):
+def fit(
+    task: Task,
+    workdir: epath.Path,
+    mesh: jax.sharding.Mesh,
+    score: Callable[[RunMetadata, dict[str, Any]], float] | None = None,
+):
     """Trains one part to the end, from its latest checkpoint if there is one.
+
+    Args:
+        score: what measures FID every `recipe.fid_every` steps; the best model is kept in
+            `workdir`/best_NAME.
 
     Raises:
         Preempted: SIGTERM arrived; the state is saved.
@@ -57,6 +74,7 @@ def fit(task: Task, workdir: epath.Path, mesh: jax.sharding.Mesh):
     checkpoints = checkpoint.Checkpoints(folder, recipe.keep)
     state, start = resume(task, checkpoints, folder)
     reporter = Reporter(task.name, folder, start, steps, recipe.batch_size)
+    best = score and BestModel(workdir / f"best_{task.name}", score, new=start == 0)
     with checkpoints, contextlib.closing(task.batches), contextlib.closing(reporter):
         for step in range(start, steps):
             reporter.start_step()
@@ -68,16 +86,20 @@ def fit(task: Task, workdir: epath.Path, mesh: jax.sharding.Mesh):
             last = done == steps
             preempted = preemption.noticed()
             evaluate = last or done % recipe.eval_every == 0
+            measure = best and (last or done % recipe.fid_every == 0)
             save = last or preempted or done % recipe.save_every == 0
-            if save or evaluate or done % recipe.log_every == 0:
+            if save or evaluate or measure or done % recipe.log_every == 0:
                 reporter.progress(done, learning_rate=float(task.learning_rate(step)))
 
             metadata = task.finish(state) if last else task.metadata
             if save:
                 checkpoints.save(done, state, metadata.to_json(), task.batches.get_state())
-            if evaluate and not preempted:
+            if (evaluate or measure) and not preempted:
                 try:
-                    reporter.evaluation(done, *task.evaluate(state))
+                    if evaluate:
+                        reporter.evaluation(done, *task.evaluate(state))
+                    if measure:
+                        reporter.fid(done, *best.update(done, *task.model(state)))
                 except preemption.Preempted:
                     preempted = True
                     if not save:
@@ -87,6 +109,29 @@ def fit(task: Task, workdir: epath.Path, mesh: jax.sharding.Mesh):
                 raise preemption.Preempted(
                     f"{task.name}: preempted; saved at step {done} of {steps}"
                 )
+
+
+class BestModel:
+    """Keeps the model with the lowest FID of a training as an export in a folder of its own.
+
+    Args:
+        new: whether the training starts; then a model of an earlier training does not count.
+    """
+
+    def __init__(self, folder: epath.Path, score: Callable, new: bool):
+        self._folder, self._score = folder, score
+        found = None if new else read_metadata(folder / EXPORT_FOLDER)
+        self.fid = found.fid if found else float("inf")
+
+    def update(
+        self, step: int, metadata: RunMetadata, params: dict[str, Any]
+    ) -> tuple[float, float]:
+        """Measures a model and keeps it if it is better: (its FID, the lowest one)."""
+        fid = self._score(metadata, params)
+        if fid < self.fid:
+            self.fid = fid
+            write_export(self._folder, metadata.replace(fid=fid), params, step)
+        return fid, self.fid
 
 
 def resume(task: Task, checkpoints: checkpoint.Checkpoints, folder: epath.Path) -> tuple[Any, int]:

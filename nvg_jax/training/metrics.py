@@ -71,6 +71,11 @@ class Reporter:
             (self._folder / f"pictures_{step:07d}.png").write_bytes(png(picture))
             self._writer.write_images(step, {"pictures": picture[None]})
 
+    def fid(self, step: int, fid: float, best: float):
+        """Writes the FID of the model at this step; `best` is the lowest one so far."""
+        self._writer.write_scalars(step, {"fid": fid})
+        logger.info("%s: %d  FID %.4g  (best so far: %.4g)", self._part, step, fid, best)
+
 
 def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[str, float]:
     """Mean metrics of the steps up to `last_step`; codebook usage over all of them.

@@ -383,6 +383,9 @@ def task(run: Run) -> Task:
             fingerprint=fingerprint(jax.tree.map(sharding.to_host, state.params)),
         )
 
+    def model(state):
+        return finish(state), {"tokenizer": jax.tree.map(sharding.to_host, state.params)}
+
     return Task(
         name="tokenizer",
         recipe=recipe,
@@ -397,6 +400,7 @@ def task(run: Run) -> Task:
         ),
         evaluate=evaluate,
         finish=finish,
+        model=model,
     )
 
 

@@ -1,0 +1,161 @@
+"""The Frechet distance of a model while it trains, measured by all processes together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from nvg_jax import pretrained
+from nvg_jax.evaluation.metrics import Moments, frechet_distance
+from nvg_jax.jobs.comparison import open_reference, split_images
+from nvg_jax.jobs.evaluation import load_split, make_classifier
+from nvg_jax.jobs.features import Inception, gather_moments, reference_features
+from nvg_jax.jobs.sampling import SamplingJob
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime import preemption
+from nvg_jax.runtime.processes import own_share
+from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.sharding import fill_batch, make_mesh
+from nvg_jax.visualize import to_uint8
+from nvg_jax.workdir import RunMetadata
+
+Statistics = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D)
+
+
+class Scorer:
+    """FID of the images that a model makes, at several steps of its training.
+
+    Args:
+        judge: the network whose features are compared; has `image_features`.
+        count: number of images.
+        batch_size: of this process.
+        images: (pipeline, number) -> batch `number` of the images, uint8 (B, H, W, 3).
+        reference: statistics of the features to compare with.
+    """
+
+    def __init__(
+        self,
+        judge,
+        count: int,
+        batch_size: int,
+        images: Callable[[Pipeline, int], np.ndarray],
+        reference: Statistics,
+    ):
+        self._judge, self._count, self._batch_size = judge, count, batch_size
+        self._images, self._reference = images, reference
+        self._pipeline = None
+
+    def __call__(self, metadata: RunMetadata, params: dict[str, Any]) -> float:
+        """The distance for the given weights, the same on every process.
+
+        Collective: every process must call it.
+
+        Args:
+            params: {"tokenizer": tree} and, to sample, "content" and "structure", NumPy arrays.
+
+        Raises:
+            Preempted: SIGTERM arrived.
+        """
+        # Not in the mesh of all processes, where every operation would wait for the others.
+        with jax.set_mesh(make_mesh(devices=jax.local_devices())):
+            if self._pipeline is None:
+                self._pipeline = Pipeline(metadata, params)
+            else:  # keeps what it has compiled
+                self._pipeline.params = params
+            found = statistics(
+                self._judge,
+                self._count,
+                self._batch_size,
+                lambda number: self._images(self._pipeline, number),
+            )
+            self._pipeline.params = {}  # leaves the memory to the training
+        return frechet_distance(self._reference, found)
+
+
+def statistics(
+    judge, count: int, batch_size: int, images: Callable[[int], np.ndarray]
+) -> Statistics:
+    """The statistics of `count` images' features, each process computing its share of batches.
+
+    Args:
+        images: number of a batch -> uint8 (batch_size, H, W, 3), the last one maybe smaller.
+
+    Raises:
+        Preempted: SIGTERM arrived.
+    """
+    num_batches, moments = -(-count // batch_size), Moments()
+    own = own_share(num_batches)
+    sizes = [min(batch_size, count - number * batch_size) for number in own]
+    progress = Progress("FID", sum(sizes), "images")
+    for row in range(-(-num_batches // jax.process_count())):
+        if preemption.noticed():
+            raise preemption.Preempted("preempted during an evaluation")
+        if row < len(own):
+            batch = fill_batch(images(own[row])[: sizes[row]], batch_size)
+            moments += Moments.of(judge.image_features(batch).pool[: sizes[row]])
+            progress.update(moments.count)
+    return gather_moments(moments).statistics
+
+
+def make_scorers(
+    config: ml_collections.ConfigDict, parts: Sequence[str], num_classes: int
+) -> dict[str, Scorer]:
+    """{part: its scorer} of the parts, "tokenizer" or "generators", with a `fid_every`.
+
+    The tokenizer's reconstructions are compared with the same held-out images, samples with
+    `config.evaluation.reference`.
+
+    Raises:
+        ValueError: a network, a file or data that is missing.
+    """
+    recipes = {"tokenizer": config.tokenizer_training, "generators": config.generator_training}
+    parts = [part for part in parts if part in recipes and recipes[part].fid_every]
+    if not parts:
+        return {}
+    data, size = config.data.to_dict(), tuple(config.tokenizer.image_size)
+    classifier = None
+    if config.evaluation.judge == "classifier":
+        train = load_split(data, "train", size)
+        classifier = make_classifier(data["name"], train, num_classes)
+    scorers = {}
+    for part in parts:
+        recipe = recipes[part]
+        batch_size = min(max(1, recipe.batch_size // jax.process_count()), recipe.fid_samples)
+        if part == "tokenizer":
+            judge = classifier or Inception(pretrained.antialiased_inception_input)
+            scorers[part] = reconstruction_scorer(
+                judge, recipe.fid_samples, split_images(data, "test", size, batch_size)
+            )
+        else:
+            if classifier:
+                judge = classifier
+                reference = Moments.of(judge.image_features(train.images).pool).statistics
+            else:
+                judge = Inception()
+                images = open_reference(config.evaluation.reference, batch_size, size, data)
+                reference = reference_features(images, judge).pool_statistics
+            scorers[part] = sample_scorer(
+                judge, recipe.fid_samples, batch_size, config.seed, reference
+            )
+    return scorers
+
+
+def reconstruction_scorer(judge, count: int, originals) -> Scorer:
+    """rFID of the first `count` images of a split, or of all if there are fewer."""
+    count, batch_size = min(count, len(originals)), min(originals.batch_size, len(originals))
+    batch = lambda number: fill_batch(next(originals.batches([number])), batch_size)
+    reference = statistics(judge, count, batch_size, batch)
+    restored = lambda pipeline, number: to_uint8(pipeline.reconstruct(batch(number)))
+    return Scorer(judge, count, batch_size, restored, reference)
+
+
+def sample_scorer(judge, count: int, batch_size: int, seed: int, reference: Statistics) -> Scorer:
+    """FID of `count` samples, cycling through the classes, drawn with the model's settings."""
+
+    def samples(pipeline, number):
+        classes = [index % pipeline.metadata.num_classes for index in range(count)]
+        return next(SamplingJob(pipeline, classes, 1, batch_size, seed, {}).batches([number]))
+
+    return Scorer(judge, count, batch_size, samples, reference)
