@@ -101,7 +101,14 @@ def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def define_sampling_flags():
-    """A flag for each sampling setting, empty by default."""
+    """A flag for each sampling setting, empty by default, and the type of the arithmetic."""
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Arithmetic of sampling and decoding; by default bfloat16 on TPUs and on GPUs that have "
+        "it, float32 on CPUs.",
+    )
     for name, spec in Settings.specs().items():
         if spec.per_stage:
             flags.DEFINE_list(name, None, f"{spec.help} A number, start,end, or one per stage.")

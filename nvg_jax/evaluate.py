@@ -77,7 +77,7 @@ def evaluate_model(judge: str, settings):
     from nvg_jax.data.sources import SPLITS
     from nvg_jax.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(FLAGS.workdir)
+    pipeline = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
     data = cli.data_section(pipeline.metadata.config) if needs_data else None
     out = out_folder()

@@ -85,6 +85,29 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def fast_dtype() -> str:
+    """The type of the arithmetic of sampling by default: what the devices of this machine do best.
+
+    "bfloat16" on TPUs and on GPUs that compute with it, "float32" elsewhere.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "gpu":
+        major = getattr(device, "compute_capability", "0").partition(".")[0]
+        # AMD's GPUs are called gfx90a and the like, and have it since gfx908.
+        return "float32" if major.isdecimal() and int(major) < 8 else "bfloat16"
+    return "bfloat16" if device.platform == "tpu" else "float32"
+
+
+def cast_blocks(params, dtype):
+    """Casts the weights of all blocks to `dtype`, once instead of at every use of a loop."""
+
+    def cast(path, leaf):
+        names = [key.key for key in path]
+        return leaf.astype(dtype) if "blocks" in names and names[-1] in ("kernel", "bias") else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates the interleaved channel pairs of x (B, N, heads, head_dim).
 

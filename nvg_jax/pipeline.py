@@ -10,12 +10,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import granularity, models, workdir
+from nvg_jax.layers import fast_dtype
 from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.workdir import RunMetadata
 
+DTYPES = ("float32", "bfloat16")
 MAX_SEED = 2**32 - 1  # what a random key takes without 64-bit mode
 
 
@@ -38,31 +40,38 @@ class Pipeline:
         metadata: what the folder says of its model: sizes, class names, canvas scales, settings.
         class_names: the name of every class.
         settings: the folder's recommended sampling settings.
+        dtype: of the arithmetic of sampling and decoding.
         tokenizer: the tokenizer module; its `config` has all sizes.
         program: the compiled sampler, if the model can sample.
     """
 
-    def __init__(self, metadata: RunMetadata, params: dict[str, Any]):
+    def __init__(self, metadata: RunMetadata, params: dict[str, Any], dtype: str | None = None):
         """
         Args:
             params: {"tokenizer": tree} and, to sample, "content" and "structure".
+            dtype: "float32" or "bfloat16"; None chooses what the devices do best, see
+                `from_pretrained`.
         """
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        self.dtype = dtype or fast_dtype()
         self.metadata = metadata
         self.class_names = metadata.class_names
         self.settings = metadata.sampling
         self.tokenizer = models.make_tokenizer(metadata.tokenizer)
+        decoder = models.make_tokenizer(metadata.tokenizer, self.dtype)
         # All local devices share the batch; the parameters are replicated on each of them.
         self._mesh = make_mesh(devices=jax.local_devices())
         self.params = params
         self._apply = jax.jit(
-            lambda params, *args, method: self.tokenizer.apply(
+            lambda params, *args, method: (decoder if method == "decode" else self.tokenizer).apply(
                 {"params": params}, *args, method=method
             ),
             static_argnames="method",
         )
         if self.can_sample:
             self.program = sampling_program(
-                metadata.tokenizer, metadata.generators, metadata.num_classes
+                metadata.tokenizer, metadata.generators, metadata.num_classes, self.dtype
             )
 
     @property
@@ -108,17 +117,23 @@ class Pipeline:
     # Reading and writing.
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "Pipeline":
+    def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "Pipeline":
         """Opens a training run's workdir, or a folder that was exported or converted.
 
         Of a workdir it takes the latest checkpoints: the raw weights of the tokenizer and the
         averaged weights of the generators.
 
+        Args:
+            dtype: of the arithmetic of sampling and decoding, "float32" or "bfloat16". By default
+                bfloat16 on TPUs and on GPUs that have it, as the published sampler, and float32
+                on CPUs. Weights, normalizations, softmax, the integration of the flow, and all of
+                encoding are float32 in either case.
+
         Raises:
-            ValueError: there is no such folder, no model in it, or its parts do not belong
-                together.
+            ValueError: there is no such folder, no model in it, its parts do not belong together,
+                or another dtype.
         """
-        return cls(*workdir.read_model(folder))
+        return cls(*workdir.read_model(folder), dtype)
 
     def save_pretrained(self, folder: str | os.PathLike):
         """Writes the model to a folder for `from_pretrained`; replaces an earlier export.

@@ -19,7 +19,7 @@ def main(_):
     settings = cli.sampling_settings()
     from nvg_jax.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(FLAGS.workdir)
+    pipeline = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     pipeline.check_can_sample()
     from nvg_jax.jobs import sampling
     from nvg_jax.runtime.processes import is_main

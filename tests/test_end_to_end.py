@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -489,3 +490,22 @@ def test_the_command_lines_write_pictures_arrays_and_metrics(workdir, tmp_path):
 def setup_module():
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["tests"])
+
+
+def test_bfloat16_samples_and_decodes_but_encodes_in_float32(workdir, pipe, images):
+    fast = Pipeline.from_pretrained(workdir, dtype="bfloat16")
+    sequence = pipe.encode(images)
+    jax.tree.map(np.testing.assert_array_equal, fast.encode(images), sequence)
+    error = np.abs(fast.decode(sequence) - pipe.decode(sequence)).max()
+    assert 0 < error < 0.05
+    out = fast.sample([1, 2, 3], seed=0)
+    assert out.images.dtype == np.float32 and is_even_hierarchy(out.sequence.structure).all()
+    plan, values = fast.program.plan(fast.settings)
+    with jax.set_mesh(sharding.make_mesh()):
+        arguments = fast.program.arguments(2, values, sharding.make_mesh())
+        text = fast.program.sample.lower(*arguments, plan=plan).as_text()
+    width = fast.metadata.structure.width
+    products = re.findall(rf"dot_general.*tensor<{width}x7x{width}x(\w+)>\) ->", text)
+    assert products and set(products) == {"bf16"}
+    with pytest.raises(ValueError, match="float32, bfloat16, got 'float16'"):
+        Pipeline.from_pretrained(workdir, dtype="float16")

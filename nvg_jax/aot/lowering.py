@@ -107,6 +107,7 @@ def lower_sampling(
         TokenizerConfig(**config.tokenizer),
         {name: TransformerConfig(**config[name]) for name in models.GENERATORS},
         num_classes,
+        config.dtype,
     )
     plan, values = program.plan(Settings.from_dict(config.sampling.to_dict()))
     with jax.set_mesh(mesh):

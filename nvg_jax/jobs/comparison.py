@@ -226,6 +226,7 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
         "network": judge.fingerprint,
         "lpips": [fingerprint(network) for network in networks.values()],
         "tokenizer": fingerprint(pipeline.params["tokenizer"]),
+        "dtype": pipeline.dtype,
         "batch_size": images.batch_size,
         **images.describe(),
     }
@@ -247,7 +248,8 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
     used = metrics.codebook_usage(codes.sum(0))
     results["codebook_usage"] = float(used["codebook_usage"])
     results["codebook_usage_of_stages"] = used["codebook_usage_stage"].tolist()
-    results |= {"images": count, "network": judge.fingerprint, "data": images.describe()}
+    results |= {"images": count, "network": judge.fingerprint, "dtype": pipeline.dtype}
+    results["data"] = images.describe()
     save_png(out / "extremes.png", extremes(pipeline, images, found.lpips_vgg[:, 0]))
     write_results(out / "metrics.json", results)
     return results

@@ -110,6 +110,7 @@ class SamplingJob:
         model["weights"] = fingerprint(self.pipeline.params)
         description = {
             "model": digest(model)[:16],
+            "dtype": self.pipeline.dtype,
             "classes": self.classes,
             "per_class": self.per_class,
             "seed": self.seed,

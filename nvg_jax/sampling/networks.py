@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import granularity, models
 from nvg_jax.content.model import ContentGenerator
-from nvg_jax.layers import TransformerConfig
+from nvg_jax.layers import TransformerConfig, cast_blocks
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.generate import Networks, SamplingPlan, generate, make_plan
 from nvg_jax.sampling.settings import Settings
@@ -66,19 +66,23 @@ class SamplingProgram(NamedTuple):
 
 
 def sampling_program(
-    tokenizer: TokenizerConfig, transformers: dict[str, TransformerConfig], num_classes: int
+    tokenizer: TokenizerConfig,
+    transformers: dict[str, TransformerConfig],
+    num_classes: int,
+    dtype: str,
 ) -> SamplingProgram:
     """The sampler of a tokenizer and its generators.
 
     Args:
         transformers: sizes of the "content" and the "structure" generator.
+        dtype: of the arithmetic.
     """
     generators = {
-        name: models.make_generator(name, transformers[name], tokenizer, num_classes)
+        name: models.make_generator(name, transformers[name], tokenizer, num_classes, dtype)
         for name in models.GENERATORS
     }
     sample = functools.partial(
-        sample_batch, tokenizer=models.make_tokenizer(tokenizer), **generators
+        sample_batch, tokenizer=models.make_tokenizer(tokenizer, dtype), **generators
     )
     params = {
         name: models.abstract_params(name, tokenizer, transformers.get(name), num_classes)
@@ -112,6 +116,7 @@ def sample_batch(
     """
     num_bits = noise.shape[-1]
     length = noise.shape[1]
+    params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in models.GENERATORS}}
 
     def logits(canvas, labels, stage, classes):
         stages = jnp.full(classes.shape, stage)
