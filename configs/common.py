@@ -106,7 +106,7 @@ def base() -> ml_collections.ConfigDict:
 def transformer(width: int, depth: int, head_dim: int = 64, drop_path: float = -1.0) -> dict:
     """Sizes of a generator; drop_path=-1 means the published 0.1 * depth / 24."""
     return dict(
-        width=width, depth=depth, head_dim=head_dim, mlp_ratio=4, drop_path=drop_path, remat=False
+        width=width, depth=depth, head_dim=head_dim, mlp_ratio=4, drop_path=drop_path, remat="none"
     )
 
 

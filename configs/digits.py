@@ -32,7 +32,7 @@ def get_config(arg: str | None = None):
     )
     config.content = common.transformer(64, 3, head_dim=32, drop_path=0.1)
     config.structure = common.transformer(64, 2, head_dim=32, drop_path=0.1)
-    config.content.remat = config.structure.remat = True  # on a CPU also faster
+    config.content.remat = config.structure.remat = "blocks"  # on a CPU also faster
     config.tokenizer_training.update(
         length="800 steps",
         batch_size=32,

@@ -42,7 +42,7 @@ def get_config(arg: str | None = None):
     config.data.update(name="tfds:imagenet2012", num_workers=8, num_threads=4)
     config.content = common.transformer(64 * depth, depth)
     config.structure = common.transformer(32 * depth, depth)
-    config.content.remat = config.structure.remat = True
+    config.content.remat = config.structure.remat = "blocks"
     config.generator_training.length = f"{EPOCHS[size]} epochs"
     optimizer = config.generator_training.optimizer
     if size == "d24":  # as published for trainings of more than 300 epochs

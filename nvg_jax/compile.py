@@ -1,12 +1,13 @@
-"""Compiles a program for TPUs on a machine without any, and reports what it would take.
+"""Compiles a program for TPUs or GPUs on a machine without any, and reports what it would take.
 
 python -m nvg_jax.compile --config=configs/imagenet256.py:d24 --topology=v5p:8x8x8
+python -m nvg_jax.compile --config=configs/imagenet256.py:d16 --topology=h100:8
 
 Compiles the training step that `train` runs, or with --program=sample the sampler.
 `--config.part=` chooses what is trained (tokenizer, structure, content, generators; all means
 generators), `--config.mesh.fsdp=` and the like the mesh. `--find_batch` finds the largest global
-batch that fits. Requires the TPU compiler: pip install "jax[tpu]". Times are roofline estimates
-from the compiled program; nothing is measured.
+batch that fits. Requires the compiler: pip install "jax[tpu]" or "jax[cuda13]". Times are roofline
+estimates from the compiled program; nothing is measured.
 """
 
 import json
@@ -44,7 +45,7 @@ def main(_):
 if __name__ == "__main__":
     hide_accelerators()
     config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
-    flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16, v5p:4x4x4 or v6e:8x8.")
+    flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16, v5p:4x4x4 or h100:8.")
     flags.DEFINE_enum("program", "train", ["train", "sample"], "The program to compile.")
     flags.DEFINE_integer(
         "batch_size",

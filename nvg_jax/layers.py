@@ -12,10 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from nvg_jax.attention import Rotary, attention
 
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros
+# What the backward pass keeps, beside the inputs of blocks.
+_LINEARS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
+)
+REMAT = {"none": None, "linears": _LINEARS, "blocks": None}
 ACTIVATION_AXES = ("batch", "length", None)
 
 
@@ -79,12 +88,6 @@ def rope_angles(positions: Array, split: Sequence[int]) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def platform() -> str:
-    """The platform that is compiled for: "cpu", "gpu" or "tpu"."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
 def fast_dtype() -> str:
     """The type of the arithmetic of sampling by default: what the devices of this machine do best.
 
@@ -106,53 +109,6 @@ def cast_blocks(params, dtype):
         return leaf.astype(dtype) if "blocks" in names and names[-1] in ("kernel", "bias") else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the interleaved channel pairs of x (B, N, heads, head_dim).
-
-    Each pair (even, odd) becomes (cos * even - sin * odd, sin * even + cos * odd). On GPU and TPU
-    the pairs are swapped by an exact product with a fixed matrix: slicing them apart costs a TPU a
-    quarter of all memory traffic of a block.
-
-    Args:
-        x: float (B, N, heads, head_dim).
-        cos, sin: float32 (B, N, head_dim / 2), from `rope_angles`.
-    """
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    if platform() == "cpu":
-        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-        even, odd = pairs[..., 0], pairs[..., 1]
-        turned = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
-        return turned.reshape(x.shape).astype(x.dtype)
-    even = np.arange(0, x.shape[-1], 2)
-    other = np.zeros((x.shape[-1],) * 2, np.float32)
-    other[even + 1, even], other[even, even + 1] = -1, 1
-    partner = jnp.einsum(
-        "bnhc,cd->bnhd", x, other.astype(x.dtype), precision=jax.lax.Precision.HIGHEST
-    )
-    cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(sin, 2, axis=-1)
-    turned = cos * x.astype(jnp.float32) + sin * partner.astype(jnp.float32)
-    return turned.astype(x.dtype)
-
-
-def attention(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention over the whole sequence, without mask; q, k, v (B, N, heads, head_dim).
-
-    On GPU and TPU this is `jax.nn.dot_product_attention`. On CPU it is faster to fold batch and
-    heads into one axis and to divide by the softmax's sum after the product with the values. Heads
-    sharded over "tensor" cannot be folded in place, so they also use JAX's attention.
-    """
-    split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
-    if platform() != "cpu" or split:
-        return jax.nn.dot_product_attention(q, k, v)
-    batch, length, heads, head_dim = q.shape
-    q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, head_dim) for x in (q, k, v))
-    scores = jnp.einsum("bqd,bkd->bqk", q * head_dim**-0.5, k).astype(jnp.float32)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
-    out = out / weights.sum(-1, keepdims=True).astype(v.dtype)
-    return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 
 def layer_norm(x: Array) -> Array:
@@ -218,16 +174,13 @@ class Embedding(nn.Module):
         return unshard(table.astype(self.dtype))[ids]
 
 
-class HeadNorm(nn.Module):
-    """RMS normalization of each head (..., head_dim) with a learned scale, eps 1e-6, in float32."""
+class HeadScale(nn.Module):
+    """The learned scale of the normalization of a head's queries or keys."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, head_dim: int) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        scale = self.param("scale", init, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * scale).astype(x.dtype)
+        return self.param("scale", init, (head_dim,))
 
 
 class Block(nn.Module):
@@ -244,7 +197,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, drop_rate: Array, vec: Array, cos: Array, sin: Array, deterministic: bool
     ) -> Array:
-        """x (B, N, C), drop_rate scalar, vec (B, C), cos and sin of `rotate` -> x (B, N, C)."""
+        """x (B, N, C), drop_rate scalar, vec (B, C), cos and sin of `rope_angles` -> (B, N, C)."""
         batch, length, width = x.shape
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         modulation = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
@@ -262,9 +215,9 @@ class Block(nn.Module):
         q, k, v = (
             hidden[:, :, part].reshape(batch, length, self.num_heads, -1) for part in range(3)
         )
-        q = rotate(HeadNorm(name="query_norm")(q), cos, sin)
-        k = rotate(HeadNorm(name="key_norm")(k), cos, sin)
-        attended = attention(q, k, v).reshape(batch, length, 1, width)
+        scales = (HeadScale(name=name)(q.shape[-1]) for name in ("query_norm", "key_norm"))
+        attended = checkpoint_name(attention(q, k, v, Rotary(*scales, cos, sin)), "attention")
+        attended = attended.reshape(batch, length, 1, width)
         joined = jnp.concatenate([attended, nn.gelu(hidden[:, :, 3:], approximate=True)], axis=2)
         linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
         kernel, bias = linear2.parameters((1 + self.mlp_ratio) * width)
@@ -282,10 +235,11 @@ class TransformerConfig:
     """Sizes of a transformer; published: content width 64 * depth, structure width 32 * depth.
 
     drop_path: drop rate of the last block; a negative rate means the published 0.1 * depth / 24.
-    remat: recompute the blocks in the backward pass, which saves memory and costs time.
+    remat: what the backward pass recomputes to save memory. "none": nothing; "linears": all but the
+    results of linear layers and of attention; "blocks": everything but the inputs of the blocks.
 
     Raises:
-        ValueError: a size below 1, or a width that is not a multiple of head_dim.
+        ValueError: a size below 1, a width that is not a multiple of head_dim, or another remat.
     """
 
     width: int
@@ -293,7 +247,7 @@ class TransformerConfig:
     head_dim: int = 64
     mlp_ratio: int = 4
     drop_path: float = -1.0
-    remat: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         if self.drop_path < 0:
@@ -305,6 +259,8 @@ class TransformerConfig:
                 f"The width of a transformer must be a multiple of its head_dim; {self.width} is "
                 f"not a multiple of {self.head_dim}."
             )
+        if self.remat not in REMAT:
+            raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {self.remat!r}.")
 
 
 class Transformer(nn.Module):
@@ -335,8 +291,9 @@ class Transformer(nn.Module):
         c = self.config
         cos, sin = rope_angles(positions, rope_split(c.head_dim, positions.shape[-1] - 3))
         block = Block
-        if c.remat:
-            block = nn.remat(block, prevent_cse=False, static_argnums=(6,))
+        if c.remat != "none":
+            policy = REMAT[c.remat]
+            block = nn.remat(block, prevent_cse=False, static_argnums=(6,), policy=policy)
 
         def apply(block, carry, layer):
             (x, features), (number, drop_rate) = carry, layer

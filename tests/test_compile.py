@@ -237,6 +237,44 @@ def test_flops_of_a_program_as_written():
     assert hlo.cost(hlo.parse(gradient)).flops == 3 * 3 * (product + convolution)
 
 
+# As XLA prints them, shortened.
+KERNELS = """\
+HloModule kernels
+ENTRY %main (x: bf16[8,6], w: bf16[6,10], q: bf16[2,258,8,64], i: f32[2,8,8,3], k: f32[3,3,3,16], z: f32[2,4,4,16]) -> bf16[8,10] {
+  %x = bf16[8,6]{1,0} parameter(0)
+  %w = bf16[6,10]{1,0} parameter(1)
+  %q = bf16[2,258,8,64]{3,2,1,0} parameter(2)
+  %i = f32[2,8,8,3]{3,2,1,0} parameter(3)
+  %k = f32[3,3,3,16]{3,2,1,0} parameter(4)
+  %z = f32[2,4,4,16]{3,2,1,0} parameter(5)
+  %product = (bf16[8,10]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %forward = (bf16[2,8,258,64]{3,1,2,0}, f32[2,8,258]{2,1,0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.125, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "8", "258", "258"], "tuple_shapes": []}}}
+  %convolved = (f32[2,4,4,16]{3,2,1,0}, u8[0]{0}) custom-call(%i, %k), window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convForward"
+  %for_input = (f32[2,8,8,3]{3,2,1,0}, u8[0]{0}) custom-call(%z, %k), window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %for_kernel = (f32[3,3,3,16]{3,2,1,0}, u8[0]{0}) custom-call(%i, %z), window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_01io->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  %pallas = bf16[8,6]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/shard_map/forward_kernel/pallas_call"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1234","transcendentals":"5"}}}
+  %unknown = bf16[8,6]{1,0} custom-call(%x), custom_call_target="theirs"
+  ROOT %result = bf16[8,10]{1,0} get-tuple-element(%product), index=0
+}
+"""  # noqa: E501
+
+
+def test_flops_of_the_kernels_of_libraries_and_of_our_own():
+    cost = hlo.cost(hlo.parse(KERNELS))
+    convolution = 2 * (2 * 4 * 4) * 16 * (3 * 3) * 3  # of each output: taps times channels
+    scores = 2 * 8 * 258 * 258
+    assert cost.flops == 2 * 8 * 10 * 6 + 2 * 2 * scores * 64 + 3 * convolution + 1234
+    assert cost.kernels == {
+        "__cublas$lt$matmul": 1,
+        "__cudnn$fmhaSoftmax": 1,
+        "__cudnn$convForward": 1,
+        "__cudnn$convBackwardInput": 1,
+        "__cudnn$convBackwardFilter": 1,
+        "forward_kernel": 1,
+    }
+    assert cost.custom_calls == {"theirs": 1}
+
+
 def test_text_that_is_not_hlo():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("module @jit_f {\n}\n")
@@ -244,14 +282,14 @@ def test_text_that_is_not_hlo():
 
 # The arithmetic of the report.
 
-CHIP = chips.Chip(flops=100.0, hbm=1000, hbm_bandwidth=10.0, ici_bandwidth=5.0)
+CHIP = chips.Chip(flops=100.0, hbm=1000, hbm_bandwidth=10.0, link_bandwidth=5.0)
 
 
 def test_roofline_by_hand():
     times = report.roofline(
-        flops=400.0, hbm_bytes=50.0, ici_bytes=5.0, model_flops=300.0, device=CHIP
+        flops=400.0, hbm_bytes=50.0, link_bytes=5.0, model_flops=300.0, device=CHIP
     )
-    assert (times["compute"], times["hbm"], times["ici"]) == (4.0, 5.0, 1.0)
+    assert (times["compute"], times["hbm"], times["links"]) == (4.0, 5.0, 1.0)
     assert times["seconds"] == 5.0 and times["bound"] == "hbm"
     assert times["mfu"] == 300 / (5 * 100)
     assert times["seconds_no_overlap"] == 10.0 and times["mfu_no_overlap"] == 0.3
@@ -381,6 +419,9 @@ def test_error_messages():
         chips.find_target("v5p", {})
     with pytest.raises(ValueError, match="Unknown topology 'v9:2x2'"):
         chips.find_target("v9:2x2", {})
+    for wrong in ("h100:9", "h100:2x9", "h100", "h100:0", "v5e:8"):
+        with pytest.raises(ValueError, match="h100:4x8"):
+            chips.find_target(wrong, {})
     result = run("--config=configs/digits.py:runlocal", "--topology=v5e")
     assert result.returncode == 2 and result.stderr.startswith("error: Unknown topology 'v5e'")
     assert result.stderr.count("\n") == 1
@@ -391,10 +432,12 @@ def test_error_messages():
     batch.check_batch(12, 4)
 
 
-def test_without_the_tpu_compiler(monkeypatch):
+def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
         chips.find_target("v5e:2x2", {})
+    with pytest.raises(ValueError, match=r'pip install "jax\[cuda13\]"'):
+        chips.find_target("h100:8", {})
 
 
 def test_parts_are_single_programs():
@@ -449,3 +492,22 @@ def test_the_training_step_for_a_topology(libtpu, tmp_path):
     assert wrong.returncode == 2 and "such as 4" in wrong.stderr
     missing = run(*args[:1], "--topology=v5e:3x7")
     assert missing.returncode == 2 and "no topology 'v5e:3x7'" in missing.stderr
+
+
+def test_the_training_step_for_gpus(tmp_path):
+    """bfloat16 on two hosts: attention in cuDNN, and links as fast as the network."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip('the GPU compiler is not installed: pip install "jax[cuda13]"')
+    file = tmp_path / "report.json"
+    result = run(
+        "--config=configs/digits.py:runlocal", "--topology=h100:2x2", "--config.dtype=bfloat16",
+        "--batch_size=8", f"--json={file}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(file.read_text())
+    assert found["devices"] == 4 and found["memory"]["hbm"] == 80e9
+    assert found["kernels"]["__cudnn$fmhaSoftmax"] and found["kernels"]["__cublas$lt$matmul"]
+    assert found["custom_calls"] == {}
+    assert found["collectives_by_kind"]["all-reduce"]["bytes_sent"] == pytest.approx(
+        found["roofline"]["links"] * 50e9
+    )

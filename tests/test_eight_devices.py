@@ -18,9 +18,10 @@ import pytest
 from absl import flags
 from etils import epath
 from helpers import on_eight_devices
+from test_attention import arguments as attention_arguments
 
 from configs import digits
-from nvg_jax import layers, models
+from nvg_jax import attention, layers, models
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
@@ -53,7 +54,7 @@ def observe() -> dict:
     for name, sizes in MESHES.items():
         devices = jax.devices()[: math.prod(sizes)]
         curves[name] = train_on(sharding.make_mesh(*sizes, devices=devices))
-    return {"training": curves, "placement": placement()}
+    return {"training": curves, "placement": placement(), "attention": split_attention()}
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,37 @@ def test_heads_that_do_not_split_are_refused():
     mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.MESH_AXES)
     with pytest.raises(ValueError, match="2 attention heads .* do not split over mesh.tensor=3"):
         generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
+
+
+# The TPU's attention kernel, interpreted.
+
+
+def split_attention() -> dict[str, float]:
+    """Result and gradients on a mesh of eight, as largest differences from one device's."""
+    *inputs, rotary = attention_arguments(9, 8, 64, batch=4)
+    inputs += rotary[:2]
+
+    @jax.jit
+    def run(*args):
+        def loss(q, k, v, *scales):
+            how = attention.Rotary(*scales, *rotary[2:])
+            return jnp.square(attention.fused_attention(q, k, v, how, interpret=True)).mean()
+
+        value, grads = jax.value_and_grad(loss, argnums=range(5))(*args)
+        return value, *grads
+
+    expected = run(*inputs)
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        found = run(*inputs)
+    names = ("value", "q", "k", "v", "q_scale", "k_scale")
+    return {
+        name: float(np.abs(a - b).max() / np.abs(b).max())
+        for name, a, b in zip(names, jax.device_get(found), jax.device_get(expected))
+    }
+
+
+def test_the_attention_kernel_splits_images_and_heads(seen):
+    assert max(seen["attention"].values()) < 1e-5, seen["attention"]
 
 
 # Placement.

@@ -1,5 +1,6 @@
 """The two generators: losses against values worked by hand, what they may see, guidance dropout."""
 
+import dataclasses
 import functools
 
 import jax
@@ -166,15 +167,6 @@ def test_the_rotary_split_is_the_published_one_and_a_small_head_gets_a_sentence(
         layers.rope_split(16, 8)
 
 
-def test_attention_is_a_softmax_average():
-    key = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(x, (2, 5, 3, 4)) for x in key)
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
-    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    expected = np.einsum("bhqk,bkhd->bqhd", weights, v)
-    np.testing.assert_allclose(layers.attention(q, k, v), expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", models.GENERATORS)
 def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(name):
     model, params = generator(name)
@@ -191,19 +183,6 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(na
         losses.append(loss)
     assert losses[0] != losses[1]
     np.testing.assert_allclose(*losses, rtol=0.05)
-
-
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_rotation_turns_each_pair_of_channels(monkeypatch, platform):
-    """Two heads with the same angles: a quarter turn of the first pair, none of the second."""
-    monkeypatch.setattr(layers, "platform", lambda: platform)
-    x = jnp.array([[[[1.0, 2, 3, 4], [5, 6, 7, 8]]]])
-    cos, sin = jnp.array([[[0.0, 1.0]]]), jnp.array([[[1.0, 0.0]]])
-    expected = [[[[-2.0, 1, 3, 4], [-6, 5, 7, 8]]]]
-    np.testing.assert_array_equal(layers.rotate(x, cos, sin), expected)
-    half = layers.rotate(x.astype(jnp.bfloat16), cos, sin)
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(half.astype(jnp.float32), expected)
 
 
 def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
@@ -237,3 +216,22 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
     clipped, _ = moved(1.0)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
     jax.tree.map(close, clipped, jax.tree.map(lambda x: x / np.hypot(*norms), free))
+
+
+def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
+    """A block has three linear layers and, on a CPU, two products of attention to do again."""
+    products, grads = {}, {}
+    for remat, recomputed in (("none", 0), ("linears", 2), ("blocks", 5)):
+        model, params = generator("structure")
+        model = model.clone(transformer=dataclasses.replace(SIZES, remat=remat))
+        loss = lambda params, model=model: steps.loss_terms(
+            model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), jax.random.key(0)
+        )[0]
+        products[recomputed] = str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+        grads[remat] = jax.jit(jax.grad(loss))(params)
+    assert {n: count - products[0] for n, count in products.items()} == {n: n for n in products}
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for remat in ("linears", "blocks"):
+        jax.tree.map(close, grads[remat], grads["none"])
+    with pytest.raises(ValueError, match="none, linears, blocks, got 'all'"):
+        dataclasses.replace(SIZES, remat="all")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module of the package imports modules of its own level and of the levels before it.
 LEVELS = (
-    ("granularity", "clustering", "layers"),
+    ("granularity", "clustering", "attention", "layers"),
     ("tokenizer", "structure", "content", "pretrained"),
     ("models",),
     ("sampling", "evaluation", "workdir"),

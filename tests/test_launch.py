@@ -577,7 +577,7 @@ def get_sweep():
             "sampling.top_p": (0.5, 0.25),
             "content.depth": 8,
             "generator_training.optimizer.learning_rate": 1e-4,
-            "content.remat": False,
+            "sampling.gumbel": False,
             "data.data_dir": "/x y/it's $HOME",
         },
         {"tokenizer.channel_multipliers": [1, 2, 4], "class_dropout": 0},
@@ -597,13 +597,13 @@ def get_sweep():
         if len(workdirs) == 1:
             assert config.sampling.top_p == (0.5, 0.25) and config.content.depth == 8
             assert config.generator_training.optimizer.learning_rate == 1e-4
-            assert config.content.remat is False and config.data.data_dir == "/x y/it's $HOME"
+            assert config.sampling.gumbel is False and config.data.data_dir == "/x y/it's $HOME"
         if len(workdirs) == 2:
             assert config.tokenizer.channel_multipliers == (1, 2, 4)
             assert config.class_dropout == 0.0 and type(config.class_dropout) is float
     assert workdirs == [
-        "runs/sweep/content.depth=8,content.remat=False,data.data_dir=_x_y_it_s__HOME,"
-        "generator_training.optimizer.learning_rate=0.0001,sampling.top_p=0.5-0.25",
+        "runs/sweep/content.depth=8,data.data_dir=_x_y_it_s__HOME,"
+        "generator_training.optimizer.learning_rate=0.0001,sampling.gumbel=False,sampling.top_p=0.5-0.25",
         "runs/sweep/class_dropout=0.0,tokenizer.channel_multipliers=1-2-4",
         "runs/sweep/base",
     ]
@@ -617,7 +617,7 @@ def get_sweep():
         ("[{}, {'content': 8}]", ["run 2", "content is a section"]),
         ("[{'content.depth': 8.0}]", ["content.depth", "int", "float"]),
         ("[{'content.depth': '8'}]", ["content.depth", "int", "str"]),
-        ("[{'content.remat': 1}]", ["content.remat", "bool", "int"]),
+        ("[{'sampling.gumbel': 1}]", ["sampling.gumbel", "bool", "int"]),
         ("[{'content.depth': True}]", ["content.depth", "int", "bool"]),
         ("[{'sampling.top_p': 0.5}]", ["sampling.top_p", "tuple", "float"]),
         ("[{'seed': 1}, {'seed': 2}, {'seed': 1}]", ["run 3", "seed=1", "run 1"]),

@@ -1,6 +1,6 @@
 """Accelerator chips, and topologies of them to compile for without having one.
 
-`CHIPS` holds the published figures. `find_target` is the only place that knows platforms.
+`TPUS` and `GPUS` hold the published figures. `find_target` is the only place that knows platforms.
 """
 
 import dataclasses
@@ -21,35 +21,72 @@ GIB = 2**30
 class Chip(NamedTuple):
     """Published figures of a chip.
 
-    flops: bfloat16 operations per second. hbm: bytes of main memory. hbm_bandwidth: bytes per
-    second. ici_bandwidth: bytes per second sent to neighbors, over all links together.
+    flops: bfloat16 operations per second, without sparsity. hbm: bytes of main memory.
+    hbm_bandwidth: bytes per second. link_bandwidth: bytes per second sent to other chips, over all
+    links together. network_bandwidth: the same where hosts are joined by a slower network.
     """
 
     flops: float
     hbm: float
     hbm_bandwidth: float
-    ici_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float | None = None
 
 
-# From the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of
+# TPUs: from the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of
 # https://cloud.google.com/tpu/docs. They give the interconnect bandwidth of both directions
 # together (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s; v4: 2400 Gbit/s each way); half is sending.
-CHIPS = {
+TPUS = {
     "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9),
 }
+# GPUs: NVIDIA's data sheets of the SXM modules; half of NVLink's bandwidth is sending. Network: one
+# adapter a GPU, as in NVIDIA's DGX systems (A100 200 Gbit/s, the others 400).
+GPUS = {
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9, 25e9),
+    "h100": Chip(989e12, 80e9, 3352e9, 450e9, 50e9),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9, 50e9),
+    "b200": Chip(2250e12, 180e9, 8000e9, 900e9, 50e9),
+}
+
+
+class GpuLayout(NamedTuple):
+    """What XLA asks of a GPU to compile for it: compute capability, multiprocessors, and so on.
+
+    From NVIDIA's tuning guides. shared_memory: bytes of a multiprocessor; a block may have 1 KiB
+    less. clock: GHz.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    units: int
+    shared_memory: int
+    l2_cache: int
+    clock: float
+
+
+LAYOUTS = {
+    "a100": GpuLayout((8, 0), 108, 64, 167_936, 40 * 2**20, 1.41),
+    "h100": GpuLayout((9, 0), 132, 128, 233_472, 50 * 2**20, 1.98),
+    "h200": GpuLayout((9, 0), 132, 128, 233_472, 50 * 2**20, 1.98),
+    "b200": GpuLayout((10, 0), 148, 128, 233_472, 126 * 2**20, 1.965),
+}
 
 
 @dataclasses.dataclass
 class Target:
-    """A mesh over the devices of a topology; `device` is one device's share of its chip."""
+    """A mesh over the devices of a topology.
+
+    device: one device's share of its chip. options: of the compiler.
+    """
 
     topology: str
     mesh: Mesh
     device: Chip
+    options: dict[str, bool] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_shards(self) -> int:
@@ -57,23 +94,32 @@ class Target:
 
 
 def find_target(topology: str, mesh: dict[str, int]) -> Target:
-    """Arranges the devices of a topology such as v5p:4x4x4 in a mesh of the given sizes.
+    """Arranges the devices of a topology such as v5p:4x4x4 or h100:8 in a mesh of the given sizes.
 
     Raises:
         ValueError: unknown topology, no compiler for it, or sizes that do not fit its devices.
     """
     name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        raise ValueError(
-            f"Unknown topology {topology!r}: expected CHIP:SHAPE, where CHIP is one of "
-            f"{', '.join(CHIPS)} and SHAPE the number of chips along each axis, such as "
-            "v5e:16x16, v5p:4x4x4 or v6e:8x8."
-        )
-    devices = tpu_devices(topology)
-    # Some chips present several devices.
-    per_chip = len(devices) // len({tuple(device.coords) for device in devices})
-    device = Chip(*(figure / per_chip for figure in CHIPS[name]))
-    return Target(topology, sharding.make_mesh(**mesh, devices=devices), device)
+    if name in TPUS and re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+        devices = tpu_devices(topology)
+        # Some chips present several devices.
+        per_chip = len(devices) // len({tuple(device.coords) for device in devices})
+        device = Chip(*(figure and figure / per_chip for figure in TPUS[name]))
+        return Target(topology, sharding.make_mesh(**mesh, devices=devices), device)
+    if name in GPUS and re.fullmatch(r"([1-9]\d*x)?[1-8]", shape):
+        hosts, per_host = ([1] + [int(size) for size in shape.split("x")])[-2:]
+        devices, device = gpu_devices(name, hosts, per_host), GPUS[name]
+        if hosts > 1:  # the slowest link holds up a collective
+            device = device._replace(link_bandwidth=device.network_bandwidth)
+        # Without a GPU, Triton's kernels for matrix products cannot be tuned.
+        options = {"xla_gpu_enable_triton_gemm": False}
+        return Target(topology, sharding.make_mesh(**mesh, devices=devices), device, options)
+    raise ValueError(
+        f"Unknown topology {topology!r}: expected CHIP:SHAPE. For a TPU ({', '.join(TPUS)}), SHAPE "
+        "is the number of chips along each axis, such as v5e:16x16, v5p:4x4x4 or v6e:8x8; for a "
+        f"GPU ({', '.join(GPUS)}), the number of GPUs, 1 to 8 on a host, such as h100:8, or hosts "
+        "x GPUs, such as h100:4x8."
+    )
 
 
 def tpu_devices(topology: str) -> list:
@@ -90,6 +136,40 @@ def tpu_devices(topology: str) -> list:
             f"There is no topology {topology!r} ({str(error).splitlines()[0]}). Valid sizes: "
             "v5e and v6e from 2x2 to 16x16; v4 and v5p 2x2x1, 2x2x2, 2x2x4, 4x4x4, 8x8x8 and so on."
         ) from error
+
+
+def gpu_devices(name: str, hosts: int, per_host: int) -> list:
+    """Descriptions of GPUs, for the compiler only."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise ValueError(
+            "The GPU compiler is not installed. It needs no GPU and about 5 GB: "
+            'pip install "jax[cuda13]"'
+        )
+    layout, chip = LAYOUTS[name], GPUS[name]
+    major, minor = layout.capability
+    # Instructions of this generation only, such as Hopper's matrix products.
+    features = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    config = f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          core_count: {layout.multiprocessors} fpus_per_core: {layout.units}
+          shared_memory_per_block: 49152 shared_memory_per_core: {layout.shared_memory}
+          shared_memory_per_block_optin: {layout.shared_memory - 1024}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          memory_bandwidth: {chip.hbm_bandwidth:.0f} device_memory_size: {chip.hbm:.0f}
+          l2_cache_size: {layout.l2_cache} clock_rate_ghz: {layout.clock}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        device_description_str: "{name}"
+    """
+    shape = f"1x{hosts}x{per_host}"
+    return topologies.get_topology_desc(
+        platform="cuda", target_config=config, topology=shape
+    ).devices
 
 
 def hide_accelerators():

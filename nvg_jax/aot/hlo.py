@@ -162,14 +162,15 @@ class Cost:
 
     flops: multiplications and additions of matrix products and convolutions. hbm_bytes: estimated
     bytes read from and written to main memory. unknown_loops: the Python operations of loops whose
-    trip count depends on the data; each counts as one trip. custom_calls: {name: executions} of
-    opaque kernels.
+    trip count depends on the data; each counts as one trip. kernels: {name: executions} of the
+    custom calls whose FLOPs are known and counted. custom_calls: the same of all others.
     """
 
     flops: int = 0
     hbm_bytes: int = 0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
+    kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     custom_calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
@@ -286,7 +287,12 @@ def _walk(module: Module, name: str, times: int, channels: set[str] | None, tota
         elif opcode == "convolution":
             total.flops += times * convolution_flops(computation, instruction)
         elif opcode == "custom-call" and not fused and instruction.target not in MEMORY_CALLS:
-            total.custom_calls[instruction.target] += times
+            flops = kernel_flops(computation, instruction)
+            if flops is None:
+                total.custom_calls[instruction.target] += times
+            else:
+                total.flops += times * flops
+                total.kernels[kernel_name(instruction)] += times
         kind = opcode.removesuffix("-start")
         channel = instruction.attribute(r"channel_id=(\d+)")
         if kind in COLLECTIVES and (channel is None or channel not in channels):
@@ -375,6 +381,56 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
             kernel_dilation=int(get("rhs_dilate", 1)),
         )
     return 2 * products
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """The target of a custom call; of a kernel written in Pallas, its own name."""
+    found = re.search(r"(\w+)/pallas_call|/(\w+)$", instruction.op_name)
+    if instruction.target == "tpu_custom_call" and found:
+        return found[1] or found[2]
+    return instruction.target
+
+
+def kernel_flops(computation: Computation, instruction: Instruction) -> int | None:
+    """FLOPs of a custom call: by its author's estimate, or of NVIDIA's libraries; None if unknown.
+
+    cuDNN's attention does two products of the scores' size, its gradient five.
+    """
+    estimate = instruction.attribute(r'"cost_estimate":\{"flops":"(\d+)"')
+    if estimate is not None:
+        return int(estimate)
+    target = instruction.target or ""
+    if target.startswith("__cublas$"):
+        left = computation.by_name[instruction.operands[0]].result[0]
+        contracted = instruction.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
+        size = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", contracted))
+        return 2 * math.prod(instruction.result[0].dims) * size
+    if target.startswith("__cudnn$fmha"):
+        shape = instruction.attribute(r'"intermediate_tensor_shape":[^\]]*?\[([^\]]*)\]')
+        scores = math.prod(map(int, re.findall(r"\d+", shape)))
+        head_dim = computation.by_name[instruction.operands[0]].result[0].dims[-1]
+        return 2 * scores * head_dim * (5 if "Backward" in target else 2)
+    if target.startswith("__cudnn$conv"):
+        return cudnn_convolution_flops(computation, instruction)
+    return None
+
+
+def cudnn_convolution_flops(computation: Computation, instruction: Instruction) -> int:
+    """Two FLOPs for each product; those of a gradient are those of the convolution itself."""
+    labels = instruction.attribute(r"dim_labels=([\w?]+->[\w?]+)")
+    inputs, kernel, output = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
+    arrays = [computation.by_name[name].result[0].dims for name in instruction.operands[:2]]
+    arrays.append(instruction.result[0].dims)
+    order = {"BackwardInput": (2, 1, 0), "BackwardFilter": (0, 2, 1)}
+    kind = next((k for k in order if k in instruction.target), None)
+    images, weights, results = (arrays[i] for i in order.get(kind, (0, 1, 2)))
+    images, weights, results = (
+        dict(zip(names, dims))
+        for names, dims in ((inputs, images), (kernel, weights), (output, results))
+    )
+    taps = math.prod(size for axis, size in weights.items() if axis.isdigit())
+    pixels = math.prod(size for axis, size in results.items() if axis.isdigit())
+    return 2 * results["b"] * pixels * taps * weights["i"] * weights["o"]
 
 
 def window_products(

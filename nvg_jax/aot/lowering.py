@@ -131,8 +131,7 @@ class Compiler:
         self.part = training_part(config) if program == "train" else None
         self.images, self.num_classes = data_size(config.data)
 
-    def lower(self, config: ml_collections.ConfigDict, batch_size: int):
-        mesh = self.target.mesh
+    def lower(self, config: ml_collections.ConfigDict, batch_size: int, mesh: Mesh):
         if self.program == "sample":
             return lower_sampling(config, mesh, batch_size, self.num_classes)
         return lower_training(config, mesh, batch_size, self.images, self.num_classes)
@@ -146,19 +145,24 @@ class Compiler:
             DoesNotFitError: with the memory that it needs, as far as the compiler says.
         """
         started = time.monotonic()
-        lowered, params = self.lower(self.config, batch_size)
+        lowered, params = self.lower(self.config, batch_size, self.target.mesh)
         try:
-            return Compiled(lowered.compile(), params, time.monotonic() - started)
+            program = lowered.compile(compiler_options=self.target.options)
+            return Compiled(program, params, time.monotonic() - started)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise does_not_fit(str(error), batch_size, self.target.topology) from error
 
     def model_flops(self, batch_size: int) -> int:
-        """FLOPs of all devices together, of the program as written, without rematerialization."""
+        """FLOPs of all devices together, of the program as written, without rematerialization.
+
+        Written for one CPU: kernels for accelerators hide their products or recompute some.
+        """
         config = self.config.copy_and_resolve_references()
-        config.content.remat = config.structure.remat = False
-        text = self.lower(config, batch_size)[0].as_text("hlo")
+        config.content.remat = config.structure.remat = "none"
+        mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
+        text = self.lower(config, batch_size, mesh)[0].as_text("hlo")
         return hlo.cost(hlo.parse(text)).flops
 
 

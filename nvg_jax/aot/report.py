@@ -28,7 +28,7 @@ def device_memory(stats, hbm: float) -> dict[str, float]:
 
 
 def roofline(
-    flops: float, hbm_bytes: float, ici_bytes: float, model_flops: float, device: Chip
+    flops: float, hbm_bytes: float, link_bytes: float, model_flops: float, device: Chip
 ) -> dict[str, float]:
     """Seconds of a step on one device, and its model FLOPs utilization (MFU).
 
@@ -37,13 +37,13 @@ def roofline(
     refers. `seconds_no_overlap` is their sum.
 
     Args:
-        flops, hbm_bytes, ici_bytes: executed, moved and sent by one device.
+        flops, hbm_bytes, link_bytes: executed, moved and sent by one device.
         model_flops: one device's share of the forward and backward pass of the model alone.
     """
     parts = {
         "compute": flops / device.flops,
         "hbm": hbm_bytes / device.hbm_bandwidth,
-        "ici": ici_bytes / device.ici_bandwidth,
+        "links": link_bytes / device.link_bandwidth,
     }
     seconds, no_overlap = max(parts.values()), sum(parts.values())
     return {
@@ -104,6 +104,7 @@ def make_report(compiler: Compiler, batch_size: int) -> dict[str, Any]:
         "collectives_by_kind": collectives_by_kind(collectives),
         "collectives": [{**c._asdict(), "bytes_sent": c.bytes_sent} for c in collectives],
         "unknown_loops": len(cost.unknown_loops),
+        "kernels": dict(cost.kernels),
         "custom_calls": dict(cost.custom_calls),
         "roofline": times,
         "steps_per_day": steps_per_day,
@@ -152,12 +153,15 @@ def format_report(report: dict[str, Any]) -> str:
             f"  counted once: {r['unknown_loops']} loops whose trip count depends on the data "
             "(the clustering's)"
         )
+    if r["kernels"]:
+        lines.append("  kernels")
+        lines += [f"    {name:<28} {n:>8,} times" for name, n in sorted(r["kernels"].items())]
     if r["custom_calls"]:
         lines.append(f"  FLOPs not counted: opaque kernels {r['custom_calls']}")
     lines += [
         "",
         f"Time per step ({r['estimate']})",
-        *(f"  {name:<12} {milliseconds(times[name]):>12}" for name in ("compute", "hbm", "ici")),
+        *(f"  {name:<12} {milliseconds(times[name]):>12}" for name in ("compute", "hbm", "links")),
         f"  full overlap {milliseconds(times['seconds']):>12}, MFU {times['mfu']:.1%}, bound by "
         f"{times['bound']}",
         f"  no overlap   {milliseconds(times['seconds_no_overlap']):>12}, MFU "
