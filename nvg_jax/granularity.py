@@ -73,7 +73,13 @@ def cluster_means(values: Array, labels: Array, num_clusters: int) -> Array:
     return sums / jnp.maximum(jnp.sum(members, axis=-2), 1)[..., None]
 
 
-def split(labels: Array, scores: Array, stage: int | Array, key: Array | None = None) -> Array:
+def split(
+    labels: Array,
+    scores: Array,
+    stage: int | Array,
+    key: Array | None = None,
+    kept: Array | None = None,
+) -> Array:
     """Splits every cluster of stage i evenly into two clusters of stage i+1.
 
     Within cluster j, the half of the positions with the larger scores becomes cluster 2j+1 and the
@@ -90,6 +96,10 @@ def split(labels: Array, scores: Array, stage: int | Array, key: Array | None = 
         stage: i in 0..K-1, an integer or a traced scalar.
         key: None, or one random key for all of `scores`. To make the split of a sample independent
             of its batch, `vmap` over samples and keys.
+        kept: int (..., L), which child (0 or 1) a position has to take, or -1 if that is free. The
+            free positions of a cluster take the places that are left, those with the larger
+            scores the places in 2j+1. No cluster may have more than half of its positions in
+            one child.
 
     Returns:
         int32 (..., L), a map of stage i+1.
@@ -106,8 +116,14 @@ def split(labels: Array, scores: Array, stage: int | Array, key: Array | None = 
         this, other = order[..., :, None], order[..., None, :]
         before = (other > this) | ((other == this) & before)
     together = labels[..., :, None] == labels[..., None, :]
-    rank = jnp.sum(together & before, axis=-1)
-    odd = rank < labels.shape[-1] >> (stage + 1)
+    places = labels.shape[-1] >> (stage + 1)
+    if kept is None:
+        odd = jnp.sum(together & before, axis=-1) < places
+    else:
+        free = kept < 0
+        rank = jnp.sum(together & before & free[..., None, :], axis=-1)
+        taken = jnp.sum(together & (kept == 1)[..., None, :], axis=-1)
+        odd = jnp.where(free, rank < places - taken, kept == 1)
     return (2 * labels + odd).astype(jnp.int32)
 
 

@@ -196,6 +196,7 @@ class Pipeline:
         prefix: GranularitySequence | None = None,
         structure_stages: int = 0,
         token_stages: int = 0,
+        region=None,
         **settings,
     ) -> SampleOutput:
         """Samples an image for each class id.
@@ -211,6 +212,9 @@ class Pipeline:
             first_index: the index of the first sample.
             prefix: a sequence (B, S, L) of which the maps of the first `structure_stages` stages
                 and the tokens of the first `token_stages` stages are kept; the rest is sampled.
+            region: bool (L,) or (B, L), the latent's positions to sample; everywhere else all maps
+                and tokens of `prefix` are kept. `sampling.control.region_of_mask` makes it from
+                pixels.
             settings: the fields of `nvg_jax.sampling.Settings`: temperature, top_k, top_p,
                 content_guidance, structure_guidance, flow_steps, gumbel. A setting that is
                 missing or None takes the folder's recommended value.
@@ -220,18 +224,22 @@ class Pipeline:
             TypeError: an unknown setting.
         """
         self.check_can_sample()
-        plan, values = self._plan(settings, structure_stages, token_stages)
-        batch = self._batch(class_ids, seed, structure_noise, first_index)
-        batch = *batch, self._check_prefix(prefix, len(batch[0]), structure_stages, token_stages)
-        count, (ids, keys, noise, prefix) = len(batch[0]), local_batch(batch, self._mesh)
+        plan, values = self._plan(settings, structure_stages, token_stages, region is not None)
+        ids, keys, noise = self._batch(class_ids, seed, structure_noise, first_index)
+        count, region = len(ids), self._check_region(region, len(ids))
+        prefix = self._check_prefix(prefix, count, structure_stages, token_stages, plan.region)
+        batch = local_batch((ids, keys, noise, prefix, region), self._mesh)
+        ids, keys, noise, prefix, region = batch
         canvas_scale = jnp.asarray(self.metadata.canvas_scale, jnp.float32)
         with jax.set_mesh(self._mesh):
             out = self.program.sample(
-                self.params, canvas_scale, ids, keys, noise, values, prefix, plan=plan
+                self.params, canvas_scale, ids, keys, noise, values, prefix, region, plan=plan
             )
         return jax.tree.map(lambda x: x[:count], SampleOutput(*jax.device_get(out)))
 
-    def _plan(self, settings: dict[str, Any], structure_stages: int, token_stages: int):
+    def _plan(
+        self, settings: dict[str, Any], structure_stages: int, token_stages: int, region: bool
+    ):
         stages = self.tokenizer.config.num_stages
         for name, value in (
             ("structure_stages", structure_stages),
@@ -244,7 +252,7 @@ class Pipeline:
                 f"structure_stages={token_stages}."
             )
         settings = self.settings.updated(settings)
-        return self.program.plan(settings, structure_stages, token_stages)
+        return self.program.plan(settings, structure_stages, token_stages, region)
 
     def _batch(self, class_ids, seed, structure_noise, first_index):
         """(ids, keys, noise) of a batch, checked."""
@@ -273,14 +281,31 @@ class Pipeline:
         count: int,
         structure_stages: int,
         token_stages: int,
+        region: bool,
     ) -> GranularitySequence:
         config = self.tokenizer.config
         shape = (count, config.num_stages, config.num_positions)
         if prefix is None:
-            if token_stages or structure_stages:
-                raise ValueError("structure_stages and token_stages need a `prefix` sequence.")
+            if token_stages or structure_stages or region:
+                raise ValueError(
+                    "structure_stages, token_stages and region need a `prefix` sequence."
+                )
             return GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
+        if region:  # outside of it every stage is kept
+            structure_stages = token_stages = config.num_stages
         return self._check_sequence(prefix, "prefix", count, structure_stages, token_stages)
+
+    def _check_region(self, region, count: int) -> np.ndarray:
+        shape = (count, self.tokenizer.config.num_positions)
+        if region is None:
+            return np.zeros(shape, bool)
+        region = np.asarray(region)
+        if region.dtype != bool or region.shape not in (shape, shape[1:]):
+            raise ValueError(
+                f"region must be bool of shape ({shape[1]},) or {shape}, True where to sample; got "
+                f"{region.dtype} {region.shape}."
+            )
+        return np.broadcast_to(region, shape)
 
     # Checks.
 

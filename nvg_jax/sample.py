@@ -3,6 +3,12 @@
 Writes a PNG for every sample, a grid of the first ones and a picture of the stages; or, if --out
 ends in .npz, one file with "arr_0", uint8 (N, H, W, 3). Run the same command again to resume.
 Settings that are not given take the folder's recommended values.
+
+Samples can keep parts of an image or follow a drawing (docs/control.md):
+
+    --structure_from=cat.png --structure_stages=4 --token_stages=2
+    --structure_map=drawing.png     or a ready-made one: --structure_map=circle_left
+    --edit=cat.png --mask=mask.png --edit_from=2 --paste
 """
 
 from pathlib import Path
@@ -27,7 +33,9 @@ def main(_):
     names = FLAGS.classes or range(len(pipeline.class_names))
     classes = [pipeline.class_id(name) for name in names]
     batch_size = min(FLAGS.batch_size, len(classes) * FLAGS.per_class)
-    job = sampling.SamplingJob(pipeline, classes, FLAGS.per_class, batch_size, FLAGS.seed, settings)
+    job = sampling.SamplingJob(
+        pipeline, classes, FLAGS.per_class, batch_size, FLAGS.seed, settings, given(pipeline)
+    )
     out = Path(FLAGS.out)
     if out.suffix == ".npz":
         sampling.write_array(job, out)
@@ -37,11 +45,51 @@ def main(_):
         print(f"{len(job)} samples: {out}")
 
 
+def given(pipeline):
+    """What the flags say that samples keep, or None.
+
+    Raises:
+        ValueError: flags that contradict each other, or a file that cannot be read.
+    """
+    from nvg_jax.jobs import editing
+
+    chosen = [name for name in ("structure_from", "structure_map", "edit") if FLAGS[name].value]
+    if len(chosen) > 1:
+        raise ValueError(f"Give only one of {', '.join(f'--{name}' for name in chosen)}.")
+    needs = {"structure_stages": "structure_from", "token_stages": "structure_from"}
+    needs |= {"mask": "edit", "edit_from": "edit", "paste": "edit", "feather": "edit"}
+    for name, other in needs.items():
+        if FLAGS[name].present and not FLAGS[other].value:
+            raise ValueError(f"--{name} needs --{other}.")
+    if FLAGS.structure_from:
+        stages = FLAGS.structure_stages, FLAGS.token_stages
+        return editing.keep_stages(pipeline, FLAGS.structure_from, *stages)
+    if FLAGS.structure_map:
+        return editing.follow_drawing(pipeline, FLAGS.structure_map)
+    if FLAGS.edit:
+        feather = FLAGS.feather if FLAGS.paste else None
+        return editing.edit_region(pipeline, FLAGS.edit, FLAGS.mask, FLAGS.edit_from, feather)
+    return None
+
+
 if __name__ == "__main__":
     cli.define_model_flags()
     cli.define_sampling_flags()
     flags.DEFINE_string("out", None, "Folder for the pictures, or a file ending in .npz.")
     flags.DEFINE_list("classes", None, "Class names or ids; all classes by default.")
     flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
+    flags.DEFINE_string("structure_from", None, "An image whose first stages are kept.")
+    flags.DEFINE_integer("structure_stages", 4, "With --structure_from: maps to keep.", 1)
+    flags.DEFINE_integer("token_stages", 0, "With --structure_from: stages of tokens to keep.", 0)
+    flags.DEFINE_string(
+        "structure_map", None, "A PNG whose colors are regions to follow, or a ready-made drawing."
+    )
+    flags.DEFINE_string("edit", None, "An image of which a region is sampled anew.")
+    flags.DEFINE_string("mask", None, "With --edit: a PNG of its size, white where to edit.")
+    flags.DEFINE_integer(
+        "edit_from", 0, "With --edit: the first stage to sample anew; larger ones change less.", 0
+    )
+    flags.DEFINE_boolean("paste", False, "With --edit: put the original pixels back outside.")
+    flags.DEFINE_integer("feather", 2, "With --paste: pixels over which to blend.", 0)
     flags.mark_flags_as_required(["workdir", "out"])
     cli.main(main)

@@ -24,6 +24,28 @@ def tiny_config(**changes):
     return config
 
 
+def random_pipeline():
+    """A tiny model of ten classes with random weights, in which every setting matters."""
+    from nvg_jax import Pipeline
+    from nvg_jax.layers import TransformerConfig
+    from nvg_jax.models import GENERATORS
+    from nvg_jax.sampling.settings import Settings
+    from nvg_jax.tokenizer import TokenizerConfig
+    from nvg_jax.workdir import RunMetadata
+
+    config = tiny_config()
+    metadata = RunMetadata(
+        tokenizer=TokenizerConfig(**config.tokenizer),
+        class_names=tuple(str(digit) for digit in range(10)),
+        canvas_scale=(1.0,) * 6,
+        sampling=Settings.from_dict(config.sampling.to_dict()),
+        **{name: TransformerConfig(**config[name]) for name in GENERATORS},
+    )
+    names = ("tokenizer", *GENERATORS)
+    params = random_like({name: metadata.abstract_params(name) for name in names}, 0.2)
+    return Pipeline(metadata, params)
+
+
 def random_like(tree, scale: float, seed: int = 0):
     """Arrays of the shapes and types of `tree`, normally distributed with deviation `scale`."""
     import jax

@@ -14,21 +14,16 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import random_pipeline
 from PIL import Image
 from test_comparison import Judge
 
-from configs import digits
 from nvg_jax import Pipeline
 from nvg_jax.data.sources import FolderSource
 from nvg_jax.data.transforms import Transform
 from nvg_jax.jobs import comparison, features, sampling
 from nvg_jax.jobs.evaluation import evaluate, load_images
-from nvg_jax.layers import TransformerConfig
-from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.processes import own_share
-from nvg_jax.sampling.settings import Settings
-from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.workdir import RunMetadata
 
 DATA = {"name": "digits", "data_dir": "", "resize": 8}
 BATCH = 3
@@ -38,24 +33,7 @@ CLASSES = [7, 2]
 
 @pytest.fixture(scope="module")
 def pipe():
-    """A tiny model with random weights, in which every setting matters."""
-    config = digits.get_config("runlocal")
-    metadata = RunMetadata(
-        tokenizer=TokenizerConfig(**config.tokenizer),
-        class_names=tuple(str(digit) for digit in range(10)),
-        canvas_scale=(1.0,) * 6,
-        sampling=Settings.from_dict(config.sampling.to_dict()),
-        **{name: TransformerConfig(**config[name]) for name in GENERATORS},
-    )
-    rng = np.random.default_rng(0)
-    params = {
-        name: jax.tree.map(
-            lambda x: rng.normal(size=x.shape, scale=0.2).astype(x.dtype),
-            metadata.abstract_params(name),
-        )
-        for name in ("tokenizer", *GENERATORS)
-    }
-    return Pipeline(metadata, params)
+    return random_pipeline()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,9 @@ from nvg_jax.pipeline import Pipeline, SampleOutput
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
 from nvg_jax.runtime.processes import barrier, is_main, own_share
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import Settings
+from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.visualize import image_grid, save_png, stages_grid, to_uint8
 
 GRID_LIMIT = 400  # samples in the grid
@@ -27,6 +29,23 @@ STAGES_LIMIT = 8  # samples in the picture of the stages
 SETTINGS_FILE = "settings.json"
 
 logger = logging.getLogger("nvg_jax")
+
+
+class Given(NamedTuple):
+    """What all samples of a job keep of a reference; see `Pipeline.sample`.
+
+    sequence: maps and tokens, int (S, L) each. region: bool (L,), where to sample, or None.
+    image, mask, feather: pixels float32 (H, W, 3) to paste back outside of a mask, bool (H, W),
+    blended over `feather` pixels; without an image nothing is pasted.
+    """
+
+    sequence: GranularitySequence
+    structure_stages: int
+    token_stages: int
+    region: np.ndarray | None = None
+    image: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    feather: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +57,7 @@ class SamplingJob:
     Attributes:
         classes: ids of classes.
         settings: of `Pipeline.sample`.
+        given: what the samples keep of a reference.
     """
 
     pipeline: Pipeline
@@ -46,6 +66,7 @@ class SamplingJob:
     batch_size: int
     seed: int
     settings: dict[str, Any]
+    given: Given | None = None
 
     def __len__(self) -> int:
         return len(self.classes) * self.per_class
@@ -81,7 +102,17 @@ class SamplingJob:
         indices = self.indices(batch)
         ids = [self.classes[index // self.per_class] for index in indices]
         filled = ids + ids[-1:] * (self.batch_size - len(ids))  # one program for all batches
-        out = self.pipeline.sample(filled, self.seed, first_index=indices.start, **self.settings)
+        kept, given = {}, self.given
+        if given:
+            repeat = lambda x: np.broadcast_to(x, (len(filled), *x.shape))
+            kept["prefix"] = jax.tree.map(repeat, given.sequence)
+            kept |= {n: getattr(given, n) for n in ("structure_stages", "token_stages", "region")}
+        out = self.pipeline.sample(
+            filled, self.seed, first_index=indices.start, **kept, **self.settings
+        )
+        if given and given.image is not None:
+            images = control.paste(given.image, out.images, given.mask, given.feather)
+            out = out._replace(images=images)
         return jax.tree.map(lambda x: x[: len(ids)], out)
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
@@ -117,6 +148,8 @@ class SamplingJob:
             "batch_size": self.batch_size,
             **dataclasses.asdict(self.expanded_settings()),
         }
+        if self.given:
+            description["given"] = fingerprint(jax.tree.map(np.asarray, self.given))
         return json.loads(json.dumps(description))
 
 

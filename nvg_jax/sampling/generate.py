@@ -48,7 +48,8 @@ class StagePlan(NamedTuple):
 class SamplingPlan(NamedTuple):
     """The static half of sampling; another plan compiles another plan.
 
-    settings: `Settings.static()`. The booleans say which of the traced settings are in use.
+    settings: `Settings.static()`. The booleans say which of the traced settings are in use, and
+    whether only a region of a reference is generated.
     """
 
     stages: tuple[StagePlan, ...]
@@ -56,14 +57,18 @@ class SamplingPlan(NamedTuple):
     greedy: bool
     top_k: bool
     top_p: bool
+    region: bool
 
 
-def make_plan(settings: Settings, structure_stages: int = 0, token_stages: int = 0) -> SamplingPlan:
+def make_plan(
+    settings: Settings, structure_stages: int = 0, token_stages: int = 0, region: bool = False
+) -> SamplingPlan:
     """The plan for expanded settings.
 
     Args:
         structure_stages: the maps of stages 0 .. structure_stages - 1 are given.
         token_stages: the tokens of stages 0 .. token_stages - 1 are given.
+        region: whether only a region is generated in the other stages.
     """
     count = len(settings.content_guidance)
     stages = []
@@ -85,6 +90,7 @@ def make_plan(settings: Settings, structure_stages: int = 0, token_stages: int =
         greedy=settings.temperature == 0,
         top_k=any(settings.top_k),
         top_p=any(p < 1 for p in settings.top_p),
+        region=region,
     )
 
 
@@ -96,6 +102,7 @@ def generate(
     plan: SamplingPlan,
     values: dict[str, jax.Array],
     prefix: GranularitySequence,
+    region,
 ) -> tuple[GranularitySequence, jax.Array]:
     """Generates the sequences of a batch.
 
@@ -105,7 +112,9 @@ def generate(
         noise: float32 (B, L, K), the noise that every stage's flow starts from.
         plan: what each stage runs; static.
         values: `Settings.traced()`; "temperature" is a scalar, the others are (S,).
-        prefix: maps and tokens int32 (B, S, L), read where the plan says "prefix".
+        prefix: maps and tokens int32 (B, S, L), read where the plan says "prefix" or "region".
+        region: bool (B, L), read if the plan says so: all maps and tokens of positions outside stay
+            those of `prefix`, and so does the token of a cluster that has any of them.
 
     Returns:
         The sequence, and the canvases float32 (B, S, L, D) after each stage.
@@ -113,6 +122,7 @@ def generate(
     batch, length, num_bits = noise.shape
     stages = num_bits + 1
     times = jnp.asarray(flow.shifted_times(plan.settings.flow_steps, length), jnp.float32)
+    reference = granularity.structure_embedding(prefix.structure[:, -1], num_bits, num_bits) - 1.0
     token_keys, split_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
     def draw_tokens(source, canvas, labels, x):
@@ -136,13 +146,19 @@ def generate(
             )
             draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, stage), row)
             ids = jax.vmap(draw)(token_keys, logits)
-        return at_positions(ids.astype(jnp.int32), labels)
+        tokens = at_positions(ids.astype(jnp.int32), labels)
+        if plan.region:
+            together = labels[:, :, None] == labels[:, None, :]
+            stays = (together & ~region[:, None, :]).any(-1)
+            tokens = jnp.where(stays, x["tokens"], tokens)
+        return tokens
 
     def draw_split(source, canvas, labels, x):
         stage = x["stage"]
         bit = lambda z: jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
+        kept = jnp.where(region, -1, x["next_structure"] % 2) if plan.region else None
         if source == "noise":
-            return granularity.split(labels, bit(noise), stage)
+            return granularity.split(labels, bit(noise), stage, kept=kept)
         scale = x["structure_guidance"] if source == "guided" else None
         known = granularity.structure_embedding(labels, stage, num_bits) - 1.0
 
@@ -156,13 +172,14 @@ def generate(
                 scale,
             )
 
-        scores = bit(flow.solve(velocity, noise, known, stage, times))
+        follow = (~region, reference) if plan.region else None
+        scores = bit(flow.solve(velocity, noise, known, stage, times, follow))
         if plan.settings.gumbel:
-            draw = lambda key, labels, scores: granularity.split(
-                labels, scores, stage, key=jax.random.fold_in(key, stage)
+            draw = lambda key, labels, scores, kept: granularity.split(
+                labels, scores, stage, key=jax.random.fold_in(key, stage), kept=kept
             )
-            return jax.vmap(draw)(split_keys, labels, scores)
-        return granularity.split(labels, scores, stage)
+            return jax.vmap(draw)(split_keys, labels, scores, kept)
+        return granularity.split(labels, scores, stage, kept=kept)
 
     def run_stage(stage_plan, carry, x):
         canvas, labels = carry

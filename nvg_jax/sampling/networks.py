@@ -21,7 +21,7 @@ from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
 class SamplingProgram(NamedTuple):
     """The sampler of one model.
 
-    sample: (params, canvas_scale, class_ids, keys, noise, values, prefix, *, plan), jitted;
+    sample: (params, canvas_scale, class_ids, keys, noise, values, prefix, region, *, plan), jitted;
         compiled once per plan and batch size. See `sample_batch`.
     tokenizer: sizes.
     params: the abstract parameters, {"tokenizer", "content", "structure"}.
@@ -32,7 +32,11 @@ class SamplingProgram(NamedTuple):
     params: dict[str, Any]
 
     def plan(
-        self, settings: Settings, structure_stages: int = 0, token_stages: int = 0
+        self,
+        settings: Settings,
+        structure_stages: int = 0,
+        token_stages: int = 0,
+        region: bool = False,
     ) -> tuple[SamplingPlan, dict[str, Any]]:
         """The static and the traced half of the settings: (plan, values).
 
@@ -40,7 +44,7 @@ class SamplingProgram(NamedTuple):
             ValueError: an invalid setting.
         """
         settings = settings.expand(self.tokenizer.num_stages, self.tokenizer.codebook_size)
-        return make_plan(settings, structure_stages, token_stages), settings.traced()
+        return make_plan(settings, structure_stages, token_stages, region), settings.traced()
 
     def arguments(self, batch_size: int, values: dict[str, Any], mesh: Mesh) -> tuple:
         """The abstract arguments of `sample`, the batch sharded over a mesh.
@@ -62,6 +66,7 @@ class SamplingProgram(NamedTuple):
             batch(length, stages - 1, dtype=jnp.float32),
             {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()},
             GranularitySequence(batch(stages, length), batch(stages, length)),
+            batch(length, dtype=jnp.bool_),
         )
 
 
@@ -99,6 +104,7 @@ def sample_batch(
     noise,
     values,
     prefix,
+    region,
     *,
     plan: SamplingPlan,
     tokenizer: Tokenizer,
@@ -145,5 +151,5 @@ def sample_batch(
         null_id=content.num_classes,
         latent_dim=tokenizer.config.latent_dim,
     )
-    sequence, canvases = generate(networks, class_ids, keys, noise, plan, values, prefix)
+    sequence, canvases = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
     return apply(canvases[:, -1], method="decode"), sequence, canvases

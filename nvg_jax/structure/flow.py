@@ -64,6 +64,7 @@ def solve(
     known: Array,
     stage: int | Array,
     times: Array,
+    kept: tuple[Array, Array] | None = None,
 ) -> Array:
     """Euler steps from noise to a structure; resets the known channels after every step.
 
@@ -74,16 +75,23 @@ def solve(
             values of the known channels.
         stage: int scalar, may be traced.
         times: float32 (n + 1,), decreasing from 1 to 0.
+        kept: None, or (bool (B, L), target float32 (B, L, K)): the positions that follow the path
+            to a known target instead of the velocity.
 
     Returns:
         float32 (B, L, K), the structure embedding minus 1 at t = 0, not rounded.
     """
     mask = known_channels(stage, noise.shape[-1])
 
+    def reset(z, time):
+        if kept is not None:
+            positions, target = kept
+            z = jnp.where(positions[..., None], time * noise + (1 - time) * target, z)
+        return jnp.where(mask, known, z)
+
     def step(z, interval):
         start, end = interval
-        z = z + (end - start) * velocity(z, start)
-        return jnp.where(mask, known, z), None
+        return reset(z + (end - start) * velocity(z, start), end), None
 
-    start = jnp.where(mask, known, noise)
+    start = reset(noise, times[0])
     return jax.lax.scan(step, start, (times[:-1], times[1:]))[0]

@@ -1,0 +1,113 @@
+"""What samples keep of an image or take from a drawing, read from files."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.jobs.sampling import Given
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.sampling import control
+from nvg_jax.tokenizer import GranularitySequence
+
+MAX_REGIONS = 64  # of a drawing; more colors come from smooth edges
+
+
+def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The pixels of a picture, uint8 (H, W, 3).
+
+    Args:
+        size: height and width that it must have.
+
+    Raises:
+        ValueError: no such file, no picture, or another size.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        pixels = np.asarray(decode(Path(path).read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}.") from error
+    if size is not None and pixels.shape[:2] != size:
+        raise ValueError(
+            f"{path} has {pixels.shape[0]} x {pixels.shape[1]} pixels and the image "
+            f"{size[0]} x {size[1]}; the mask must have the size of the image."
+        )
+    return pixels
+
+
+def fit(pipeline: Pipeline, pixels: np.ndarray) -> np.ndarray:
+    """Pixels uint8 (H, W, 3) as the model's images, resized and cropped in the middle, float32."""
+    size = pipeline.tokenizer.config.image_size
+    return Transform(size, resize=min(size))(Image.fromarray(pixels))
+
+
+def keep_stages(
+    pipeline: Pipeline, path: str | os.PathLike, structure_stages: int, token_stages: int
+) -> Given:
+    """The maps and tokens of the first stages of an image.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    sequence = pipeline.encode(fit(pipeline, read_picture(path))[None])
+    first = GranularitySequence(*(part[0] for part in sequence))
+    return Given(first, structure_stages, token_stages)
+
+
+def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Given:
+    """The maps that a drawing decides: a PNG whose colors are regions, or a ready-made one by name.
+
+    Raises:
+        ValueError: neither, or a picture of one color or of too many.
+    """
+    config = pipeline.tokenizer.config
+    height, width = config.image_size
+    if drawing in control.DRAWINGS:
+        regions = control.ready_made(drawing, min(height, width))
+    elif not Path(drawing).is_file():
+        raise ValueError(
+            f"--structure_map must be a file or one of {', '.join(control.DRAWINGS)}, got "
+            f"{str(drawing)!r}."
+        )
+    else:
+        pixels = Image.fromarray(read_picture(drawing)).resize((width, height), Image.NEAREST)
+        colors = np.asarray(pixels).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
+        count = len(np.unique(colors))
+        if count > MAX_REGIONS:
+            raise ValueError(
+                f"{drawing} has {count} colors, and each is a region; draw at most {MAX_REGIONS}, "
+                "without smooth edges."
+            )
+        regions = colors
+    structure, stages = control.structure_of_drawing(regions, config.latent_size)
+    return Given(GranularitySequence(structure, np.zeros_like(structure)), stages, 0)
+
+
+def edit_region(
+    pipeline: Pipeline,
+    image: str | os.PathLike,
+    mask: str | os.PathLike | None,
+    start: int,
+    feather: int | None,
+) -> Given:
+    """An image of which the white part of a mask is sampled anew.
+
+    Args:
+        start: the first stage to sample anew.
+        feather: None, or paste the original pixels back outside, blended over so many pixels.
+
+    Raises:
+        ValueError: a file that cannot be read, or a mask of another size or without white.
+    """
+    if mask is None:
+        raise ValueError("--edit needs --mask, a PNG that is white where the image may change.")
+    pixels = read_picture(image)
+    inside = fit(pipeline, read_picture(mask, pixels.shape[:2])).mean(-1) > 0
+    original = fit(pipeline, pixels)
+    region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
+    sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))
+    pasted = {} if feather is None else dict(image=original, mask=inside, feather=feather)
+    return Given(sequence, start, start, region, **pasted)

@@ -1,0 +1,295 @@
+"""Keeping parts of an image: regions, drawings, what is pasted back, and the command."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ROOT, is_even_hierarchy, random_pipeline
+from PIL import Image
+
+from nvg_jax import granularity
+from nvg_jax.jobs import editing, sampling
+from nvg_jax.sampling import control
+from nvg_jax.structure import flow
+
+SIZE = (4, 4)  # the tiny model's latent; its images have 8 x 8 pixels
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return random_pipeline()
+
+
+@pytest.fixture(scope="module")
+def reference(pipe):
+    return np.random.default_rng(3).integers(0, 256, (6, 8, 8, 3), np.uint8)
+
+
+# Regions.
+
+
+def split_by_hand(labels, scores, stage, kept):
+    """The rule of a split with fixed positions, position by position."""
+    out = np.full(len(labels), -1)
+    for cluster in range(2**stage):
+        members = np.flatnonzero(labels == cluster)
+        out[members[kept[members] >= 0]] = kept[members[kept[members] >= 0]]
+        free = sorted(members[kept[members] < 0], key=lambda i: -scores[i])
+        places = len(members) // 2 - (out[members] == 1).sum()
+        for rank, position in enumerate(free):
+            out[position] = rank < places
+    return 2 * labels + out
+
+
+def test_a_split_with_kept_positions():
+    rng = np.random.default_rng(0)
+    split = jax.jit(granularity.split)
+    for _ in range(50):
+        stage = int(rng.integers(0, 3))
+        labels = rng.permutation(np.arange(16) // (16 >> stage))
+        reference = np.asarray(split(labels, rng.normal(size=16), stage))
+        outside = rng.random(16) < rng.random()
+        kept = np.where(outside, reference % 2, -1)
+        scores = rng.normal(size=16)
+        found = split(labels, scores, stage, kept=kept)
+        np.testing.assert_array_equal(found, split_by_hand(labels, scores, stage, kept))
+        drawn = split(labels, scores, stage, key=jax.random.key(1), kept=kept)
+        assert (np.asarray(drawn)[outside] == reference[outside]).all()
+        assert (np.bincount(drawn, minlength=2 << stage) == 16 >> stage + 1).all()
+
+
+def test_kept_positions_follow_the_path_to_their_target():
+    """Straight from the noise to the target, but for the known channels, which stay known."""
+    rng = np.random.default_rng(1)
+    noise, target, known = rng.normal(size=(3, 1, 4, 3)).astype(np.float32)
+    known[..., :1] = target[..., :1]
+    kept, seen = jnp.array([[True, False, True, False]]), []
+    times = jnp.array([1.0, 0.6, 0.0])
+
+    def velocity(z, time):
+        seen.append(np.asarray(z))
+        return jnp.ones_like(z)
+
+    with jax.disable_jit():
+        end = flow.solve(velocity, noise, known, 1, times, (kept, target))
+    for z, time in zip([*seen, np.asarray(end)], times):
+        line = time * noise + (1 - time) * target
+        np.testing.assert_allclose(z[0, ::2, 1:], line[0, ::2, 1:], atol=1e-6)
+        np.testing.assert_array_equal(z[..., :1], target[..., :1])
+    np.testing.assert_allclose(end[0, 1::2, 1:], (noise - 1)[0, 1::2, 1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("gumbel", [False, True])
+def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference, start, gumbel):
+    sequence = pipe.encode(reference)
+    region = np.random.default_rng(start).random((6, 16)) < 0.5
+    region[0], region[1] = False, True  # nothing and everything
+    out = pipe.sample(
+        [5] * 6, seed=1, prefix=sequence, structure_stages=start, token_stages=start, region=region,
+        gumbel=gumbel,
+    ).sequence  # fmt: skip
+    assert is_even_hierarchy(out.structure).all()
+    for found, kept in zip(out, sequence):
+        outside = np.broadcast_to(~region[:, None], found.shape)
+        np.testing.assert_array_equal(found[outside], kept[outside])
+        np.testing.assert_array_equal(found[:, :start], kept[:, :start])
+        np.testing.assert_array_equal(found[0], kept[0])
+    for stage in range(start, 5):  # a cluster with any position outside keeps its token
+        for image in range(6):
+            labels = out.structure[image, stage]
+            touched = np.isin(labels, labels[~region[image]])
+            tokens, kept = out.tokens[image, stage], sequence.tokens[image, stage]
+            np.testing.assert_array_equal(tokens[touched], kept[touched])
+    assert (out.structure[1:] != sequence.structure[1:]).any((1, 2)).all()  # something is new
+    assert (out.tokens[1:] != sequence.tokens[1:]).any((1, 2)).all()
+
+
+def test_a_region_of_everything_is_sampling_with_a_prefix(pipe, reference):
+    sequence = pipe.encode(reference[:2])
+    given = dict(seed=2, prefix=sequence, structure_stages=2, token_stages=2)
+    free, region = pipe.sample([1, 2], **given), np.ones((2, 16), bool)
+    limited = pipe.sample([1, 2], region=region, **given)
+    jax.tree.map(np.testing.assert_array_equal, limited.sequence, free.sequence)
+
+
+def test_a_mask_over_pixels_takes_every_patch_it_touches():
+    mask = np.zeros((8, 16), bool)
+    mask[1, 3] = mask[7, 8] = True
+    found = control.region_of_mask(mask, (4, 4)).reshape(4, 4)
+    assert sorted(map(tuple, np.argwhere(found))) == [(0, 0), (3, 2)]
+    for wrong, message in (
+        (np.zeros((8, 8), bool), "covers nothing"),
+        (np.ones((8, 8), bool), "covers the whole image"),
+        (np.ones((9, 8), bool), "multiples of 4 and 4"),
+        (np.ones((8, 8)), "must be bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            control.region_of_mask(wrong, (4, 4))
+
+
+# Drawings.
+
+
+def hierarchy(drawing, size=SIZE):
+    structure, stages = control.structure_of_drawing(np.asarray(drawing), size)
+    assert is_even_hierarchy(structure)
+    return structure.reshape(-1, *size), stages
+
+
+def test_two_equal_regions_are_the_first_map():
+    drawing = np.array([[7, 7, 9, 9], [7, 9, 9, 7], [9, 9, 7, 7], [9, 7, 7, 9]])
+    structure, stages = hierarchy(drawing)
+    assert stages == 2
+    np.testing.assert_array_equal(structure[1], drawing == 9)
+
+
+def test_the_nearest_positions_go_with_a_small_region():
+    drawing = np.zeros((4, 4), int)
+    drawing[:2, 0] = 1
+    structure, _ = hierarchy(drawing)
+    small = structure[1] == 1
+    assert small[:2, 0].all()
+    distance = np.hypot(*np.meshgrid([0, 0, 1, 2], [0, 1, 2, 3]))  # from the two positions
+    assert distance[small].max() <= distance[~small].min()
+
+
+def test_four_quarters_and_three_regions():
+    rows, columns = np.mgrid[:8, :8] // 4
+    structure, stages = hierarchy(2 * rows + columns)  # two pixels a position
+    assert stages == 3
+    np.testing.assert_array_equal(structure[2], np.kron([[0, 1], [2, 3]], np.ones((2, 2))))
+    half = np.where(columns == 0, 0, 1 + rows)  # the left half, two quarters on the right
+    structure, stages = hierarchy(half)
+    assert stages == 3
+    np.testing.assert_array_equal(structure[1], np.kron([[0, 1]], np.ones((4, 2))))
+    np.testing.assert_array_equal(structure[2][:, 2:], np.kron([[2], [3]], np.ones((2, 2))))
+
+
+def test_any_drawing_gives_an_even_hierarchy():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        drawing = rng.integers(0, rng.integers(2, 9), (16, 8))
+        _, stages = hierarchy(drawing, (8, 4))
+        regions = len(np.unique(control.regions_of_positions(drawing, (8, 4))))
+        assert 2 ** (stages - 2) < regions <= 2 ** (stages - 1)
+
+
+@pytest.mark.parametrize("name", control.DRAWINGS)
+def test_ready_made_drawings_halve_the_image(name):
+    drawing = control.ready_made(name, 64)
+    structure, stages = hierarchy(drawing, (16, 16))
+    if stages == 2:
+        agree = structure[1] == control.regions_of_positions(drawing, (16, 16)).reshape(16, 16)
+        assert agree.mean() > 0.93
+    with pytest.raises(ValueError, match="circle_left"):
+        control.ready_made("cricle")
+
+
+# Pixels and noise.
+
+
+def test_pasting_keeps_far_pixels_and_all_of_the_mask():
+    original, edited = np.zeros((2, 9, 9, 3), np.float32), np.ones((2, 9, 9, 3), np.float32)
+    mask = np.zeros((9, 9), bool)
+    mask[4, 4] = True
+    found = control.paste(original, edited, mask, feather=2)
+    np.testing.assert_allclose(found[0, 4, :, 0], [0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0])
+    assert (control.paste(original, edited, mask, 0)[0, ..., 0] == mask).all()
+
+
+def test_noise_between_two_seeds_keeps_its_length():
+    start, end = np.random.default_rng(0).normal(size=(2, 16, 4))
+    np.testing.assert_allclose(control.between(start, end, 0), start)
+    np.testing.assert_allclose(control.between(start, end, 1), end, atol=1e-12)
+    middle = control.between(start, end, 0.5)
+    lengths = sorted(map(np.linalg.norm, (start, end)))
+    assert 0.98 * lengths[0] < np.linalg.norm(middle) < 1.02 * lengths[1]
+    np.testing.assert_allclose(control.between(start, 2 * start, 0.5), 1.5 * start)
+
+
+# Files and the command.
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, reference):
+    """image.png and mask.png (the right half), smooth.png."""
+    folder = tmp_path_factory.mktemp("files")
+    Image.fromarray(reference[0]).save(folder / "image.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    smooth = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(np.stack([smooth] * 3, -1)).resize((64, 64)).save(folder / "smooth.png")
+    return folder
+
+
+def test_a_job_keeps_what_is_given_and_pastes_the_rest(pipe, reference, files):
+    given = editing.edit_region(pipe, files / "image.png", files / "mask.png", 1, feather=0)
+    assert (given.region.reshape(4, 4) == [0, 0, 1, 1]).all()
+    job = sampling.SamplingJob(pipe, [3, 4], 2, 3, 0, {}, given)
+    original = reference[0].astype(np.float32) / 127.5 - 1
+    kept = pipe.encode(reference[:1])
+    for batch in range(2):
+        out = job.sample(batch)
+        np.testing.assert_allclose(out.images[:, :, :4], original[None, :, :4].repeat(
+            len(out.images), 0), atol=1e-6)  # fmt: skip
+        assert (out.sequence.tokens[..., ~given.region] == kept.tokens[..., ~given.region]).all()
+        assert np.abs(out.images[:, :, 4:] - original[:, 4:]).max() > 0.01
+    other = editing.edit_region(pipe, files / "image.png", files / "mask.png", 1, feather=2)
+    describe = lambda given: sampling.SamplingJob(pipe, [3], 2, 3, 0, {}, given).describe()
+    assert len({str(describe(g)["given"]) for g in (given, other)}) == 2
+    assert "given" not in describe(None)
+
+
+def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
+    given = editing.follow_drawing(pipe, "left_right")
+    assert given.structure_stages == 2 and given.token_stages == 0
+    out = sampling.SamplingJob(pipe, [1], 2, 2, 0, {}, given).sample(0)
+    assert (out.sequence.structure[:, 1].reshape(2, 4, 4) == [0, 0, 1, 1]).all()
+    given = editing.follow_drawing(pipe, files / "mask.png")
+    assert (given.sequence.structure[1].reshape(4, 4) == [0, 0, 1, 1]).all()
+    given = editing.keep_stages(pipe, files / "image.png", 3, 2)
+    out = sampling.SamplingJob(pipe, [1], 2, 2, 0, {}, given).sample(0)
+    for found, kept, stages in zip(out.sequence, given.sequence, (3, 2)):
+        assert (found[:, :stages] == kept[:stages]).all()
+
+
+def test_wrong_use_ends_in_a_sentence(pipe, files):
+    image, mask = files / "image.png", files / "mask.png"
+    for call, message in (
+        (lambda: editing.edit_region(pipe, image, None, 0, None), "--edit needs --mask"),
+        (lambda: editing.edit_region(pipe, files / "no.png", mask, 0, None), "no file .*no.png"),
+        (lambda: editing.edit_region(pipe, image, files / "smooth.png", 0, None), "64 x 64 pixels"),
+        (lambda: editing.follow_drawing(pipe, "cricle"), "one of circle_left"),
+        (lambda: editing.follow_drawing(pipe, __file__), "test_control.py is"),
+        (lambda: pipe.sample([1], region=np.ones(16, bool)), "need a `prefix`"),
+        (lambda: pipe.sample([1], region=np.ones(15, bool)), r"bool of shape \(16,\)"),
+        (lambda: pipe.sample([1], region=np.ones(16)), "got float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_command_edits_an_image(pipe, files, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+
+    def sample(*args):
+        command = [sys.executable, "-m", "nvg_jax.sample", f"--workdir={tmp_path / 'model'}"]
+        return subprocess.run(
+            [*command, "--classes=3", "--per_class=2", f"--out={tmp_path / 'out'}", *args],
+            capture_output=True, text=True, cwd=ROOT,
+        )  # fmt: skip
+
+    image, mask = files / "image.png", files / "mask.png"
+    edit = sample(f"--edit={image}", f"--mask={mask}", "--edit_from=1", "--paste", "--feather=0")
+    assert edit.returncode == 0, edit.stderr
+    made = np.asarray(Image.open(tmp_path / "out" / "000001_class3.png"), np.int32)
+    assert np.abs(made[:, :4] - np.asarray(Image.open(image), np.int32)[:, :4]).max() <= 1
+    both = sample(f"--edit={image}", f"--mask={mask}", "--structure_map=rings")
+    assert both.returncode == 2 and "only one of --structure_map, --edit" in both.stderr
+    alone = sample("--token_stages=2")
+    assert alone.returncode == 2 and "--token_stages needs --structure_from" in alone.stderr
