@@ -69,7 +69,9 @@ def main(command):
 
 
 def define_model_flags():
-    flags.DEFINE_string("workdir", None, "A run's workdir, or an exported or converted folder.")
+    flags.DEFINE_string(
+        "workdir", None, "A run's workdir, an exported or converted folder, or a bundled model."
+    )
     flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
     flags.DEFINE_integer("batch_size", 64, "Images per batch and process.", lower_bound=1)
 

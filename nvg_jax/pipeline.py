@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nvg_jax import granularity, models, workdir
+from nvg_jax import bundled, granularity, models, workdir
 from nvg_jax.layers import fast_dtype
 from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.sharding import local_batch, make_mesh
@@ -118,12 +118,13 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "Pipeline":
-        """Opens a training run's workdir, or a folder that was exported or converted.
+        """Opens a workdir, a folder that was exported or converted, or a bundled model.
 
         Of a workdir it takes the latest checkpoints: the raw weights of the tokenizer and the
         averaged weights of the generators.
 
         Args:
+            folder: if there is none of this name, the name of a model in `bundled`.
             dtype: of the arithmetic of sampling and decoding, "float32" or "bfloat16". By default
                 bfloat16 on TPUs and on GPUs that have it, as the published sampler, and float32
                 on CPUs. Weights, normalizations, softmax, the integration of the flow, and all of
@@ -133,7 +134,14 @@ class Pipeline:
             ValueError: there is no such folder, no model in it, its parts do not belong together,
                 or another dtype.
         """
+        if folder in bundled.MODELS and not os.path.exists(folder):
+            return cls(*bundled.read(folder), dtype)
         return cls(*workdir.read_model(folder), dtype)
+
+    @staticmethod
+    def bundled() -> dict[str, str]:
+        """{name: description} of the models that come with the package, for `from_pretrained`."""
+        return {name: f"{m.description} ({m.data})" for name, m in bundled.MODELS.items()}
 
     def save_pretrained(self, folder: str | os.PathLike):
         """Writes the model to a folder for `from_pretrained`; replaces an earlier export.

@@ -167,8 +167,8 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     """
     if not folder.is_dir():
         raise ValueError(
-            f"There is no folder {folder}. Give the --workdir of a training run, or a folder "
-            "that was exported or converted."
+            f"There is no folder {folder}. Give the --workdir of a training run, a folder that "
+            "was exported or converted, or the name of a bundled model, such as fashion_mnist."
         )
     found = {}  # generator -> (folder of its checkpoints, their metadata)
     for part in (name for name in PARTS if name != "tokenizer"):

@@ -12,7 +12,7 @@ LEVELS = (
     ("granularity", "clustering", "attention", "layers"),
     ("tokenizer", "structure", "content", "pretrained"),
     ("models",),
-    ("sampling", "evaluation", "workdir"),
+    ("sampling", "evaluation", "workdir", "bundled"),
     ("pipeline",),
     ("training", "jobs"),
     ("aot", "cli"),

@@ -1,0 +1,70 @@
+"""Models that come with the package, so that sampling works right after the installation.
+
+Each is one file of float16 weights, `NAME.safetensors`, with the model's metadata in its header.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from nvg_jax.runtime.files import atomic_write, fingerprint
+from nvg_jax.workdir import RunMetadata
+
+FOLDER = Path(__file__).parent
+
+
+class BundledModel(NamedTuple):
+    """A model that comes with the package.
+
+    description: what it makes. data: what it was trained on, with its license. sha256: of its file.
+    """
+
+    description: str
+    data: str
+    sha256: str
+
+
+MODELS = {
+    "fashion_mnist": BundledModel(
+        "32 x 32 pixels, ten classes of clothing; configs/fashion_mnist.py",
+        "Fashion-MNIST, Copyright (c) 2017 Zalando SE, MIT license",
+        "1eff48023a70d6816a42a0a11fc95db360c323837826eeb21115cde0a002f893",
+    ),
+}
+
+
+def read(name: str) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, float32 parameters) of a bundled model.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = FOLDER / f"{name}.safetensors"
+    if not path.is_file():
+        raise ValueError(f"The installation lacks {path}; install nvg_jax again.")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != MODELS[name].sha256:
+        raise ValueError(f"{path} is damaged (its SHA-256 differs); install nvg_jax again.")
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = RunMetadata.from_json(json.loads(header["__metadata__"]["nvg_jax"]))
+    leaves = safetensors.numpy.load(content)
+    params = unflatten_dict({k: v.astype(np.float32) for k, v in leaves.items()}, sep="/")
+    return metadata, params
+
+
+def write(path: str | Path, metadata: RunMetadata, params: dict[str, Any]) -> str:
+    """Writes the file of a model to bundle and returns its SHA-256, for `MODELS`."""
+    small = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), params)
+    rounded = jax.tree.map(lambda x: x.astype(np.float32), small["tokenizer"])
+    metadata = metadata.replace(fingerprint=fingerprint(rounded))
+    text = json.dumps(metadata.to_json())
+    content = safetensors.numpy.save(flatten_dict(small, sep="/"), {"nvg_jax": text})
+    with atomic_write(Path(path)) as file:
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,56 @@
+"""The models that come with the package."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import random_pipeline
+
+from nvg_jax import Pipeline, bundled
+from nvg_jax.runtime.files import fingerprint
+
+
+def test_the_bundled_model_draws_the_class_that_is_asked_for():
+    """Samples of a class are more like others of their class than like those of another one."""
+    pipe = Pipeline.from_pretrained("fashion_mnist")
+    names = ("Trouser", "Bag", "Ankle boot", "Dress")
+    draw = lambda seed: pipe.sample([n for n in names for _ in range(4)], seed=seed).images
+    first, second = (
+        draw(seed).reshape(len(names), 4, -1).mean(1) - draw(2).mean(0).ravel() for seed in (0, 1)
+    )
+    likeness = np.corrcoef(first, second)[: len(names), len(names) :]
+    assert (likeness.argmax(1) == np.arange(len(names))).all() and likeness.diagonal().min() > 0.8
+
+
+def test_what_is_bundled_is_listed_with_its_license_and_is_small():
+    listed = Pipeline.bundled()
+    assert set(listed) == {path.stem for path in bundled.FOLDER.glob("*.safetensors")}
+    assert "MIT license" in listed["fashion_mnist"]
+    assert sum(path.stat().st_size for path in bundled.FOLDER.iterdir()) < 10e6
+
+
+def test_a_bundled_file_keeps_float16_weights_and_refuses_damage(tmp_path, monkeypatch):
+    pipe = random_pipeline()
+    path = tmp_path / "fashion_mnist.safetensors"
+    checksum = bundled.write(path, pipe.metadata, pipe.params)
+    model = bundled.MODELS["fashion_mnist"]._replace(sha256=checksum)
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path)
+    monkeypatch.setitem(bundled.MODELS, "fashion_mnist", model)
+    found = Pipeline.from_pretrained("fashion_mnist")
+    rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), pipe.params)
+    jax.tree.map(np.testing.assert_array_equal, found.params, rounded)
+    assert found.metadata == pipe.metadata.replace(fingerprint=fingerprint(rounded["tokenizer"]))
+
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        Pipeline.from_pretrained("fashion_mnist")
+    path.unlink()
+    with pytest.raises(ValueError, match="install nvg_jax again"):
+        Pipeline.from_pretrained("fashion_mnist")
+
+
+def test_a_folder_of_the_same_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_pipeline().save_pretrained("fashion_mnist")
+    assert Pipeline.from_pretrained("fashion_mnist").class_names == tuple("0123456789")
