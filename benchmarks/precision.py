@@ -7,7 +7,7 @@ encoder, which is float32 in both, is checked to give equal sequences.
 """
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from nvg_jax.pipeline import Pipeline
 
@@ -15,6 +15,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     exact, fast = (
         Pipeline.from_pretrained(FLAGS.workdir, dtype) for dtype in ("float32", "bfloat16")
     )

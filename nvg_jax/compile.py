@@ -6,8 +6,9 @@ python -m nvg_jax.compile --config=configs/imagenet256.py:d16 --topology=h100:8
 Compiles the training step that `train` runs, or with --program=sample the sampler.
 `--config.part=` chooses what is trained (tokenizer, structure, content, generators; all means
 generators), `--config.mesh.fsdp=` and the like the mesh. `--find_batch` finds the largest global
-batch that fits. Requires the compiler: pip install "jax[tpu]" or "jax[cuda13]". Times are roofline
-estimates from the compiled program; nothing is measured.
+batch that fits, `--find_remat` what the backward pass should recompute. Requires the compiler:
+pip install "jax[tpu]" or "jax[cuda13]". Times are roofline estimates from the compiled program;
+nothing is measured.
 """
 
 import json
@@ -20,7 +21,7 @@ from nvg_jax import cli
 from nvg_jax.aot import batch
 from nvg_jax.aot.chips import find_target, hide_accelerators
 from nvg_jax.aot.lowering import Compiler
-from nvg_jax.aot.report import format_report, make_report
+from nvg_jax.aot.report import best_remat, format_report, make_report
 
 FLAGS = flags.FLAGS
 
@@ -29,6 +30,8 @@ def main(_):
     file = Path(FLAGS.json) if FLAGS.json else None
     if file and not file.absolute().parent.is_dir():
         raise ValueError(f"The folder of --json={file} does not exist; create it first.")
+    if FLAGS.find_remat and (FLAGS.program == "sample" or FLAGS.config.part == "tokenizer"):
+        raise ValueError("--find_remat is for the training of generators, which have blocks.")
     target = find_target(FLAGS.topology, FLAGS.config.mesh.to_dict())
     compiler = Compiler(FLAGS.config, target, FLAGS.program)
     if FLAGS.find_batch:
@@ -36,7 +39,13 @@ def main(_):
     else:
         batch_size = FLAGS.batch_size or batch.default_batch(compiler)
         batch.check_batch(batch_size, target.batch_shards)
-    report = make_report(compiler, batch_size)
+    if FLAGS.find_remat:
+        report = best_remat(FLAGS.config, target, batch_size)
+        print(
+            f"--config.content.remat={report['remat']} --config.structure.remat={report['remat']}"
+        )
+    else:
+        report = make_report(compiler, batch_size)
     print(format_report(report))
     if file:
         file.write_text(json.dumps(report, indent=1) + "\n")
@@ -54,7 +63,9 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.DEFINE_boolean("find_batch", None, "Find the largest global batch that fits.")
+    flags.DEFINE_boolean("find_remat", None, "Find the remat policy with the shortest step.")
     flags.DEFINE_string("json", None, "File for the report as JSON.")
     flags.mark_flags_as_required(["config", "topology"])
     flags.mark_flags_as_mutual_exclusive(["batch_size", "find_batch"])
+    flags.mark_flags_as_mutual_exclusive(["find_remat", "find_batch"])
     cli.main(main)

@@ -303,7 +303,7 @@ def test_an_output_that_reuses_an_argument_counts_once():
         temp_size_in_bytes = 30
         generated_code_size_in_bytes = 5
 
-    memory = report.device_memory(Stats, 200.0)
+    memory = lowering.device_memory(Stats, 200.0)
     assert memory["outputs"] == 10 and memory["total"] == 145 and memory["hbm"] == 200
 
 
@@ -446,6 +446,33 @@ def test_parts_are_single_programs():
     config.part = "separate"
     with pytest.raises(ValueError, match="part=separate is not a single program"):
         lowering.training_part(config)
+
+
+def test_the_remat_policy_with_the_shortest_step_that_fits(monkeypatch, caplog):
+    times = {"none": 1.0, "linears": 2.0, "blocks": 3.0}
+    used = {"none": None, "linears": 5.0, "blocks": 1.0}  # GiB; the first does not compile
+
+    def fake(compiler, batch_size):
+        remat = compiler.config.content.remat
+        assert batch_size == 8 and compiler.config.structure.remat == remat
+        if used[remat] is None:
+            raise lowering.DoesNotFitError("too large")
+        memory = {"total": used[remat] * chips.GIB, "hbm": limit * chips.GIB}
+        seconds = {"seconds_no_overlap": times[remat]}
+        return {"memory": memory, "roofline": seconds, "fits": used[remat] <= limit}
+
+    monkeypatch.setattr(report, "make_report", fake)
+    target = chips.Target("cpu:1", sharding.make_mesh(devices=jax.devices()[:1]), CHIP)
+    find = lambda: report.best_remat(digits.get_config("runlocal"), target, 8)["remat"]
+    limit = 6.0
+    assert find() == "linears"
+    times["blocks"] = 1.5
+    assert find() == "blocks"
+    times["blocks"], limit = 3.0, 4.0
+    assert find() == "blocks"
+    limit = 0.5
+    with pytest.raises(lowering.DoesNotFitError, match="too large"):
+        find()
 
 
 def test_the_report_of_the_sampler():

@@ -4,8 +4,7 @@ import logging
 import math
 import time
 
-from nvg_jax.aot.lowering import Compiler, DoesNotFitError, recipe_name
-from nvg_jax.aot.report import device_memory
+from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory, recipe_name
 
 SAMPLES = 64  # default batch of the sampler
 

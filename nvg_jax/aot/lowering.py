@@ -115,6 +115,20 @@ def lower_sampling(
         return program.sample.lower(*arguments, plan=plan), arguments[0]
 
 
+def device_memory(stats, hbm: float) -> dict[str, float]:
+    """Bytes on one device, as the compiler accounts for them.
+
+    outputs: those that do not reuse the memory of an argument. total: of all parts at once.
+    """
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values()), "hbm": hbm}
+
+
 class Compiled(NamedTuple):
     """A compiled program, the abstract parameters of its networks, and the seconds it took."""
 

@@ -1,30 +1,20 @@
 """What a compiled program takes: memory, work, collectives and a roofline estimate of its time."""
 
 import collections
+import logging
 import math
 from typing import Any
 
 import jax
+import ml_collections
 
 from nvg_jax.aot import hlo
-from nvg_jax.aot.chips import GIB, Chip
-from nvg_jax.aot.lowering import Compiler
+from nvg_jax.aot.chips import GIB, Chip, Target
+from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory
+from nvg_jax.layers import REMAT
 
+logger = logging.getLogger("nvg_jax")
 ESTIMATE = "roofline estimate from the compiled program, not a measurement"
-
-
-def device_memory(stats, hbm: float) -> dict[str, float]:
-    """Bytes on one device, as the compiler accounts for them.
-
-    outputs: those that do not reuse the memory of an argument. total: of all parts at once.
-    """
-    parts = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    return {**parts, "total": sum(parts.values()), "hbm": hbm}
 
 
 def roofline(
@@ -111,6 +101,40 @@ def make_report(compiler: Compiler, batch_size: int) -> dict[str, Any]:
         "images_per_second": batch_size / times["seconds"],
         "epochs_per_day": steps_per_day * batch_size / compiler.images,
     }
+
+
+def best_remat(
+    config: ml_collections.ConfigDict, target: Target, batch_size: int
+) -> dict[str, Any]:
+    """The report of the training step with the remat policy that promises the shortest step.
+
+    Compiles all policies, and takes of those that fit the one with the smallest sum of arithmetic,
+    memory traffic and communication: saving results costs traffic, computing them again arithmetic.
+
+    Raises:
+        DoesNotFitError: no policy fits; of the one that saves most memory.
+    """
+    reports, error = [], None
+    for remat in REMAT:
+        changed = config.copy_and_resolve_references()
+        changed.content.remat = changed.structure.remat = remat
+        compiler = Compiler(changed, target, "train")
+        try:
+            report = make_report(compiler, batch_size)
+        except DoesNotFitError as found:
+            logger.info("remat=%s does not fit", remat)
+            error = found
+            continue
+        logger.info(
+            "remat=%s: %.1f of %.1f GiB, %.0f ms without overlap",
+            remat, report["memory"]["total"] / GIB, report["memory"]["hbm"] / GIB,
+            1e3 * report["roofline"]["seconds_no_overlap"],
+        )  # fmt: skip
+        if report["fits"]:
+            reports.append({**report, "remat": remat})
+    if not reports:
+        raise error or DoesNotFitError(f"No remat policy fits {target.topology}.")
+    return min(reports, key=lambda report: report["roofline"]["seconds_no_overlap"])
 
 
 def format_report(report: dict[str, Any]) -> str:
