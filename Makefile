@@ -1,4 +1,5 @@
-# `make demo`: set-up, training of all stages on handwritten digits, samples and their figures.
+# `make demo`: set-up, samples of the bundled model, training of all stages on handwritten digits,
+# samples and their figures.
 # `make test`: set-up and all tests. `make check`: style and the tests that are not slow.
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +20,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 demo: setup
 	rm -rf runs/demo
+	$(BIN)/python -m nvg_jax.sample --workdir=fashion_mnist --out=runs/demo/fashion
+	$(BIN)/python -m nvg_jax.sample --workdir=fashion_mnist --structure_map=circle_center --out=runs/demo/circles
 	$(BIN)/python -m nvg_jax.train --config=configs/digits.py:demo --workdir=runs/demo
 	$(BIN)/python -m nvg_jax.evaluate --workdir=runs/demo --num_samples=1000 --batch_size=250 --out=runs/demo
 

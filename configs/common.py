@@ -39,6 +39,7 @@ def base() -> ml_collections.ConfigDict:
             part="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
             tokenizer_workdir="",  # folder of a run, exported or converted; "": --workdir
+            init_from="",  # model whose weights the training starts from, on other data and classes
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # of the arithmetic; "bfloat16" on accelerators
             fast_compile=False,  # compile without optimization: for runs of a few steps

@@ -6,6 +6,12 @@
 
 Variants: `:64` (default), `:128` and `:256` are the image size in pixels. `:runlocal` trains tiny
 models for a few steps on a CPU, and combines with a size (`:128,runlocal`).
+
+`:finetune` continues the published d16 generators, converted to models/d16, on your images, with
+their tokenizer as it is (docs/finetuning.md):
+
+    python -m nvg_jax.train --config=configs/image_folder.py:finetune \\
+        --config.data.data_dir=FOLDER --workdir=runs/mine
 """
 
 from configs import common
@@ -19,7 +25,11 @@ SIZES = {
 
 
 def get_config(arg: str | None = None):
-    names = common.choose(arg, {**SIZES, "runlocal": None})
+    names = common.choose(arg, {**SIZES, "finetune": None, "runlocal": None})
+    if "finetune" in names:
+        if len(names) > 1:
+            raise ValueError("The variant finetune has the sizes of d16; give it alone.")
+        return finetune()
     sizes = [name for name in names if name in SIZES] or ["64"]
     if len(sizes) > 1:
         raise ValueError(f"Choose one image size, got {', '.join(sizes)}.")
@@ -42,4 +52,24 @@ def get_config(arg: str | None = None):
     config.generator_training.optimizer.ema_decay = 0.999
     if "runlocal" in names:
         common.run_locally(config)
+    return config
+
+
+def finetune():
+    """The published d16 on other images and classes; the tokenizer stays."""
+    config = common.base()
+    common.without_pretrained(config)
+    config.update(part="generators", init_from="models/d16", tokenizer_workdir="models/d16")
+    config.dtype = "bfloat16"
+    config.data.update(name="image_folder", num_workers=4)
+    config.content = common.transformer(1024, 16)
+    config.structure = common.transformer(512, 16)
+    config.content.remat = config.structure.remat = "blocks"
+    config.generator_training.update(
+        length="20 epochs", batch_size=64, eval_every=1000, save_every=1000
+    )
+    # A quarter of the training's rate at this batch, without decay: the weights are good already.
+    config.generator_training.optimizer.update(
+        learning_rate=2.5e-5, schedule="constant", warmup_steps=200, ema_decay=0.999
+    )
     return config

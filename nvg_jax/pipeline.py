@@ -134,9 +134,7 @@ class Pipeline:
             ValueError: there is no such folder, no model in it, its parts do not belong together,
                 or another dtype.
         """
-        if folder in bundled.MODELS and not os.path.exists(folder):
-            return cls(*bundled.read(folder), dtype)
-        return cls(*workdir.read_model(folder), dtype)
+        return cls(*bundled.read_model(folder), dtype)
 
     @staticmethod
     def bundled() -> dict[str, str]:

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {
     "digits": ("demo", "runlocal"),
     "fashion_mnist": ("adversarial", "runlocal"),
-    "image_folder": ("64", "128", "256", "runlocal"),
+    "image_folder": ("64", "128", "256", "finetune", "runlocal"),
     "imagenet256": ("d16", "d20", "d24", "runlocal"),
 }
 EVERY = [(name, arg) for name, args in VARIANTS.items() for arg in (None, *args)]
@@ -72,7 +72,7 @@ def test_every_variant_is_a_whole_configuration(name, arg):
         transformer = layers.TransformerConfig(**config[part])
         layers.rope_split(transformer.head_dim, sizes.num_stages - 1)
     Settings(**config.sampling).expand(sizes.num_stages, sizes.codebook_size)
-    assert config.data.name and config.part == "all"
+    assert config.data.name and config.part == ("generators" if arg == "finetune" else "all")
     resize = config.data.resize or round(min(sizes.image_size) * 288 / 256)
     assert resize >= min(sizes.image_size)
 
@@ -103,6 +103,7 @@ def test_an_unknown_variant_gets_the_known_ones(name, arg, wrong):
     [
         ("imagenet256", "d16,d24", "Choose one model size, got d16, d24."),
         ("image_folder", "64,256", "Choose one image size, got 64, 256."),
+        ("image_folder", "finetune,64", "finetune has the sizes of d16; give it alone."),
     ],
 )
 def test_two_sizes_are_one_too_many(name, arg, sentence):

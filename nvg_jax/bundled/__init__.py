@@ -5,6 +5,7 @@ Each is one file of float16 weights, `NAME.safetensors`, with the model's metada
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from nvg_jax import workdir
 from nvg_jax.runtime.files import atomic_write, fingerprint
 from nvg_jax.workdir import RunMetadata
 
@@ -56,6 +58,19 @@ def read(name: str) -> tuple[RunMetadata, dict[str, Any]]:
     leaves = safetensors.numpy.load(content)
     params = unflatten_dict({k: v.astype(np.float32) for k, v in leaves.items()}, sep="/")
     return metadata, params
+
+
+def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, parameters) of a workdir, an exported or converted folder, or a bundled model.
+
+    A folder comes before a bundled model of the same name.
+
+    Raises:
+        ValueError: no such folder, no model in it, or parts that do not belong together.
+    """
+    if folder in MODELS and not os.path.exists(folder):
+        return read(folder)
+    return workdir.read_model(folder)
 
 
 def write(path: str | Path, metadata: RunMetadata, params: dict[str, Any]) -> str:

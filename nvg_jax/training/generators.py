@@ -29,6 +29,7 @@ from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import GranularitySequence, Quantized, Tokenizer, TokenizerConfig
 from nvg_jax.tokenizer.quantizer import at_positions
 from nvg_jax.training import programs
+from nvg_jax.training.initial import start_from, with_params
 from nvg_jax.training.loop import Task
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
@@ -397,6 +398,14 @@ def task(run: Run, part: str) -> Task:
             params[name] = {k: v for k, v in state.ema_params[name].items() if k != "repa"}
         return metadata, jax.tree.map(sharding.to_host, params)
 
+    def init():
+        codebook = tokenizer_params["quantizer"]["codebook"]
+        state = program.init(jax.random.fold_in(run.key, 1), codebook)
+        if not config.init_from:
+            return state
+        classes = run.train_source.class_names
+        return with_params(state, start_from(config.init_from, state.params, classes))
+
     return Task(
         name=part,
         recipe=recipe,
@@ -405,9 +414,7 @@ def task(run: Run, part: str) -> Task:
         learning_rate=program.schedule,
         metadata=metadata,
         batches=run.train_batches(recipe.batch_size, config.seed + 1),
-        init=lambda: program.init(
-            jax.random.fold_in(run.key, 1), tokenizer_params["quantizer"]["codebook"]
-        ),
+        init=init,
         update=lambda state, batch, step: program.step(
             state, tokenizer_params, frozen, canvas_scale, batch, key
         ),

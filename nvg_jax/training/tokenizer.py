@@ -29,6 +29,7 @@ from nvg_jax.tokenizer.losses import (
     generator_loss,
 )
 from nvg_jax.training import programs
+from nvg_jax.training.initial import start_from, with_params
 from nvg_jax.training.loop import Task
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
@@ -386,6 +387,14 @@ def task(run: Run) -> Task:
     def model(state):
         return finish(state), {"tokenizer": jax.tree.map(sharding.to_host, state.params)}
 
+    def init():
+        state = program.init(jax.random.fold_in(run.key, 0))
+        if not run.config.init_from:
+            return state
+        return with_params(
+            state, start_from(run.config.init_from, {"tokenizer": state.params}, ())["tokenizer"]
+        )
+
     return Task(
         name="tokenizer",
         recipe=recipe,
@@ -394,7 +403,7 @@ def task(run: Run) -> Task:
         learning_rate=program.schedule,
         metadata=metadata,
         batches=run.train_batches(recipe.batch_size, run.config.seed),
-        init=lambda: program.init(jax.random.fold_in(run.key, 0)),
+        init=init,
         update=lambda state, batch, step: program.step(
             state, frozen, batch, key, index_backprop=step < warmup
         ),

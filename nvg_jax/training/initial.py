@@ -1,0 +1,80 @@
+"""Where a training starts from another model's weights, on other data and classes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from nvg_jax import bundled
+from nvg_jax.runtime.sharding import to_host
+from nvg_jax.training.state import TrainState
+from nvg_jax.workdir import RunMetadata
+
+CLASS_TABLE = ("class_embed", "embedding")  # (classes + 1, width); the last row is the null class
+
+
+def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    """The weights of another model for a new training.
+
+    The rows of the class table follow the names of the classes. A class that the model does not
+    have starts from the mean of those it has; the null class keeps its row.
+
+    Args:
+        folder: a workdir, an exported or converted folder, or the name of a bundled model.
+        wanted: {"tokenizer" or a generator: its initial parameters}, placed on devices.
+        class_names: of the new data.
+
+    Returns:
+        The same tree with the model's weights.
+
+    Raises:
+        ValueError: the model lacks a network, or one of its arrays has another size; named.
+    """
+    metadata, params = bundled.read_model(folder)
+    missing = [name for name in wanted if name not in params]
+    if missing:
+        raise ValueError(
+            f"init_from={folder} has no {' and no '.join(missing)}; it has {', '.join(params)}."
+        )
+    found = {
+        name: fit_params(tree, params[name], f"{folder}: {name}", metadata, class_names)
+        for name, tree in wanted.items()
+    }
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, wanted)
+
+
+def with_params(state: TrainState, params) -> TrainState:
+    """A state before its first step that starts, and averages, from other parameters."""
+    return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+
+
+def fit_params(wanted, found, where: str, metadata: RunMetadata, class_names: Sequence[str]):
+    """`found`, with the class table of `class_names`, as a tree like `wanted`.
+
+    What is wanted and not found is taken from `wanted` if it is the projector of REPA, which no
+    model keeps.
+    """
+    wanted, found = flatten_dict(wanted), flatten_dict(found)
+    if CLASS_TABLE in wanted and CLASS_TABLE in found:
+        found[CLASS_TABLE] = class_table(found[CLASS_TABLE], metadata.class_names, class_names)
+    found |= {path: to_host(x) for path, x in wanted.items() if path[0] == "repa"}
+    for path in sorted(wanted.keys() | found.keys()):
+        sizes = [tree[path].shape if path in tree else "missing" for tree in (wanted, found)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"init_from={where}/{'/'.join(path)} is {sizes[1]}, and the config needs "
+                f"{sizes[0]}. Use the sizes of that model."
+            )
+    return unflatten_dict(found)
+
+
+def class_table(
+    table: np.ndarray, old_names: Sequence[str], new_names: Sequence[str]
+) -> np.ndarray:
+    """The rows of a class table (classes + 1, width) for other classes; the last one stays."""
+    rows = dict(zip(old_names, table))
+    mean = table[:-1].mean(0)
+    return np.stack([rows.get(name, mean) for name in new_names] + [table[-1]])

@@ -1,0 +1,88 @@
+"""Starting a training from another model's weights."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import random_pipeline, tiny_config
+from PIL import Image
+
+from nvg_jax import Pipeline, models
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.runtime import sharding
+from nvg_jax.runtime.files import fingerprint
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.train import train
+from nvg_jax.training import initial
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An exported model of the classes "0" to "9" with random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    pipe = random_pipeline()
+    finished = fingerprint(jax.device_get(pipe.params["tokenizer"]))
+    pipe = Pipeline(pipe.metadata.replace(fingerprint=finished), pipe.params)
+    pipe.save_pretrained(folder)
+    return folder, pipe
+
+
+def fresh(num_classes=3, width=32):
+    """A content generator's initial parameters for other classes."""
+    config = tiny_config()
+    generator = models.make_generator(
+        "content", TransformerConfig(width, 2, 16), TokenizerConfig(**config.tokenizer), num_classes
+    )
+    init, _ = sharding.sharded_init(
+        lambda key: models.init_generator(generator, key), sharding.make_mesh(), jax.random.key(0)
+    )
+    return {"content": init(jax.random.key(0))}
+
+
+def test_classes_are_found_by_name_and_new_ones_start_from_the_mean(model):
+    folder, pipe = model
+    found = initial.start_from(str(folder), fresh(), ("7", "cat", "2"))["content"]
+    old = jax.device_get(pipe.params["content"])
+    table = old["class_embed"]["embedding"]
+    expected = np.stack([table[7], table[:10].mean(0), table[2], table[10]])  # the null class last
+    np.testing.assert_allclose(found["class_embed"]["embedding"], expected, rtol=1e-6)
+    rest = lambda tree: {k: v for k, v in tree.items() if k != "class_embed"}
+    jax.tree.map(np.testing.assert_array_equal, rest(jax.device_get(found)), rest(old))
+
+
+def test_what_does_not_fit_is_named(model):
+    folder, _ = model
+    wrong = r"init_from=.*: content/\S+ is \(.*\), and the config needs \(2, 448\)"
+    with pytest.raises(ValueError, match=wrong):
+        initial.start_from(str(folder), fresh(width=64), ("7", "8", "9"))
+    with pytest.raises(ValueError, match="has no judge; it has content, structure, tokenizer"):
+        initial.start_from(str(folder), {"judge": {}}, ())
+    with pytest.raises(ValueError, match="There is no folder .*nowhere"):
+        initial.start_from(str(folder / "nowhere"), fresh(), ())
+
+
+def test_fine_tuning_on_other_classes_with_the_tokenizer_of_an_export(model, tmp_path):
+    """Generators on a folder with two classes, one of which the model knows, at rate zero."""
+    folder, pipe = model
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("3", "dog"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(8):
+                pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{number}.png")
+    config = tiny_config(part="generators", init_from=str(folder), tokenizer_workdir=str(folder))
+    config.data.update(name="image_folder", data_dir=str(tmp_path / "data"), resize=8)
+    config.generator_training.optimizer.update(learning_rate=0.0, weight_decay=0.0)
+    config.generator_training.length = "2 steps"
+    train(config, tmp_path / "run")
+    tuned = Pipeline.from_pretrained(tmp_path / "run")
+    assert tuned.class_names == ("3", "dog")
+    for name in ("content", "structure"):
+        old, new = (
+            jax.device_get(x.params[name]["class_embed"]["embedding"]) for x in (pipe, tuned)
+        )
+        np.testing.assert_allclose(new, np.stack([old[3], old[:10].mean(0), old[10]]), rtol=1e-5)
+    # The known class draws what it drew before.
+    plain = dict(seed=1, content_guidance=1.0, structure_guidance=1.0)
+    before, after = (x.sample(["3"], **plain).sequence for x in (pipe, tuned))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
