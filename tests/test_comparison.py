@@ -251,6 +251,7 @@ def test_reconstruction(monkeypatch, tmp_path):
     darker = lambda sequence: np.maximum(metrics.to_float(originals[-1]) - 0.2, -1)
     pipeline = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(config=config),
+        dtype="float32",
         params={"tokenizer": {}},
         encode=encode,
         decode=darker,

@@ -1,5 +1,6 @@
 """Sampling runs: files of samples that several processes write and that resume after a kill."""
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
@@ -117,15 +118,26 @@ class SamplingJob:
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields the batches of these numbers as uint8 (B, H, W, 3)."""
-        for number in numbers:
-            yield to_uint8(self.sample(number).images)
+        for output in self._ahead(numbers):
+            yield to_uint8(output.images)
+
+    def _ahead(self, batches: Sequence[int]) -> Iterator[SampleOutput]:
+        """Yields the batches; the next one is sampled while the caller works on the last."""
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            pending = None
+            for batch in batches:
+                following = thread.submit(self.sample, batch)
+                if pending is not None:
+                    yield pending.result()
+                pending = following
+            if pending is not None:
+                yield pending.result()
 
     def sample_all(self, batches: Sequence[int]) -> Iterator[tuple[int, SampleOutput]]:
         """Yields each batch with its number, and logs progress."""
         progress = Progress("sampling", sum(len(self.indices(n)) for n in batches), "samples")
         done = 0
-        for batch in batches:
-            output = self.sample(batch)
+        for batch, output in zip(batches, self._ahead(batches)):
             done += len(output.images)
             progress.update(done)
             yield batch, output
