@@ -20,6 +20,7 @@ from nvg_jax.runtime.sharding import BATCH_SPEC, batch_shards
 
 EPSILON = 1e-6
 LANES = 128  # of a TPU's vector registers; a block of the kernel holds whole heads in so many
+MAX_LENGTH = 640  # of a sequence; compiled with 513
 ROWS = 16  # a register holds so many rows of bfloat16
 
 
@@ -59,7 +60,7 @@ def attention(q: Array, k: Array, v: Array, rotary: Rotary | None = None) -> Arr
             rotate(rms_norm(x, scale), rotary.cos, rotary.sin)
             for x, scale in ((q, rotary.q_scale), (k, rotary.k_scale))
         )
-    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+    if platform() == "gpu" and fits_cudnn(q):
         return cudnn_attention(q, k, v)
     if platform() == "cpu" and jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
         return folded_attention(q, k, v)
@@ -116,6 +117,13 @@ def folded_attention(q: Array, k: Array, v: Array) -> Array:
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 
+def fits_cudnn(q: Array) -> bool:
+    """Whether cuDNN's kernel takes q (B, N, heads, head_dim); AMD's GPUs do not have it."""
+    half, head_dim = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+    rocm = "rocm" in jax.local_devices()[0].client.platform_version.lower()
+    return half and not rocm and head_dim % 8 == 0 and head_dim <= 128
+
+
 def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
     """cuDNN's fused attention; its gradient takes only even lengths, so one token is padded."""
     batch, length, *_ = q.shape
@@ -134,20 +142,17 @@ def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 def fits_kernel(q: Array) -> bool:
-    """Whether whole heads fill the lanes on every device, and every device has equally many images.
+    """Whether the kernel takes q (B, N, heads, head_dim) in the current mesh.
 
-    Initialization, which runs with one image, does not.
+    A row of scores must fit on the chip, whole heads must fill the lanes on every device, and every
+    device must have equally many images. Initialization, which runs with one image, does not.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    batch, _, heads, head_dim = q.shape
+    batch, length, heads, head_dim = q.shape
     tensor, shards = (1, 1) if mesh.empty else (mesh.shape["tensor"], batch_shards(mesh))
     whole = LANES % head_dim == 0 or head_dim % LANES == 0
-    return (
-        whole
-        and heads % tensor == 0
-        and heads // tensor * head_dim % LANES == 0
-        and (batch % shards == 0)
-    )
+    whole = whole and heads * head_dim % (tensor * LANES) == 0
+    return whole and batch % shards == 0 and length <= MAX_LENGTH
 
 
 def fused_attention(

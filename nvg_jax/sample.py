@@ -57,7 +57,7 @@ def given(pipeline):
     if len(chosen) > 1:
         raise ValueError(f"Give only one of {', '.join(f'--{name}' for name in chosen)}.")
     needs = {"structure_stages": "structure_from", "token_stages": "structure_from"}
-    needs |= {"mask": "edit", "edit_from": "edit", "paste": "edit", "feather": "edit"}
+    needs |= {"mask": "edit", "edit_from": "edit", "paste": "edit", "feather": "paste"}
     for name, other in needs.items():
         if FLAGS[name].present and not FLAGS[other].value:
             raise ValueError(f"--{name} needs --{other}.")

@@ -54,6 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         run = open_run(config, storage_path(workdir), mesh, networks)
+        if config.init_from:
+            check_init(config, parts)
         scorers = make_scorers(config, parts, run.train_source.num_classes)
         for part in parts:
             task = tokenizer.task(run) if part == "tokenizer" else generators.task(run, part)
@@ -89,6 +91,21 @@ def check_config(config: ml_collections.ConfigDict):
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."
             )
+
+
+def check_init(config: ml_collections.ConfigDict, parts: tuple[str, ...]):
+    """Raises ValueError if config.init_from lacks what any of the parts needs."""
+    from nvg_jax import models
+    from nvg_jax.layers import TransformerConfig
+    from nvg_jax.tokenizer import TokenizerConfig
+    from nvg_jax.training.initial import check_model
+
+    sizes, tokenizer = {}, TokenizerConfig(**config.tokenizer)
+    for part in parts:
+        for name in models.GENERATORS if part == "generators" else (part,):
+            transformer = None if name == "tokenizer" else TransformerConfig(**config[name])
+            sizes[name] = models.abstract_params(name, tokenizer, transformer)
+    check_model(config.init_from, sizes)
 
 
 def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):

@@ -100,7 +100,7 @@ class RunMetadata:
                 structure=size(metadata.structure),
                 sampling=Settings.from_dict(metadata.sampling),
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"The metadata is not what this version of nvg_jax writes ({error}). Read the "
                 "folder with the version that wrote it."

@@ -77,6 +77,11 @@ def test_the_tpu_kernel_and_its_gradient(length, heads, head_dim, dtype, toleran
         assert relative_error(a, b) < tolerance, name
 
 
+def test_the_kernel_refuses_sequences_too_long_for_the_chip():
+    assert attention.fits_kernel(np.zeros((1, 513, 2, 64)))
+    assert not attention.fits_kernel(np.zeros((1, 1025, 2, 64)))
+
+
 def test_the_kernel_takes_blocks_of_whole_heads():
     args = arguments(9, 4, 64)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))

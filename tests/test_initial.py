@@ -60,6 +60,14 @@ def test_what_does_not_fit_is_named(model):
         initial.start_from(str(folder / "nowhere"), fresh(), ())
 
 
+def test_a_part_that_is_trained_later_is_checked_first(model, tmp_path):
+    config = tiny_config(part="all", init_from=str(model[0]))
+    config.structure.width = 64
+    with pytest.raises(ValueError, match=r"structure/\S+ is \(.*, and the config needs \("):
+        train(config, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_fine_tuning_on_other_classes_with_the_tokenizer_of_an_export(model, tmp_path):
     """Generators on a folder with two classes, one of which the model knows, at rate zero."""
     folder, pipe = model

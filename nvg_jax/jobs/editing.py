@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.jobs.features import image_to_uint8
 from nvg_jax.jobs.sampling import Given
-from nvg_jax.pipeline import Pipeline
+from nvg_jax.pipeline import Pipeline, check_integer
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence
 
@@ -50,8 +51,10 @@ def keep_stages(
     """The maps and tokens of the first stages of an image.
 
     Raises:
-        ValueError: a file that cannot be read.
+        ValueError: a file that cannot be read, or stages that the model does not have.
     """
+    check_integer("--structure_stages", structure_stages, 1, pipeline.tokenizer.config.num_stages)
+    check_integer("--token_stages", token_stages, 0, structure_stages)
     sequence = pipeline.encode(fit(pipeline, read_picture(path))[None])
     first = GranularitySequence(*(part[0] for part in sequence))
     return Given(first, structure_stages, token_stages)
@@ -100,8 +103,10 @@ def edit_region(
         feather: None, or paste the original pixels back outside, blended over so many pixels.
 
     Raises:
-        ValueError: a file that cannot be read, or a mask of another size or without white.
+        ValueError: a file that cannot be read, a mask of another size or without white, or a stage
+            that the model does not have.
     """
+    check_integer("--edit_from", start, 0, pipeline.tokenizer.config.num_stages - 1)
     if mask is None:
         raise ValueError("--edit needs --mask, a PNG that is white where the image may change.")
     pixels = read_picture(image)
@@ -109,5 +114,7 @@ def edit_region(
     original = fit(pipeline, pixels)
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
     sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))
-    pasted = {} if feather is None else dict(image=original, mask=inside, feather=feather)
+    # In the middle of the interval that becomes the same pixel again.
+    exact = np.clip((image_to_uint8(original) + 0.5) / 127.5 - 1, -1, 1).astype(np.float32)
+    pasted = {} if feather is None else dict(image=exact, mask=inside, feather=feather)
     return Given(sequence, start, start, region, **pasted)

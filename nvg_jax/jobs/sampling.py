@@ -158,10 +158,9 @@ class SamplingJob:
             "per_class": self.per_class,
             "seed": self.seed,
             "batch_size": self.batch_size,
+            "given": self.given and fingerprint(jax.tree.map(np.asarray, self.given)),
             **dataclasses.asdict(self.expanded_settings()),
         }
-        if self.given:
-            description["given"] = fingerprint(jax.tree.map(np.asarray, self.given))
         return json.loads(json.dumps(description))
 
 

@@ -15,7 +15,7 @@ from nvg_jax.jobs.features import Inception, gather_moments, reference_features
 from nvg_jax.jobs.sampling import SamplingJob
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import preemption
-from nvg_jax.runtime.processes import own_share
+from nvg_jax.runtime.processes import gather, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch, make_mesh
 from nvg_jax.visualize import to_uint8
@@ -71,7 +71,9 @@ class Scorer:
                 lambda number: self._images(self._pipeline, number),
             )
             self._pipeline.params = {}  # leaves the memory to the training
-        return frechet_distance(self._reference, found)
+        own = frechet_distance(self._reference, found)
+        # The last digits may differ between machines, and all must decide alike.
+        return float(gather(np.array([own]), jax.process_count())[0])
 
 
 def statistics(
@@ -115,20 +117,20 @@ def make_scorers(
     if not parts:
         return {}
     data, size = config.data.to_dict(), tuple(config.tokenizer.image_size)
-    classifier = None
-    if config.evaluation.judge == "classifier":
-        train = load_split(data, "train", size)
-        classifier = make_classifier(data["name"], train, num_classes)
-    scorers = {}
-    for part in parts:
-        recipe = recipes[part]
-        batch_size = min(max(1, recipe.batch_size // jax.process_count()), recipe.fid_samples)
-        if part == "tokenizer":
-            judge = classifier or Inception(pretrained.antialiased_inception_input)
-            scorers[part] = reconstruction_scorer(
-                judge, recipe.fid_samples, split_images(data, "test", size, batch_size)
-            )
-        else:
+    scorers, classifier = {}, None
+    # Not in the mesh of all processes: a judge works on the devices of its own.
+    with jax.set_mesh(make_mesh(devices=jax.local_devices())):
+        if config.evaluation.judge == "classifier":
+            train = load_split(data, "train", size)
+            classifier = make_classifier(data["name"], train, num_classes)
+        for part in parts:
+            count, batch_size = recipes[part].fid_samples, recipes[part].batch_size
+            batch_size = min(max(1, batch_size // jax.process_count()), count)
+            if part == "tokenizer":
+                judge = classifier or Inception(pretrained.antialiased_inception_input)
+                held_out = split_images(data, "test", size, batch_size)
+                scorers[part] = reconstruction_scorer(judge, count, held_out)
+                continue
             if classifier:
                 judge = classifier
                 reference = Moments.of(judge.image_features(train.images).pool).statistics
@@ -136,9 +138,7 @@ def make_scorers(
                 judge = Inception()
                 images = open_reference(config.evaluation.reference, batch_size, size, data)
                 reference = reference_features(images, judge).pool_statistics
-            scorers[part] = sample_scorer(
-                judge, recipe.fid_samples, batch_size, config.seed, reference
-            )
+            scorers[part] = sample_scorer(judge, count, batch_size, config.seed, reference)
     return scorers
 
 

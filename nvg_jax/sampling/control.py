@@ -31,8 +31,8 @@ def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray
     region = patches.any((1, 3)).ravel()
     if region.all() or not region.any():
         raise ValueError(
-            f"The mask covers {'the whole image' if region.all() else 'nothing'}: sample without "
-            "a mask, or mark the part that is to change."
+            f"The mask {'touches every patch of the image' if region.all() else 'covers nothing'}: "
+            "sample without a mask, or mark the part that is to change."
         )
     return region
 

@@ -148,9 +148,10 @@ def generate(
             ids = jax.vmap(draw)(token_keys, logits)
         tokens = at_positions(ids.astype(jnp.int32), labels)
         if plan.region:
-            together = labels[:, :, None] == labels[:, None, :]
-            stays = (together & ~region[:, None, :]).any(-1)
-            tokens = jnp.where(stays, x["tokens"], tokens)
+            # A position outside is in the same cluster of the reference, so it has the token.
+            outside = (labels[:, :, None] == labels[:, None, :]) & ~region[:, None, :]
+            kept = jnp.take_along_axis(x["tokens"], outside.argmax(-1), axis=1)
+            tokens = jnp.where(outside.any(-1), kept, tokens)
         return tokens
 
     def draw_split(source, canvas, labels, x):

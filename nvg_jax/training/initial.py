@@ -34,11 +34,7 @@ def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) 
         ValueError: the model lacks a network, or one of its arrays has another size; named.
     """
     metadata, params = bundled.read_model(folder)
-    missing = [name for name in wanted if name not in params]
-    if missing:
-        raise ValueError(
-            f"init_from={folder} has no {' and no '.join(missing)}; it has {', '.join(params)}."
-        )
+    check_names(folder, wanted, params)
     found = {
         name: fit_params(tree, params[name], f"{folder}: {name}", metadata, class_names)
         for name, tree in wanted.items()
@@ -51,6 +47,40 @@ def with_params(state: TrainState, params) -> TrainState:
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
+def check_model(folder: str, sizes: dict[str, Any]):
+    """Raises ValueError like `start_from`, before anything is trained.
+
+    Args:
+        sizes: {"tokenizer" or a generator: its abstract parameters}.
+    """
+    _, params = bundled.read_model(folder)
+    check_names(folder, sizes, params)
+    for name, wanted in sizes.items():
+        wanted, found = flatten_dict(wanted), flatten_dict(params[name])
+        for tree in (wanted, found):
+            tree.pop(CLASS_TABLE, None)
+        check_sizes(wanted, found, f"{folder}: {name}")
+
+
+def check_names(folder: str, wanted: dict[str, Any], params: dict[str, Any]):
+    missing = [name for name in wanted if name not in params]
+    if missing:
+        raise ValueError(
+            f"init_from={folder} has no {' and no '.join(missing)}; it has {', '.join(params)}."
+        )
+
+
+def check_sizes(wanted: dict[tuple, Any], found: dict[tuple, Any], where: str):
+    """Raises ValueError for an array of {path: array} that is missing or has another size."""
+    for path in sorted(wanted.keys() | found.keys()):
+        sizes = [tree[path].shape if path in tree else "missing" for tree in (wanted, found)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"init_from={where}/{'/'.join(path)} is {sizes[1]}, and the config needs "
+                f"{sizes[0]}. Use the sizes of that model."
+            )
+
+
 def fit_params(wanted, found, where: str, metadata: RunMetadata, class_names: Sequence[str]):
     """`found`, with the class table of `class_names`, as a tree like `wanted`.
 
@@ -61,13 +91,7 @@ def fit_params(wanted, found, where: str, metadata: RunMetadata, class_names: Se
     if CLASS_TABLE in wanted and CLASS_TABLE in found:
         found[CLASS_TABLE] = class_table(found[CLASS_TABLE], metadata.class_names, class_names)
     found |= {path: to_host(x) for path, x in wanted.items() if path[0] == "repa"}
-    for path in sorted(wanted.keys() | found.keys()):
-        sizes = [tree[path].shape if path in tree else "missing" for tree in (wanted, found)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"init_from={where}/{'/'.join(path)} is {sizes[1]}, and the config needs "
-                f"{sizes[0]}. Use the sizes of that model."
-            )
+    check_sizes(wanted, found, where)
     return unflatten_dict(found)
 
 
