@@ -32,6 +32,15 @@ def pytest_configure(config):
                 entry.unlink()
 
 
+# Files that take minutes; first, so that no worker is left alone with one of them at the end.
+LONG = ("test_end_to_end", "test_eight_devices", "test_distributed", "test_faults", "test_parity")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def parity_dir(tmp_path_factory):
     """A folder with the files of tests/parity and the checkpoints that its pack.py writes."""

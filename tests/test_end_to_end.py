@@ -27,7 +27,7 @@ from nvg_jax.jobs.evaluation import load_split
 from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.train import train
-from nvg_jax.training import tokenizer
+from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.loop import BestModel
 from nvg_jax.visualize import to_uint8
 from nvg_jax.workdir import RunMetadata, read_metadata
@@ -231,7 +231,27 @@ WARM_UP = 8  # steps of the tokenizer's 12
 
 @pytest.mark.parametrize("stage", ["tokenizer", "generators"])
 def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, stage):
-    """The tokenizer's with a discriminator, and a warm-up that ends within the run."""
+    """The tokenizer's with a discriminator, and a warm-up that ends within the run.
+
+    All runs of the test share one program, which is compiled once.
+    """
+    module = tokenizer if stage == "tokenizer" else generators
+    programs = functools.cache(lambda: make_program(*arguments))
+    make_program, arguments, warm = module.make_program, [], []
+
+    def watched(*args):
+        arguments[:] = args
+        program = programs()
+        if stage == "generators":
+            return program
+
+        def step(*args, index_backprop):
+            warm.append(index_backprop)
+            return program.step(*args, index_backprop=index_backprop)
+
+        return program._replace(step=step)
+
+    monkeypatch.setattr(module, "make_program", watched)
     config, whole = run_config(part=stage), workdir
     if stage == "generators":
         (tmp_path / "tokenizer").symlink_to(workdir / "tokenizer")
@@ -241,8 +261,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
         )
         whole = tmp_path / "whole"
         train(config, whole)
-    place, calls = sharding.global_batch, []
-    make_program, warm = tokenizer.make_program, []
+    place, calls, before = sharding.global_batch, [], len(warm)
 
     def interrupt(batch, mesh):
         calls.append(1)
@@ -250,22 +269,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return place(batch, mesh)
 
-    def watched(*args):
-        program = make_program(*args)
-
-        def step(*args, index_backprop):
-            warm.append(index_backprop)
-            return program.step(*args, index_backprop=index_backprop)
-
-        return program._replace(step=step)
-
-    monkeypatch.setattr(tokenizer, "make_program", watched)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sharding, "global_batch", interrupt)
         train(config, tmp_path)
     train(config, tmp_path)
     if stage == "tokenizer":  # six steps, then from the checkpoint of the fourth on
-        assert warm == [True] * 6 + [step < WARM_UP for step in range(4, 12)]
+        assert warm[before:] == [True] * 6 + [step < WARM_UP for step in range(4, 12)]
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / stage), weights(whole / stage))
     once, parts = logged(whole / stage), logged(tmp_path / stage)
     losses = {key for key in once if "loss" in key[0]}
