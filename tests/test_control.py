@@ -83,8 +83,7 @@ def test_kept_positions_follow_the_path_to_their_target():
     np.testing.assert_allclose(end[0, 1::2, 1:], (noise - 1)[0, 1::2, 1:], atol=1e-6)
 
 
-@pytest.mark.parametrize("start", [0, 2])
-@pytest.mark.parametrize("gumbel", [False, True])
+@pytest.mark.parametrize("start, gumbel", [(0, False), (2, True)])
 def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference, start, gumbel):
     sequence = pipe.encode(reference)
     region = np.random.default_rng(start).random((6, 16)) < 0.5

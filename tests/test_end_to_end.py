@@ -32,6 +32,8 @@ from nvg_jax.training.loop import BestModel
 from nvg_jax.visualize import to_uint8
 from nvg_jax.workdir import RunMetadata, read_metadata
 
+pytestmark = pytest.mark.slow
+
 
 def run_config(**changes):
     config = digits.get_config("runlocal")

@@ -87,16 +87,21 @@ def saves(folder) -> set[str]:
 
 
 def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path):
-    """Every other one at any moment, the rest around a save, so that the run gets on."""
+    """At any moment, after the start of a save, or after its end, so that the run gets on."""
     rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
     reached = []
     for kill in range(KILLS):
-        before = saves(tmp_path)
+        begun, finished = saves(tmp_path), progress(tmp_path)
         process = spawn(tmp_path)
-        if kill % 2:
-            while process.is_alive() and not saves(tmp_path) - before:
-                time.sleep(0.002)  # until a save begins
-        process.join(rng.uniform(0, 0.6 if kill % 2 else 6))
+        if kill % 3 == 2:
+            until = lambda: progress(tmp_path) > finished
+        elif kill % 2:
+            until = lambda: saves(tmp_path) - begun
+        else:
+            until = None
+        while until and process.is_alive() and not until():
+            time.sleep(0.002)
+        process.join(rng.uniform(0, 0.6 if until else 6))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         reached.append(progress(tmp_path))
