@@ -236,7 +236,7 @@ def _call(kernel, head_dim: int, interpret: bool, num_arrays: int, outputs: int,
     summed = 2 * (rotated and num_arrays > 3)
     products = 2 if num_arrays == 3 else 5  # of all scores; the gradient recomputes them
     results = pl.pallas_call(
-        functools.partial(kernel, length, head_dim, rotated),
+        functools.partial(kernel, length, head_dim),
         grid=grid,
         in_specs=[channels] * num_arrays + [scales, scales, angles, angles] * rotated,
         out_specs=[channels] * outputs + [sums] * summed,
@@ -345,7 +345,7 @@ def _prepare(length, head_dim, q_ref, k_ref, rotary_refs):
     return heads, q, _Prepared(heads, _rows(k_ref, keys, length), k_rotary)
 
 
-def _forward_kernel(length, head_dim, rotated, q_ref, k_ref, v_ref, *refs):
+def _forward_kernel(length, head_dim, q_ref, k_ref, v_ref, *refs):
     *rotary_refs, out_ref = refs
     dtype = q_ref.dtype
     heads, q, k = _prepare(length, head_dim, q_ref, k_ref, rotary_refs)
@@ -358,8 +358,11 @@ def _forward_kernel(length, head_dim, rotated, q_ref, k_ref, v_ref, *refs):
     out_ref[0, : len(out)] = out.astype(dtype)
 
 
-def _backward_kernel(length, head_dim, rotated, q_ref, k_ref, v_ref, grad_ref, *refs):
-    rotary_refs, (dq_ref, dk_ref, dv_ref, *dscale_refs) = refs[: 4 * rotated], refs[4 * rotated :]
+def _backward_kernel(length, head_dim, q_ref, k_ref, v_ref, grad_ref, *refs):
+    # Either three results, or four arrays of a rotation, three results and two sums.
+    rotary_refs, (dq_ref, dk_ref, dv_ref, *dscale_refs) = (
+        ((), refs) if len(refs) == 3 else (refs[:4], refs[4:])
+    )
     dtype = q_ref.dtype
     heads, queries, keys = _prepare(length, head_dim, q_ref, k_ref, rotary_refs)
     q, k = queries.x.astype(dtype), keys.x.astype(dtype)

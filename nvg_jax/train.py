@@ -54,7 +54,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         run = open_run(config, storage_path(workdir), mesh, networks)
-        if config.init_from:
+        # A run that has started does not need the folder any more.
+        if config.init_from and not any((run.workdir / part).exists() for part in parts):
             check_init(config, parts)
         scorers = make_scorers(config, parts, run.train_source.num_classes)
         for part in parts:
@@ -98,11 +99,12 @@ def check_init(config: ml_collections.ConfigDict, parts: tuple[str, ...]):
     from nvg_jax import models
     from nvg_jax.layers import TransformerConfig
     from nvg_jax.tokenizer import TokenizerConfig
+    from nvg_jax.training.generators import parts_of
     from nvg_jax.training.initial import check_model
 
     sizes, tokenizer = {}, TokenizerConfig(**config.tokenizer)
     for part in parts:
-        for name in models.GENERATORS if part == "generators" else (part,):
+        for name in parts_of(part):
             transformer = None if name == "tokenizer" else TransformerConfig(**config[name])
             sizes[name] = models.abstract_params(name, tokenizer, transformer)
     check_model(config.init_from, sizes)

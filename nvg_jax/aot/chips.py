@@ -90,7 +90,7 @@ class Target:
 
     @property
     def batch_shards(self) -> int:
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return sharding.batch_shards(self.mesh)
 
 
 def find_target(topology: str, mesh: dict[str, int]) -> Target:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import pretrained
-from nvg_jax.data import Transform, open_source
+from nvg_jax.data import Source, Transform, open_source
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
@@ -32,11 +32,16 @@ logger = logging.getLogger("nvg_jax")
 EXTREMES = 8  # best and worst reconstructions in the picture
 
 
+def open_split(data: dict[str, Any], split: str) -> Source:
+    """A split of a data set; `data` as in a config."""
+    return open_source(data["name"], split, data_dir=data["data_dir"] or None)
+
+
 def split_images(
     data: dict[str, Any], split: str, image_size: tuple[int, int], batch_size: int
 ) -> Split:
     """The images of a split, cropped to one size; `data` as in a config."""
-    source = open_source(data["name"], split, data_dir=data["data_dir"] or None)
+    source = open_split(data, split)
     transform = Transform(image_size, data["resize"] or None)
     return Split(source, transform, {**data, "split": split}, batch_size)
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nvg_jax.data import Source, open_source
+from nvg_jax.data import Source
 from nvg_jax.data.transforms import Transform
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
-from nvg_jax.jobs.comparison import write_results
+from nvg_jax.jobs.comparison import open_split, write_results
 from nvg_jax.jobs.features import read_image
 from nvg_jax.jobs.sampling import SamplingJob, stages_picture
 from nvg_jax.pipeline import Pipeline, SampleOutput
@@ -104,10 +104,6 @@ def make_classifier(name: str, train: Images, num_classes: int):
 
 
 # Images.
-
-
-def open_split(data: dict[str, Any], split: str) -> Source:
-    return open_source(data["name"], split, data_dir=data["data_dir"] or None)
 
 
 def load_split(data: dict[str, Any], split: str, image_size: tuple[int, int]) -> Images:
