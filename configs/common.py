@@ -91,6 +91,16 @@ def base() -> ml_collections.ConfigDict:
                 repa_block=8,  # aligned are the hidden states after so many blocks
                 optimizer=optimizer,
             ),
+            distillation=run  # of the structure generator, by nvg_jax.distill
+            | dict(
+                length="10 epochs",
+                batch_size=768,
+                reflow=True,  # False: only the guidance goes inside
+                flow_steps=4,  # that the student is to sample with
+                teacher_steps=0,  # 0: as the teacher's folder recommends
+                structure_guidance=(),  # of the teacher; (): as its folder recommends
+                optimizer=optimizer | dict(ema_decay=0.999),
+            ),
             sampling=dict(
                 temperature=1.0,
                 top_k=0,
@@ -98,6 +108,8 @@ def base() -> ml_collections.ConfigDict:
                 content_guidance=(1.0, 3.5),
                 structure_guidance=(1.0, 2.5),
                 flow_steps=25,
+                solver="euler",  # of the structure flow; or "heun", "multistep"
+                flow_shift=0.0,  # 0: the published time shift
                 gumbel=False,
             ),
         )
@@ -151,7 +163,7 @@ def run_locally(config: ml_collections.ConfigDict):
     )
     config.content = transformer(32, 2, head_dim=16)
     config.structure = transformer(32, 2, head_dim=16)
-    for training in (config.tokenizer_training, config.generator_training):
+    for training in (config.tokenizer_training, config.generator_training, config.distillation):
         training.update(length="12 steps", batch_size=16)
         training.update(log_every=2, save_every=4, eval_every=12)
         training.optimizer.update(warmup_steps=2, learning_rate=1e-3)

@@ -51,6 +51,17 @@ def get_config(arg: str | None = None):
     config.generator_training.optimizer.update(
         learning_rate=1.6e-2, warmup_steps=100, decay_start=0.5, final=0.02, ema_decay=0.998
     )
+    config.distillation.update(
+        length="800 steps",
+        batch_size=32,
+        log_every=50,
+        eval_every=400,
+        save_every=400,
+        flow_steps=2,
+    )
+    config.distillation.optimizer.update(
+        learning_rate=4e-3, warmup_steps=50, decay_start=0.5, final=0.02, ema_decay=0.99
+    )
     config.sampling.update(
         content_guidance=(3.0, 3.0),
         structure_guidance=(1.0, 1.0),

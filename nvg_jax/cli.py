@@ -116,6 +116,8 @@ def define_sampling_flags():
             flags.DEFINE_list(name, None, f"{spec.help} A number, start,end, or one per stage.")
         elif spec.kind is bool:
             flags.DEFINE_boolean(name, None, spec.help)
+        elif spec.kind is str:
+            flags.DEFINE_enum(name, None, spec.choices, spec.help)
         else:
             define = flags.DEFINE_integer if spec.kind is int else flags.DEFINE_float
             define(name, None, spec.help)

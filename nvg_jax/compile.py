@@ -4,11 +4,11 @@ python -m nvg_jax.compile --config=configs/imagenet256.py:d24 --topology=v5p:8x8
 python -m nvg_jax.compile --config=configs/imagenet256.py:d16 --topology=h100:8
 
 Compiles the training step that `train` runs, or with --program=sample the sampler.
-`--config.part=` chooses what is trained (tokenizer, structure, content, generators; all means
-generators), `--config.mesh.fsdp=` and the like the mesh. `--find_batch` finds the largest global
-batch that fits, `--find_remat` what the backward pass should recompute. Requires the compiler:
-pip install "jax[tpu]" or "jax[cuda13]". Times are roofline estimates from the compiled program;
-nothing is measured.
+`--config.part=` chooses what is trained (tokenizer, structure, content, generators, distillation;
+all means generators), `--config.mesh.fsdp=` and the like the mesh. `--find_batch` finds the largest
+global batch that fits, `--find_remat` what the backward pass should recompute. Requires the
+compiler: pip install "jax[tpu]" or "jax[cuda13]". Times are roofline estimates from the compiled
+program; nothing is measured.
 """
 
 import json

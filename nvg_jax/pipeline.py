@@ -222,8 +222,8 @@ class Pipeline:
                 and tokens of `prefix` are kept. `sampling.control.region_of_mask` makes it from
                 pixels.
             settings: the fields of `nvg_jax.sampling.Settings`: temperature, top_k, top_p,
-                content_guidance, structure_guidance, flow_steps, gumbel. A setting that is
-                missing or None takes the folder's recommended value.
+                content_guidance, structure_guidance, flow_steps, solver, flow_shift, gumbel. A
+                setting that is missing or None takes the folder's recommended value.
 
         Raises:
             ValueError: an invalid argument; the message says what is valid.
@@ -258,6 +258,7 @@ class Pipeline:
                 f"structure_stages={token_stages}."
             )
         settings = self.settings.updated(settings)
+        self.metadata.check_guidance(settings)
         return self.program.plan(settings, structure_stages, token_stages, region)
 
     def _batch(self, class_ids, seed, structure_noise, first_index):

@@ -75,7 +75,7 @@ def check_config(config: ml_collections.ConfigDict):
             f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
             "another one. Leave it empty, or train with part=generators."
         )
-    for name in ("tokenizer_training", "generator_training"):
+    for name in ("tokenizer_training", "generator_training", "distillation"):
         for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
             if config[name][key] < 1:
                 raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")

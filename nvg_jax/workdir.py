@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from nvg_jax import models
@@ -41,6 +42,8 @@ class RunMetadata:
             canvas, measured when the tokenizer's training ends.
         content, structure: sizes of the generators in the checkpoint.
         sampling: recommended sampling settings.
+        teacher: of a distilled structure generator, the fingerprint of its teacher's weights; the
+            guidance is inside such a generator.
         tokenizer_workdir: the workdir of the tokenizer that the generators were trained with.
         config: the training configuration.
         steps: the length of the training.
@@ -56,6 +59,7 @@ class RunMetadata:
     content: TransformerConfig | None = None
     structure: TransformerConfig | None = None
     sampling: Settings = Settings()
+    teacher: str | None = None
     tokenizer_workdir: str | None = None
     config: dict[str, Any] | None = None
     steps: int | None = None
@@ -72,6 +76,14 @@ class RunMetadata:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def check_guidance(self, settings: Settings):
+        """Raises ValueError for a structure guidance that the generator already has inside."""
+        if self.teacher and (np.asarray(settings.structure_guidance) != 1).any():
+            raise ValueError(
+                "This model's structure generator was distilled and has its guidance inside; "
+                f"structure_guidance must be 1, got {settings.structure_guidance}."
+            )
 
     def replace(self, **changes) -> "RunMetadata":
         return dataclasses.replace(self, **changes)
@@ -242,8 +254,7 @@ def write_export(
         ValueError: the folder is a training run's, whose checkpoints the export would hide.
     """
     folder = files.storage_path(folder)
-    if any((folder / part).is_dir() for part in PARTS):
-        raise ValueError(f"{folder} holds a training run; export to another folder.")
+    check_export(folder)
     folder = folder / EXPORT_FOLDER
     if is_main() and folder.exists():
         steps = [int(child.name) for child in folder.iterdir() if child.name.isdecimal()]
@@ -252,6 +263,12 @@ def write_export(
     barrier(f"{folder} can be written")
     with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(step, params, metadata.to_json())
+
+
+def check_export(folder: epath.Path):
+    """Raises ValueError for a training run's folder, whose checkpoints an export would hide."""
+    if any((folder / part).is_dir() for part in PARTS):
+        raise ValueError(f"{folder} holds a training run; export to another folder.")
 
 
 # Runs to resume or to build on.
@@ -275,11 +292,12 @@ def check_resume(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
     if new.generators:
         check_tokenizer(stored, new, folder)
     recipe = "generator_training" if new.generators else "tokenizer_training"
+    recipe = "distillation" if new.teacher else recipe
 
     def must_stay(metadata: RunMetadata) -> dict[str, Any]:
         content = metadata.to_json()
         config = content["config"]
-        settings = {name: content[name] for name in ("tokenizer", *GENERATORS)}
+        settings = {name: content[name] for name in ("tokenizer", *GENERATORS, "teacher")}
         settings |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
         settings |= {name: content[name] for name in ("class_names", "steps")}
         for section in ("data", recipe):

@@ -20,7 +20,7 @@ from nvg_jax.training.optimizers import OptimizerConfig
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {
     "digits": ("demo", "runlocal"),
-    "fashion_mnist": ("adversarial", "runlocal"),
+    "fashion_mnist": ("fine", "adversarial", "runlocal"),
     "image_folder": ("64", "128", "256", "finetune", "runlocal"),
     "imagenet256": ("d16", "d20", "d24", "runlocal"),
 }
@@ -60,12 +60,16 @@ def test_no_preset_is_left_out():
     assert files == set(VARIANTS)
 
 
+def recipes(config):
+    return config.tokenizer_training, config.generator_training, config.distillation
+
+
 @pytest.mark.parametrize("name, arg", EVERY)
 def test_every_variant_is_a_whole_configuration(name, arg):
     config = load(name, arg)
     assert keys(config) == keys(importlib.import_module("configs.common").base())
     sizes = TokenizerConfig(**config.tokenizer)
-    for training in (config.tokenizer_training, config.generator_training):
+    for training in recipes(config):
         OptimizerConfig(**training.optimizer)
         assert training_length(training.length, 1000, training.batch_size) > 0
     for part in models.GENERATORS:
@@ -81,7 +85,7 @@ def test_every_variant_is_a_whole_configuration(name, arg):
 def test_runlocal_is_tiny(name, arg):
     config = load(name, arg)
     assert tuple(config.tokenizer.image_size) == (8, 8) and config.dtype == "float32"
-    for training in (config.tokenizer_training, config.generator_training):
+    for training in recipes(config):
         assert training_length(training.length, 10**6, training.batch_size) <= 20
         assert training.batch_size <= 16
     for part in models.GENERATORS:

@@ -33,6 +33,9 @@ def test_times_fall_from_one_to_zero_shifted_by_the_number_of_positions():
         assert times.shape == (steps + 1,)
         np.testing.assert_allclose(times[[0, -1]], [1, 0], atol=1e-12)
         assert (np.diff(times) < 0).all()
+    # With a shift of 3, half way is 3 * 0.5 / (1 + 2 * 0.5).
+    np.testing.assert_allclose(flow.shifted_times(2, 256, shift=3), [1, 0.75, 0], rtol=1e-12)
+    np.testing.assert_allclose(flow.shifted_times(4, 256, shift=1), [1, 0.75, 0.5, 0.25, 0])
     with pytest.raises(ValueError, match="at least one step, got flow_steps=0"):
         flow.shifted_times(0, 256)
 
@@ -56,14 +59,50 @@ def known_of(stage):
     return jnp.where(jnp.arange(3) < stage, TARGET, 0.0)
 
 
+@pytest.mark.parametrize("solver", flow.SOLVERS)
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.7, 0.6, 0.0]])
-def test_the_exact_velocity_leads_to_the_target(stage, times):
+def test_the_exact_velocity_leads_to_the_target(solver, stage, times):
     noise = jax.random.normal(jax.random.key(0), TARGET.shape)
-    got = flow.solve(
-        lambda z, time: noise - TARGET, noise, known_of(stage), stage, jnp.array(times)
-    )
+    velocity = lambda z, time: noise - TARGET
+    got = flow.solve(velocity, noise, known_of(stage), stage, jnp.array(times), solver=solver)
     np.testing.assert_allclose(got, TARGET, atol=1e-6)
+
+
+def solve_scalar(velocity, steps, solver, start=2.0):
+    """Where a flow of one channel leads in `steps` equal steps."""
+    start = jnp.full((1, 1, 1), start)
+    times = jnp.linspace(1, 0, steps + 1)
+    return flow.solve(velocity, start, jnp.zeros((1, 1, 1)), 0, times, solver=solver).item()
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("multistep", 2)])
+def test_the_order_of_a_solver(solver, order):
+    # dz/dt = z + cos 3t has the solution C e^t + (3 sin 3t - cos 3t) / 10; C follows from z(1) = 2.
+    exact = (2 + (math.cos(3) - 3 * math.sin(3)) / 10) / math.e - 0.1
+    velocity = lambda z, time: z + jnp.cos(3 * time)
+    errors = [abs(solve_scalar(velocity, steps, solver) - exact) for steps in (16, 32)]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.35
+
+
+def test_multistep_is_exact_where_the_predicted_structure_moves_linearly():
+    # v = (z - s) / t with s = 0.5 + 3 t leads to s(0); Euler's first step has no slope to know.
+    velocity = lambda z, time: (z - 0.5 - 3 * time) / time
+    assert abs(solve_scalar(velocity, 3, "multistep") - 0.5) < 1e-6
+    assert abs(solve_scalar(velocity, 3, "euler") - 0.5) > 0.5
+
+
+def test_multistep_calls_the_network_once_and_heun_twice_a_step():
+    calls = dict.fromkeys(flow.SOLVERS, 0)
+    for solver in calls:
+
+        def velocity(z, time, solver=solver):
+            jax.debug.callback(lambda: calls.update({solver: calls[solver] + 1}))
+            return z
+
+        solve_scalar(velocity, 4, solver)
+    jax.effects_barrier()
+    assert calls == {"euler": 4, "heun": 8, "multistep": 4}
 
 
 def test_known_channels_stay_whatever_the_velocity():

@@ -21,7 +21,7 @@ from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.training import generators, tokenizer
+from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.length import training_length
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
@@ -49,7 +49,7 @@ def data_size(data: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def training_part(config: ml_collections.ConfigDict) -> str:
     """The part of the model that `config.part` trains in one program; for "all", the generators."""
-    parts = ("tokenizer", *models.GENERATORS, "generators")
+    parts = ("tokenizer", *models.GENERATORS, "generators", distillation.PART)
     part = "generators" if config.part == "all" else config.part
     if part not in parts:
         raise ValueError(
@@ -61,7 +61,9 @@ def training_part(config: ml_collections.ConfigDict) -> str:
 
 def recipe_name(part: str) -> str:
     """The config section that says how a part is trained."""
-    return "tokenizer_training" if part == "tokenizer" else "generator_training"
+    return {"tokenizer": "tokenizer_training", distillation.PART: part}.get(
+        part, "generator_training"
+    )
 
 
 def in_mesh(mesh: Mesh):
@@ -92,6 +94,12 @@ def lower_training(
             if program.state.discriminator:
                 networks["discriminator"] = program.state.discriminator.params
             return lowered, networks | program.arguments[1]
+        if part == distillation.PART:
+            teacher = Settings.from_dict(config.sampling.to_dict())
+            teacher = distillation.teacher_settings(config, teacher)
+            program = distillation.make_program(config, mesh, steps, num_classes, teacher)
+            lowered = program.step.lower(*program.arguments)
+            return lowered, {**program.state.params, "tokenizer": program.arguments[2]}
         names = generators.parts_of(part)
         program = generators.make_program(config, mesh, steps, names, num_classes)
         lowered = program.step.lower(*program.arguments)

@@ -163,6 +163,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _shown(value) -> str:
+    if isinstance(value, str):
+        return value
     return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
 
 

@@ -104,15 +104,22 @@ def statistics(
 def make_scorers(
     config: ml_collections.ConfigDict, parts: Sequence[str], num_classes: int
 ) -> dict[str, Scorer]:
-    """{part: its scorer} of the parts, "tokenizer" or "generators", with a `fid_every`.
+    """{part: its scorer} of the parts with a `fid_every`.
 
     The tokenizer's reconstructions are compared with the same held-out images, samples with
     `config.evaluation.reference`.
 
+    Args:
+        parts: of "tokenizer", "generators" and "distillation"; others have none.
+
     Raises:
         ValueError: a network, a file or data that is missing.
     """
-    recipes = {"tokenizer": config.tokenizer_training, "generators": config.generator_training}
+    recipes = {
+        "tokenizer": config.tokenizer_training,
+        "generators": config.generator_training,
+        "distillation": config.distillation,
+    }
     parts = [part for part in parts if part in recipes and recipes[part].fid_every]
     if not parts:
         return {}

@@ -121,7 +121,8 @@ def generate(
     """
     batch, length, num_bits = noise.shape
     stages = num_bits + 1
-    times = jnp.asarray(flow.shifted_times(plan.settings.flow_steps, length), jnp.float32)
+    times = flow.shifted_times(plan.settings.flow_steps, length, plan.settings.flow_shift)
+    times = jnp.asarray(times, jnp.float32)
     reference = granularity.structure_embedding(prefix.structure[:, -1], num_bits, num_bits) - 1.0
     token_keys, split_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
@@ -174,7 +175,7 @@ def generate(
             )
 
         follow = (~region, reference) if plan.region else None
-        scores = bit(flow.solve(velocity, noise, known, stage, times, follow))
+        scores = bit(flow.solve(velocity, noise, known, stage, times, follow, plan.settings.solver))
         if plan.settings.gumbel:
             draw = lambda key, labels, scores, kept: granularity.split(
                 labels, scores, stage, key=jax.random.fold_in(key, stage), kept=kept

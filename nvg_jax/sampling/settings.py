@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from nvg_jax.structure.flow import SOLVERS
+
 
 def top_p_range(start: float, end: float, num_stages: int) -> np.ndarray:
     """Top-p of every stage: u_i = K ** (i / K) mapped linearly from (u_0, u_K) to (start, end)."""
@@ -29,7 +31,7 @@ class Spec:
 
     Attributes:
         help: one sentence for flags and documentation.
-        kind: float, int or bool.
+        kind: float, int, bool, or str for one of `choices`.
         allowed: the valid values in words, to complete "must be ..."; "{V}" is the codebook size.
         valid: (values float64 (...), codebook size) -> bool (...).
         per_stage: expands a (start, end) pair to one value per stage; None for a setting with one
@@ -44,6 +46,7 @@ class Spec:
     valid: Callable[[np.ndarray, int], np.ndarray] = lambda x, codebook_size: x == x
     per_stage: Callable[[float, float, int], np.ndarray] | None = None
     traced: bool = True
+    choices: tuple[str, ...] = ()
 
     def parse(self, text: str):
         """The value that a text such as "8", "1,3.5" (one per stage or start, end) or "true" means.
@@ -72,6 +75,10 @@ class Spec:
             if not isinstance(value, (bool, np.bool_)):
                 raise outside
             return bool(value)
+        if self.kind is str:
+            if not isinstance(value, str) or value not in self.choices:
+                raise outside
+            return value
         try:
             values = np.asarray(value)
         except ValueError:  # a ragged list
@@ -140,10 +147,26 @@ class Settings:
     )
     flow_steps: int = setting(
         25,
-        "Euler steps of the structure flow for each split.",
+        "Steps of the structure flow for each split.",
         kind=int,
         allowed="a whole number of 1 or more",
         valid=lambda x, codebook_size: (x == np.round(x)) & (x >= 1),
+        traced=False,
+    )
+    solver: str = setting(
+        "euler",
+        "How the structure flow is integrated; heun evaluates the network twice a step.",
+        kind=str,
+        allowed=f"one of {', '.join(SOLVERS)}",
+        choices=SOLVERS,
+        traced=False,
+    )
+    flow_shift: float = setting(
+        0.0,
+        "Time shift of the flow: 1 spaces the steps evenly, more puts more of them where it is "
+        "noisy; 0 is the published shift for the latent's size.",
+        allowed="0 (the published shift) or more",
+        valid=lambda x, codebook_size: x >= 0,
         traced=False,
     )
     gumbel: bool = setting(

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,21 @@ from nvg_jax import granularity
 from nvg_jax.structure import flow
 
 
+class Teacher(NamedTuple):
+    """A trained flow to learn from; exactly one of the two is not None.
+
+    solution: (noise, structure embedding, canvas, stage) -> where its flow leads from the noise,
+        float32 (B * (K - 1), L, K). The student learns the straight lines between them: reflow
+        (Liu et al., arXiv 2209.03003).
+    velocity: (noisy, time, structure embedding, canvas, stage) -> its velocity, which the student
+        learns at points between noise and the structure of the images: with guidance inside,
+        guidance distillation (Meng et al., arXiv 2210.03142).
+    """
+
+    solution: Callable[..., Array] | None = None
+    velocity: Callable[..., Array] | None = None
+
+
 def structure_losses(
     velocity: Callable[..., Array],
     structure: Array,
@@ -20,6 +36,7 @@ def structure_losses(
     noise: Array,
     times: Array,
     weights: Array | None = None,
+    teacher: Teacher | None = None,
 ) -> Array:
     """Flow-matching loss of each learned split, float32 (K - 1,).
 
@@ -35,6 +52,7 @@ def structure_losses(
         noise: float32 (B, L, K), shared by the stages of an image.
         times: float32 (B, K - 1) in [0, 1].
         weights: float32 (B,), per-image weights that sum to 1; None means uniform.
+        teacher: what to learn instead of the structure of the images.
     """
     batch, stages, length = structure.shape
     num_bits, learned = stages - 1, stages - 2
@@ -44,11 +62,17 @@ def structure_losses(
     per_stage = lambda x: fold(jnp.broadcast_to(x[:, None], (batch, learned, length, num_bits)))
     stage = jnp.tile(jnp.arange(learned), batch)
     target = per_stage(target)
-    noisy, noise = flow.path(per_stage(noise), target, fold(times), stage)
-    predicted = velocity(
-        noisy, fold(times), fold(embedding[:, :learned]), fold(canvases[:, :learned]), stage
-    )
-    error = jnp.square(noise - predicted - target).mean((1, 2))
+    condition = fold(embedding[:, :learned]), fold(canvases[:, :learned]), stage
+    noise = per_stage(noise)
+    if teacher and teacher.solution:
+        target = jax.lax.stop_gradient(teacher.solution(noise, *condition))
+    noisy, noise = flow.path(noise, target, fold(times), stage)
+    wanted = noise - target
+    if teacher and teacher.velocity:
+        unknown = ~flow.known_channels(stage, num_bits)
+        wanted = jax.lax.stop_gradient(teacher.velocity(noisy, fold(times), *condition)) * unknown
+    predicted = velocity(noisy, fold(times), *condition)
+    error = jnp.square(wanted - predicted).mean((1, 2))
     return jnp.average(error.reshape(batch, learned), axis=0, weights=weights)
 
 

@@ -377,20 +377,16 @@ def task(run: Run, part: str) -> Task:
     sampler = Sampler(metadata, config.seed) if len(names) == len(models.GENERATORS) else None
 
     def evaluate(state):
-        totals, count = {}, 0
-        for batch in run.test_batches(recipe.batch_size):
-            losses = jax.device_get(
-                program.evaluate(state.ema_params, tokenizer_params, canvas_scale, batch)
-            )
-            images = sharding.to_host(batch["mask"]).sum()
-            totals = {name: totals.get(name, 0) + loss * images for name, loss in losses.items()}
-            count += images
+        losses = run.test_metrics(
+            recipe.batch_size,
+            lambda batch: program.evaluate(state.ema_params, tokenizer_params, canvas_scale, batch),
+        )
         picture = None
         if sampler is not None:
             _, params = model(state)
             if is_main():
                 picture = sampler.picture(params)
-        return {name: total / count for name, total in totals.items()}, picture
+        return losses, picture
 
     def model(state):
         params = {"tokenizer": tokenizer_params}

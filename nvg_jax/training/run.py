@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
@@ -132,6 +132,18 @@ class Run:
                 if preemption.noticed():
                     raise preemption.Preempted("preempted during an evaluation")
                 yield sharding.global_batch(batch, self.mesh)
+
+    def test_metrics(
+        self, batch_size: int, evaluate: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+    ) -> dict[str, Any]:
+        """The means over the test split of what `evaluate` gives for each of its batches."""
+        totals, count = {}, 0
+        for batch in self.test_batches(batch_size):
+            metrics = jax.device_get(evaluate(batch))
+            images = sharding.to_host(batch["mask"]).sum()
+            totals = {name: totals.get(name, 0) + mean * images for name, mean in metrics.items()}
+            count += images
+        return {name: total / count for name, total in totals.items()}
 
 
 def open_run(

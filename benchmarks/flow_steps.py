@@ -1,0 +1,169 @@
+"""How many steps the structure's flow needs.
+
+    python -m benchmarks.flow_steps --workdir=runs/digits --out=runs/digits_steps.jsonl
+
+For every number of steps, solver and time shift, of a model on its own data set:
+
+- splits: the share of positions that split as with 200 Euler steps from the same noise, canvas and
+  maps (those of 500 held-out images), over all learned splits;
+- FID, precision and recall against the training images in the features of a classifier that was
+  trained on them, the share of samples that it names as the class asked for, and the spread of a
+  class: the mean distance of two samples of it, over that of two training images;
+- seconds a sample, of everything, after compilation.
+
+Each point is measured with two seeds, and the difference of the two says what is noise. Every
+result is added to --out at once; the same command again goes on where it stopped.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from nvg_jax import granularity, models
+from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
+from nvg_jax.evaluation.metrics import class_agreement
+from nvg_jax.jobs.evaluation import load_split, make_classifier
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.structure import flow
+from nvg_jax.training.distillation import guided_velocity, solution
+
+FLAGS = flags.FLAGS
+SPLIT_IMAGES, EXACT_STEPS = 500, 200
+FIGURES = ("fid", "precision", "recall")
+
+
+def spread(images: np.ndarray, labels: np.ndarray) -> float:
+    """The mean distance of two images of a class, by pixels."""
+    distances = []
+    for label in np.unique(labels):
+        own = images[labels == label].reshape((labels == label).sum(), -1)
+        half = len(own) // 2
+        distances.append(np.linalg.norm(own[:half] - own[half : 2 * half], axis=1).mean())
+    return float(np.mean(distances))
+
+
+class Splits:
+    """The splits of held-out images by a model's flow."""
+
+    def __init__(self, pipe: Pipeline, images: np.ndarray, labels: np.ndarray, settings: Settings):
+        self._pipe, self._labels = pipe, jnp.asarray(labels)
+        config = pipe.tokenizer.config
+        self._sequence = pipe.encode(images)
+        apply = jax.jit(pipe.tokenizer.apply, static_argnames="method")
+        params = {"params": pipe.params["tokenizer"]}
+        self._canvases = apply(params, self._sequence, method="canvases")
+        shape = (len(images), config.num_positions, config.num_stages - 1)
+        self._noise = jax.random.normal(jax.random.key(0), shape)
+        guidance = settings.expand(config.num_stages, config.codebook_size).structure_guidance
+        self._guidance = None if set(guidance) == {1.0} else jnp.asarray(guidance)
+        self.exact = self(settings.updated(dict(flow_steps=EXACT_STEPS, solver="euler")))
+
+    def __call__(self, settings: Settings) -> np.ndarray:
+        """bool (learned splits, images, positions), the half that each position falls into."""
+        pipe, count = self._pipe, len(self._labels)
+        config = pipe.tokenizer.config
+        model = models.make_generator(
+            "structure",
+            pipe.metadata.structure,
+            config,
+            pipe.metadata.num_classes,
+        )
+        times = flow.shifted_times(settings.flow_steps, config.num_positions, settings.flow_shift)
+        velocity = guided_velocity(model, pipe.params["structure"], self._labels, self._guidance)
+        solve = solution(velocity, np.float32(times), settings.solver)
+
+        @jax.jit
+        def halves(structure, canvases, stage):
+            embedding = granularity.structure_embedding(structure, stage, config.num_stages - 1)
+            z = solve(self._noise, embedding, canvases, jnp.full(count, stage))
+            bit = jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
+            return granularity.split(structure, bit, stage) % 2 == 1
+
+        learned = range(config.num_stages - 2)
+        given = self._sequence.structure, self._canvases
+        return np.stack([halves(*(x[:, stage] for x in given), stage) for stage in learned])
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
+    pipe = Pipeline.from_pretrained(FLAGS.workdir)
+    data = pipe.metadata.config["data"]
+    size = pipe.tokenizer.config.image_size
+    train, test = (load_split(data, split, size) for split in ("train", "test"))
+    judge = make_classifier(data["name"], train, pipe.metadata.num_classes)
+    shuffled = np.random.default_rng(0).permutation(len(train.images))[:10_000]
+    reference = FeatureSet.of(judge.image_features(train.images))
+    reference = reference._replace(pool=reference.pool[shuffled])
+    real_spread = spread(train.images, train.labels)
+    shown = test.images[:SPLIT_IMAGES], test.labels[:SPLIT_IMAGES]
+    splits = Splits(pipe, *shown, pipe.settings)
+    classes = np.arange(FLAGS.num_samples) % pipe.metadata.num_classes
+
+    out = Path(FLAGS.out)
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    known = {(r["solver"], r["flow_steps"], r["flow_shift"], r["seed"]): r for r in done}
+    print(
+        "solver | steps | shift | seed | splits | FID | precision | recall | agreement | spread | s"
+    )
+    for solver in FLAGS.solvers:
+        for shift in map(float, FLAGS.shifts):
+            for steps in map(int, FLAGS.steps):
+                point = dict(solver=solver, flow_steps=steps, flow_shift=shift)
+                same = None
+                for seed in range(FLAGS.seeds):
+                    key = (*(point[name] for name in ("solver", "flow_steps", "flow_shift")), seed)
+                    if key not in known:
+                        if same is None:
+                            same = (splits(pipe.settings.updated(point)) == splits.exact).mean()
+                        known[key] = {**point, "seed": seed, "splits": float(same)}
+                        known[key] |= measure(pipe, point, seed, classes, judge, reference)
+                        known[key]["spread"] /= real_spread
+                        with out.open("a") as file:
+                            file.write(json.dumps(known[key]) + "\n")
+                    print(
+                        " | ".join(
+                            f"{v:.4g}" if isinstance(v, float) else str(v)
+                            for v in known[key].values()
+                        ),
+                        flush=True,
+                    )
+
+
+def measure(pipe, point, seed, classes, judge, reference) -> dict[str, float]:
+    """The figures of samples with a point's settings."""
+    batches = np.split(classes, range(FLAGS.batch_size, len(classes), FLAGS.batch_size))
+    draw = lambda number: (
+        pipe.sample(
+            batches[number], seed=seed, first_index=number * FLAGS.batch_size, **point
+        ).images
+    )
+    draw(0)  # compiles
+    start = time.monotonic()
+    images = np.concatenate([draw(number) for number in range(len(batches))])
+    seconds = (time.monotonic() - start) / len(classes)
+    found = generation_metrics(reference, FeatureSet.of(judge.image_features(images)))
+    agreement, _ = class_agreement(judge.predict(images), classes)
+    results = {name: float(found[name]) for name in FIGURES}
+    return results | {
+        "agreement": float(agreement),
+        "spread": spread(images, classes),
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
+    flags.DEFINE_string("out", None, "File of results, a JSON object a line.", required=True)
+    flags.DEFINE_list("steps", "1,2,3,4,6,8,12,25,50", "Numbers of steps.")
+    flags.DEFINE_list("solvers", "euler,heun,multistep", "Solvers.")
+    flags.DEFINE_list("shifts", "0,1,3", "Time shifts; 0 is the published one.")
+    flags.DEFINE_integer("seeds", 2, "Seeds of every point.")
+    flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.")
+    flags.DEFINE_integer("batch_size", 250, "Samples at once.")
+    app.run(main)

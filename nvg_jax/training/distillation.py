@@ -1,0 +1,386 @@
+"""How a structure generator is distilled: fewer evaluations of the network for each split.
+
+The student starts as a copy of the teacher and learns from it, with the guidance inside, so that it
+needs no null class. By default it learns where the teacher's flow leads from each noise, along a
+straight line (reflow; Liu et al., arXiv 2209.03003), which takes few steps.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nvg_jax import bundled, granularity, models
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.runtime import files, sharding
+from nvg_jax.runtime.processes import is_main
+from nvg_jax.sampling.guidance import guided
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.structure import flow
+from nvg_jax.structure.losses import Teacher, draw_times, structure_losses
+from nvg_jax.structure.model import StructureGenerator
+from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
+from nvg_jax.training import programs
+from nvg_jax.training.generators import Sampler, encode
+from nvg_jax.training.loop import Task
+from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
+from nvg_jax.training.run import Run
+from nvg_jax.training.state import TrainState
+from nvg_jax.workdir import RunMetadata
+
+PART = "distillation"
+
+
+def guided_velocity(model: StructureGenerator, params, class_ids, guidance):
+    """The velocity (z (N, L, K), time () or (N,), structure embedding, canvas, stage (N,)) ->
+    float32 (N, L, K) of a flow.
+
+    Args:
+        class_ids: int32 (N,).
+        guidance: float32 (K - 1,), a scale a stage; None for no guidance.
+    """
+
+    def velocity(z, time, embedding, canvas, stage):
+        time = jnp.broadcast_to(time, class_ids.shape)
+        network = lambda doubled, classes: model.apply(
+            {"params": params}, *map(doubled, (z, time, embedding, canvas, stage)), classes
+        )
+        scale = None if guidance is None else guidance[stage][:, None, None]
+        return guided(network, class_ids, model.num_classes, scale)
+
+    return velocity
+
+
+def solution(velocity, times: np.ndarray, solver: str):
+    """(noise, structure embedding, canvas, stage) -> where a flow leads, float32 (N, L, K)."""
+
+    def solve(noise, embedding, canvas, stage):
+        known = embedding.astype(jnp.float32) - 1
+        along = lambda z, time: velocity(z, time, embedding, canvas, stage)
+        return flow.solve(along, noise, known, stage, jnp.asarray(times), solver=solver)
+
+    return solve
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """The networks of a distillation and how their flows are solved.
+
+    Attributes:
+        teacher, student: sampling settings, expanded.
+        reflow: whether the student learns the teacher's solutions; else its velocity.
+    """
+
+    model: StructureGenerator
+    tokenizer: Tokenizer
+    teacher: Settings
+    student: Settings
+    reflow: bool
+
+    def solver(self, settings: Settings, velocity):
+        """`solution` with the times of sampling settings."""
+        height, width = self.model.grid
+        times = flow.shifted_times(settings.flow_steps, height * width, settings.flow_shift)
+        return solution(velocity, times.astype(np.float32), settings.solver)
+
+    def loss(self, params, teacher_params, quantized, class_ids, noise, times, weights=None):
+        """The loss of each learned split, float32 (K - 1,).
+
+        Args:
+            class_ids: int32 (B,). noise, times, weights: as of `structure_losses`.
+        """
+        class_ids = class_ids.repeat(times.shape[1])
+        student = guided_velocity(self.model, params, class_ids, None)
+        velocity = guided_velocity(self.model, teacher_params, class_ids, self.guidance)
+        teacher = Teacher(velocity=velocity)
+        if self.reflow:
+            teacher = Teacher(solution=self.solver(self.teacher, velocity))
+        structure, canvases = quantized.sequence.structure, quantized.canvases
+        return structure_losses(student, structure, canvases, noise, times, weights, teacher)
+
+    @property
+    def guidance(self):
+        """float32 (K - 1,), the teacher's scales of the learned splits; None if all are 1."""
+        scales = np.asarray(self.teacher.structure_guidance, np.float32)[:-2]
+        return None if (scales == 1).all() else jnp.asarray(scales)
+
+    def agreement(self, params, teacher_params, quantized, class_ids, noise, weights):
+        """Share of positions that student and teacher split alike, float32 (K - 1,)."""
+        structure = quantized.sequence.structure
+        batch, stages, length = structure.shape
+        learned = stages - 2
+
+        def splits(settings, velocity, stage):
+            embedding = granularity.structure_embedding(structure[:, stage], stage, stages - 1)
+            solve = self.solver(settings, velocity)
+            z = solve(noise, embedding, quantized.canvases[:, stage], jnp.full(batch, stage))
+            bit = jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
+            return granularity.split(structure[:, stage], bit, stage)
+
+        def of_stage(stage):
+            student = guided_velocity(self.model, params, class_ids, None)
+            teacher = guided_velocity(self.model, teacher_params, class_ids, self.guidance)
+            same = splits(self.student, student, stage) == splits(self.teacher, teacher, stage)
+            return jnp.average(same.mean(1), weights=weights)
+
+        return jax.lax.map(of_stage, jnp.arange(learned))
+
+
+def train_step(
+    state: TrainState,
+    teacher_params,
+    tokenizer_params,
+    batch,
+    key,
+    *,
+    distillation: Distillation,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+):
+    """One step of the student on a batch for `generators.encode` with its "label".
+
+    Args:
+        state: its parameters are {"structure": tree}, as the teacher's.
+        key: the run's key; the step number is folded in.
+
+    Returns:
+        (state, metrics).
+    """
+    quantized = encode(distillation.tokenizer, tokenizer_params, batch)
+    batch_size, stages, length = quantized.sequence.structure.shape
+    noise_key, time_key = jax.random.split(jax.random.fold_in(key, state.step))
+    noise = jax.random.normal(noise_key, (batch_size, length, stages - 1))
+    times = draw_times(time_key, batch_size, stages - 2)
+
+    def loss_of(params):
+        losses = distillation.loss(
+            params["structure"],
+            teacher_params["structure"],
+            quantized,
+            batch["label"],
+            noise,
+            times,
+        )
+        return losses.mean(), losses
+
+    (loss, losses), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    metrics = {
+        "structure/loss": loss,
+        "structure/flow_loss": losses,
+        "grad_norm": optax.tree.norm(grads),
+    }
+    return state.update(grads, optimizer, config.ema_decay), metrics
+
+
+def eval_step(params, teacher_params, tokenizer_params, batch, *, distillation: Distillation):
+    """Loss, and share of positions split as by the teacher, of held-out images.
+
+    Images where the batch's "mask", bool (B,), is False do not count.
+    """
+    quantized = encode(distillation.tokenizer, tokenizer_params, batch)
+    weights = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
+    batch_size, stages, length = quantized.sequence.structure.shape
+    noise_key, time_key = jax.random.split(jax.random.key(0))
+    noise = jax.random.normal(noise_key, (batch_size, length, stages - 1))
+    times = draw_times(time_key, batch_size, stages - 2)
+    networks = params["structure"], teacher_params["structure"], quantized, batch["label"], noise
+    losses = distillation.loss(*networks, times, weights)
+    agreement = distillation.agreement(*networks, weights)
+    return {
+        "structure/loss": losses.mean(),
+        "structure/flow_loss": losses,
+        "structure/agreement": agreement.mean(),
+        "structure/agreement_of_splits": agreement,
+    }
+
+
+# The program and the task.
+
+
+def student_settings(config: ml_collections.ConfigDict, teacher: Settings) -> Settings:
+    """The recommended settings of the student: guidance is inside, and the steps are few."""
+    recipe = config.distillation
+    return dataclasses.replace(
+        teacher,
+        structure_guidance=1.0,
+        flow_steps=recipe.flow_steps,
+        solver="euler" if recipe.reflow else teacher.solver,
+    )
+
+
+def teacher_settings(config: ml_collections.ConfigDict, recommended: Settings) -> Settings:
+    """How the teacher's flow is solved: as its folder recommends, but for what the config says."""
+    recipe = config.distillation
+    changes = {
+        "flow_steps": recipe.teacher_steps or None,
+        "structure_guidance": tuple(recipe.structure_guidance) or None,
+    }
+    return recommended.updated(changes)
+
+
+def make_program(
+    config: ml_collections.ConfigDict, mesh: Mesh, steps: int, num_classes: int, teacher: Settings
+) -> programs.TrainProgram:
+    """The training of a student over `steps` steps.
+
+    init: (key,), random parameters. step: (state, teacher's parameters, tokenizer parameters,
+    batch, key). evaluate: (averaged parameters, teacher's parameters, tokenizer parameters, batch).
+    See `train_step` and `eval_step`.
+
+    Args:
+        teacher: its sampling settings.
+
+    Raises:
+        ValueError: invalid settings.
+    """
+    recipe, tokenizer = config.distillation, TokenizerConfig(**config.tokenizer)
+    sizes = tokenizer.num_stages, tokenizer.codebook_size
+    optimizer_config = OptimizerConfig(**recipe.optimizer)
+    optimizer = make_optimizer(optimizer_config, recipe.batch_size, steps)
+    model = models.make_generator(
+        "structure", TransformerConfig(**config.structure), tokenizer, num_classes, config.dtype
+    )
+    distillation = Distillation(
+        model,
+        models.make_tokenizer(tokenizer, config.dtype),
+        teacher.expand(*sizes),
+        student_settings(config, teacher).expand(*sizes),
+        recipe.reflow,
+    )
+
+    def init(key):
+        return TrainState.create({"structure": models.init_generator(model, key)}, optimizer)
+
+    key = programs.abstract_key()
+    init, state = sharding.sharded_init(init, mesh, key)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    step = functools.partial(
+        train_step, distillation=distillation, optimizer=optimizer, config=optimizer_config
+    )
+    return programs.TrainProgram(
+        init=init,
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), replicated),
+        ),
+        evaluate=jax.jit(
+            functools.partial(eval_step, distillation=distillation), out_shardings=replicated
+        ),
+        arguments=(
+            state,
+            state.params,
+            sharding.with_shardings(models.abstract_params("tokenizer", tokenizer), replicated),
+            programs.abstract_batch(tokenizer, recipe.batch_size, mesh),
+            key,
+        ),
+        schedule=learning_rate_schedule(optimizer_config, recipe.batch_size, steps),
+    )
+
+
+def read_teacher(folder: str) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, parameters) of a model to distill.
+
+    Raises:
+        ValueError: there is none, or it cannot sample.
+    """
+    metadata, params = bundled.read_model(folder)
+    missing = [name for name in models.GENERATORS if name not in params]
+    if missing:
+        raise ValueError(
+            f"--teacher={folder} has no {' and no '.join(missing)} generator; distillation needs a "
+            "model that can sample."
+        )
+    return metadata, params
+
+
+def with_sizes(
+    config: ml_collections.ConfigDict, teacher: RunMetadata
+) -> ml_collections.ConfigDict:
+    """The config with the sizes of a teacher; what to recompute stays the config's choice."""
+    config = config.copy_and_resolve_references()
+    config.tokenizer.update(dataclasses.asdict(teacher.tokenizer))
+    for name, sizes in teacher.generators.items():
+        config[name].update(dataclasses.asdict(sizes) | {"remat": config[name].remat})
+    return config
+
+
+def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
+    """The distillation of a teacher's structure generator as a task.
+
+    Args:
+        run: its config is `with_sizes` of the teacher.
+        teacher, params: of `read_teacher`.
+
+    Raises:
+        ValueError: the data have other classes, or invalid settings.
+    """
+    config, recipe = run.config, run.config.distillation
+    classes = run.train_source.class_names
+    numbers = tuple(str(index) for index in range(len(classes)))  # those of converted weights
+    if teacher.class_names not in (classes, numbers):
+        raise ValueError(
+            f"The teacher knows {teacher.num_classes} classes "
+            f"({', '.join(teacher.class_names[:3])}, ...) and the data have {len(classes)} "
+            f"({', '.join(classes[:3])}, ...). Use the data set that it was trained on."
+        )
+    settings = teacher_settings(config, teacher.sampling)
+    teacher.check_guidance(settings)
+    steps = run.num_steps(recipe)
+    program = make_program(config, run.mesh, steps, teacher.num_classes, settings)
+    key = jax.random.fold_in(run.key, 3)
+    place = lambda tree, like: jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), tree, like)
+    teacher_params = place({"structure": params["structure"]}, program.state.params)
+    tokenizer_params = jax.device_put(params["tokenizer"], run.replicated)
+    metadata = teacher.replace(
+        structure=TransformerConfig(**config.structure),
+        sampling=student_settings(config, settings),
+        teacher=files.fingerprint(params["structure"]),
+        config=run.config_json(),
+        steps=steps,
+        step=None,
+        fid=None,
+    )
+    sampler = Sampler(metadata, config.seed)
+
+    def model(state):
+        student = jax.tree.map(sharding.to_host, state.ema_params)
+        return metadata, params | student
+
+    def evaluate(state):
+        metrics = run.test_metrics(
+            recipe.batch_size,
+            lambda batch: program.evaluate(
+                state.ema_params, teacher_params, tokenizer_params, batch
+            ),
+        )
+        student = model(state)[1]
+        return metrics, sampler.picture(student) if is_main() else None
+
+    def init():
+        state = program.init(jax.random.fold_in(run.key, 1))
+        copies = lambda like: place({"structure": params["structure"]}, like)
+        return state.replace(params=copies(state.params), ema_params=copies(state.params))
+
+    return Task(
+        name=PART,
+        recipe=recipe,
+        steps=steps,
+        state=program.state,
+        learning_rate=program.schedule,
+        metadata=metadata,
+        batches=run.train_batches(recipe.batch_size, config.seed + 2),
+        init=init,
+        update=lambda state, batch, step: program.step(
+            state, teacher_params, tokenizer_params, batch, key
+        ),
+        evaluate=evaluate,
+        finish=lambda state: metadata,
+        model=model,
+    )
