@@ -173,8 +173,15 @@ class Pipeline:
             ValueError: maps that do not split every parent in half, token ids outside the
                 codebook, tokens that differ within a cluster, or other shapes.
         """
-        sequence = self._check_sequence(sequence, "sequence")
-        return self.decode_canvas(self._tokenize(sequence, method="canvases")[:, -1])
+        return self.decode_canvas(self.canvases(sequence)[:, -1])
+
+    def canvases(self, sequence: GranularitySequence) -> np.ndarray:
+        """The canvases of sequences after each stage, float32 (B, S, L, D).
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        return self._tokenize(self._check_sequence(sequence, "sequence"), method="canvases")
 
     def decode_canvas(self, canvas) -> np.ndarray:
         """The images of canvases (B, L, D) after any stage, float32 (B, H, W, 3) in [-1, 1].

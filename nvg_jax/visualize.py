@@ -1,15 +1,18 @@
 """Grids of images, reconstructions and stages as uint8 arrays (H, W, 3), and PNG files."""
 
 import io
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from nvg_jax.runtime.files import atomic_write
 
 MIN_TILE = 64  # smaller tiles are enlarged by an integer factor to about this many pixels
 GAP = 2  # pixels between tiles
+FONT_SIZE = 12
 
 
 def to_uint8(images) -> np.ndarray:
@@ -38,14 +41,45 @@ def reconstruction_grid(images, reconstructions) -> np.ndarray:
     return image_grid(np.concatenate([to_uint8(images), to_uint8(reconstructions)]), len(images))
 
 
-def structure_colors(labels, num_labels: int) -> np.ndarray:
-    """Colors the labels of a structure map: int (...) -> uint8 (..., 3).
+def structure_colors(labels, stage: int) -> np.ndarray:
+    """Colors the labels 0 .. 2**stage - 1 of a structure map: int (...) -> uint8 (..., 3).
 
-    Hues follow the order of the labels around the color circle, so siblings have similar colors.
+    Hues follow the order of the labels, from red to violet, so that children have colors around
+    their parent's. From the fourth bit on, siblings also differ in lightness, the finer the stage
+    the less, since hues alone cannot be told apart. Hue and lightness are those of Oklch
+    (https://www.w3.org/TR/css-color-4/#ok-lab), in which equal steps look equal.
     """
-    hue = (np.asarray(labels) + 0.5) / num_labels
-    channels = [np.clip(np.abs((hue * 6 + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)]
-    return (255 * (0.15 + 0.75 * np.stack(channels, -1))).astype(np.uint8)
+    labels = np.asarray(labels)
+    lightness = np.full(labels.shape, 0.72)
+    for bit in range(3, stage):
+        lightness += np.where(labels >> (stage - 1 - bit) & 1, 0.1, -0.1) * 0.6 ** (bit - 3)
+    hue = np.deg2rad(20 + 310 * (labels + 0.5) / 2**stage)
+    a, b = 0.14 * np.cos(hue), 0.14 * np.sin(hue)
+    lms = np.stack(
+        [
+            lightness + 0.3963377774 * a + 0.2158037573 * b,
+            lightness - 0.1055613458 * a - 0.0638541728 * b,
+            lightness - 0.0894841775 * a - 1.2914855480 * b,
+        ],
+        axis=-1,
+    )
+    to_rgb = [
+        [4.0767416621, -3.3077115913, 0.2309699292],
+        [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ]
+    linear = np.clip(lms**3 @ np.transpose(to_rgb), 0, 1)
+    srgb = np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return (255 * srgb + 0.5).astype(np.uint8)
+
+
+def map_tile(
+    labels: np.ndarray, stage: int, latent_size: tuple[int, int], image_size: tuple[int, int]
+) -> np.ndarray:
+    """The structure map of a stage, int (L,), in color and as large as an image: (H, W, 3)."""
+    colors = structure_colors(np.reshape(labels, latent_size), stage)
+    height, width = image_size
+    return np.asarray(Image.fromarray(colors).resize((width, height), Image.NEAREST))
 
 
 def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.ndarray:
@@ -62,10 +96,38 @@ def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.nda
     tiles = []
     for images, maps in zip(to_uint8(stage_images), np.asarray(structure)):
         tiles.extend(images)
-        for stage, labels in enumerate(maps):
-            colors = structure_colors(labels.reshape(latent_size), 2**stage)
-            tiles.append(np.asarray(Image.fromarray(colors).resize((width, height), Image.NEAREST)))
+        tiles += [map_tile(m, stage, latent_size, (height, width)) for stage, m in enumerate(maps)]
     return image_grid(np.stack(tiles), stages)
+
+
+def labeled_grid(tiles, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
+    """Tiles in rows and columns with a text before each row and one above each column.
+
+    Equal texts of neighboring columns are written once.
+
+    Args:
+        tiles: uint8 (R, C, H, W, 3), or nested lists of tiles.
+    """
+    tiles = np.asarray(tiles)
+    grid = image_grid(tiles.reshape(-1, *tiles.shape[2:]), columns=len(columns))
+    font = ImageFont.load_default(FONT_SIZE)
+    left = GAP * 4 + max(int(np.ceil(font.getlength(text))) for text in rows)
+    top = FONT_SIZE * 3 // 2
+    height, width, _ = grid.shape
+    tile_height, tile_width = ((x + GAP) / len(n) for x, n in ((height, rows), (width, columns)))
+    picture = Image.new("RGB", (left + width, top + height), "white")
+    picture.paste(Image.fromarray(grid), (left, top))
+    draw = ImageDraw.Draw(picture)
+    for row, text in enumerate(rows):
+        middle = top + (row + 0.5) * tile_height - GAP / 2
+        draw.text((left - 3 * GAP, middle), text, "black", font, anchor="rm")
+    start = 0
+    for text, group in itertools.groupby(columns):
+        count = len(list(group))
+        middle = left + (start + count / 2) * tile_width - GAP / 2
+        draw.text((middle, top / 2), text, "black", font, anchor="mm")
+        start += count
+    return np.asarray(picture)
 
 
 def png(image: np.ndarray) -> bytes:

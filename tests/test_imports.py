@@ -16,7 +16,7 @@ LEVELS = (
     ("pipeline",),
     ("training", "jobs"),
     ("aot", "cli"),
-    ("train", "sample", "evaluate", "convert", "compile", "encode", "distill"),
+    ("train", "sample", "evaluate", "convert", "compile", "encode", "distill", "figures"),
 )
 # These know no model: of the package they import only each other. Every level may import them.
 FREE = ("data", "runtime", "torch_interop", "visualize")

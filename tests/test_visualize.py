@@ -6,6 +6,7 @@ from PIL import Image
 from nvg_jax.visualize import (
     GAP,
     image_grid,
+    labeled_grid,
     reconstruction_grid,
     save_png,
     stages_grid,
@@ -64,13 +65,36 @@ def test_originals_are_above_their_reconstructions():
     assert is_all(grid[66:, :64], 127) and is_all(grid[66:, 66:], 127)
 
 
-def test_labels_have_the_colors_of_the_circle():
-    # Three labels: the middles of the thirds of the circle, yellow, cyan and magenta.
-    got = structure_colors([0, 1, 2], 3)
-    low, high = int(0.15 * 255), int(0.9 * 255)
-    np.testing.assert_array_equal(got, [[high, high, low], [low, high, high], [high, low, high]])
-    assert structure_colors(np.arange(256).reshape(16, 16), 256).shape == (16, 16, 3)
-    assert len(np.unique(structure_colors(np.arange(256), 256), axis=0)) == 256
+def test_colors_of_labels_keep_the_family():
+    colors = structure_colors(np.arange(256).reshape(16, 16), 8)
+    assert colors.shape == (16, 16, 3) and colors.dtype == np.uint8
+    assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 256
+    # The mean color of two siblings is closer to their parent's color than to any other's.
+    for stage in range(2, 6):
+        parents = structure_colors(np.arange(2**stage), stage).astype(float)
+        children = structure_colors(np.arange(2 ** (stage + 1)), stage + 1).astype(float)
+        siblings = children.reshape(-1, 2, 3).mean(1)
+        distance = np.linalg.norm(siblings[:, None] - parents, axis=-1)
+        np.testing.assert_array_equal(distance.argmin(1), np.arange(2**stage))
+    # Siblings of the finest stage, whose hues are nearly the same, differ in lightness.
+    finest = colors.reshape(128, 2, 3).astype(float)
+    assert np.linalg.norm(finest[:, 0] - finest[:, 1], axis=-1).min() > 6
+
+
+def test_a_grid_with_texts():
+    tiles = [[tile(RED), tile(GREEN), tile(BLUE)], [tile(BLUE), tile(RED), tile(GREEN)]]
+    picture = labeled_grid(tiles, ["one", "a longer one"], ["left", "right", "right"])
+    grid = image_grid(np.asarray(tiles).reshape(-1, 64, 64, 3), columns=3)
+    height, width, _ = grid.shape
+    np.testing.assert_array_equal(picture[-height:, -width:], grid)
+    left, top = picture.shape[1] - width, picture.shape[0] - height
+    dark = (picture < 128).all(-1)
+    rows = [dark[top : top + 64, :left], dark[top + 66 :, :left]]
+    assert all(part.any() for part in rows) and rows[1].sum() > rows[0].sum()
+    heads = dark[:top, left:]
+    # "right" is written once, in the middle of its two columns.
+    assert heads[:, :64].any() and heads[:, 120:140].any() and not heads[:, 180:].any()
+    labeled_grid([[tile(RED)]], [""], [""])
 
 
 def test_stages_stand_above_their_maps():
@@ -83,7 +107,7 @@ def test_stages_stand_above_their_maps():
     left, right = slice(0, 128), slice(130, 258)
     assert is_all(grid[:64, left], 0) and is_all(grid[:64, right], 127)
     assert is_all(grid[132:196], 255)
-    (whole,), (first, second) = structure_colors([0], 1), structure_colors([0, 1], 2)
+    (whole,), (first, second) = structure_colors([0], 0), structure_colors([0, 1], 1)
     assert is_all(grid[66:130, left], whole) and is_all(grid[198:, left], whole)
     assert is_all(grid[66:130, 130:194], first) and is_all(grid[66:130, 194:], second)
     assert is_all(grid[198:, 130:194], second) and is_all(grid[198:, 194:], first)

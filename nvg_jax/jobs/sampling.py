@@ -164,12 +164,16 @@ class SamplingJob:
         return json.loads(json.dumps(description))
 
 
+def stage_images(pipeline: Pipeline, canvases: np.ndarray) -> np.ndarray:
+    """Canvases (B, S, L, D) decoded after every stage, float32 (B, S, H, W, 3) in [-1, 1]."""
+    images = pipeline.decode_canvas(canvases.reshape(-1, *canvases.shape[2:]))
+    return images.reshape(*canvases.shape[:2], *images.shape[1:])
+
+
 def stages_picture(pipeline: Pipeline, output: SampleOutput, picks: np.ndarray) -> np.ndarray:
     """The samples `picks` of an output: the canvas decoded after every stage, above its map."""
-    canvases = output.canvases[picks]
-    images = pipeline.decode_canvas(canvases.reshape(-1, *canvases.shape[2:]))
     return stages_grid(
-        images.reshape(*canvases.shape[:2], *images.shape[1:]),
+        stage_images(pipeline, output.canvases[picks]),
         output.sequence.structure[picks],
         pipeline.tokenizer.config.latent_size,
     )

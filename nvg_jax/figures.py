@@ -1,0 +1,68 @@
+"""The paper's figures for any model.
+
+    python -m nvg_jax.figures --workdir=fashion_mnist --out=figures/
+
+Writes sequence.png (Figure 1: canvases and maps, stage by stage), binary.png (Figure 5: samples and
+their first map), drawings.png (Figure 6: samples that follow ready-made maps) and stages.png
+(Figure 8: what each stage decides). --image=FILE shows the stages of a picture in sequence.png.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from nvg_jax import cli
+
+FLAGS = flags.FLAGS
+FIGURES = ("sequence", "binary", "drawings", "stages")
+
+
+def main(_):
+    unknown = [name for name in FLAGS.figures if name not in FIGURES]
+    if unknown or not FLAGS.figures:
+        raise ValueError(f"--figures takes names of {', '.join(FIGURES)}; got {unknown}.")
+    from nvg_jax.jobs import editing, figures
+    from nvg_jax.pipeline import Pipeline
+    from nvg_jax.visualize import save_png
+
+    pipe = Pipeline.from_pretrained(FLAGS.workdir)
+    if not FLAGS.image or FLAGS.figures != ["sequence"]:
+        pipe.check_can_sample()
+    names = FLAGS.classes or range(min(len(pipe.class_names), 8))
+    classes = [pipe.class_id(name) for name in names]
+    out = Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def draw(name: str) -> np.ndarray:
+        if name == "sequence" and FLAGS.image:
+            image = editing.fit(pipe, editing.read_picture(FLAGS.image))[None]
+            visual = pipe.encode(image)
+            return figures.sequence(pipe, visual, pipe.canvases(visual), [Path(FLAGS.image).stem])
+        if name == "sequence":
+            sample = pipe.sample(classes[:4], seed=FLAGS.seed)
+            rows = [pipe.class_names[c] for c in classes[:4]]
+            return figures.sequence(pipe, sample.sequence, sample.canvases, rows)
+        if name == "binary":
+            return figures.binary(pipe, classes, FLAGS.columns, FLAGS.seed)
+        if name == "drawings":
+            return figures.drawings(pipe, classes, FLAGS.seed)
+        return figures.stages(pipe, classes[0], FLAGS.columns, FLAGS.seed)
+
+    for name in FLAGS.figures:
+        save_png(out / f"{name}.png", draw(name))
+        print(out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "workdir", None, "A run's workdir, an exported or converted folder, or a bundled model."
+    )
+    flags.DEFINE_string("out", None, "Folder for the figures.")
+    flags.DEFINE_list("figures", ",".join(FIGURES), f"Which of {', '.join(FIGURES)}.")
+    flags.DEFINE_list("classes", None, "Class names or ids; by default the first eight.")
+    flags.DEFINE_string("image", None, "A picture whose stages sequence.png shows.")
+    flags.DEFINE_integer("columns", 3, "Samples beside each other.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
+    flags.mark_flags_as_required(["workdir", "out"])
+    cli.main(main)

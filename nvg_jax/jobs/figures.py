@@ -1,0 +1,92 @@
+"""The paper's figures for any model, as labeled pictures.
+
+Each function returns a picture, uint8 (H, W, 3).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nvg_jax.jobs.sampling import stage_images
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.sampling import control
+from nvg_jax.tokenizer import GranularitySequence
+from nvg_jax.visualize import labeled_grid, map_tile, to_uint8
+
+
+def captions(num_stages: int) -> list[str]:
+    return [f"{2**stage} token{'s' if stage else ''}" for stage in range(num_stages)]
+
+
+def picture_of(pipe: Pipeline, labels: np.ndarray, stage: int) -> np.ndarray:
+    config = pipe.tokenizer.config
+    return map_tile(labels, stage, config.latent_size, config.image_size)
+
+
+def sequence(
+    pipe: Pipeline, visual: GranularitySequence, canvases: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """Canvases and maps, stage by stage (Figure 1): two rows an image.
+
+    Args:
+        visual: of B images. canvases: float32 (B, S, L, D). names: of the rows.
+    """
+    config = pipe.tokenizer.config
+    tiles = []
+    for images, maps in zip(to_uint8(stage_images(pipe, canvases)), visual.structure):
+        tiles.append(list(images))
+        tiles.append([picture_of(pipe, x, s) for s, x in enumerate(maps)])
+    rows = [text for name in names for text in (name, "structure")]
+    return labeled_grid(tiles, rows, captions(config.num_stages))
+
+
+def binary(pipe: Pipeline, classes: Sequence[int], columns: int, seed: int) -> np.ndarray:
+    """Samples beside their first map and its two halves (Figure 5): a row a class."""
+    config = pipe.tokenizer.config
+    out = pipe.sample(np.repeat(classes, columns), seed=seed)
+    tiles = []
+    for image, structure in zip(to_uint8(out.images), out.sequence.structure):
+        patch = [n // m for n, m in zip(config.image_size, config.latent_size)]
+        half = np.kron(structure[1].reshape(config.latent_size), np.ones(patch))[..., None] == 1
+        faded = (image // 4 + 191).astype(np.uint8)
+        tiles.append([image, picture_of(pipe, structure[1], 1)])
+        tiles[-1] += [np.where(half == side, image, faded) for side in (False, True)]
+    tiles = [sum(tiles[row * columns : (row + 1) * columns], []) for row in range(len(classes))]
+    heads = ["sample", "first map", "one half", "other half"] * columns
+    return labeled_grid(tiles, [pipe.class_names[c] for c in classes], heads)
+
+
+def drawings(pipe: Pipeline, classes: Sequence[int], seed: int) -> np.ndarray:
+    """Samples of every class that follow each ready-made map (Figure 6): a row a map."""
+    config = pipe.tokenizer.config
+    tiles = []
+    for name in control.DRAWINGS:
+        regions = control.ready_made(name, min(config.image_size))
+        structure, stages = control.structure_of_drawing(regions, config.latent_size)
+        structure = np.broadcast_to(structure, (len(classes), *structure.shape))
+        prefix = GranularitySequence(structure, np.zeros_like(structure))
+        out = pipe.sample(classes, seed=seed, prefix=prefix, structure_stages=stages)
+        last = stages - 1  # the finest map that the drawing decides
+        tiles.append([picture_of(pipe, structure[0, last], last), *to_uint8(out.images)])
+    heads = ["map", *(pipe.class_names[c] for c in classes)]
+    return labeled_grid(tiles, [name.replace("_", " ") for name in control.DRAWINGS], heads)
+
+
+def stages(pipe: Pipeline, class_id: int, columns: int, seed: int) -> np.ndarray:
+    """What each stage decides (Figure 8): samples that keep more and more stages of one.
+
+    On the left only the maps are kept, on the right maps and tokens.
+    """
+    config = pipe.tokenizer.config
+    one = pipe.sample([class_id], seed=seed)
+    prefix = GranularitySequence(*(part.repeat(columns, axis=0) for part in one.sequence))
+    tiles = []
+    for kept in range(config.num_stages + 1):
+        row = [to_uint8(one.images[0])]
+        for token_stages in (0, kept):
+            given = dict(prefix=prefix, structure_stages=kept, token_stages=token_stages)
+            out = pipe.sample([class_id] * columns, seed=seed, first_index=1, **given)
+            row += list(to_uint8(out.images))
+        tiles.append(row)
+    rows = [f"{kept} stage{'' if kept == 1 else 's'} kept" for kept in range(config.num_stages + 1)]
+    return labeled_grid(tiles, rows, ["kept of", *["maps kept"] * columns, *["maps and tokens"] * columns])
