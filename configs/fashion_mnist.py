@@ -71,6 +71,7 @@ def get_config(arg: str | None = None):
         config.structure = common.transformer(64, 3, head_dim=32)
         config.content.remat = config.structure.remat = "blocks"
         config.tokenizer_training.update(length="5000 steps")
+        config.generator_training.update(length="4000 steps", batch_size=16, save_every=250)
     if "runlocal" in variants:
         common.run_locally(config)
         config.data.resize = 8

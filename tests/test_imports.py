@@ -15,8 +15,8 @@ LEVELS = (
     ("sampling", "evaluation", "workdir", "bundled"),
     ("pipeline",),
     ("training", "jobs"),
-    ("aot", "cli"),
-    ("train", "sample", "evaluate", "convert", "compile", "encode", "distill", "figures"),
+    ("aot", "cli", "page"),
+    ("train", "sample", "evaluate", "convert", "compile", "encode", "distill", "figures", "app"),
 )
 # These know no model: of the package they import only each other. Every level may import them.
 FREE = ("data", "runtime", "torch_interop", "visualize")

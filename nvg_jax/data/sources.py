@@ -405,4 +405,19 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
             f"The data set in '{newest}' is not in ArrayRecord format; prepare it with "
             "file_format='array_record', as docs/data.md shows."
         ) from error
-    return TfdsSource(records, features["label"].names, f"{name} {available[0]}")
+    names = features["label"].names
+    if builder.name == "imagenet2012" and len(names) == 1000:  # whose labels have WordNet's numbers
+        names = default_class_names(len(names))
+    return TfdsSource(records, names, f"{name} {available[0]}")
+
+
+def default_class_names(count: int) -> tuple[str, ...]:
+    """The names of the classes of a model that knows only how many it has.
+
+    Of 1,000 classes they are ImageNet's, in the usual order of its labels (the names are those of
+    torchvision); otherwise "0", "1", and so on.
+    """
+    if count == 1000:
+        path = pathlib.Path(__file__).with_name("imagenet_classes.txt")
+        return tuple(path.read_text().splitlines())
+    return tuple(str(index) for index in range(count))

@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from nvg_jax.data.sources import default_class_names
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import GENERATORS
 from nvg_jax.pipeline import Pipeline
@@ -59,7 +60,7 @@ def read_published(
         own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
         metadata = RunMetadata(
             tokenizer=TokenizerConfig(**own),
-            class_names=tuple(str(i) for i in range(sizes.get("num_classes", 0))),
+            class_names=default_class_names(sizes.get("num_classes", 0)),
             sources={
                 part: {"file": Path(file).name, "weights": weights, "sha256": _sha256(Path(file))}
                 for part, (file, weights) in files.items()

@@ -89,4 +89,6 @@ def stages(pipe: Pipeline, class_id: int, columns: int, seed: int) -> np.ndarray
             row += list(to_uint8(out.images))
         tiles.append(row)
     rows = [f"{kept} stage{'' if kept == 1 else 's'} kept" for kept in range(config.num_stages + 1)]
-    return labeled_grid(tiles, rows, ["kept of", *["maps kept"] * columns, *["maps and tokens"] * columns])
+    return labeled_grid(
+        tiles, rows, ["kept of", *["maps kept"] * columns, *["maps and tokens"] * columns]
+    )

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import bundled, granularity, models
+from nvg_jax.data.sources import default_class_names
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import files, sharding
 from nvg_jax.runtime.processes import is_main
@@ -323,8 +324,7 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
     """
     config, recipe = run.config, run.config.distillation
     classes = run.train_source.class_names
-    numbers = tuple(str(index) for index in range(len(classes)))  # those of converted weights
-    if teacher.class_names not in (classes, numbers):
+    if teacher.class_names not in (classes, default_class_names(len(classes))):
         raise ValueError(
             f"The teacher knows {teacher.num_classes} classes "
             f"({', '.join(teacher.class_names[:3])}, ...) and the data have {len(classes)} "

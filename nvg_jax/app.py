@@ -1,0 +1,43 @@
+"""A page to sample, control and edit in the browser: `python -m nvg_jax.app --workdir=runs/digits`.
+
+Without --workdir it shows the bundled Fashion-MNIST model. Only this machine can open it unless
+--host says otherwise. Needs Gradio: pip install -e ".[app]".
+"""
+
+from absl import flags
+
+from nvg_jax import cli
+
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    try:
+        from nvg_jax import page
+    except ImportError as error:
+        raise ValueError(
+            f'The page needs Gradio, which is not installed ({error}). pip install -e ".[app]"'
+        ) from error
+    from nvg_jax.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
+    pipe.check_can_sample()
+    blocks = page.build(page.Page(pipe, FLAGS.workdir))
+    blocks.queue(max_size=FLAGS.max_waiting).launch(
+        server_name=FLAGS.host, server_port=FLAGS.port, max_file_size=page.MAX_UPLOAD
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "workdir",
+        "fashion_mnist",
+        "A run's workdir, an exported or converted folder, or a bundled model.",
+    )
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "Arithmetic; by default what the devices do best."
+    )
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets others in.")
+    flags.DEFINE_integer("port", 7860, "Port to listen on.", 0, 65535)
+    flags.DEFINE_integer("max_waiting", 20, "Requests that may wait.", lower_bound=1)
+    cli.main(main)

@@ -1,0 +1,334 @@
+"""The web page of `nvg_jax.app`: sampling, structure control and editing in a browser (Gradio)."""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from nvg_jax.jobs import editing
+from nvg_jax.jobs.sampling import Given, SamplingJob, stage_images
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.sampling import control
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.visualize import image_grid, map_tile, to_uint8
+
+SAMPLES = 4  # drawn at once; another number would compile another program
+CANVAS = 320  # pixels of a side to paint on
+SHOWN = 800  # pixels that the samples are wide, at most
+COLORS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (220, 40, 40)}
+COLORS |= {"green": (40, 160, 60), "blue": (50, 90, 220), "yellow": (240, 200, 40)}
+SHOW_STAGE = 0.4  # seconds
+MAX_UPLOAD = "10mb"
+
+
+class Kept(NamedTuple):
+    """What samples keep: the object, the Python line that makes it, the files that it reads."""
+
+    given: Given | None = None
+    line: str = ""
+    files: tuple[Path, ...] = ()
+
+
+# From what was painted or uploaded.
+
+
+def hex_color(color: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{channel:02x}" for channel in color)
+
+
+def drawing_of(painted: dict[str, Any] | None) -> np.ndarray:
+    """What was painted with the brush, each pixel in the nearest of its colors: uint8 (H, W, 3).
+
+    Raises:
+        ValueError: nothing was painted.
+    """
+    if not painted or not any(layer[..., 3].any() for layer in painted["layers"]):
+        raise ValueError("Paint a drawing first: every color is a region.")
+    pixels = np.asarray(Image.fromarray(painted["composite"]).convert("RGBA"), np.float32)
+    opaque = pixels[..., 3:] / 255
+    pixels = pixels[..., :3] * opaque + 255 * (1 - opaque)
+    colors = np.array(list(COLORS.values()))
+    return colors[np.square(pixels[:, :, None] - colors).sum(-1).argmin(-1)].astype(np.uint8)
+
+
+def picture_and_mask_of(painted: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The picture that was uploaded and what was painted over it, white: uint8 (H, W, 3) each.
+
+    Raises:
+        ValueError: there is no picture, or nothing was painted.
+    """
+    if not painted or painted["background"] is None or not painted["background"][..., 3].any():
+        raise ValueError("Upload a picture first, or take the first sample.")
+    marked = np.zeros(painted["background"].shape[:2], bool)
+    for layer in painted["layers"]:
+        marked |= layer[..., 3] > 127
+    if not marked.any():
+        raise ValueError("Paint over the part of the picture that is to change.")
+    mask = np.repeat(255 * marked[..., None].astype(np.uint8), 3, axis=-1)
+    return painted["background"][..., :3], mask
+
+
+class Page:
+    """The page of one model. Its methods are what the buttons do.
+
+    Args:
+        name: what `Pipeline.from_pretrained` opened.
+    """
+
+    def __init__(self, pipe: Pipeline, name: str):
+        self.pipe, self.name = pipe, name
+        self._folder = Path(tempfile.mkdtemp(prefix="nvg_jax_"))
+
+    def _save(self, name: str, pixels: np.ndarray) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        Image.fromarray(pixels).save(folder / name)
+        return folder / name
+
+    # What is kept.
+
+    def nothing(self) -> Kept:
+        return Kept()
+
+    def ready_made(self, name: str) -> Kept:
+        given = editing.follow_drawing(self.pipe, name)
+        return Kept(given, f'given = editing.follow_drawing(pipe, "{name}")')
+
+    def drawing(self, painted: dict[str, Any] | None) -> Kept:
+        path = self._save("drawing.png", drawing_of(painted))
+        given = editing.follow_drawing(self.pipe, path)
+        return Kept(given, 'given = editing.follow_drawing(pipe, "drawing.png")', (path,))
+
+    def picture(self, path: str | None, structure_stages: float, token_stages: float) -> Kept:
+        if not path:
+            raise ValueError("Upload a picture first: its structure is kept.")
+        stages = int(structure_stages), int(token_stages)
+        if stages[1] > stages[0]:
+            raise ValueError("Tokens need their maps: keep at least as many maps as tokens.")
+        path = self._save("picture.png", editing.read_picture(path))
+        given = editing.keep_stages(self.pipe, path, *stages)
+        line = 'given = editing.keep_stages(pipe, "picture.png", {}, {})'.format(*stages)
+        return Kept(given, line, (path,))
+
+    def edit(self, painted: dict[str, Any] | None, start: float, paste: bool) -> Kept:
+        picture, mask = picture_and_mask_of(painted)
+        files = self._save("picture.png", picture), self._save("mask.png", mask)
+        feather = 2 if paste else None
+        given = editing.edit_region(self.pipe, *files, int(start), feather)
+        line = (
+            f'given = editing.edit_region(pipe, "picture.png", "mask.png", {int(start)}, {feather})'
+        )
+        return Kept(given, line, files)
+
+    # Sampling.
+
+    def settings(self, texts: tuple) -> dict[str, Any]:
+        """The settings that differ from the folder's, from the values of `settings_fields`."""
+        config, changes = self.pipe.tokenizer.config, {}
+        for (name, spec), value in zip(Settings.specs().items(), texts):
+            if isinstance(value, str):
+                try:
+                    value = spec.parse(value.replace(" ", ""))
+                except ValueError:
+                    raise ValueError(f"{name} takes numbers, got {value!r}.") from None
+            if value != getattr(self.pipe.settings, name):
+                changes[name] = value
+        self.pipe.settings.updated(changes).expand(config.num_stages, config.codebook_size)
+        return changes
+
+    def lines(self, kept: Kept, label: str, seed: int, settings: dict[str, Any]) -> str:
+        """The Python lines that draw the same samples."""
+        imports = ["from nvg_jax import Pipeline"]
+        imports += ["from nvg_jax.jobs import editing"] * bool(kept.line)
+        return "\n".join(
+            [
+                *imports,
+                "from nvg_jax.jobs.sampling import SamplingJob",
+                "from nvg_jax.visualize import image_grid, save_png",
+                "",
+                f'pipe = Pipeline.from_pretrained("{self.name}")',
+                *([kept.line] if kept.line else []),
+                f"job = SamplingJob(pipe, [pipe.class_id({label!r})], {SAMPLES}, {SAMPLES}, "
+                f"seed={seed}, settings={settings!r}{', given=given' if kept.line else ''})",
+                f'save_png("samples.png", image_grid(job.sample(0).images, columns={SAMPLES}))',
+            ]
+        )
+
+    def sample(self, keep, num_inputs: int, *values):
+        """Yields what the page shows after each stage.
+
+        Args:
+            keep: a method of this page that says what is kept.
+            values: its `num_inputs` arguments, the class, the seed, and a value for each setting.
+
+        Yields:
+            (canvases, maps, what they are, Python lines, files, the first sample to edit).
+        """
+        inputs, (label, seed, *settings) = values[:num_inputs], values[num_inputs:]
+        try:
+            kept = keep(*inputs)
+            changes = self.settings(tuple(settings))
+            if seed is None or seed != int(seed):
+                raise ValueError("The seed is a whole number.")
+            classes = [self.pipe.class_id(label)]
+            job = SamplingJob(self.pipe, classes, SAMPLES, SAMPLES, int(seed), changes, kept.given)
+            out = job.sample(0)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        config = self.pipe.tokenizer.config
+        frames = stage_images(self.pipe, out.canvases[:, :-1])
+        frames = np.concatenate([frames, out.images[:, None]], axis=1)  # pasted, if asked for
+        code = self.lines(kept, label, int(seed), changes)
+        files = [str(path) for path in kept.files] or None
+        for stage in range(config.num_stages):
+            maps = [
+                map_tile(m, stage, config.latent_size, config.image_size)
+                for m in out.sequence.structure[:, stage]
+            ]
+            text = f"Stage {stage} of {config.num_stages - 1}: {2**stage} tokens an image"
+            yield (
+                enlarged(image_grid(frames[:, stage], SAMPLES)),
+                enlarged(image_grid(np.stack(maps), SAMPLES)),
+                text,
+                code,
+                files,
+                to_uint8(out.images[0]),
+            )
+            time.sleep(SHOW_STAGE)
+
+
+def enlarged(image: np.ndarray, width: int = SHOWN) -> np.ndarray:
+    """An image by a whole factor as wide as it fits into `width` pixels."""
+    factor = max(1, width // image.shape[1])
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def to_canvas(image: np.ndarray | None) -> np.ndarray:
+    """A sample enlarged for painting on it."""
+    if image is None:
+        raise gr.Error("Draw samples first.")
+    return enlarged(image, CANVAS)
+
+
+def text_of(value) -> str:
+    return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
+
+
+def settings_fields(settings: Settings) -> list[gr.components.Component]:
+    """A field for each sampling setting, with the folder's value in it."""
+    fields = []
+    for name, spec in Settings.specs().items():
+        value = getattr(settings, name)
+        facts = dict(label=name, info=spec.help, interactive=True, elem_id=name)
+        if spec.kind is bool:
+            fields.append(gr.Checkbox(value, **facts))
+        elif spec.kind is str:
+            fields.append(gr.Dropdown(list(spec.choices), value=value, **facts))
+        else:  # a number, or several where a setting has one for each stage
+            fields.append(gr.Textbox(text_of(value), **facts))
+    return fields
+
+
+def build(page: Page) -> gr.Blocks:
+    """The page's layout, for `launch`."""
+    pipe, stages = page.pipe, page.pipe.tokenizer.config.num_stages
+    brush = gr.Brush(
+        default_size=CANVAS // 8,
+        colors=[hex_color(color) for color in COLORS.values()],
+        default_color=hex_color(COLORS["black"]),
+        color_mode="fixed",
+    )
+    eraser = gr.Eraser(default_size=CANVAS // 8)
+    canvas = dict(
+        eraser=eraser, transforms=(), layers=False, type="numpy", image_mode="RGBA", format="png"
+    )
+    with gr.Blocks(title="nvg_jax", analytics_enabled=False) as blocks:
+        gr.Markdown(
+            f"# Next Visual Granularity: {page.name}\n"
+            "An image grows in stages, each with twice as many tokens. The structure says which "
+            "places share a token; it can be drawn, or taken from a picture."
+        )
+        with gr.Row():
+            with gr.Column(scale=2):
+                with gr.Row():
+                    label = gr.Dropdown(
+                        list(pipe.class_names), value=pipe.class_names[0], label="Class"
+                    )
+                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+                with gr.Tab("Sample"):
+                    free = gr.Button("Draw samples", variant="primary", elem_id="free")
+                with gr.Tab("Draw a structure"):
+                    painted = gr.ImageEditor(
+                        label="Choose the brush and paint; every color is a region",
+                        sources=(),
+                        brush=brush,
+                        canvas_size=(CANVAS, CANVAS),
+                        fixed_canvas=True,
+                        elem_id="drawing",
+                        **canvas,
+                    )
+                    draw = gr.Button("Follow the drawing", variant="primary", elem_id="draw")
+                    ready = gr.Dropdown(
+                        list(control.DRAWINGS), value="circle_center", label="Or a ready-made one"
+                    )
+                    follow = gr.Button("Follow the ready-made drawing", elem_id="follow")
+                with gr.Tab("Structure of a picture"):
+                    reference = gr.Image(
+                        label="Picture", type="filepath", sources=["upload", "clipboard"]
+                    )
+                    keep_maps = gr.Slider(1, stages, min(3, stages), step=1, label="Maps to keep")
+                    keep_tokens = gr.Slider(0, stages, 0, step=1, label="Stages of tokens to keep")
+                    keep = gr.Button("Keep its structure", variant="primary", elem_id="keep")
+                with gr.Tab("Edit a picture"):
+                    masked = gr.ImageEditor(
+                        label="Upload a picture and paint over what is to change",
+                        sources=["upload", "clipboard"],
+                        brush=gr.Brush(
+                            default_size=CANVAS // 8,
+                            colors=["#ffffff"],
+                            default_color="#ffffff",
+                            color_mode="fixed",
+                        ),
+                        canvas_size=(CANVAS, CANVAS),
+                        elem_id="mask",
+                        **canvas,
+                    )
+                    take = gr.Button("Take the first sample", elem_id="take")
+                    start = gr.Slider(0, stages - 1, 0, step=1, label="Draw anew from stage")
+                    paste = gr.Checkbox(True, label="Put the original pixels back outside")
+                    edit = gr.Button("Renew the painted part", variant="primary", elem_id="edit")
+                with gr.Accordion("Settings", open=False):
+                    fields = settings_fields(pipe.settings)
+            with gr.Column(scale=3):
+                text = gr.Markdown("", elem_id="stage")
+                images = gr.Image(label="Samples", format="png", elem_id="samples")
+                maps = gr.Image(label="Structure", format="png", elem_id="maps")
+                with gr.Accordion("Python lines that make this picture", open=False):
+                    code = gr.Code(language="python", elem_id="code")
+                    files = gr.Files(label="The files that they read", interactive=False)
+        first = gr.State(None)
+        shown = [images, maps, text, code, files, first]
+        for button, keep_what, inputs in (
+            (free, page.nothing, []),
+            (draw, page.drawing, [painted]),
+            (follow, page.ready_made, [ready]),
+            (keep, page.picture, [reference, keep_maps, keep_tokens]),
+            (edit, page.edit, [masked, start, paste]),
+        ):
+            # A generator that binds its button's part; all buttons wait in one queue.
+            def run(*values, keep_what=keep_what, inputs=inputs):
+                yield from page.sample(keep_what, len(inputs), *values)
+
+            button.click(
+                run,
+                [*inputs, label, seed, *fields],
+                shown,
+                concurrency_limit=1,
+                concurrency_id="model",
+                show_progress_on=images,
+            )
+        take.click(to_canvas, first, masked)
+    return blocks

@@ -1,0 +1,34 @@
+"""The notebook, run from top to bottom as a visitor would."""
+
+import os
+
+import nbclient
+import nbformat
+import pytest
+from helpers import ROOT
+
+NOTEBOOK = nbformat.read(ROOT / "notebooks" / "nvg_jax.ipynb", as_version=4)
+
+
+def test_outputs_are_stripped():
+    for cell in NOTEBOOK.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # of Jupyter
+def test_it_runs_and_shows_pictures(tmp_path):
+    client = nbclient.NotebookClient(
+        NOTEBOOK.copy(), timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    done = client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+    texts, pictures = [], 0
+    for cell in done.cells:
+        for output in cell.get("outputs", ()):
+            assert output.get("name") != "stderr", output.text
+            pictures += "image/png" in output.get("data", {})
+            texts.append(output.get("text", ""))
+    assert pictures == 5  # samples, stages, a drawing, variations, an edit
+    skipped = [text for text in texts if text.startswith("Skipped: ")]
+    assert len(skipped) == 2  # what needs the published weights
