@@ -21,7 +21,9 @@ FIGURES = ("sequence", "binary", "drawings", "stages")
 def main(_):
     unknown = [name for name in FLAGS.figures if name not in FIGURES]
     if unknown or not FLAGS.figures:
-        raise ValueError(f"--figures takes names of {', '.join(FIGURES)}; got {unknown}.")
+        raise ValueError(
+            f"--figures takes names of {', '.join(FIGURES)}; got {', '.join(unknown) or 'none'}."
+        )
     from nvg_jax.jobs import editing, figures
     from nvg_jax.pipeline import Pipeline
     from nvg_jax.visualize import save_png

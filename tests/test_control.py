@@ -88,6 +88,7 @@ def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference,
     sequence = pipe.encode(reference)
     region = np.random.default_rng(start).random((6, 16)) < 0.5
     region[0], region[1] = False, True  # nothing and everything
+    region[5] = np.arange(16) % 4 < 2
     out = pipe.sample(
         [5] * 6, seed=1, prefix=sequence, structure_stages=start, token_stages=start, region=region,
         gumbel=gumbel,
@@ -108,7 +109,13 @@ def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference,
                 assert (out.tokens[image, stage, labels == label] == kept).all()
     assert (out.structure[1:] != sequence.structure[1:]).any((1, 2)).all()  # something is new
     assert (out.tokens[1:] != sequence.tokens[1:]).any((1, 2)).all()
-    pipe.decode(out)  # is a valid sequence
+    # The smoothing of a stage reaches one position: further outside, canvases are the reference's.
+    near = np.pad(region.reshape(6, 4, 4), ((0, 0), (1, 1), (1, 1)))
+    near = np.lib.stride_tricks.sliding_window_view(near, (3, 3), (1, 2)).any((-1, -2))
+    canvases = pipe.canvases(out) - pipe.canvases(sequence)
+    far = ~near.reshape(6, 1, 16, 1)
+    np.testing.assert_array_equal(np.where(far, canvases, 0), 0)
+    assert far[5].any() and np.where(far, 0, canvases)[1:].any((1, 2, 3)).all()
 
 
 def test_a_region_of_everything_is_sampling_with_a_prefix(pipe, reference):

@@ -182,9 +182,11 @@ def visit(tab, url, folder):
         tab.locator(f"{editor} button[aria-label='Brush']").first.click()
         box = tab.locator(f"{editor} canvas").first.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        tab.mouse.move(x - 40, y)
+        tab.mouse.move(x - 60, y - 60)
         tab.mouse.down()
-        tab.mouse.move(x + 40, y, steps=10)
+        for row in (-60, -20, 20, 60):
+            tab.mouse.move(x - 60, y + row, steps=3)
+            tab.mouse.move(x + 60, y + row, steps=10)
         tab.mouse.up()
         time.sleep(1)
 

@@ -64,7 +64,10 @@ def structure_of_drawing(
     regions = regions_of_positions(drawing, latent_size)
     count = len(np.unique(regions))
     if count < 2:
-        raise ValueError("The drawing has one region only; draw at least two.")
+        raise ValueError(
+            f"On the {latent_size[0]} x {latent_size[1]} positions of the latent the drawing has "
+            "one region only; draw at least two, each as large as a few positions."
+        )
     rows, columns = np.divmod(np.arange(len(regions)), latent_size[1])
     places = np.stack([rows, columns], -1).astype(np.float64)
     finest = np.zeros(len(regions), np.int32)

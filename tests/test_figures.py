@@ -1,0 +1,61 @@
+"""The paper's figures of a tiny model: what stands where."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT, random_pipeline
+
+from nvg_jax.jobs import figures
+from nvg_jax.visualize import GAP, structure_colors, to_uint8
+
+TILE = 64 + GAP  # images of 8 x 8 pixels are enlarged eight times
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return random_pipeline()
+
+
+def tile(picture, rows, columns, row, column):
+    """A tile of a labeled grid, as 8 x 8 pixels."""
+    grid = picture[-(rows * TILE - GAP) :, -(columns * TILE - GAP) :]
+    return grid[row * TILE : row * TILE + 64 : 8, column * TILE : column * TILE + 64 : 8]
+
+
+def test_canvases_stand_above_their_maps(pipe):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    sequence = pipe.encode(images)
+    picture = figures.sequence(pipe, sequence, pipe.canvases(sequence), ["a", "b"])
+    restored = to_uint8(pipe.decode(sequence))
+    for image in range(2):
+        last = tile(picture, 4, 5, 2 * image, 4)
+        np.testing.assert_allclose(last.astype(int), restored[image].astype(int), atol=1)
+        for stage in range(5):
+            colors = structure_colors(sequence.structure[image, stage].reshape(4, 4), stage)
+            shown = tile(picture, 4, 5, 2 * image + 1, stage)
+            np.testing.assert_array_equal(shown, colors.repeat(2, axis=0).repeat(2, axis=1))
+
+
+def test_a_sample_is_its_two_halves(pipe):
+    picture = figures.binary(pipe, [3, 5], columns=1, seed=0)
+    for row in range(2):
+        sample, structure, one, other = (tile(picture, 2, 4, row, column) for column in range(4))
+        first = (structure == structure_colors(0, 1)).all(-1)
+        assert first.sum() == 32
+        np.testing.assert_array_equal(one[first], sample[first])
+        np.testing.assert_array_equal(other[~first], sample[~first])
+        assert (one[~first] >= 191).all() and (other[first] >= 191).all()  # faded
+
+
+def test_an_unknown_figure_gets_the_known_ones(tmp_path):
+    command = [sys.executable, "-m", "nvg_jax.figures", "--workdir=fashion_mnist"]
+    run = subprocess.run(
+        [*command, f"--out={tmp_path}", "--figures=sequence,map"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "--figures takes names of sequence, binary, drawings, stages; got map" in run.stderr
