@@ -20,6 +20,7 @@ from nvg_jax.training.optimizers import OptimizerConfig
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {
     "digits": ("demo", "runlocal"),
+    "emoji": ("runlocal",),
     "fashion_mnist": ("fine", "adversarial", "runlocal"),
     "image_folder": ("64", "128", "256", "finetune", "runlocal"),
     "imagenet256": ("d16", "d20", "d24", "runlocal"),

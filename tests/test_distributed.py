@@ -14,7 +14,7 @@ from nvg_jax.runtime import checkpoint
 from nvg_jax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 20
+STEPS = 12  # those of the other tests, whose compiled programs are shared
 
 
 def run_config():

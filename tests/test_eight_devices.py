@@ -33,7 +33,7 @@ from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import RunMetadata
 
 pytestmark = pytest.mark.slow
-STEPS = 20
+STEPS = 12  # those of the other tests, whose compiled programs are shared
 MESHES = {
     "one device": (1, 1, 1),
     "data 8": (8, 1, 1),
@@ -66,7 +66,7 @@ def seen():
 
 
 def train_on(mesh) -> dict[str, dict]:
-    """Twenty steps of both trainings, from the seed and the data of `run_config`.
+    """Twelve steps of both trainings, from the seed and the data of `run_config`.
 
     Returns:
         {training: {"curves", "collectives" and "sizes" of its compiled step}}.
