@@ -15,6 +15,7 @@ Each point is measured with two seeds, and the difference of the two says what i
 result is added to --out at once; the same command again goes on where it stopped.
 """
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -109,30 +110,66 @@ def main(_):
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     known = {(r["solver"], r["flow_steps"], r["flow_shift"], r["seed"]): r for r in done}
     print(
-        "solver | steps | shift | seed | splits | FID | precision | recall | agreement | spread | s"
+        "| solver | shift | steps | splits | FID | precision | recall | agreement | spread | ms |"
     )
-    for solver in FLAGS.solvers:
-        for shift in map(float, FLAGS.shifts):
-            for steps in map(int, FLAGS.steps):
-                point = dict(solver=solver, flow_steps=steps, flow_shift=shift)
-                same = None
-                for seed in range(FLAGS.seeds):
-                    key = (*(point[name] for name in ("solver", "flow_steps", "flow_shift")), seed)
-                    if key not in known:
-                        if same is None:
-                            same = (splits(pipe.settings.updated(point)) == splits.exact).mean()
-                        known[key] = {**point, "seed": seed, "splits": float(same)}
-                        known[key] |= measure(pipe, point, seed, classes, judge, reference)
-                        known[key]["spread"] /= real_spread
-                        with out.open("a") as file:
-                            file.write(json.dumps(known[key]) + "\n")
-                    print(
-                        " | ".join(
-                            f"{v:.4g}" if isinstance(v, float) else str(v)
-                            for v in known[key].values()
-                        ),
-                        flush=True,
-                    )
+    for solver, shift, steps in itertools.product(FLAGS.solvers, FLAGS.shifts, FLAGS.steps):
+        point = dict(solver=solver, flow_steps=int(steps), flow_shift=float(shift))
+        results = []
+        for seed in range(FLAGS.seeds):
+            key = (*point.values(), seed)
+            if key not in known:
+                same = (splits(pipe.settings.updated(point)) == splits.exact).mean()
+                known[key] = {**point, "seed": seed, "splits": float(same)}
+                known[key] |= measure(pipe, point, seed, classes, judge, reference)
+                known[key]["spread"] /= real_spread
+                with out.open("a") as file:
+                    file.write(json.dumps(known[key]) + "\n")
+            results.append(known[key])
+        print(row(point, results), flush=True)
+    if FLAGS.figure:
+        draw(list(known.values()), FLAGS.figure)
+
+
+def row(point: dict, results: list[dict]) -> str:
+    """A line of the table: the mean of the seeds and half the difference between them."""
+
+    def cell(name: str, form: str, factor: float = 1) -> str:
+        values = [factor * result[name] for result in results]
+        half = (max(values) - min(values)) / 2
+        return f"{np.mean(values):{form}} ± {half:{form}}"
+
+    cells = [point["solver"], f"{point['flow_shift']:g}", str(point["flow_steps"])]
+    cells += [f"{results[0]['splits']:.1%}", cell("fid", ".2f")]
+    cells += [cell(name, ".3f") for name in ("precision", "recall")]
+    cells += [cell("agreement", ".1%"), cell("spread", ".3f")]
+    cells += [f"{1000 * min(result['seconds'] for result in results):.1f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(results: list[dict], path: str):
+    """A picture of splits and FID over the evaluations of a split; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    curves = {}
+    for result in results:
+        curves.setdefault((result["solver"], result["flow_shift"]), []).append(result)
+    for (solver, shift), points in curves.items():
+        steps = sorted({point["flow_steps"] for point in points})
+        evaluations = [step * (2 if solver == "heun" else 1) for step in steps]
+        label = solver if shift == 0 else f"{solver}, shift {shift:g}"
+        for axis, name in zip(axes, ("splits", "fid")):
+            values = [[p[name] for p in points if p["flow_steps"] == step] for step in steps]
+            line = axis.plot(evaluations, np.mean(values, axis=1), "o-", ms=3, label=label)
+            low, high = np.min(values, axis=1), np.max(values, axis=1)
+            axis.fill_between(evaluations, low, high, color=line[0].get_color(), alpha=0.15, lw=0)
+    for axis, title in zip(axes, ("positions split as with 200 steps", "FID")):
+        axis.set(xscale="log", xlabel="evaluations of the network a split", title=title)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def measure(pipe, point, seed, classes, judge, reference) -> dict[str, float]:
@@ -160,6 +197,7 @@ def measure(pipe, point, seed, classes, judge, reference) -> dict[str, float]:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
     flags.DEFINE_string("out", None, "File of results, a JSON object a line.", required=True)
+    flags.DEFINE_string("figure", None, "A picture of the results.")
     flags.DEFINE_list("steps", "1,2,3,4,6,8,12,25,50", "Numbers of steps.")
     flags.DEFINE_list("solvers", "euler,heun,multistep", "Solvers.")
     flags.DEFINE_list("shifts", "0,1,3", "Time shifts; 0 is the published one.")

@@ -277,7 +277,10 @@ def build(page: Page) -> gr.Blocks:
                     follow = gr.Button("Follow the ready-made drawing", elem_id="follow")
                 with gr.Tab("Structure of a picture"):
                     reference = gr.Image(
-                        label="Picture", type="filepath", sources=["upload", "clipboard"]
+                        label="Picture",
+                        type="filepath",
+                        sources=["upload", "clipboard"],
+                        elem_id="reference",
                     )
                     keep_maps = gr.Slider(1, stages, min(3, stages), step=1, label="Maps to keep")
                     keep_tokens = gr.Slider(0, stages, 0, step=1, label="Stages of tokens to keep")

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -107,18 +108,25 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     )
     values = iter([5.0, 7.0, 3.0, 4.0, 3.0, 9.0])
     score = lambda metadata, params: next(values)
+    kept = []  # what only a model that is kept needs
+    task = types.SimpleNamespace(
+        metadata=metadata,
+        model=lambda state: params,
+        finish=lambda state: kept.append(state) or metadata,
+    )
     best = BestModel(tmp_path, score, new=True)
-    assert [best.update(step, metadata, params) for step in (10, 20, 30)] == [
+    assert [best.update(step, task, step) for step in (10, 20, 30)] == [
         (5.0, 5.0), (7.0, 5.0), (3.0, 3.0)
     ]  # fmt: skip
     resumed = BestModel(tmp_path, score, new=False)
-    assert resumed.update(40, metadata, params) == (4.0, 3.0)
-    assert resumed.update(50, metadata, params) == (3.0, 3.0)
+    assert resumed.update(40, task, 40) == (4.0, 3.0)
+    assert resumed.update(50, task, 50) == (3.0, 3.0)
+    assert kept == [10, 30]
     stored = read_metadata(tmp_path / "pipeline")
     assert (stored.step, stored.fid) == (30, 3.0)
     # A new training in the same workdir does not compete with the one before.
     anew = BestModel(tmp_path, score, new=True)
-    assert anew.update(10, metadata, params) == (9.0, 9.0)
+    assert anew.update(10, task, 10) == (9.0, 9.0)
     assert read_metadata(tmp_path / "pipeline").step == 10
 
 

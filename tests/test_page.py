@@ -200,7 +200,7 @@ def visit(tab, url, folder):
     wait_for_samples()
     tab.get_by_role("tab", name="Structure of a picture").click()
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
-    tab.locator("input[type=file]").first.set_input_files(folder / "red.png")
+    tab.locator("#reference input[type=file]").set_input_files(folder / "red.png")
     tab.wait_for_timeout(2000)
     tab.click("#keep")
     wait_for_samples()

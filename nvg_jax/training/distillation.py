@@ -350,8 +350,7 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
     sampler = Sampler(metadata, config.seed)
 
     def model(state):
-        student = jax.tree.map(sharding.to_host, state.ema_params)
-        return metadata, params | student
+        return params | jax.tree.map(sharding.to_host, state.ema_params)
 
     def evaluate(state):
         metrics = run.test_metrics(
@@ -360,7 +359,7 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
                 state.ema_params, teacher_params, tokenizer_params, batch
             ),
         )
-        student = model(state)[1]
+        student = model(state)
         return metrics, sampler.picture(student) if is_main() else None
 
     def init():

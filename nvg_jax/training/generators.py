@@ -383,7 +383,7 @@ def task(run: Run, part: str) -> Task:
         )
         picture = None
         if sampler is not None:
-            _, params = model(state)
+            params = model(state)
             if is_main():
                 picture = sampler.picture(params)
         return losses, picture
@@ -392,7 +392,7 @@ def task(run: Run, part: str) -> Task:
         params = {"tokenizer": tokenizer_params}
         for name in names:
             params[name] = {k: v for k, v in state.ema_params[name].items() if k != "repa"}
-        return metadata, jax.tree.map(sharding.to_host, params)
+        return jax.tree.map(sharding.to_host, params)
 
     def init():
         codebook = tokenizer_params["quantizer"]["codebook"]

@@ -36,7 +36,7 @@ class Task(NamedTuple):
     update: (state, global batch, step) -> (state, metrics).
     evaluate: state -> (metrics on held-out data, picture uint8 (H, W, 3) or None).
     finish: state -> the metadata of the last checkpoint.
-    model: state -> (metadata, NumPy parameters) of the model to measure FID of.
+    model: state -> the NumPy parameters of the model to measure FID of, {network: tree}.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task(NamedTuple):
     update: Callable[[Any, Any, int], tuple[Any, dict[str, Any]]]
     evaluate: Callable[[Any], tuple[dict[str, Any], np.ndarray | None]]
     finish: Callable[[Any], RunMetadata]
-    model: Callable[[Any], tuple[RunMetadata, dict[str, Any]]]
+    model: Callable[[Any], dict[str, Any]]
 
 
 def fit(
@@ -99,7 +99,7 @@ def fit(
                     if evaluate:
                         reporter.evaluation(done, *task.evaluate(state))
                     if measure:
-                        reporter.fid(done, *best.update(done, *task.model(state)))
+                        reporter.fid(done, *best.update(done, task, state))
                 except preemption.Preempted:
                     preempted = True
                     if not save:
@@ -123,14 +123,13 @@ class BestModel:
         found = None if new else read_metadata(folder / EXPORT_FOLDER)
         self.fid = found.fid if found else float("inf")
 
-    def update(
-        self, step: int, metadata: RunMetadata, params: dict[str, Any]
-    ) -> tuple[float, float]:
-        """Measures a model and keeps it if it is better: (its FID, the lowest one)."""
-        fid = self._score(metadata, params)
+    def update(self, step: int, task: Task, state) -> tuple[float, float]:
+        """Measures the model of a state and keeps it if it is better: (its FID, the lowest one)."""
+        params = task.model(state)
+        fid = self._score(task.metadata, params)
         if fid < self.fid:
             self.fid = fid
-            write_export(self._folder, metadata.replace(fid=fid), params, step)
+            write_export(self._folder, task.finish(state).replace(fid=fid), params, step)
         return fid, self.fid
 
 

@@ -384,9 +384,6 @@ def task(run: Run) -> Task:
             fingerprint=fingerprint(jax.tree.map(sharding.to_host, state.params)),
         )
 
-    def model(state):
-        return finish(state), {"tokenizer": jax.tree.map(sharding.to_host, state.params)}
-
     def init():
         state = program.init(jax.random.fold_in(run.key, 0))
         if not run.config.init_from:
@@ -409,7 +406,7 @@ def task(run: Run) -> Task:
         ),
         evaluate=evaluate,
         finish=finish,
-        model=model,
+        model=lambda state: {"tokenizer": jax.tree.map(sharding.to_host, state.params)},
     )
 
 
