@@ -7,6 +7,7 @@ Without --workdir it shows the bundled Fashion-MNIST model. Only this machine ca
 from absl import flags
 
 from nvg_jax import cli
+from nvg_jax.sampling.settings import DTYPES
 
 FLAGS = flags.FLAGS
 
@@ -34,9 +35,7 @@ if __name__ == "__main__":
         "fashion_mnist",
         "A run's workdir, an exported or converted folder, or a bundled model.",
     )
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16"], "Arithmetic; by default what the devices do best."
-    )
+    flags.DEFINE_enum("dtype", None, DTYPES, "Arithmetic; by default what the devices do best.")
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets others in.")
     flags.DEFINE_integer("port", 7860, "Port to listen on.", 0, 65535)
     flags.DEFINE_integer("max_waiting", 20, "Requests that may wait.", lower_bound=1)

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from nvg_jax.runtime import preemption
-from nvg_jax.sampling.settings import Settings
+from nvg_jax.sampling.settings import DTYPES, Settings
 
 USER_ERROR = 2
 
@@ -107,7 +107,7 @@ def define_sampling_flags():
     flags.DEFINE_enum(
         "dtype",
         None,
-        ["float32", "bfloat16"],
+        DTYPES,
         "Arithmetic of sampling and decoding; by default bfloat16 on TPUs and on GPUs that have "
         "it, float32 on CPUs.",
     )

@@ -14,10 +14,10 @@ from nvg_jax.layers import fast_dtype
 from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
+from nvg_jax.sampling.settings import DTYPES
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.workdir import RunMetadata
 
-DTYPES = ("float32", "bfloat16")
 MAX_SEED = 2**32 - 1  # what a random key takes without 64-bit mode
 
 

@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from nvg_jax import cli
+from nvg_jax.sampling.settings import DTYPES
 
 # --config.part -> the parts it trains, each in its own folder of the workdir.
 PARTS = {
@@ -67,8 +68,8 @@ def check_config(config: ml_collections.ConfigDict):
     """Raises ValueError for an invalid configuration, before data is read or anything compiled."""
     if config.part not in PARTS:
         raise ValueError(f"Unknown part {config.part!r}; choose one of {', '.join(PARTS)}.")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, got {config.dtype!r}.")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {config.dtype!r}.")
     parts = PARTS[config.part]
     if config.tokenizer_workdir and "tokenizer" in parts:
         raise ValueError(

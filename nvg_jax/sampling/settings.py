@@ -13,6 +13,8 @@ import numpy as np
 
 from nvg_jax.structure.flow import SOLVERS
 
+DTYPES = ("float32", "bfloat16")  # of the arithmetic, in training and sampling
+
 
 def top_p_range(start: float, end: float, num_stages: int) -> np.ndarray:
     """Top-p of every stage: u_i = K ** (i / K) mapped linearly from (u_0, u_K) to (start, end)."""
