@@ -178,13 +178,13 @@ def visit(tab, url, folder):
                 timeout=180_000,
             )
 
-    def stroke(editor):
+    def stroke(editor, rows):
         tab.locator(f"{editor} button[aria-label='Brush']").first.click()
         box = tab.locator(f"{editor} canvas").first.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        tab.mouse.move(x - 60, y - 60)
+        tab.mouse.move(x - 60, y + rows[0])
         tab.mouse.down()
-        for row in (-60, -20, 20, 60):
+        for row in rows:
             tab.mouse.move(x - 60, y + row, steps=3)
             tab.mouse.move(x + 60, y + row, steps=10)
         tab.mouse.up()
@@ -195,7 +195,7 @@ def visit(tab, url, folder):
     tab.get_by_role("tab", name="Draw a structure").click()
     tab.click("#draw")
     tab.get_by_text("Paint a drawing first").wait_for()
-    stroke("#drawing")
+    stroke("#drawing", (-60, -20, 20, 60))
     tab.click("#draw")
     wait_for_samples()
     tab.get_by_role("tab", name="Structure of a picture").click()
@@ -207,7 +207,7 @@ def visit(tab, url, folder):
     tab.get_by_role("tab", name="Edit a picture").click()
     tab.click("#take")
     tab.wait_for_timeout(2000)
-    stroke("#mask")
+    stroke("#mask", (-60,))
     tab.click("#edit")
     wait_for_samples()
     tab.get_by_text("Python lines that make this picture").click()

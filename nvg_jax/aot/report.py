@@ -57,13 +57,20 @@ def collectives_by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str
     return dict(kinds)
 
 
-def make_report(compiler: Compiler, batch_size: int) -> dict[str, Any]:
-    """Compiles the program for a global batch -> everything known about it, JSON-able."""
+def make_report(
+    compiler: Compiler, batch_size: int, model_flops: int | None = None
+) -> dict[str, Any]:
+    """Compiles the program for a global batch -> everything known about it, JSON-able.
+
+    Args:
+        model_flops: of all devices, if they are known already; see `Compiler.model_flops`.
+    """
     compiled, target = compiler.compile(batch_size), compiler.target
     devices, cost = target.mesh.size, hlo.cost(hlo.parse(compiled.program.as_text()))
     memory = device_memory(compiled.program.memory_analysis(), target.device.hbm)
     collectives = sorted(cost.collectives, key=lambda item: -item.bytes_sent)
-    model_flops = compiler.model_flops(batch_size)
+    if model_flops is None:
+        model_flops = compiler.model_flops(batch_size)
     times = roofline(
         cost.flops,
         cost.hbm_bytes,
@@ -115,12 +122,14 @@ def best_remat(
         DoesNotFitError: no policy fits; of the one that saves most memory.
     """
     reports, error = [], None
+    # What is computed again does not count, so this is the same for all policies.
+    model_flops = Compiler(config, target, "train").model_flops(batch_size)
     for remat in REMAT:
         changed = config.copy_and_resolve_references()
         changed.content.remat = changed.structure.remat = remat
         compiler = Compiler(changed, target, "train")
         try:
-            report = make_report(compiler, batch_size)
+            report = make_report(compiler, batch_size, model_flops)
         except DoesNotFitError as found:
             logger.info("remat=%s does not fit", remat)
             error = found

@@ -120,8 +120,20 @@ def sample_batch(
     Returns:
         (images float32 (B, H, W, 3), GranularitySequence, canvases float32 (B, S, L, D)).
     """
-    num_bits = noise.shape[-1]
-    length = noise.shape[1]
+    networks, decode = bind(params, canvas_scale, tokenizer, content, structure)
+    sequence, canvases = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
+    return decode(canvases[:, -1]), sequence, canvases
+
+
+def bind(
+    params,
+    canvas_scale,
+    tokenizer: Tokenizer,
+    content: ContentGenerator,
+    structure: StructureGenerator,
+) -> tuple[Networks, Callable]:
+    """What the sampler calls: (the networks of the loop, canvases (B, L, D) -> images)."""
+    length, num_bits = tokenizer.config.num_positions, tokenizer.config.num_stages - 1
     params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in models.GENERATORS}}
 
     def logits(canvas, labels, stage, classes):
@@ -151,5 +163,4 @@ def sample_batch(
         null_id=content.num_classes,
         latent_dim=tokenizer.config.latent_dim,
     )
-    sequence, canvases = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
-    return apply(canvases[:, -1], method="decode"), sequence, canvases
+    return networks, functools.partial(apply, method="decode")
