@@ -1,0 +1,130 @@
+"""Where the time of sampling goes.
+
+    python -m benchmarks.sampling --config=configs/imagenet256.py:d16
+
+Times every network of the sampler by itself, compiled, with random weights and inputs: the content
+generator (one call a stage), the structure generator (`flow_steps` calls for each learned split),
+adding a stage to the canvas, and the decoder. Seconds an image are their times by how often the
+sampler calls them with the config's settings; guided calls work on twice the batch, as there.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from nvg_jax import models
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.sampling.guidance import guided
+from nvg_jax.sampling.networks import bind
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.tokenizer import TokenizerConfig
+
+FLAGS = flags.FLAGS
+CLASSES = 1000
+
+
+def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerConfig]):
+    """Weights of all networks; their values do not matter for the time."""
+    rng = np.random.default_rng(0)
+    return {
+        name: jax.tree.map(
+            lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.02),
+            models.abstract_params(name, sizes, transformers.get(name), CLASSES),
+        )
+        for name in ("tokenizer", *models.GENERATORS)
+    }
+
+
+def seconds(function, *args) -> float:
+    """The shortest of several calls, after one that compiles."""
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(FLAGS.repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure(params, sizes, transformers, dtype: str, batch: int, settings: Settings):
+    """{part: (seconds a call, calls for a batch)}."""
+    stages, length = sizes.num_stages, sizes.num_positions
+    networks = {
+        name: models.make_generator(name, transformers[name], sizes, CLASSES, dtype)
+        for name in models.GENERATORS
+    }
+    of = functools.partial(
+        bind,
+        canvas_scale=jnp.ones(stages + 1),
+        tokenizer=models.make_tokenizer(sizes, dtype),
+        **networks,
+    )
+    stage = stages // 2
+    labels = jnp.broadcast_to(jnp.arange(length) * 2**stage // length, (batch, length))
+    canvas = jax.random.normal(jax.random.key(0), (batch, length, sizes.latent_dim))
+    z = jax.random.normal(jax.random.key(1), (batch, length, stages - 1))
+    classes = jnp.arange(batch) % CLASSES
+    scale = lambda values: None if set(values) == {1.0} else 2.0
+
+    def content(params, canvas, labels):
+        call = of(params)[0].logits
+        return guided(
+            lambda doubled, ids: call(doubled(canvas), doubled(labels), stage, ids),
+            classes, CLASSES, scale(settings.content_guidance),
+        )  # fmt: skip
+
+    def structure(params, z, canvas, labels):
+        call = of(params)[0].velocity
+        return guided(
+            lambda doubled, ids: call(
+                doubled(z), 0.5, doubled(labels), doubled(canvas), stage, ids
+            ),
+            classes, CLASSES, scale(settings.structure_guidance),
+        )  # fmt: skip
+
+    evaluations = settings.flow_steps * (2 if settings.solver == "heun" else 1)
+    add = lambda params, canvas, labels: of(params)[0].add_stage(canvas, labels, stage)
+    decode = lambda params, canvas: of(params)[1](canvas)
+    return {
+        "content": (seconds(jax.jit(content), params, canvas, labels), stages),
+        "structure": (
+            seconds(jax.jit(structure), params, z, canvas, labels),
+            evaluations * (stages - 2),
+        ),
+        "canvas": (seconds(jax.jit(add), params, canvas, labels), stages),
+        "decoder": (seconds(jax.jit(decode), params, canvas), 1),
+    }
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)  # JAX tells which backends are not there
+    config = FLAGS.config
+    sizes = TokenizerConfig(**config.tokenizer)
+    transformers = {name: TransformerConfig(**config[name]) for name in models.GENERATORS}
+    settings = Settings.from_dict(config.sampling.to_dict())
+    settings = settings.expand(sizes.num_stages, sizes.codebook_size)
+    params = random_params(sizes, transformers)
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}; seconds an image (share)\n")
+    print("| precision | batch | content | structure | canvas | decoder | all |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype in FLAGS.dtypes:
+        for batch in map(int, FLAGS.batches):
+            parts = measure(params, sizes, transformers, dtype, batch, settings)
+            times = {name: each * calls / batch for name, (each, calls) in parts.items()}
+            total = sum(times.values())
+            cells = [f"{t:.3g} ({t / total:.0%})" for t in times.values()]
+            print(f"| {dtype} | {batch} | {' | '.join(cells)} | {total:.3g} |", flush=True)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
+    flags.DEFINE_list("dtypes", "float32,bfloat16", "Types of the arithmetic.")
+    flags.DEFINE_list("batches", "1,8,64", "Images at once.")
+    flags.DEFINE_integer("repeats", 3, "Calls of which the shortest counts.", lower_bound=1)
+    flags.mark_flags_as_required(["config"])
+    app.run(main)
