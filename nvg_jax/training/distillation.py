@@ -36,6 +36,7 @@ from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import RunMetadata
 
 PART = "distillation"
+EVAL_IMAGES = 500  # held-out images of an evaluation, which solves the teacher's flow for each
 
 
 def guided_velocity(model: StructureGenerator, params, class_ids, guidance):
@@ -358,6 +359,7 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
             lambda batch: program.evaluate(
                 state.ema_params, teacher_params, tokenizer_params, batch
             ),
+            limit=EVAL_IMAGES,
         )
         student = model(state)
         return metrics, sampler.picture(student) if is_main() else None

@@ -134,11 +134,20 @@ class Run:
                 yield sharding.global_batch(batch, self.mesh)
 
     def test_metrics(
-        self, batch_size: int, evaluate: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+        self,
+        batch_size: int,
+        evaluate: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+        limit: int | None = None,
     ) -> dict[str, Any]:
-        """The means over the test split of what `evaluate` gives for each of its batches."""
+        """The means over the test split of what `evaluate` gives for each of its batches.
+
+        Args:
+            limit: stop after the batch that reaches so many images.
+        """
         totals, count = {}, 0
         for batch in self.test_batches(batch_size):
+            if limit is not None and count >= limit:
+                break
             metrics = jax.device_get(evaluate(batch))
             images = sharding.to_host(batch["mask"]).sum()
             totals = {name: totals.get(name, 0) + mean * images for name, mean in metrics.items()}
