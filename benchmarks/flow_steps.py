@@ -108,18 +108,20 @@ def main(_):
 
     out = Path(FLAGS.out)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    known = {(r["solver"], r["flow_steps"], r["flow_shift"], r["seed"]): r for r in done}
+    columns = ("workdir", "num_samples", "solver", "flow_steps", "flow_shift", "seed")
+    known = {tuple(result[name] for name in columns): result for result in done}
     print(
         "| solver | shift | steps | splits | FID | precision | recall | agreement | spread | ms |"
     )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for solver, shift, steps in itertools.product(FLAGS.solvers, FLAGS.shifts, FLAGS.steps):
         point = dict(solver=solver, flow_steps=int(steps), flow_shift=float(shift))
         results = []
         for seed in range(FLAGS.seeds):
-            key = (*point.values(), seed)
+            key = (FLAGS.workdir, FLAGS.num_samples, *point.values(), seed)
             if key not in known:
                 same = (splits(pipe.settings.updated(point)) == splits.exact).mean()
-                known[key] = {**point, "seed": seed, "splits": float(same)}
+                known[key] = dict(zip(columns, key)) | {"splits": float(same)}
                 known[key] |= measure(pipe, point, seed, classes, judge, reference)
                 known[key]["spread"] /= real_spread
                 with out.open("a") as file:

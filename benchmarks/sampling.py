@@ -5,7 +5,8 @@
 Times every network of the sampler by itself, compiled, with random weights and inputs: the content
 generator (one call a stage), the structure generator (`flow_steps` calls for each learned split),
 adding a stage to the canvas, and the decoder. Seconds an image are their times by how often the
-sampler calls them with the config's settings; guided calls work on twice the batch, as there.
+sampler calls them with the config's settings. Where a stage is guided, a call works on twice the
+batch.
 """
 
 import functools
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from nvg_jax import models
-from nvg_jax.layers import TransformerConfig
+from nvg_jax.layers import TransformerConfig, cast_blocks
 from nvg_jax.sampling.guidance import guided
 from nvg_jax.sampling.networks import bind
 from nvg_jax.sampling.settings import Settings
@@ -52,12 +53,14 @@ def seconds(function, *args) -> float:
 
 
 def measure(params, sizes, transformers, dtype: str, batch: int, settings: Settings):
-    """{part: (seconds a call, calls for a batch)}."""
+    """{part: its seconds for a batch}."""
     stages, length = sizes.num_stages, sizes.num_positions
     networks = {
         name: models.make_generator(name, transformers[name], sizes, CLASSES, dtype)
         for name in models.GENERATORS
     }
+    # Cast once, as the sampler does.
+    params = params | {name: cast_blocks(params[name], networks[name].dtype) for name in networks}
     of = functools.partial(
         bind,
         canvas_scale=jnp.ones(stages + 1),
@@ -69,35 +72,37 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
     canvas = jax.random.normal(jax.random.key(0), (batch, length, sizes.latent_dim))
     z = jax.random.normal(jax.random.key(1), (batch, length, stages - 1))
     classes = jnp.arange(batch) % CLASSES
-    scale = lambda values: None if set(values) == {1.0} else 2.0
 
-    def content(params, canvas, labels):
+    def content(scale, params, canvas, labels):
         call = of(params)[0].logits
-        return guided(
-            lambda doubled, ids: call(doubled(canvas), doubled(labels), stage, ids),
-            classes, CLASSES, scale(settings.content_guidance),
-        )  # fmt: skip
+        network = lambda doubled, ids: call(doubled(canvas), doubled(labels), stage, ids)
+        return guided(network, classes, CLASSES, scale)
 
-    def structure(params, z, canvas, labels):
+    def structure(scale, params, z, canvas, labels):
         call = of(params)[0].velocity
-        return guided(
-            lambda doubled, ids: call(
-                doubled(z), 0.5, doubled(labels), doubled(canvas), stage, ids
-            ),
-            classes, CLASSES, scale(settings.structure_guidance),
-        )  # fmt: skip
+        network = lambda doubled, ids: call(
+            doubled(z), 0.5, doubled(labels), doubled(canvas), stage, ids
+        )
+        return guided(network, classes, CLASSES, scale)
+
+    def of_stages(network, scales, *inputs):
+        """Seconds of a call for each stage, guided where its scale is not 1."""
+        total = 0.0
+        for scale, count in ((None, scales.count(1.0)), (2.0, len(scales) - scales.count(1.0))):
+            if count:
+                call = jax.jit(functools.partial(network, scale))
+                total += count * seconds(call, params, *inputs)
+        return total
 
     evaluations = settings.flow_steps * (2 if settings.solver == "heun" else 1)
-    add = lambda params, canvas, labels: of(params)[0].add_stage(canvas, labels, stage)
-    decode = lambda params, canvas: of(params)[1](canvas)
+    learned = settings.structure_guidance[: stages - 2]
+    add = jax.jit(lambda params, canvas, labels: of(params)[0].add_stage(canvas, labels, stage))
+    decode = jax.jit(lambda params, canvas: of(params)[1](canvas))
     return {
-        "content": (seconds(jax.jit(content), params, canvas, labels), stages),
-        "structure": (
-            seconds(jax.jit(structure), params, z, canvas, labels),
-            evaluations * (stages - 2),
-        ),
-        "canvas": (seconds(jax.jit(add), params, canvas, labels), stages),
-        "decoder": (seconds(jax.jit(decode), params, canvas), 1),
+        "content": of_stages(content, settings.content_guidance, canvas, labels),
+        "structure": evaluations * of_stages(structure, learned, z, canvas, labels),
+        "canvas": stages * seconds(add, params, canvas, labels),
+        "decoder": seconds(decode, params, canvas),
     }
 
 
@@ -115,7 +120,7 @@ def main(_):
     for dtype in FLAGS.dtypes:
         for batch in map(int, FLAGS.batches):
             parts = measure(params, sizes, transformers, dtype, batch, settings)
-            times = {name: each * calls / batch for name, (each, calls) in parts.items()}
+            times = {name: time / batch for name, time in parts.items()}
             total = sum(times.values())
             cells = [f"{t:.3g} ({t / total:.0%})" for t in times.values()]
             print(f"| {dtype} | {batch} | {' | '.join(cells)} | {total:.3g} |", flush=True)

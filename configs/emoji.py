@@ -44,6 +44,12 @@ def get_config(arg: str | None = None):
     config.generator_training.optimizer.update(
         learning_rate=1.6e-2, warmup_steps=200, decay_start=0.5, final=0.02, ema_decay=0.998
     )
+    config.distillation.update(
+        length="1000 steps", batch_size=16, log_every=50, eval_every=1000, save_every=200
+    )
+    config.distillation.optimizer.update(
+        learning_rate=4e-3, warmup_steps=50, decay_start=0.5, final=0.02, ema_decay=0.99
+    )
     config.sampling.update(
         content_guidance=(2.0, 2.0), structure_guidance=(1.0, 1.0), top_p=(0.9, 0.9)
     )

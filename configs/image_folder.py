@@ -50,9 +50,16 @@ def get_config(arg: str | None = None):
     for training in (config.tokenizer_training, config.generator_training):
         training.update(eval_every=2000, save_every=2000)
     config.generator_training.optimizer.ema_decay = 0.999
+    few_steps(config)
     if "runlocal" in names:
         common.run_locally(config)
     return config
+
+
+def few_steps(config):
+    """A distillation of a length that also suits small folders."""
+    config.distillation.update(length="2000 steps", batch_size=64, eval_every=1000, save_every=500)
+    config.distillation.optimizer.update(warmup_steps=100, ema_decay=0.99)
 
 
 def finetune():
@@ -68,6 +75,7 @@ def finetune():
     config.generator_training.update(
         length="20 epochs", batch_size=64, eval_every=1000, save_every=1000
     )
+    few_steps(config)
     # A quarter of the training's rate at this batch, without decay: the weights are good already.
     config.generator_training.optimizer.update(
         learning_rate=2.5e-5, schedule="constant", warmup_steps=200, ema_decay=0.999

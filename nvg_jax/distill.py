@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from nvg_jax import cli
-from nvg_jax.train import check_config
+from nvg_jax.train import check_recipe
 
 FLAGS = flags.FLAGS
 
@@ -28,7 +28,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
         FloatingPointError: a metric that is not finite, with its step and name.
         Preempted: SIGTERM arrived; the state is saved.
     """
-    check_config(config)
+    check_recipe(config, "distillation", ("distillation",))
     import flax.linen as nn
     import jax
 
@@ -42,16 +42,21 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
 
     workdir = storage_path(workdir)
     folders.check_export(workdir)
+    if (workdir / folders.EXPORT_FOLDER).exists() and not (workdir / folders.DISTILLATION).exists():
+        raise ValueError(
+            f"{workdir} holds a model already, which its student would replace; give another "
+            "--workdir."
+        )
     metadata, params = distillation.read_teacher(teacher)
     config = distillation.with_sizes(config, metadata)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         run = open_run(config, workdir, mesh, networks=())
-        scorers = make_scorers(config, (distillation.PART,), run.train_source.num_classes)
+        scorers = make_scorers(config, (folders.DISTILLATION,), run.train_source.num_classes)
         task = distillation.task(run, metadata, params)
-        fit(task, workdir, mesh, scorers.get(distillation.PART))
+        fit(task, workdir, mesh, scorers.get(folders.DISTILLATION))
     student, state = folders.read(
-        workdir / distillation.PART,
+        workdir / folders.DISTILLATION,
         lambda m: {"ema_params": {"structure": m.abstract_params("structure")}},
     )
     folders.write_export(workdir, student, params | state["ema_params"])

@@ -1,5 +1,6 @@
 """The web page of `nvg_jax.app`: sampling, structure control and editing in a browser (Gradio)."""
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ COLORS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (220, 40, 40)}
 COLORS |= {"green": (40, 160, 60), "blue": (50, 90, 220), "yellow": (240, 200, 40)}
 SHOW_STAGE = 0.4  # seconds
 MAX_UPLOAD = "10mb"
+KEEP_FILES = 3600  # seconds for which uploads and what is offered for download are kept
 
 
 class Kept(NamedTuple):
@@ -84,6 +86,9 @@ class Page:
         self._folder = Path(tempfile.mkdtemp(prefix="nvg_jax_"))
 
     def _save(self, name: str, pixels: np.ndarray) -> Path:
+        for old in self._folder.iterdir():
+            if time.time() - old.stat().st_mtime > KEEP_FILES:
+                shutil.rmtree(old)
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         Image.fromarray(pixels).save(folder / name)
         return folder / name
@@ -149,7 +154,7 @@ class Page:
                 "from nvg_jax.jobs.sampling import SamplingJob",
                 "from nvg_jax.visualize import image_grid, save_png",
                 "",
-                f'pipe = Pipeline.from_pretrained("{self.name}")',
+                f'pipe = Pipeline.from_pretrained("{self.name}", dtype="{self.pipe.dtype}")',
                 *([kept.line] if kept.line else []),
                 f"job = SamplingJob(pipe, [pipe.class_id({label!r})], {SAMPLES}, {SAMPLES}, "
                 f"seed={seed}, settings={settings!r}{', given=given' if kept.line else ''})",
@@ -245,7 +250,9 @@ def build(page: Page) -> gr.Blocks:
     canvas = dict(
         eraser=eraser, transforms=(), layers=False, type="numpy", image_mode="RGBA", format="png"
     )
-    with gr.Blocks(title="nvg_jax", analytics_enabled=False) as blocks:
+    with gr.Blocks(
+        title="nvg_jax", analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)
+    ) as blocks:
         gr.Markdown(
             f"# Next Visual Granularity: {page.name}\n"
             "An image grows in stages, each with twice as many tokens. The structure says which "

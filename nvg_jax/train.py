@@ -68,20 +68,14 @@ def check_config(config: ml_collections.ConfigDict):
     """Raises ValueError for an invalid configuration, before data is read or anything compiled."""
     if config.part not in PARTS:
         raise ValueError(f"Unknown part {config.part!r}; choose one of {', '.join(PARTS)}.")
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {config.dtype!r}.")
     parts = PARTS[config.part]
     if config.tokenizer_workdir and "tokenizer" in parts:
         raise ValueError(
             f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
             "another one. Leave it empty, or train with part=generators."
         )
-    for name in ("tokenizer_training", "generator_training", "distillation"):
-        for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
-            if config[name][key] < 1:
-                raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
-        if config[name].fid_every:
-            check_fid(config, name, parts)
+    for name in ("tokenizer_training", "generator_training"):
+        check_recipe(config, name, parts)
     if config.data.name == "sequences":
         if "tokenizer" in parts:
             raise ValueError(
@@ -93,6 +87,17 @@ def check_config(config: ml_collections.ConfigDict):
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."
             )
+
+
+def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
+    """Raises ValueError for invalid settings of the section `name`, with which `parts` train."""
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {config.dtype!r}.")
+    for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
+        if config[name][key] < 1:
+            raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
+    if config[name].fid_every:
+        check_fid(config, name, parts)
 
 
 def check_init(config: ml_collections.ConfigDict, parts: tuple[str, ...]):

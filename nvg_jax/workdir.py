@@ -22,6 +22,7 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 
 EXPORT_FOLDER = "pipeline"
+DISTILLATION = "distillation"  # the folder of a student that is trained; then it is exported
 PARTS = ("tokenizer", "generators", *GENERATORS)  # "generators" holds both of them
 # What may change when a run is resumed: how often it reports, and where the same data lies.
 MAY_CHANGE = frozenset(
@@ -197,6 +198,11 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         if tokenizer is not None:
             break
     else:
+        if (folder / DISTILLATION).is_dir():
+            raise ValueError(
+                f"The distillation in {folder} has not finished; run `python -m nvg_jax.distill` "
+                "with the same flags again."
+            )
         raise ValueError(
             f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
             f"--config=... --workdir={folder}`."

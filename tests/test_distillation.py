@@ -11,6 +11,7 @@ from helpers import random_pipeline, tiny_config
 
 from nvg_jax import Pipeline
 from nvg_jax.distill import distill
+from nvg_jax.jobs.sampling import SamplingJob
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
 from nvg_jax.structure.losses import Teacher, structure_losses
@@ -186,6 +187,9 @@ def test_the_student_is_a_whole_model_with_its_own_recommended_steps(teacher, st
     assert few.sample([0, 1]).images.shape == (2, 8, 8, 3)
     with pytest.raises(ValueError, match="has its guidance inside; structure_guidance must be 1"):
         few.sample([0], structure_guidance=2.0)
+    job = SamplingJob(few, [0], 1, 1, 0, {"structure_guidance": 2.0})
+    with pytest.raises(ValueError, match="has its guidance inside"):
+        job.describe()  # before a folder is written
 
 
 def test_the_student_keeps_what_is_given(student):
@@ -242,6 +246,11 @@ def test_wrong_folders_and_data_end_in_a_sentence(teacher, student, tmp_path):
     (tmp_path / "run" / "generators").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds a training run"):
         distill(short_config(), str(teacher), tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a model already, which its student would replace"):
+        distill(short_config(), str(teacher), teacher)
+    (tmp_path / "begun" / "distillation").mkdir(parents=True)
+    with pytest.raises(ValueError, match="distillation in .*begun has not finished"):
+        Pipeline.from_pretrained(tmp_path / "begun")
     pipeline = random_pipeline()
     pipeline.metadata = pipeline.metadata.replace(class_names=tuple("abcdefghij"))
     pipeline.save_pretrained(tmp_path / "letters")

@@ -3,6 +3,7 @@
 Run as a script, this file is that process: it prints what the tests below check, as JSON.
 """
 
+import itertools
 import json
 import math
 import re
@@ -26,8 +27,9 @@ from nvg_jax.layers import TransformerConfig
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.training import generators, tokenizer
+from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.run import open_run
 from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import RunMetadata
@@ -66,7 +68,7 @@ def seen():
 
 
 def train_on(mesh) -> dict[str, dict]:
-    """Twelve steps of both trainings, from the seed and the data of `run_config`.
+    """Twelve steps of every training, from the seed and the data of `run_config`.
 
     Returns:
         {training: {"curves", "collectives" and "sizes" of its compiled step}}.
@@ -104,6 +106,11 @@ def train_on(mesh) -> dict[str, dict]:
         program = generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
         state = program.init(jax.random.fold_in(run.key, 1), params["quantizer"]["codebook"])
         state = steps("generators", program, state, params, {}, scale)
+        if tuple(mesh.shape.values()) in ((1, 1, 1), (2, 2, 2)):
+            teacher = Settings(structure_guidance=(1.0, 2.0), flow_steps=2)
+            program = distillation.make_program(config, mesh, STEPS, 10, teacher)
+            start = program.init(jax.random.fold_in(run.key, 1))
+            steps("distillation", program, start, jax.tree.map(jnp.copy, start.params), params)
     if dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}:
         found["sampling"] = sampling_collectives(config, {"tokenizer": params, **state.ema_params})
     return found
@@ -157,8 +164,13 @@ def leaf_sizes(program) -> list[int]:
 OTHERS = [name for name in MESHES if name != "one device"]
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("stage", ["tokenizer", "generators"])
+@pytest.mark.parametrize(
+    "stage, name",
+    [
+        *itertools.product(["tokenizer", "generators"], OTHERS),
+        ("distillation", "data 2 fsdp 2 tensor 2"),
+    ],
+)
 def test_every_mesh_gives_the_losses_of_one_device(seen, stage, name):
     alone, found = (
         seen["training"]["one device"][stage]["curves"],

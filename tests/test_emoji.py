@@ -33,6 +33,7 @@ def test_the_list_gives_characters_names_and_groups():
     ]  # fmt: skip
     assert found[1].split == found[2].split  # variants stay together
     assert found[2].path.name == "waving-hand-light-skin-tone.png"
+    assert emoji.slug("keycap: #") != emoji.slug("keycap: *")
 
 
 @pytest.mark.skipif(not Path(emoji.FONT).is_file(), reason="needs fonts-noto-color-emoji")

@@ -71,7 +71,8 @@ def test_a_drawing_is_followed_and_its_lines_make_the_same_samples(opened, tmp_p
     monkeypatch.chdir(tmp_path)
     shutil.copy(files[0], tmp_path)
     monkeypatch.setattr(
-        "nvg_jax.Pipeline.from_pretrained", lambda folder: {"tiny": opened.pipe}[folder]
+        "nvg_jax.Pipeline.from_pretrained",
+        lambda folder, dtype: {("tiny", "float32"): opened.pipe}[folder, dtype],
     )
     exec(code, {})
     with Image.open("samples.png") as saved:

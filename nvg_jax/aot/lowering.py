@@ -23,6 +23,7 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.length import training_length
+from nvg_jax.workdir import DISTILLATION
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # the units of XLA's messages
@@ -49,7 +50,7 @@ def data_size(data: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def training_part(config: ml_collections.ConfigDict) -> str:
     """The part of the model that `config.part` trains in one program; for "all", the generators."""
-    parts = ("tokenizer", *models.GENERATORS, "generators", distillation.PART)
+    parts = ("tokenizer", *models.GENERATORS, "generators", DISTILLATION)
     part = "generators" if config.part == "all" else config.part
     if part not in parts:
         raise ValueError(
@@ -61,9 +62,7 @@ def training_part(config: ml_collections.ConfigDict) -> str:
 
 def recipe_name(part: str) -> str:
     """The config section that says how a part is trained."""
-    return {"tokenizer": "tokenizer_training", distillation.PART: part}.get(
-        part, "generator_training"
-    )
+    return {"tokenizer": "tokenizer_training", DISTILLATION: part}.get(part, "generator_training")
 
 
 def in_mesh(mesh: Mesh):
@@ -94,7 +93,7 @@ def lower_training(
             if program.state.discriminator:
                 networks["discriminator"] = program.state.discriminator.params
             return lowered, networks | program.arguments[1]
-        if part == distillation.PART:
+        if part == DISTILLATION:
             teacher = Settings.from_dict(config.sampling.to_dict())
             teacher = distillation.teacher_settings(config, teacher)
             program = distillation.make_program(config, mesh, steps, num_classes, teacher)

@@ -43,6 +43,7 @@ class Emoji(NamedTuple):
 
 
 def slug(name: str) -> str:
+    name = name.replace("#", "hash").replace("*", "asterisk")
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 

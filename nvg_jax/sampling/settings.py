@@ -167,8 +167,8 @@ class Settings:
         0.0,
         "Time shift of the flow: 1 spaces the steps evenly, more puts more of them where it is "
         "noisy; 0 is the published shift for the latent's size.",
-        allowed="0 (the published shift) or more",
-        valid=lambda x, codebook_size: x >= 0,
+        allowed="0 (the published shift), or 0.01 to 100",
+        valid=lambda x, codebook_size: (x == 0) | ((x >= 0.01) & (x <= 100)),
         traced=False,
     )
     gumbel: bool = setting(

@@ -33,9 +33,8 @@ from nvg_jax.training.loop import Task
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
-from nvg_jax.workdir import RunMetadata
+from nvg_jax.workdir import DISTILLATION, RunMetadata
 
-PART = "distillation"
 EVAL_IMAGES = 500  # held-out images of an evaluation, which solves the teacher's flow for each
 
 
@@ -331,6 +330,8 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
             f"({', '.join(teacher.class_names[:3])}, ...) and the data have {len(classes)} "
             f"({', '.join(classes[:3])}, ...). Use the data set that it was trained on."
         )
+    if run.cached_sequences:
+        run.train_source.check_tokenizer(teacher.fingerprint)
     settings = teacher_settings(config, teacher.sampling)
     teacher.check_guidance(settings)
     steps = run.num_steps(recipe)
@@ -370,7 +371,7 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
         return state.replace(params=copies(state.params), ema_params=copies(state.params))
 
     return Task(
-        name=PART,
+        name=DISTILLATION,
         recipe=recipe,
         steps=steps,
         state=program.state,
