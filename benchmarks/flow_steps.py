@@ -5,7 +5,7 @@
 For every number of steps, solver and time shift, of a model on its own data set:
 
 - splits: the share of positions that split as with 200 Euler steps from the same noise, canvas and
-  maps (those of 500 held-out images), over all learned splits;
+  maps (those of --split_images held-out images), over all learned splits;
 - FID, precision and recall against the training images in the features of a classifier that was
   trained on them, the share of samples that it names as the class asked for, and the spread of a
   class: the mean distance of two samples of it, over that of two training images;
@@ -35,7 +35,7 @@ from nvg_jax.structure import flow
 from nvg_jax.training.distillation import guided_velocity, solution
 
 FLAGS = flags.FLAGS
-SPLIT_IMAGES, EXACT_STEPS = 500, 200
+EXACT_STEPS = 200
 FIGURES = ("fid", "precision", "recall")
 
 
@@ -102,8 +102,8 @@ def main(_):
     reference = FeatureSet.of(judge.image_features(train.images))
     reference = reference._replace(pool=reference.pool[shuffled])
     real_spread = spread(train.images, train.labels)
-    shown = test.images[:SPLIT_IMAGES], test.labels[:SPLIT_IMAGES]
-    splits = Splits(pipe, *shown, pipe.settings)
+    shown = test.images[: FLAGS.split_images], test.labels[: FLAGS.split_images]
+    splits = Splits(pipe, *shown, pipe.settings) if FLAGS.split_images else None
     classes = np.arange(FLAGS.num_samples) % pipe.metadata.num_classes
 
     out = Path(FLAGS.out)
@@ -120,8 +120,10 @@ def main(_):
         for seed in range(FLAGS.seeds):
             key = (FLAGS.workdir, FLAGS.num_samples, *point.values(), seed)
             if key not in known:
-                same = (splits(pipe.settings.updated(point)) == splits.exact).mean()
-                known[key] = dict(zip(columns, key)) | {"splits": float(same)}
+                known[key] = dict(zip(columns, key))
+                if splits:
+                    same = splits(pipe.settings.updated(point)) == splits.exact
+                    known[key]["splits"] = float(same.mean())
                 known[key] |= measure(pipe, point, seed, classes, judge, reference)
                 known[key]["spread"] /= real_spread
                 with out.open("a") as file:
@@ -141,7 +143,8 @@ def row(point: dict, results: list[dict]) -> str:
         return f"{np.mean(values):{form}} ± {half:{form}}"
 
     cells = [point["solver"], f"{point['flow_shift']:g}", str(point["flow_steps"])]
-    cells += [f"{results[0]['splits']:.1%}", cell("fid", ".2f")]
+    cells += [f"{results[0]['splits']:.1%}" if "splits" in results[0] else ""]
+    cells += [cell("fid", ".2f")]
     cells += [cell(name, ".3f") for name in ("precision", "recall")]
     cells += [cell("agreement", ".1%"), cell("spread", ".3f")]
     cells += [f"{1000 * min(result['seconds'] for result in results):.1f}"]
@@ -205,5 +208,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("shifts", "0,1,3", "Time shifts; 0 is the published one.")
     flags.DEFINE_integer("seeds", 2, "Seeds of every point.")
     flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.")
+    flags.DEFINE_integer("split_images", 500, "Images whose splits are compared; 0: none.")
     flags.DEFINE_integer("batch_size", 250, "Samples at once.")
     app.run(main)
