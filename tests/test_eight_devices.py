@@ -107,10 +107,11 @@ def train_on(mesh) -> dict[str, dict]:
         state = program.init(jax.random.fold_in(run.key, 1), params["quantizer"]["codebook"])
         state = steps("generators", program, state, params, {}, scale)
         if tuple(mesh.shape.values()) in ((1, 1, 1), (2, 2, 2)):
-            teacher = Settings(structure_guidance=(1.0, 2.0), flow_steps=2)
-            program = distillation.make_program(config, mesh, STEPS, 10, teacher)
+            settings = Settings(structure_guidance=(1.0, 2.0), flow_steps=2)
+            program = distillation.make_program(config, mesh, STEPS, 10, settings)
+            teacher = {"structure": state.params["structure"]}  # a student knows nothing yet
             start = program.init(jax.random.fold_in(run.key, 1))
-            steps("distillation", program, start, jax.tree.map(jnp.copy, start.params), params)
+            steps("distillation", program, start, teacher, params)
     if dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}:
         found["sampling"] = sampling_collectives(config, {"tokenizer": params, **state.ema_params})
     return found
