@@ -452,7 +452,8 @@ def test_the_remat_policy_with_the_shortest_step_that_fits(monkeypatch, caplog):
     times = {"none": 1.0, "linears": 2.0, "blocks": 3.0}
     used = {"none": None, "linears": 5.0, "blocks": 1.0}  # GiB; the first does not compile
 
-    def fake(compiler, batch_size):
+    def fake(compiler, batch_size, model_flops):
+        assert model_flops == 42  # counted once for all policies
         remat = compiler.config.content.remat
         assert batch_size == 8 and compiler.config.structure.remat == remat
         if used[remat] is None:
@@ -462,10 +463,14 @@ def test_the_remat_policy_with_the_shortest_step_that_fits(monkeypatch, caplog):
         return {"memory": memory, "roofline": seconds, "fits": used[remat] <= limit}
 
     monkeypatch.setattr(report, "make_report", fake)
+    counted = []
+    monkeypatch.setattr(
+        lowering.Compiler, "model_flops", lambda compiler, size: counted.append(size) or 42
+    )
     target = chips.Target("cpu:1", sharding.make_mesh(devices=jax.devices()[:1]), CHIP)
     find = lambda: report.best_remat(digits.get_config("runlocal"), target, 8)["remat"]
     limit = 6.0
-    assert find() == "linears"
+    assert find() == "linears" and counted == [8]
     times["blocks"] = 1.5
     assert find() == "blocks"
     times["blocks"], limit = 3.0, 4.0
