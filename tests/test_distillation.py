@@ -172,6 +172,7 @@ def student(teacher, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_student_is_a_whole_model_with_its_own_recommended_steps(teacher, student):
     few, many = Pipeline.from_pretrained(student), Pipeline.from_pretrained(teacher)
     assert (few.settings.flow_steps, few.settings.structure_guidance) == (1, 1.0)
@@ -192,6 +193,7 @@ def test_the_student_is_a_whole_model_with_its_own_recommended_steps(teacher, st
         job.describe()  # before a folder is written
 
 
+@pytest.mark.slow
 def test_the_student_keeps_what_is_given(student):
     pipe = Pipeline.from_pretrained(student)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
@@ -205,6 +207,7 @@ def test_the_student_keeps_what_is_given(student):
     np.testing.assert_array_equal(out.tokens[..., ~region], given.tokens[..., ~region])
 
 
+@pytest.mark.slow
 def test_the_same_command_again_resumes(teacher, student, tmp_path):
     # Stopped in the middle and started again, it ends with the same weights.
     config = short_config()
@@ -226,6 +229,7 @@ def test_the_same_command_again_resumes(teacher, student, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -240,6 +244,7 @@ def test_wrong_settings_end_in_a_sentence(teacher, student, changes, message):
         distill(short_config(**changes), str(teacher), student)
 
 
+@pytest.mark.slow
 def test_wrong_folders_and_data_end_in_a_sentence(teacher, student, tmp_path):
     with pytest.raises(ValueError, match="There is no folder"):
         distill(short_config(), str(tmp_path / "nothing"), tmp_path / "out")
