@@ -10,7 +10,6 @@ import argparse
 import os
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -56,7 +55,7 @@ def main():
         count = config.generator_training.batch_size
         tokenizer = make_tokenizer(sizes)
         images = smooth_images(count, sizes.image_size)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        with sharding.in_mesh(mesh):
             params = jax.jit(lambda key: sharding.unbox(init_tokenizer(tokenizer, key)))(
                 jax.random.key(0)
             )

@@ -25,14 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from nvg_jax import granularity, models
+from nvg_jax import models
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
 from nvg_jax.evaluation.metrics import class_agreement
 from nvg_jax.jobs.evaluation import load_split, make_classifier
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
-from nvg_jax.training.distillation import guided_velocity, solution
+from nvg_jax.training.distillation import guided_velocity, solution, solve_stages, split_stages
 
 FLAGS = flags.FLAGS
 EXACT_STEPS = 200
@@ -67,7 +67,7 @@ class Splits:
 
     def __call__(self, settings: Settings) -> np.ndarray:
         """bool (learned splits, images, positions), the half that each position falls into."""
-        pipe, count = self._pipe, len(self._labels)
+        pipe = self._pipe
         config = pipe.tokenizer.config
         model = models.make_generator(
             "structure",
@@ -78,17 +78,10 @@ class Splits:
         times = flow.shifted_times(settings.flow_steps, config.num_positions, settings.flow_shift)
         velocity = guided_velocity(model, pipe.params["structure"], self._labels, self._guidance)
         solve = solution(velocity, np.float32(times), settings.solver)
-
-        @jax.jit
-        def halves(structure, canvases, stage):
-            embedding = granularity.structure_embedding(structure, stage, config.num_stages - 1)
-            z = solve(self._noise, embedding, canvases, jnp.full(count, stage))
-            bit = jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
-            return granularity.split(structure, bit, stage) % 2 == 1
-
-        learned = range(config.num_stages - 2)
-        given = self._sequence.structure, self._canvases
-        return np.stack([halves(*(x[:, stage] for x in given), stage) for stage in learned])
+        structure = jnp.asarray(self._sequence.structure)
+        solved = jax.jit(lambda *given: solve_stages(solve, *given))
+        maps = split_stages(structure, solved(structure, self._canvases, self._noise))
+        return np.asarray(maps) % 2 == 1
 
 
 def main(_):

@@ -130,6 +130,27 @@ def without_pretrained(config: ml_collections.ConfigDict):
     config.evaluation.judge = "classifier"
 
 
+def small_models(config: ml_collections.ConfigDict):
+    """How models that a CPU trains in minutes or hours are trained and sampled."""
+    config.content.remat = config.structure.remat = "blocks"  # on a CPU also faster
+    config.tokenizer_training.update(
+        batch_size=16, log_every=50, save_every=500, index_backprop_epochs=0.0
+    )
+    config.tokenizer_training.optimizer.update(
+        learning_rate=2e-2, warmup_steps=100, final=0.02, ema_decay=0.99
+    )
+    config.generator_training.optimizer.update(
+        learning_rate=1.6e-2, warmup_steps=200, decay_start=0.5, final=0.02, ema_decay=0.998
+    )
+    config.distillation.update(batch_size=16, log_every=50, save_every=200)
+    config.distillation.optimizer.update(
+        learning_rate=4e-3, warmup_steps=50, decay_start=0.5, final=0.02, ema_decay=0.99
+    )
+    config.sampling.update(
+        content_guidance=(2.0, 2.0), structure_guidance=(1.0, 1.0), top_p=(0.9, 0.9)
+    )
+
+
 def choose(arg: str | None, variants) -> list[str]:
     """The variants named by a comma-separated argument.
 

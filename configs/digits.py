@@ -32,39 +32,21 @@ def get_config(arg: str | None = None):
     )
     config.content = common.transformer(64, 3, head_dim=32, drop_path=0.1)
     config.structure = common.transformer(64, 2, head_dim=32, drop_path=0.1)
-    config.content.remat = config.structure.remat = "blocks"  # on a CPU also faster
+    common.small_models(config)
     config.tokenizer_training.update(
-        length="800 steps",
-        batch_size=32,
-        log_every=50,
-        eval_every=400,
-        save_every=400,
-        index_backprop_epochs=0.0,
+        length="800 steps", batch_size=32, eval_every=400, save_every=400
     )
-    config.tokenizer_training.optimizer.update(
-        learning_rate=1.6e-2, warmup_steps=50, final=0.02, ema_decay=0.99
-    )
+    config.tokenizer_training.optimizer.update(learning_rate=1.6e-2, warmup_steps=50)
     # After about 2,500 steps the content generator begins to memorize the 1,497 training images.
     config.generator_training.update(
         length="2400 steps", batch_size=32, log_every=100, eval_every=800, save_every=800
     )
-    config.generator_training.optimizer.update(
-        learning_rate=1.6e-2, warmup_steps=100, decay_start=0.5, final=0.02, ema_decay=0.998
-    )
+    config.generator_training.optimizer.warmup_steps = 100
     config.distillation.update(
-        length="800 steps",
-        batch_size=32,
-        log_every=50,
-        eval_every=400,
-        save_every=400,
-        flow_steps=2,
-    )
-    config.distillation.optimizer.update(
-        learning_rate=4e-3, warmup_steps=50, decay_start=0.5, final=0.02, ema_decay=0.99
+        length="800 steps", batch_size=32, eval_every=400, save_every=400, flow_steps=2
     )
     config.sampling.update(
         content_guidance=(3.0, 3.0),
-        structure_guidance=(1.0, 1.0),
         top_p=(0.5, 0.5),
         flow_steps=8,  # as good as 25 on these maps, and a third of the time
     )

@@ -26,33 +26,12 @@ def get_config(arg: str | None = None):
     )
     config.content = common.transformer(128, 4, head_dim=32)
     config.structure = common.transformer(64, 4, head_dim=32)
-    config.content.remat = config.structure.remat = "blocks"  # on a CPU also faster
-    config.tokenizer_training.update(
-        length="8000 steps",
-        batch_size=16,
-        log_every=50,
-        eval_every=2000,
-        save_every=500,
-        index_backprop_epochs=0.0,
-    )
-    config.tokenizer_training.optimizer.update(
-        learning_rate=2e-2, warmup_steps=100, final=0.02, ema_decay=0.99
-    )
+    common.small_models(config)
+    config.tokenizer_training.update(length="8000 steps", eval_every=2000)
     config.generator_training.update(
         length="8000 steps", batch_size=16, log_every=50, eval_every=4000, save_every=500
     )
-    config.generator_training.optimizer.update(
-        learning_rate=1.6e-2, warmup_steps=200, decay_start=0.5, final=0.02, ema_decay=0.998
-    )
-    config.distillation.update(
-        length="1000 steps", batch_size=16, log_every=50, eval_every=1000, save_every=200
-    )
-    config.distillation.optimizer.update(
-        learning_rate=4e-3, warmup_steps=50, decay_start=0.5, final=0.02, ema_decay=0.99
-    )
-    config.sampling.update(
-        content_guidance=(2.0, 2.0), structure_guidance=(1.0, 1.0), top_p=(0.9, 0.9)
-    )
+    config.distillation.update(length="1000 steps", eval_every=1000)
     if "runlocal" in variants:
         common.run_locally(config)
         config.data.resize = 8

@@ -30,11 +30,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "workdir",
-        "fashion_mnist",
-        "A run's workdir, an exported or converted folder, or a bundled model.",
-    )
+    flags.DEFINE_string("workdir", "fashion_mnist", cli.MODEL)
     flags.DEFINE_enum("dtype", None, DTYPES, "Arithmetic; by default what the devices do best.")
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets others in.")
     flags.DEFINE_integer("port", 7860, "Port to listen on.", 0, 65535)

@@ -17,6 +17,7 @@ from nvg_jax.runtime import preemption
 from nvg_jax.sampling.settings import DTYPES, Settings
 
 USER_ERROR = 2
+MODEL = "A run's workdir, an exported or converted folder, or a bundled model."
 
 flags.DEFINE_boolean(
     "distributed",
@@ -69,9 +70,7 @@ def main(command):
 
 
 def define_model_flags():
-    flags.DEFINE_string(
-        "workdir", None, "A run's workdir, an exported or converted folder, or a bundled model."
-    )
+    flags.DEFINE_string("workdir", None, MODEL)
     flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
     flags.DEFINE_integer("batch_size", 64, "Images per batch and process.", lower_bound=1)
 

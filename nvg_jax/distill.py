@@ -29,9 +29,6 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
         Preempted: SIGTERM arrived; the state is saved.
     """
     check_recipe(config, "distillation", ("distillation",))
-    import flax.linen as nn
-    import jax
-
     from nvg_jax import workdir as folders
     from nvg_jax.jobs.scoring import make_scorers
     from nvg_jax.runtime import sharding
@@ -50,7 +47,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     metadata, params = distillation.read_teacher(teacher)
     config = distillation.with_sizes(config, metadata)
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with sharding.in_mesh(mesh):
         run = open_run(config, workdir, mesh, networks=())
         scorers = make_scorers(config, (folders.DISTILLATION,), run.train_source.num_classes)
         task = distillation.task(run, metadata, params)
@@ -74,9 +71,7 @@ def main(_):
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
-    flags.DEFINE_string(
-        "teacher", None, "A run's workdir, an exported or converted folder, or a bundled model."
-    )
+    flags.DEFINE_string("teacher", None, cli.MODEL)
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the model.")
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
     cli.main(main)

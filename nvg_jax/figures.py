@@ -57,9 +57,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "workdir", None, "A run's workdir, an exported or converted folder, or a bundled model."
-    )
+    flags.DEFINE_string("workdir", None, cli.MODEL)
     flags.DEFINE_string("out", None, "Folder for the figures.")
     flags.DEFINE_list("figures", ",".join(FIGURES), f"Which of {', '.join(FIGURES)}.")
     flags.DEFINE_list("classes", None, "Class names or ids; by default the first eight.")

@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 
 from nvg_jax.jobs import editing
+from nvg_jax.jobs.figures import picture_of
 from nvg_jax.jobs.sampling import Given, SamplingJob, stage_images
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
-from nvg_jax.sampling.settings import Settings
-from nvg_jax.visualize import image_grid, map_tile, to_uint8
+from nvg_jax.sampling.settings import Settings, text_of
+from nvg_jax.visualize import image_grid, to_uint8
 
 SAMPLES = 4  # drawn at once; another number would compile another program
 CANVAS = 320  # pixels of a side to paint on
@@ -189,10 +190,7 @@ class Page:
         code = self.lines(kept, label, int(seed), changes)
         files = [str(path) for path in kept.files] or None
         for stage in range(config.num_stages):
-            maps = [
-                map_tile(m, stage, config.latent_size, config.image_size)
-                for m in out.sequence.structure[:, stage]
-            ]
+            maps = [picture_of(self.pipe, m, stage) for m in out.sequence.structure[:, stage]]
             text = f"Stage {stage} of {config.num_stages - 1}: {2**stage} tokens an image"
             yield (
                 enlarged(image_grid(frames[:, stage], SAMPLES)),
@@ -216,10 +214,6 @@ def to_canvas(image: np.ndarray | None) -> np.ndarray:
     if image is None:
         raise gr.Error("Draw samples first.")
     return enlarged(image, CANVAS)
-
-
-def text_of(value) -> str:
-    return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def settings_fields(settings: Settings) -> list[gr.components.Component]:

@@ -34,9 +34,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
         Preempted: SIGTERM arrived; the state is saved.
     """
     check_config(config)
-    import flax.linen as nn
-    import jax
-
     from nvg_jax.jobs.scoring import make_scorers
     from nvg_jax.runtime import sharding
     from nvg_jax.runtime.files import storage_path
@@ -53,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
             names = generators.parts_of(part)
             networks += generators.pretrained_names(config, names)
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with sharding.in_mesh(mesh):
         run = open_run(config, storage_path(workdir), mesh, networks)
         # A run that has started does not need the folder any more.
         if config.init_from and not any((run.workdir / part).exists() for part in parts):

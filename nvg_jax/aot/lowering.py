@@ -1,13 +1,11 @@
 """Lowers and compiles what `train` and `sample` run, from a config and abstract arrays."""
 
-import contextlib
 import functools
 import math
 import re
 import time
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import ml_collections
 from jax.sharding import Mesh
@@ -65,14 +63,6 @@ def recipe_name(part: str) -> str:
     return {"tokenizer": "tokenizer_training", DISTILLATION: part}.get(part, "generator_training")
 
 
-def in_mesh(mesh: Mesh):
-    """The context that `train` traces in. Run nothing eagerly inside: the devices do not exist."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(jax.set_mesh(mesh))
-    stack.enter_context(nn.logical_axis_rules(sharding.RULES))
-    return stack
-
-
 def lower_training(
     config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, images: int, num_classes: int
 ):
@@ -84,7 +74,7 @@ def lower_training(
     recipe = config[recipe_name(part)]
     recipe.batch_size = batch_size
     steps = training_length(recipe.length, images, batch_size)
-    with in_mesh(mesh):
+    with sharding.in_mesh(mesh):  # run nothing eagerly inside: the devices do not exist
         if part == "tokenizer":
             program = tokenizer.make_program(config, mesh, steps)
             index_backprop = recipe.index_backprop_epochs > 0

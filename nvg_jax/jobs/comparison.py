@@ -25,7 +25,7 @@ from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.sharding import local_batch, make_mesh
-from nvg_jax.sampling.settings import Settings
+from nvg_jax.sampling.settings import Settings, text_of
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8
 
 logger = logging.getLogger("nvg_jax")
@@ -156,16 +156,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for index, result in enumerate(results):
         line = "".join(f"{result[column]:11.4f}" for column in columns)
         if "sweep" in result:
-            line += "  " + " ".join(f"{k}={_shown(v)}" for k, v in result["sweep"].items())
+            line += "  " + " ".join(f"{k}={text_of(v)}" for k, v in result["sweep"].items())
             line += "  <- lowest FID" if index == best else ""
         lines.append(line)
     return "\n".join(lines)
-
-
-def _shown(value) -> str:
-    if isinstance(value, str):
-        return value
-    return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 # Reconstruction.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nvg_jax.jobs.sampling import stage_images
+from nvg_jax.jobs import editing
+from nvg_jax.jobs.sampling import SamplingJob, stage_images
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence
@@ -58,16 +59,13 @@ def binary(pipe: Pipeline, classes: Sequence[int], columns: int, seed: int) -> n
 
 def drawings(pipe: Pipeline, classes: Sequence[int], seed: int) -> np.ndarray:
     """Samples of every class that follow each ready-made map (Figure 6): a row a map."""
-    config = pipe.tokenizer.config
     tiles = []
     for name in control.DRAWINGS:
-        regions = control.ready_made(name, min(config.image_size))
-        structure, stages = control.structure_of_drawing(regions, config.latent_size)
-        structure = np.broadcast_to(structure, (len(classes), *structure.shape))
-        prefix = GranularitySequence(structure, np.zeros_like(structure))
-        out = pipe.sample(classes, seed=seed, prefix=prefix, structure_stages=stages)
-        last = stages - 1  # the finest map that the drawing decides
-        tiles.append([picture_of(pipe, structure[0, last], last), *to_uint8(out.images)])
+        given = editing.follow_drawing(pipe, name)
+        out = SamplingJob(pipe, classes, 1, len(classes), seed, {}, given).sample(0)
+        last = given.structure_stages - 1  # the finest map that the drawing decides
+        shown = picture_of(pipe, given.sequence.structure[last], last)
+        tiles.append([shown, *to_uint8(out.images)])
     heads = ["map", *(pipe.class_names[c] for c in classes)]
     return labeled_grid(tiles, [name.replace("_", " ") for name in control.DRAWINGS], heads)
 

@@ -4,6 +4,7 @@ Mesh axes: "data" splits the batch; "fsdp" splits the batch and also the paramet
 averages and the optimizer state; "tensor" splits wide channels. Models only name logical axes.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             allow_split_physical_axes=True,
         )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+@contextlib.contextmanager
+def in_mesh(mesh: Mesh):
+    """The context that trainings are traced in: the mesh, and the meaning of logical axes."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
 
 
 def is_boxed(x) -> bool:

@@ -105,6 +105,13 @@ class Spec:
         return values[0] if self.per_stage is None else values
 
 
+def text_of(value) -> str:
+    """A value as flags take it: the inverse of `Spec.parse`, but for a bool, which is 0 or 1."""
+    if isinstance(value, str):
+        return value
+    return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
+
+
 def setting(default, help: str, **facts):
     return dataclasses.field(default=default, metadata={"spec": Spec(help, **facts)})
 

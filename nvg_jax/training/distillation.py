@@ -29,6 +29,7 @@ from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import programs
 from nvg_jax.training.generators import Sampler, encode
+from nvg_jax.training.initial import with_params
 from nvg_jax.training.loop import Task
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
@@ -90,17 +91,23 @@ class Distillation:
         times = flow.shifted_times(settings.flow_steps, height * width, settings.flow_shift)
         return solution(velocity, times.astype(np.float32), settings.solver)
 
-    def loss(self, params, teacher_params, quantized, class_ids, noise, times, weights=None):
+    def loss(
+        self, params, teacher_params, quantized, class_ids, noise, times, weights=None, solved=None
+    ):
         """The loss of each learned split, float32 (K - 1,).
 
         Args:
             class_ids: int32 (B,). noise, times, weights: as of `structure_losses`.
+            solved: the teacher's solutions of `solve_stages`, if they are known already.
         """
         class_ids = class_ids.repeat(times.shape[1])
         student = guided_velocity(self.model, params, class_ids, None)
         velocity = guided_velocity(self.model, teacher_params, class_ids, self.guidance)
         teacher = Teacher(velocity=velocity)
-        if self.reflow:
+        if self.reflow and solved is not None:
+            folded = solved.swapaxes(0, 1).reshape(-1, *solved.shape[2:])
+            teacher = Teacher(solution=lambda *_: folded)
+        elif self.reflow:
             teacher = Teacher(solution=self.solver(self.teacher, velocity))
         structure, canvases = quantized.sequence.structure, quantized.canvases
         return structure_losses(student, structure, canvases, noise, times, weights, teacher)
@@ -111,26 +118,40 @@ class Distillation:
         scales = np.asarray(self.teacher.structure_guidance, np.float32)[:-2]
         return None if (scales == 1).all() else jnp.asarray(scales)
 
-    def agreement(self, params, teacher_params, quantized, class_ids, noise, weights):
-        """Share of positions that student and teacher split alike, float32 (K - 1,)."""
-        structure = quantized.sequence.structure
-        batch, stages, length = structure.shape
-        learned = stages - 2
 
-        def splits(settings, velocity, stage):
-            embedding = granularity.structure_embedding(structure[:, stage], stage, stages - 1)
-            solve = self.solver(settings, velocity)
-            z = solve(noise, embedding, quantized.canvases[:, stage], jnp.full(batch, stage))
-            bit = jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
-            return granularity.split(structure[:, stage], bit, stage)
+def solve_stages(solve, structure, canvases, noise):
+    """Where a flow leads from the same noise at every learned stage, float32 (K - 1, B, L, K).
 
-        def of_stage(stage):
-            student = guided_velocity(self.model, params, class_ids, None)
-            teacher = guided_velocity(self.model, teacher_params, class_ids, self.guidance)
-            same = splits(self.student, student, stage) == splits(self.teacher, teacher, stage)
-            return jnp.average(same.mean(1), weights=weights)
+    Args:
+        solve: a `solution`. structure: int32 (B, S, L). canvases: float32 (B, S, L, D). noise:
+            float32 (B, L, K).
+    """
+    batch, stages, _ = structure.shape
 
-        return jax.lax.map(of_stage, jnp.arange(learned))
+    def at_stage(stage):
+        embedding = granularity.structure_embedding(structure[:, stage], stage, stages - 1)
+        return solve(noise, embedding, canvases[:, stage], jnp.full(batch, stage))
+
+    return jax.lax.map(at_stage, jnp.arange(stages - 2))
+
+
+def split_stages(structure, solved):
+    """The map that each learned stage is split into, int32 (K - 1, B, L), from `solve_stages`."""
+
+    def at_stage(labels, z, stage):
+        bit = jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
+        return granularity.split(labels, bit, stage)
+
+    learned = len(solved)
+    return jax.vmap(at_stage)(structure[:, :learned].swapaxes(0, 1), solved, jnp.arange(learned))
+
+
+def draw_noise(key, structure):
+    """What a loss needs for maps int32 (B, S, L): noise (B, L, K) and times (B, K - 1)."""
+    batch, stages, length = structure.shape
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, (batch, length, stages - 1))
+    return noise, draw_times(time_key, batch, stages - 2)
 
 
 def train_step(
@@ -154,10 +175,8 @@ def train_step(
         (state, metrics).
     """
     quantized = encode(distillation.tokenizer, tokenizer_params, batch)
-    batch_size, stages, length = quantized.sequence.structure.shape
-    noise_key, time_key = jax.random.split(jax.random.fold_in(key, state.step))
-    noise = jax.random.normal(noise_key, (batch_size, length, stages - 1))
-    times = draw_times(time_key, batch_size, stages - 2)
+    step_key = jax.random.fold_in(key, state.step)
+    noise, times = draw_noise(step_key, quantized.sequence.structure)
 
     def loss_of(params):
         losses = distillation.loss(
@@ -186,13 +205,22 @@ def eval_step(params, teacher_params, tokenizer_params, batch, *, distillation: 
     """
     quantized = encode(distillation.tokenizer, tokenizer_params, batch)
     weights = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
-    batch_size, stages, length = quantized.sequence.structure.shape
-    noise_key, time_key = jax.random.split(jax.random.key(0))
-    noise = jax.random.normal(noise_key, (batch_size, length, stages - 1))
-    times = draw_times(time_key, batch_size, stages - 2)
-    networks = params["structure"], teacher_params["structure"], quantized, batch["label"], noise
-    losses = distillation.loss(*networks, times, weights)
-    agreement = distillation.agreement(*networks, weights)
+    structure, class_ids = quantized.sequence.structure, batch["label"]
+    noise, times = draw_noise(jax.random.key(0), structure)
+    student, teacher = params["structure"], teacher_params["structure"]
+
+    def solved(params, guidance, settings):
+        velocity = guided_velocity(distillation.model, params, class_ids, guidance)
+        solve = distillation.solver(settings, velocity)
+        return solve_stages(solve, structure, quantized.canvases, noise)
+
+    wanted = solved(teacher, distillation.guidance, distillation.teacher)
+    found = solved(student, None, distillation.student)
+    losses = distillation.loss(
+        student, teacher, quantized, class_ids, noise, times, weights, wanted
+    )
+    same = split_stages(structure, found) == split_stages(structure, wanted)
+    agreement = jnp.average(same.mean(2), axis=1, weights=weights)
     return {
         "structure/loss": losses.mean(),
         "structure/flow_loss": losses,
@@ -367,8 +395,7 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
 
     def init():
         state = program.init(jax.random.fold_in(run.key, 1))
-        copies = lambda like: place({"structure": params["structure"]}, like)
-        return state.replace(params=copies(state.params), ema_params=copies(state.params))
+        return with_params(state, place({"structure": params["structure"]}, state.params))
 
     return Task(
         name=DISTILLATION,
