@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from nvg_jax.runtime.sharding import BATCH_SPEC, batch_shards
 
 EPSILON = 1e-6
+LENGTH_BY_HEAD = 256  # of sequences that a CPU attends to head by head; shorter ones fit its cache
 LANES = 128  # of a TPU's vector registers; a block of the kernel holds whole heads in so many
 MAX_LENGTH = 640  # of a sequence; compiled with 513
 ROWS = 16  # a register holds so many rows of bfloat16
@@ -62,8 +63,10 @@ def attention(q: Array, k: Array, v: Array, rotary: Rotary | None = None) -> Arr
         )
     if platform() == "gpu" and fits_cudnn(q):
         return cudnn_attention(q, k, v)
-    if platform() == "cpu" and jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
-        return folded_attention(q, k, v)
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() == "cpu" and mesh.shape.get("tensor", 1) == 1:
+        by_head = q.shape[1] >= LENGTH_BY_HEAD and (mesh.empty or mesh.size == 1)
+        return folded_attention(q, k, v, by_head)
     return jax.nn.dot_product_attention(q, k, v)
 
 
@@ -102,19 +105,30 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return turned.astype(x.dtype)
 
 
-def folded_attention(q: Array, k: Array, v: Array) -> Array:
+def folded_attention(q: Array, k: Array, v: Array, by_head: bool = False) -> Array:
     """Attention with batch and heads folded into one axis, which is faster on CPUs.
 
     The softmax's sum divides after the product with the values. Heads that are sharded over
     "tensor" cannot be folded in place.
+
+    Args:
+        by_head: one head of one image at a time, so that its scores stay in the processor's cache;
+            the gradient computes them again. The images must not be sharded.
     """
     batch, length, heads, head_dim = q.shape
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, head_dim) for x in (q, k, v))
-    scores = jnp.einsum("bqd,bkd->bqk", q * head_dim**-0.5, k).astype(jnp.float32)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    out = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
-    out = out / weights.sum(-1, keepdims=True).astype(v.dtype)
+    if by_head:
+        out = jax.lax.map(jax.checkpoint(lambda head: _attend(*head)), (q, k, v))
+    else:
+        out = jax.vmap(_attend)(q, k, v)
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
+
+
+def _attend(q: Array, k: Array, v: Array) -> Array:
+    """Attention of one head (N, head_dim)."""
+    scores = ((q * q.shape[-1] ** -0.5) @ k.T).astype(jnp.float32)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return weights.astype(v.dtype) @ v / weights.sum(-1, keepdims=True).astype(v.dtype)
 
 
 def fits_cudnn(q: Array) -> bool:

@@ -40,11 +40,11 @@ def main(_):
         if name == "sequence" and FLAGS.image:
             image = editing.fit(pipe, editing.read_picture(FLAGS.image))[None]
             visual = pipe.encode(image)
-            return figures.sequence(pipe, visual, pipe.canvases(visual), [Path(FLAGS.image).stem])
+            return figures.sequence(pipe, visual, [Path(FLAGS.image).stem])
         if name == "sequence":
             sample = pipe.sample(classes[:4], seed=FLAGS.seed)
             rows = [pipe.class_names[c] for c in classes[:4]]
-            return figures.sequence(pipe, sample.sequence, sample.canvases, rows)
+            return figures.sequence(pipe, sample.sequence, rows)
         if name == "binary":
             return figures.binary(pipe, classes, FLAGS.columns, FLAGS.seed)
         if name == "drawings":

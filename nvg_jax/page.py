@@ -185,7 +185,7 @@ class Page:
         except ValueError as error:
             raise gr.Error(str(error)) from None
         config = self.pipe.tokenizer.config
-        frames = stage_images(self.pipe, out.canvases[:, :-1])
+        frames = stage_images(self.pipe, out.sequence)[:, :-1]
         frames = np.concatenate([frames, out.images[:, None]], axis=1)  # pasted, if asked for
         code = self.lines(kept, label, int(seed), changes)
         files = [str(path) for path in kept.files] or None

@@ -25,12 +25,12 @@ class SampleOutput(NamedTuple):
     """Samples.
 
     images: float32 (B, H, W, 3) in [-1, 1]. sequence: maps and tokens, int32 (B, S, L) each.
-    canvases: float32 (B, S, L, D), after each stage.
+    canvases: None, or, if asked for, float32 (B, S, L, D), after each stage.
     """
 
     images: np.ndarray
     sequence: GranularitySequence
-    canvases: np.ndarray
+    canvases: np.ndarray | None = None
 
 
 class Pipeline:
@@ -210,6 +210,7 @@ class Pipeline:
         structure_stages: int = 0,
         token_stages: int = 0,
         region=None,
+        canvases: bool = False,
         **settings,
     ) -> SampleOutput:
         """Samples an image for each class id.
@@ -228,6 +229,7 @@ class Pipeline:
             region: bool (L,) or (B, L), the latent's positions to sample; everywhere else all maps
                 and tokens of `prefix` are kept. `sampling.control.region_of_mask` makes it from
                 pixels.
+            canvases: whether to return the canvases too.
             settings: the fields of `nvg_jax.sampling.Settings`: temperature, top_k, top_p,
                 content_guidance, structure_guidance, flow_steps, solver, flow_shift, gumbel. A
                 setting that is missing or None takes the folder's recommended value.
@@ -248,7 +250,8 @@ class Pipeline:
             out = self.program.sample(
                 self.params, canvas_scale, ids, keys, noise, values, prefix, region, plan=plan
             )
-        return jax.tree.map(lambda x: x[:count], SampleOutput(*jax.device_get(out)))
+        out = SampleOutput(*jax.tree.map(lambda x: x[:count], jax.device_get(out)))
+        return out._replace(canvases=self.canvases(out.sequence)) if canvases else out
 
     def _plan(
         self, settings: dict[str, Any], structure_stages: int, token_stages: int, region: bool

@@ -40,12 +40,18 @@ def relative_error(found, exact):
     return np.abs(found - exact).max() / np.abs(exact).max()
 
 
-@pytest.mark.parametrize("length, heads, head_dim", [(5, 3, 4), (33, 2, 64)])
+@pytest.mark.parametrize("length, heads, head_dim", [(5, 3, 4), (33, 2, 64), (257, 2, 16)])
 def test_attention_on_a_cpu_is_its_definition(length, heads, head_dim):
+    assert (length == 257) == (length >= attention.LENGTH_BY_HEAD)
     *inputs, rotary = arguments(length, heads, head_dim)
+    grad = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
     for how in (rotary, None):
-        found, exact = attention.attention(*inputs, how), expected(*inputs, how)
-        assert relative_error(found, exact) < 1e-5
+        results = []
+        for function in (attention.attention, expected):
+            out, backward = jax.vjp(lambda *args: function(*args, how), *inputs)  # noqa: B023
+            results.append((out, *backward(grad)))
+        for name, found, exact in zip(("out", "q", "k", "v"), *results):
+            assert relative_error(found, exact) < 1e-5, name
 
 
 # Two heads a block, four, one; more rows than one block of 128; a length that fills its rows.

@@ -161,12 +161,15 @@ def test_encode_decode_reconstruct(pipe, images):
 def test_sampling_shapes_even_splits_and_defaults(pipe):
     out = pipe.sample([3, "7"], seed=1)
     assert out.images.shape == (2, 8, 8, 3) and np.abs(out.images).max() <= 1
-    assert out.canvases.shape == (2, 5, 16, 4)
+    assert out.canvases is None
     assert is_even_hierarchy(out.sequence.structure).all()
     # The folder's own settings are the defaults, and decoding the sequence gives the images.
     settings = dict(content_guidance=(2.0, 2.0), structure_guidance=(1.5, 1.5), flow_steps=2)
     np.testing.assert_array_equal(out.images, pipe.sample([3, 7], seed=1, **settings).images)
     np.testing.assert_allclose(pipe.decode(out.sequence), out.images, atol=1e-5)
+    canvases = pipe.sample([3, 7], seed=1, canvases=True).canvases
+    assert canvases.shape == (2, 5, 16, 4)
+    np.testing.assert_allclose(pipe.decode_canvas(canvases[:, -1]), out.images, atol=1e-5)
 
 
 def test_a_sample_depends_on_its_seed_and_index_alone(pipe):

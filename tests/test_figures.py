@@ -27,7 +27,7 @@ def tile(picture, rows, columns, row, column):
 def test_canvases_stand_above_their_maps(pipe):
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     sequence = pipe.encode(images)
-    picture = figures.sequence(pipe, sequence, pipe.canvases(sequence), ["a", "b"])
+    picture = figures.sequence(pipe, sequence, ["a", "b"])
     restored = to_uint8(pipe.decode(sequence))
     for image in range(2):
         last = tile(picture, 4, 5, 2 * image, 4)

@@ -537,6 +537,7 @@ def test_whole_generation(raw, expected, meta, name):
         flow_steps=int(re.match(r"gen(\d+)", name)[1]),
         content_guidance=guidance(meta, "content") if guided else 1,
         structure_guidance=guidance(meta, "structure") if guided else 1,
+        canvases=True,
     )
     ties = np.flatnonzero(expected[name + "_cluster_ties"])
     splits = ties[0] if ties.size else out.sequence.structure.shape[1] - 1

@@ -24,17 +24,15 @@ def picture_of(pipe: Pipeline, labels: np.ndarray, stage: int) -> np.ndarray:
     return map_tile(labels, stage, config.latent_size, config.image_size)
 
 
-def sequence(
-    pipe: Pipeline, visual: GranularitySequence, canvases: np.ndarray, names: Sequence[str]
-) -> np.ndarray:
+def sequence(pipe: Pipeline, visual: GranularitySequence, names: Sequence[str]) -> np.ndarray:
     """Canvases and maps, stage by stage (Figure 1): two rows an image.
 
     Args:
-        visual: of B images. canvases: float32 (B, S, L, D). names: of the rows.
+        visual: of B images. names: of the rows.
     """
     config = pipe.tokenizer.config
     tiles = []
-    for images, maps in zip(to_uint8(stage_images(pipe, canvases)), visual.structure):
+    for images, maps in zip(to_uint8(stage_images(pipe, visual)), visual.structure):
         tiles.append(list(images))
         tiles.append([picture_of(pipe, x, s) for s, x in enumerate(maps)])
     rows = [text for name in names for text in (name, "structure")]

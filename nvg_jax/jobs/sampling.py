@@ -165,19 +165,18 @@ class SamplingJob:
         return json.loads(json.dumps(description))
 
 
-def stage_images(pipeline: Pipeline, canvases: np.ndarray) -> np.ndarray:
-    """Canvases (B, S, L, D) decoded after every stage, float32 (B, S, H, W, 3) in [-1, 1]."""
+def stage_images(pipeline: Pipeline, sequence: GranularitySequence) -> np.ndarray:
+    """The canvas decoded after every stage, float32 (B, S, H, W, 3) in [-1, 1]."""
+    canvases = pipeline.canvases(sequence)
     images = pipeline.decode_canvas(canvases.reshape(-1, *canvases.shape[2:]))
     return images.reshape(*canvases.shape[:2], *images.shape[1:])
 
 
 def stages_picture(pipeline: Pipeline, output: SampleOutput, picks: np.ndarray) -> np.ndarray:
     """The samples `picks` of an output: the canvas decoded after every stage, above its map."""
-    return stages_grid(
-        stage_images(pipeline, output.canvases[picks]),
-        output.sequence.structure[picks],
-        pipeline.tokenizer.config.latent_size,
-    )
+    sequence = GranularitySequence(*(part[picks] for part in output.sequence))
+    latent_size = pipeline.tokenizer.config.latent_size
+    return stages_grid(stage_images(pipeline, sequence), sequence.structure, latent_size)
 
 
 # Resumable output: every file present is complete and was made with these settings.

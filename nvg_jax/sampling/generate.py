@@ -117,7 +117,7 @@ def generate(
             those of `prefix`, and so does the token of a cluster that has any of them.
 
     Returns:
-        The sequence, and the canvases float32 (B, S, L, D) after each stage.
+        The sequence, and the final canvas float32 (B, L, D).
     """
     batch, length, num_bits = noise.shape
     stages = num_bits + 1
@@ -194,7 +194,7 @@ def generate(
             after = x["next_structure"]
         elif stage_plan.split != "none":
             after = draw_split(stage_plan.split, canvas, labels, x)
-        return (canvas, after), (labels, tokens, canvas)
+        return (canvas, after), (labels, tokens)
 
     stage_first = lambda x: jnp.moveaxis(x, 1, 0)
     inputs = {
@@ -214,7 +214,5 @@ def generate(
         carry, out = jax.lax.scan(lambda c, x: run_stage(stage_plan, c, x), carry, xs)
         outputs.append(out)
         start = end
-    structure, tokens, canvases = (
-        jnp.moveaxis(jnp.concatenate(parts), 0, 1) for parts in zip(*outputs)
-    )
-    return GranularitySequence(structure, tokens), canvases
+    structure, tokens = (jnp.moveaxis(jnp.concatenate(parts), 0, 1) for parts in zip(*outputs))
+    return GranularitySequence(structure, tokens), carry[0]

@@ -118,11 +118,11 @@ def sample_batch(
         canvas_scale: float32 (S + 1,).
 
     Returns:
-        (images float32 (B, H, W, 3), GranularitySequence, canvases float32 (B, S, L, D)).
+        (images float32 (B, H, W, 3), GranularitySequence).
     """
     networks, decode = bind(params, canvas_scale, tokenizer, content, structure)
-    sequence, canvases = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
-    return decode(canvases[:, -1]), sequence, canvases
+    sequence, canvas = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
+    return decode(canvas), sequence
 
 
 def bind(
