@@ -3,7 +3,8 @@
     python -m benchmarks.sampling --config=configs/imagenet256.py:d16
 
 Times every network of the sampler by itself, compiled, with random weights and inputs: the content
-generator (one call a stage), the structure generator (`flow_steps` calls for each learned split),
+generator (one call a stage), the structure generator (what a split's steps share, and `flow_steps`
+evaluations, for each learned split),
 adding a stage to the canvas, and the decoder. Seconds an image are their times by how often the
 sampler calls them with the config's settings. Where a stage is guided, a call works on twice the
 batch.
@@ -20,7 +21,7 @@ from ml_collections import config_flags
 
 from nvg_jax import models
 from nvg_jax.layers import TransformerConfig, cast_blocks
-from nvg_jax.sampling.guidance import guided
+from nvg_jax.sampling.guidance import Guidance
 from nvg_jax.sampling.networks import bind
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
@@ -73,34 +74,40 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
     z = jax.random.normal(jax.random.key(1), (batch, length, stages - 1))
     classes = jnp.arange(batch) % CLASSES
 
-    def content(scale, params, canvas, labels):
-        call = of(params)[0].logits
-        network = lambda doubled, ids: call(doubled(canvas), doubled(labels), stage, ids)
-        return guided(network, classes, CLASSES, scale)
+    evaluations = settings.flow_steps * (2 if settings.solver == "heun" else 1)
+    times = jnp.linspace(1, 0, settings.flow_steps + 1)
 
-    def structure(scale, params, z, canvas, labels):
-        call = of(params)[0].velocity
-        network = lambda doubled, ids: call(
-            doubled(z), 0.5, doubled(labels), doubled(canvas), stage, ids
-        )
-        return guided(network, classes, CLASSES, scale)
+    def content(guidance, params, canvas, labels):
+        doubled = map(guidance.double, (canvas, labels))
+        return guidance(of(params)[0].logits(*doubled, stage, guidance.classes))
+
+    def split(evaluations, guidance, params, z, canvas, labels):
+        """As many evaluations of the structure generator, and what they share."""
+        doubled = map(guidance.double, (labels, canvas))
+        velocity, rows = of(params)[0].flow(*doubled, stage, guidance.classes, times)
+        row = jax.tree.map(lambda x: x[0], rows)
+        step = lambda _, z: guidance(velocity(guidance.double(z), row))
+        return jax.lax.fori_loop(0, evaluations, step, z)
 
     def of_stages(network, scales, *inputs):
         """Seconds of a call for each stage, guided where its scale is not 1."""
         total = 0.0
         for scale, count in ((None, scales.count(1.0)), (2.0, len(scales) - scales.count(1.0))):
             if count:
-                call = jax.jit(functools.partial(network, scale))
+                guidance = Guidance(classes, CLASSES, scale)
+                call = jax.jit(functools.partial(network, guidance))
                 total += count * seconds(call, params, *inputs)
         return total
 
-    evaluations = settings.flow_steps * (2 if settings.solver == "heun" else 1)
     learned = settings.structure_guidance[: stages - 2]
     add = jax.jit(lambda params, canvas, labels: of(params)[0].add_stage(canvas, labels, stage))
     decode = jax.jit(lambda params, canvas: of(params)[1](canvas))
+    one, two = (
+        of_stages(functools.partial(split, count), learned, z, canvas, labels) for count in (1, 2)
+    )
     return {
         "content": of_stages(content, settings.content_guidance, canvas, labels),
-        "structure": evaluations * of_stages(structure, learned, z, canvas, labels),
+        "structure": one + (evaluations - 1) * (two - one),
         "canvas": stages * seconds(add, params, canvas, labels),
         "decoder": seconds(decode, params, canvas),
     }

@@ -48,6 +48,14 @@ def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
     return (kind, *(2,) * num_bits, spatial, spatial)
 
 
+def rotary(
+    structure: Array, kinds: Sequence[int], grid: tuple[int, int], head_dim: int
+) -> tuple[Array, Array]:
+    """(cos, sin) of `rope_angles` at the positions of `rope_positions`."""
+    positions = rope_positions(structure, kinds, grid)
+    return rope_angles(positions, rope_split(head_dim, structure.shape[-1]))
+
+
 def rope_positions(structure: Array, kinds: Sequence[int], grid: tuple[int, int]) -> Array:
     """Rotary positions of the sequence [class token, L tokens of each kind in `kinds`].
 
@@ -195,13 +203,25 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, drop_rate: Array, vec: Array, cos: Array, sin: Array, deterministic: bool
+        self,
+        x: Array,
+        drop_rate: Array,
+        vec: Array | None,
+        cos: Array,
+        sin: Array,
+        deterministic: bool,
+        modulation: Array | None = None,
     ) -> Array:
-        """x (B, N, C), drop_rate scalar, vec (B, C), cos and sin of `rope_angles` -> (B, N, C)."""
+        """x (B, N, C), drop_rate scalar, vec (B, C), cos and sin of `rope_angles` -> (B, N, C).
+
+        `modulation` (B, 3C), if it is known already, takes the place of vec.
+        """
         batch, length, width = x.shape
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
-        modulation = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
-        shift, scale, gate = jnp.split(modulation(nn.silu(vec)), 3, axis=-1)
+        if modulation is None:
+            dense = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
+            modulation = dense(nn.silu(vec))
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
 
         # q, k, v and the hidden channels are parts (P) of equal width. The "tensor" mesh axis then
         # shards within each part, and attention by whole heads.
@@ -274,30 +294,37 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, vec: Array, positions: Array, deterministic: bool, feature_block: int = 0
+        self,
+        x: Array,
+        vec: Array | None,
+        cos: Array,
+        sin: Array,
+        deterministic: bool,
+        feature_block: int = 0,
+        modulations: Array | None = None,
     ) -> tuple[Array, Array]:
         """The hidden states after all blocks, and after the first `feature_block` blocks.
 
         Args:
             x: (B, N, C), the embedded tokens.
             vec: (B, C), the conditioning vector that modulates every block.
-            positions: (B, N, 3 + K), from `rope_positions`.
+            cos, sin: (B, N, head_dim / 2), from `rotary`.
             deterministic: False turns on drop path (rng "drop_path").
             feature_block: 0 .. depth; 0 gives x itself. REPA aligns these hidden states.
+            modulations: (depth, B, 3C), if they are known already, take the place of vec.
 
         Returns:
             Two arrays (B, N, C).
         """
         c = self.config
-        cos, sin = rope_angles(positions, rope_split(c.head_dim, positions.shape[-1] - 3))
         block = Block
         if c.remat != "none":
             policy = REMAT[c.remat]
             block = nn.remat(block, prevent_cse=False, static_argnums=(6,), policy=policy)
 
         def apply(block, carry, layer):
-            (x, features), (number, drop_rate) = carry, layer
-            x = block(x, drop_rate, vec, cos, sin, deterministic)
+            (x, features), (number, drop_rate, modulation) = carry, layer
+            x = block(x, drop_rate, vec, cos, sin, deterministic, modulation)
             return (x, jnp.where(number == feature_block, x, features)), None
 
         blocks = nn.scan(
@@ -308,28 +335,40 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         block = block(c.width // c.head_dim, c.mlp_ratio, self.dtype, name="blocks")
-        layers = 1 + jnp.arange(c.depth), jnp.linspace(0.0, c.drop_path, c.depth)
-        return blocks(block, (x, x), layers)[0]
+        numbers, drop_rates = 1 + jnp.arange(c.depth), jnp.linspace(0.0, c.drop_path, c.depth)
+        return blocks(block, (x, x), (numbers, drop_rates, modulations))[0]
+
+    def modulations(self, vec: Array) -> Array:
+        """The modulations of all blocks by conditioning vectors: (..., C) -> (depth, ..., 3C)."""
+        weights = self.variables["params"]["blocks"]["modulation"]
+        kernel, bias = (weights[name].astype(self.dtype) for name in ("kernel", "bias"))
+        product = jnp.einsum("...c,ncd->n...d", nn.silu(vec), kernel)
+        return product + jnp.expand_dims(bias, range(1, vec.ndim))
 
 
 class Head(nn.Module):
-    """Modulated layer normalization and a linear layer to `features` channels."""
+    """Modulated layer normalization and a linear layer from `width` to `features` channels."""
 
+    width: int
     features: int
     dtype: jnp.dtype
 
-    @nn.compact
-    def __call__(self, x: Array, vec: Array) -> Array:
-        """x (B, N, C), vec (B, C) -> float32 (B, N, features)."""
-        modulation = Dense(2 * x.shape[-1], ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
-        shift, scale = jnp.split(modulation(nn.silu(vec)), 2, axis=-1)
-        x = modulate(layer_norm(x), shift, scale)
-        linear = Dense(self.features, ("embed", None), self.dtype, ZEROS, name="linear")
-        return linear(x).astype(jnp.float32)
+    def setup(self):
+        self.modulation = Dense(2 * self.width, ("embed", "mlp"), self.dtype, ZEROS)
+        self.linear = Dense(self.features, ("embed", None), self.dtype, ZEROS)
+
+    def modulations(self, vec: Array) -> Array:
+        """(..., C) -> (..., 2C)."""
+        return self.modulation(nn.silu(vec))
+
+    def __call__(self, x: Array, modulation: Array) -> Array:
+        """x (B, N, C), modulation (B, 2C) -> float32 (B, N, features)."""
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
 
 
 def timestep_embedding(t: Array, dim: int = 64) -> Array:
-    """Sinusoidal embedding of 1000 * t, cosines first: t float (B,) -> float32 (B, dim)."""
+    """Sinusoidal embedding of 1000 * t, cosines first: t float (...) -> float32 (..., dim)."""
     frequency = np.exp(-np.log(10_000.0) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
-    angles = 1000.0 * t.astype(jnp.float32)[:, None] * frequency
+    angles = 1000.0 * t.astype(jnp.float32)[..., None] * frequency
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

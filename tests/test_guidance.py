@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nvg_jax.sampling.generate import StagePlan, make_plan
-from nvg_jax.sampling.guidance import filter_logits, guided
+from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.settings import Settings
 
 # Not in order, so that a filter must find the likely tokens.
@@ -54,18 +54,17 @@ def test_each_row_is_filtered_by_itself_and_the_filters_may_be_traced():
 
 
 def test_guidance_moves_away_from_the_null_class():
-    seen = []
+    class_ids, seen = jnp.array([1, 3]), []
 
-    def network(doubled, class_ids):
-        seen.append(class_ids.tolist())
-        return doubled(jnp.array([10.0, 20.0])) + class_ids**2
+    def guided(scale):
+        guidance = Guidance(class_ids, 5, scale)
+        seen.append(guidance.classes.tolist())
+        return guidance(guidance.double(jnp.array([10.0, 20.0])) + guidance.classes**2)
 
-    class_ids = jnp.array([1, 3])
     # Class 1 gives 11, class 3 gives 29, the null class 5 gives 35 and 45.
-    plain = guided(network, class_ids, 5, None)
-    np.testing.assert_array_equal(plain, [11, 29])
+    np.testing.assert_array_equal(guided(None), [11, 29])
     for scale, expected in ((0, [35, 45]), (1, [11, 29]), (2, [-13, 13]), (0.5, [23, 37])):
-        np.testing.assert_array_equal(guided(network, class_ids, 5, scale), expected)
+        np.testing.assert_array_equal(guided(scale), expected)
     assert seen == [[1, 3]] + 4 * [[1, 5, 3, 5]]  # without a scale the null class is not computed
 
 

@@ -198,18 +198,19 @@ def test_alignment_is_one_minus_the_cosine_of_each_stage():
 def test_the_tap_is_what_a_transformer_of_so_many_blocks_gives():
     rng = np.random.default_rng(0)
     x, vec = rng.normal(size=(2, 5, 32)), rng.normal(size=(2, 32))
-    positions = rng.integers(0, 3, (2, 5, 5))
+    angles = rng.normal(size=(2, 5, 8))
+    cos, sin = np.cos(angles), np.sin(angles)
     deep = Transformer(TransformerConfig(32, 3, head_dim=16), jnp.float32)
     init = functools.partial(deep.init, deterministic=True)
-    variables = sharding.unbox(jax.eval_shape(init, jax.random.key(0), x, vec, positions))
+    variables = sharding.unbox(jax.eval_shape(init, jax.random.key(0), x, vec, cos, sin))
     leaves, tree = jax.tree.flatten(variables)
     leaves = [rng.normal(size=leaf.shape, scale=0.1) for leaf in leaves]
     variables = jax.tree.unflatten(tree, leaves)
     for count in (1, 2, 3):
         shallow = Transformer(TransformerConfig(32, count, head_dim=16), jnp.float32)
         first = jax.tree.map(lambda leaf, count=count: leaf[:count], variables)
-        expected = shallow.apply(first, x, vec, positions, True)[0]
-        last, tapped = deep.apply(variables, x, vec, positions, True, count)
+        expected = shallow.apply(first, x, vec, cos, sin, True)[0]
+        last, tapped = deep.apply(variables, x, vec, cos, sin, True, count)
         np.testing.assert_allclose(tapped, expected, rtol=2e-5, atol=2e-5)
         assert (count == 3) == bool(np.allclose(tapped, last, atol=1e-4))
 

@@ -32,7 +32,7 @@ class ContentGenerator(nn.Module):
         self.class_embed = layers.Embedding(self.num_classes + 1, t.width, self.dtype)
         self.stage_embed = layers.Embedding(self.num_stages, t.width, self.dtype)
         self.blocks = layers.Transformer(t, self.dtype)
-        self.canvas_head = layers.Head(self.latent_dim, self.dtype)
+        self.canvas_head = layers.Head(t.width, self.latent_dim, self.dtype)
         self.token_head = layers.Dense(self.codebook_size, (None, "vocab"), jnp.float32)
 
     def predict_canvas(
@@ -65,10 +65,11 @@ class ContentGenerator(nn.Module):
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
         class_token = self.class_embed(class_ids)
         x = jnp.concatenate([class_token[:, None], self.canvas_embed(scaled)], axis=1)
-        positions = layers.rope_positions(structure, (0,), self.grid)
+        cos, sin = layers.rotary(structure, (0,), self.grid, self.transformer.head_dim)
         vec = class_token + self.stage_embed(stage)
-        x, features = self.blocks(x, vec, positions, deterministic, feature_block)
-        return self.canvas_head(x[:, 1:], vec) / canvas_scale[-1], features[:, 1:]
+        x, features = self.blocks(x, vec, cos, sin, deterministic, feature_block)
+        final = self.canvas_head(x[:, 1:], self.canvas_head.modulations(vec))
+        return final / canvas_scale[-1], features[:, 1:]
 
     def token_logits(self, missing: Array) -> Array:
         """Logits of a token, float32 (..., V).

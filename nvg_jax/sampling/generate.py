@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nvg_jax import granularity
-from nvg_jax.sampling.guidance import filter_logits, guided
+from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
 from nvg_jax.tokenizer.quantizer import GranularitySequence, at_positions
@@ -23,13 +23,14 @@ class Networks(NamedTuple):
 
     logits: (canvas (B, L, D), labels (B, L), stage, class_ids (B,)) -> (B, L, V), a row a cluster
         (rows past the stage's 2**stage clusters are not used).
-    velocity: (z (B, L, K), time, labels, canvas, stage, class_ids) -> (B, L, K).
+    flow: (labels, canvas, stage, class_ids, times (n + 1,)) -> (velocity, rows), the arguments of
+        `flow.solve`; computes what all steps share.
     add_stage: (canvas, tokens (B, L), stage) -> canvas.
     null_id: the class id of no class. latent_dim: D.
     """
 
     logits: Callable
-    velocity: Callable
+    flow: Callable
     add_stage: Callable
     null_id: int
     latent_dim: int
@@ -129,14 +130,9 @@ def generate(
     def draw_tokens(source, canvas, labels, x):
         stage = x["stage"]
         scale = x["content_guidance"] if source == "guided" else None
-        logits = guided(
-            lambda doubled, classes: networks.logits(
-                doubled(canvas), doubled(labels), stage, classes
-            ),
-            class_ids,
-            networks.null_id,
-            scale,
-        )
+        guidance = Guidance(class_ids, networks.null_id, scale)
+        double = guidance.double
+        logits = guidance(networks.logits(double(canvas), double(labels), stage, guidance.classes))
         if plan.greedy:
             ids = logits.argmax(-1)
         else:
@@ -164,18 +160,15 @@ def generate(
         scale = x["structure_guidance"] if source == "guided" else None
         known = granularity.structure_embedding(labels, stage, num_bits) - 1.0
 
-        def velocity(z, time):
-            return guided(
-                lambda doubled, classes: networks.velocity(
-                    doubled(z), time, doubled(labels), doubled(canvas), stage, classes
-                ),
-                class_ids,
-                networks.null_id,
-                scale,
-            )
-
+        guidance = Guidance(class_ids, networks.null_id, scale)
+        double = guidance.double
+        velocity, rows = networks.flow(
+            double(labels), double(canvas), stage, guidance.classes, times
+        )
+        guided = lambda z, row: guidance(velocity(double(z), row))
         follow = (~region, reference) if plan.region else None
-        scores = bit(flow.solve(velocity, noise, known, stage, times, follow, plan.settings.solver))
+        solver = plan.settings.solver
+        scores = bit(flow.solve(guided, noise, known, stage, times, follow, solver, rows))
         if plan.settings.gumbel:
             draw = lambda key, labels, scores, kept: granularity.split(
                 labels, scores, stage, key=jax.random.fold_in(key, stage), kept=kept

@@ -4,22 +4,38 @@ import jax
 import jax.numpy as jnp
 
 
-def guided(network, class_ids, null_id: int, scale):
-    """A network's output moved away from the null class: null + scale * (cond - null).
+class Guidance:
+    """Moves a network's output away from the null class: null + scale * (cond - null).
+
+    The network runs on a batch in which each row stands twice, for its class and for the null
+    class. So both stay where the row is when a batch is split over devices.
+
+    Attributes:
+        classes: int32 (2B,), the classes of that batch.
 
     Args:
-        network: (doubled, class_ids (2B,)) -> (2B, ...), where doubled(x) repeats each row of a
-            (B, ...) array, for the class and for the null class. So both stay where the row is
-            when a batch is split over devices.
-        scale: None for no guidance at all (the null branch is not computed), else a scalar.
+        class_ids: int32 (B,).
+        scale: a scalar, or an array that broadcasts to the output; None for no guidance at all,
+            when the batch is (B, ...) and the null class is not computed.
     """
-    if scale is None:
-        return network(lambda x: x, class_ids)
-    classes = jnp.stack([class_ids, jnp.full_like(class_ids, null_id)], axis=1)
-    both = network(lambda x: jnp.repeat(x, 2, axis=0), classes.ravel())
-    both = both.reshape(len(class_ids), 2, *both.shape[1:])
-    cond, null = both[:, 0], both[:, 1]
-    return null + scale * (cond - null)
+
+    def __init__(self, class_ids, null_id: int, scale):
+        self.classes, self._scale = class_ids, scale
+        if scale is not None:
+            nulls = jnp.full_like(class_ids, null_id)
+            self.classes = jnp.stack([class_ids, nulls], axis=1).ravel()
+
+    def double(self, x):
+        """(B, ...) -> (2B, ...)."""
+        return x if self._scale is None else jnp.repeat(x, 2, axis=0)
+
+    def __call__(self, output):
+        """The guided output (B, ...) of the network's (2B, ...)."""
+        if self._scale is None:
+            return output
+        output = output.reshape(-1, 2, *output.shape[1:])
+        cond, null = output[:, 0], output[:, 1]
+        return null + self._scale * (cond - null)
 
 
 def filter_logits(logits, top_k=None, top_p=None):

@@ -144,21 +144,17 @@ def bind(
         missing = granularity.cluster_means(final - canvas, labels, length)
         return apply(missing, method="token_logits")
 
-    def velocity(z, time, labels, canvas, stage, classes):
-        return structure.apply(
-            {"params": params["structure"]},
-            z,
-            jnp.full(classes.shape, time),
-            granularity.structure_embedding(labels, stage, num_bits),
-            canvas,
-            jnp.full(classes.shape, stage),
-            classes,
-        )
+    def flow(labels, canvas, stage, classes, times):
+        embedding = granularity.structure_embedding(labels, stage, num_bits)
+        apply = functools.partial(structure.apply, {"params": params["structure"]})
+        split = apply(embedding, canvas, classes, method="split")
+        rows = apply(times, jnp.full(classes.shape, stage), classes, method="modulations")
+        return lambda z, row: apply(z, split, row, method="velocity"), rows
 
     apply = functools.partial(tokenizer.apply, {"params": params["tokenizer"]})
     networks = Networks(
         logits=logits,
-        velocity=velocity,
+        flow=flow,
         add_stage=functools.partial(apply, method="add_stage"),
         null_id=content.num_classes,
         latent_dim=tokenizer.config.latent_dim,

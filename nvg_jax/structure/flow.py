@@ -7,6 +7,7 @@ already fixes channels j < i: they are known, and only the others are generated.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +65,14 @@ def path(noise: Array, target: Array, time: Array, stage: Array) -> tuple[Array,
 
 
 def solve(
-    velocity: Callable[[Array, Array], Array],
+    velocity: Callable[[Array, Any], Array],
     noise: Array,
     known: Array,
     stage: int | Array,
     times: Array,
     kept: tuple[Array, Array] | None = None,
     solver: str = "euler",
+    rows: Any = None,
 ) -> Array:
     """Integrates from noise to a structure; resets the known channels after every step.
 
@@ -89,6 +91,7 @@ def solve(
         kept: None, or (bool (B, L), target float32 (B, L, K)): the positions that follow the path
             to a known target instead of the velocity.
         solver: one of `SOLVERS`.
+        rows: what `velocity` takes in place of each time: arrays (n + 1, ...).
 
     Returns:
         float32 (B, L, K), the structure embedding minus 1 at t = 0, not rounded.
@@ -102,26 +105,27 @@ def solve(
         return jnp.where(mask, known, z)
 
     def euler(z, interval):
-        start, end = interval
-        return reset(z + (end - start) * velocity(z, start), end), None
+        (start, end), (row, _) = interval
+        return reset(z + (end - start) * velocity(z, row), end), None
 
     def heun(z, interval):
-        start, end = interval
-        first = velocity(z, start)
-        second = velocity(reset(z + (end - start) * first, end), end)
+        (start, end), (row, next_row) = interval
+        first = velocity(z, row)
+        second = velocity(reset(z + (end - start) * first, end), next_row)
         return reset(z + (end - start) * (first + second) / 2, end), None
 
     def multistep(carry, interval):
         z, last, slope_scale = carry
-        start, end, before = interval
-        predicted = z - start * velocity(z, start)
+        (start, end), (row, _), before = interval
+        predicted = z - start * velocity(z, row)
         # dz/dt = (z - s(t)) / t, with s(t) linear through the last two predictions.
         slope = slope_scale * (predicted - last) / (start - before)
         curve = jax.scipy.special.xlogy(end, start / jnp.where(end > 0, end, 1)) - start + end
         z = end / start * z + (1 - end / start) * predicted + curve * slope
         return (reset(z, end), predicted, 1.0), None
 
-    z, intervals = reset(noise, times[0]), (times[:-1], times[1:])
+    ends = lambda tree: tuple(jax.tree.map(lambda x: x[i], tree) for i in (np.s_[:-1], np.s_[1:]))
+    z, intervals = reset(noise, times[0]), (ends(times), ends(times if rows is None else rows))
     if solver == "multistep":  # the first step has no slope yet: Euler's
         before = jnp.concatenate([times[:1] + 1, times[:-2]])
         return jax.lax.scan(multistep, (z, z, 0.0), (*intervals, before))[0][0]

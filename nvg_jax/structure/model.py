@@ -1,5 +1,7 @@
 """The structure generator: velocity of the flow that splits a structure map (Section 3.3)."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -7,6 +9,17 @@ from jax import Array
 from nvg_jax import layers
 
 CANVAS_KIND = 2  # rotary kind of condition tokens; image and structure tokens have kind 0
+
+
+class Split(NamedTuple):
+    """What all velocities of a split share.
+
+    tokens: (B, 1 + L, C), class and canvas, embedded. cos, sin: of `layers.rotary`.
+    """
+
+    tokens: Array
+    cos: Array
+    sin: Array
 
 
 class StructureGenerator(nn.Module):
@@ -31,7 +44,7 @@ class StructureGenerator(nn.Module):
         self.time_in = layers.Dense(t.width, (None, "embed"), self.dtype)
         self.time_out = layers.Dense(t.width, ("embed", "embed_out"), self.dtype)
         self.blocks = layers.Transformer(t, self.dtype)
-        self.head = layers.Head(self.num_bits, self.dtype)
+        self.head = layers.Head(t.width, self.num_bits, self.dtype)
 
     def __call__(
         self,
@@ -55,14 +68,34 @@ class StructureGenerator(nn.Module):
             class_ids: int32 (B,), `num_classes` for the null class.
             deterministic: False turns on drop path (rng "drop_path").
         """
-        length = noisy.shape[1]
-        class_token = self.class_embed(class_ids)
-        time_embedding = layers.timestep_embedding(time).astype(self.dtype)
-        vec = class_token + self.time_out(nn.silu(self.time_in(time_embedding)))
-        vec = vec + self.stage_embed(stage)
-        x = jnp.concatenate(
-            [class_token[:, None], self.canvas_embed(canvas), self.structure_embed(noisy)], axis=1
-        )
-        positions = layers.rope_positions(structure, (CANVAS_KIND, 0), self.grid)
-        x, _ = self.blocks(x, vec, positions, deterministic)
-        return self.head(x[:, 1 + length :], vec)
+        split, vec = self.split(structure, canvas, class_ids), self.vector(time, stage, class_ids)
+        return self._velocity(noisy, split, vec, None, self.head.modulations(vec), deterministic)
+
+    # A split in parts: what all times share, what depends on the time, and the rest.
+
+    def split(self, structure: Array, canvas: Array, class_ids: Array) -> Split:
+        """What all velocities of a split share; arguments as of the whole."""
+        tokens = [self.class_embed(class_ids)[:, None], self.canvas_embed(canvas)]
+        rotary = layers.rotary(structure, (CANVAS_KIND, 0), self.grid, self.transformer.head_dim)
+        return Split(jnp.concatenate(tokens, axis=1), *rotary)
+
+    def vector(self, time: Array, stage: Array, class_ids: Array) -> Array:
+        """The conditioning vectors of times (..., B), (..., B, C)."""
+        embedding = layers.timestep_embedding(time).astype(self.dtype)
+        vec = self.class_embed(class_ids) + self.time_out(nn.silu(self.time_in(embedding)))
+        return vec + self.stage_embed(stage)
+
+    def modulations(self, times: Array, stage: Array, class_ids: Array) -> tuple[Array, Array]:
+        """What `velocity` needs of each time: times (T,) -> (T, depth, B, 3C) and (T, B, 2C)."""
+        times = jnp.broadcast_to(times[:, None], (len(times), len(class_ids)))
+        vec = self.vector(times, stage, class_ids)
+        return self.blocks.modulations(vec).swapaxes(0, 1), self.head.modulations(vec)
+
+    def velocity(self, noisy: Array, split: Split, modulations: tuple[Array, Array]) -> Array:
+        """The velocity at one of the times of `modulations`."""
+        return self._velocity(noisy, split, None, *modulations, deterministic=True)
+
+    def _velocity(self, noisy, split, vec, of_blocks, of_head, deterministic) -> Array:
+        x = jnp.concatenate([split.tokens, self.structure_embed(noisy)], axis=1)
+        x, _ = self.blocks(x, vec, split.cos, split.sin, deterministic, modulations=of_blocks)
+        return self.head(x[:, split.tokens.shape[1] :], of_head)

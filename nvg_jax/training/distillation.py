@@ -21,7 +21,7 @@ from nvg_jax.data.sources import default_class_names
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import files, sharding
 from nvg_jax.runtime.processes import is_main
-from nvg_jax.sampling.guidance import guided
+from nvg_jax.sampling.guidance import Guidance
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
 from nvg_jax.structure.losses import Teacher, draw_times, structure_losses
@@ -50,11 +50,10 @@ def guided_velocity(model: StructureGenerator, params, class_ids, guidance):
 
     def velocity(z, time, embedding, canvas, stage):
         time = jnp.broadcast_to(time, class_ids.shape)
-        network = lambda doubled, classes: model.apply(
-            {"params": params}, *map(doubled, (z, time, embedding, canvas, stage)), classes
-        )
         scale = None if guidance is None else guidance[stage][:, None, None]
-        return guided(network, class_ids, model.num_classes, scale)
+        guide = Guidance(class_ids, model.num_classes, scale)
+        inputs = map(guide.double, (z, time, embedding, canvas, stage))
+        return guide(model.apply({"params": params}, *inputs, guide.classes))
 
     return velocity
 
@@ -85,11 +84,30 @@ class Distillation:
     student: Settings
     reflow: bool
 
-    def solver(self, settings: Settings, velocity):
-        """`solution` with the times of sampling settings."""
+    def times(self, settings: Settings) -> np.ndarray:
+        """The times of the flow with sampling settings, float32 (n + 1,), from 1 down to 0."""
         height, width = self.model.grid
         times = flow.shifted_times(settings.flow_steps, height * width, settings.flow_shift)
-        return solution(velocity, times.astype(np.float32), settings.solver)
+        return times.astype(np.float32)
+
+    def solver(self, settings: Settings, velocity):
+        """`solution` with sampling settings."""
+        return solution(velocity, self.times(settings), settings.solver)
+
+    def draw(self, key, structure):
+        """What the loss needs for maps int32 (B, S, L): noise (B, L, K) and times (B, K - 1).
+
+        A student of reflow learns at the times at which it will be called. The first of them,
+        pure noise, decides most, and the times of a generator's training hardly ever come near it.
+        """
+        batch, stages, length = structure.shape
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (batch, length, stages - 1))
+        if not self.reflow:
+            return noise, draw_times(time_key, batch, stages - 2)
+        return noise, jax.random.choice(
+            time_key, self.times(self.student)[:-1], (batch, stages - 2)
+        )
 
     def loss(
         self, params, teacher_params, quantized, class_ids, noise, times, weights=None, solved=None
@@ -146,14 +164,6 @@ def split_stages(structure, solved):
     return jax.vmap(at_stage)(structure[:, :learned].swapaxes(0, 1), solved, jnp.arange(learned))
 
 
-def draw_noise(key, structure):
-    """What a loss needs for maps int32 (B, S, L): noise (B, L, K) and times (B, K - 1)."""
-    batch, stages, length = structure.shape
-    noise_key, time_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (batch, length, stages - 1))
-    return noise, draw_times(time_key, batch, stages - 2)
-
-
 def train_step(
     state: TrainState,
     teacher_params,
@@ -176,7 +186,7 @@ def train_step(
     """
     quantized = encode(distillation.tokenizer, tokenizer_params, batch)
     step_key = jax.random.fold_in(key, state.step)
-    noise, times = draw_noise(step_key, quantized.sequence.structure)
+    noise, times = distillation.draw(step_key, quantized.sequence.structure)
 
     def loss_of(params):
         losses = distillation.loss(
@@ -206,7 +216,7 @@ def eval_step(params, teacher_params, tokenizer_params, batch, *, distillation: 
     quantized = encode(distillation.tokenizer, tokenizer_params, batch)
     weights = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
     structure, class_ids = quantized.sequence.structure, batch["label"]
-    noise, times = draw_noise(jax.random.key(0), structure)
+    noise, times = distillation.draw(jax.random.key(0), structure)
     student, teacher = params["structure"], teacher_params["structure"]
 
     def solved(params, guidance, settings):

@@ -1,0 +1,325 @@
+"""Our networks beside the same networks in PyTorch, on a CPU.
+
+    pip install torch
+    python -m benchmarks.against_torch --config=configs/imagenet256.py:d16
+
+Both run the same random weights on the same inputs in one process, one after the other in turns:
+ours compiled, PyTorch eager, float32, all cores. The PyTorch networks are written here from the
+paper and use its own fused operations. A row is the median over the rounds; that both give the same
+numbers is checked first. Gradients are those of the sum of squares for all weights.
+
+The last row is a sum: an image is sampled with `flow_steps` evaluations of the structure generator
+for each learned split and one of the content generator for each stage, all guided, and decoded.
+"""
+
+import functools
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from benchmarks.sampling import random_params
+from nvg_jax import granularity, layers, models
+from nvg_jax.layers import TransformerConfig
+from nvg_jax.sampling.settings import Settings
+from nvg_jax.structure.model import CANVAS_KIND
+from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.tokenizer.autoencoder import group_count
+
+FLAGS = flags.FLAGS
+CLASSES = 1000
+
+
+def to_torch(params, gradients: bool) -> dict[str, torch.Tensor]:
+    """Our weights as PyTorch's: {"blocks/linear1/kernel": tensor}, kernels (out, in, ...)."""
+    weights = {}
+    for path, x in flax.traverse_util.flatten_dict(params, sep="/").items():
+        x = torch.from_numpy(np.array(x))
+        if path.endswith("kernel"):
+            last = (-1, -2) if x.ndim != 4 else (3, 2, 0, 1)
+            x = x.permute(last) if x.ndim == 4 else x.transpose(*last)
+        weights[path] = x.contiguous().requires_grad_(gradients)
+    return weights
+
+
+# The transformers.
+
+
+def linear(weights, name: str, x):
+    return F.linear(x, weights[f"{name}/kernel"], weights[f"{name}/bias"])
+
+
+def modulated(x, shift, scale):
+    return (1 + scale[:, None]) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift[:, None]
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, N, head_dim); cos, sin (B, 1, N, head_dim / 2)."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], -1).flatten(-2)
+
+
+def block(weights, x, vec, cos, sin, head_dim: int):
+    batch, length, width = x.shape
+    shift, scale, gate = linear(weights, "modulation", F.silu(vec)).chunk(3, -1)
+    hidden = linear(weights, "linear1", modulated(x, shift, scale))
+    *qkv, hidden = hidden.split([width] * 3 + [hidden.shape[-1] - 3 * width], -1)
+    q, k, v = (y.view(batch, length, -1, head_dim).transpose(1, 2) for y in qkv)
+    q = rotate(F.rms_norm(q, (head_dim,), weights["query_norm/scale"], 1e-6), cos, sin)
+    k = rotate(F.rms_norm(k, (head_dim,), weights["key_norm/scale"], 1e-6), cos, sin)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+    joined = torch.cat([attended, F.gelu(hidden, approximate="tanh")], -1)
+    return x + gate[:, None] * linear(weights, "linear2", joined)
+
+
+def transformer(weights, sizes: TransformerConfig, x, vec, structure, kinds, grid):
+    """All blocks; `structure` is the structure embedding (B, L, K)."""
+    batch, length, bits = structure.shape
+    rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], -1).expand(batch, -1, -1)
+    positions = [torch.ones(batch, 1, bits + 3)]
+    for kind in kinds:
+        positions.append(torch.cat([torch.full((batch, length, 1), kind), structure, places], -1))
+    split = layers.rope_split(sizes.head_dim, bits)
+    axis = np.concatenate([[i] * (dim // 2) for i, dim in enumerate(split)])
+    frequency = np.concatenate([1e4 ** (-np.arange(0, dim, 2) / dim) for dim in split])
+    angles = torch.cat(positions, 1)[:, None, :, axis] * torch.from_numpy(frequency).float()
+    cos, sin = angles.cos(), angles.sin()
+    stacked = {k.removeprefix("blocks/"): w for k, w in weights.items() if "blocks/" in k}
+    stacked = {k.removeprefix("blocks/"): w.unbind() for k, w in stacked.items()}
+    for layer in range(sizes.depth):
+        own = {name: parts[layer] for name, parts in stacked.items()}
+        x = block(own, x, vec, cos, sin, sizes.head_dim)
+    return x
+
+
+def head(weights, name: str, x, vec):
+    shift, scale = linear(weights, f"{name}/modulation", F.silu(vec)).chunk(2, -1)
+    return linear(weights, f"{name}/linear", modulated(x, shift, scale))
+
+
+def content(weights, sizes: TransformerConfig, grid, canvas, structure, stage, class_ids, factors):
+    scaled = canvas * factors[stage][:, None, None]
+    scaled = torch.where((stage == 0)[:, None, None], weights["start_canvas"], scaled)
+    token = weights["class_embed/embedding"][class_ids]
+    x = torch.cat([token[:, None], linear(weights, "canvas_embed", scaled)], 1)
+    vec = token + weights["stage_embed/embedding"][stage]
+    x = transformer(weights, sizes, x, vec, structure, (0,), grid)
+    return head(weights, "canvas_head", x[:, 1:], vec) / factors[-1]
+
+
+def structure(
+    weights, sizes: TransformerConfig, grid, noisy, moment, embedding, canvas, stage, class_ids
+):
+    frequency = torch.exp(-np.log(10_000.0) * torch.arange(32) / 32)
+    angles = 1000 * moment[:, None] * frequency
+    waves = torch.cat([angles.cos(), angles.sin()], -1)
+    token = weights["class_embed/embedding"][class_ids]
+    vec = token + linear(weights, "time_out", F.silu(linear(weights, "time_in", waves)))
+    vec = vec + weights["stage_embed/embedding"][stage]
+    embedded = linear(weights, "canvas_embed", canvas), linear(weights, "structure_embed", noisy)
+    x = torch.cat([token[:, None], *embedded], 1)
+    x = transformer(weights, sizes, x, vec, embedding, (CANVAS_KIND, 0), grid)
+    return head(weights, "head", x[:, 1 + noisy.shape[1] :], vec)
+
+
+# The autoencoder; images and latents (B, C, H, W).
+
+
+def conv(weights, name: str, x, **kwargs):
+    kernel = weights[f"{name}/kernel"]
+    kwargs = {"padding": kernel.shape[-1] // 2, **kwargs}
+    return F.conv2d(x, kernel, weights[f"{name}/bias"], **kwargs)
+
+
+def norm(weights, name: str, x):
+    scale, bias = weights[f"{name}/scale"], weights[f"{name}/bias"]
+    return F.silu(F.group_norm(x, group_count(x.shape[1]), scale, bias, eps=1e-6))
+
+
+def residual(weights, name: str, x):
+    y = conv(weights, f"{name}/conv1", norm(weights, f"{name}/norm1", x))
+    y = conv(weights, f"{name}/conv2", norm(weights, f"{name}/norm2", y))
+    if f"{name}/shortcut/kernel" in weights:
+        x = conv(weights, f"{name}/shortcut", x)
+    return x + y
+
+
+def encoder(weights, sizes: TokenizerConfig, images):
+    x = conv(weights, "encoder/conv_in", images)
+    for level in range(len(sizes.widths)):
+        for number in range(sizes.blocks_per_level):
+            x = residual(weights, f"encoder/level{level}_block{number}", x)
+        if level < sizes.num_downsamples:
+            name = f"encoder/level{level}_downsample"
+            x = conv(weights, name, F.pad(x, (0, 1, 0, 1)), stride=2, padding=0)
+    for number in range(2):
+        x = residual(weights, f"encoder/middle_block{number}", x)
+    return conv(weights, "encoder/conv_out", norm(weights, "encoder/norm_out", x))
+
+
+def decoder(weights, sizes: TokenizerConfig, latents):
+    x = conv(weights, "decoder/conv_in", latents)
+    for number in range(2):
+        x = residual(weights, f"decoder/middle_block{number}", x)
+    for level in reversed(range(len(sizes.widths))):
+        for number in range(sizes.blocks_per_level + 1):
+            x = residual(weights, f"decoder/level{level}_block{number}", x)
+        if 1 <= level <= sizes.num_downsamples:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = conv(weights, f"decoder/level{level}_upsample", x)
+    return conv(weights, "decoder/conv_out", norm(weights, "decoder/norm_out", x))
+
+
+# The comparison.
+
+
+class Row:
+    """One network in both frameworks.
+
+    ours: (params, *inputs) -> array. theirs: (weights, *inputs) -> tensor of the same values.
+    images: whether inputs and outputs are (B, H, W, C), which PyTorch takes as (B, C, H, W).
+    """
+
+    def __init__(self, ours, theirs, params, inputs, gradients: bool, images: bool = False):
+        if gradients:
+            program = jax.jit(jax.grad(lambda *args: jnp.square(ours(*args)).sum()))
+        else:
+            program = jax.jit(ours)
+        self.ours = functools.partial(program, params, *inputs)
+        weights = to_torch(params, gradients)
+        tensors = [torch.from_numpy(np.array(x)) for x in inputs]
+        tensors = [x.long() if x.dtype == torch.int32 else x for x in tensors]
+        if images:
+            tensors = [x.permute(0, 3, 1, 2).contiguous() for x in tensors]
+
+        def run():
+            if not gradients:
+                with torch.inference_mode():
+                    out = theirs(weights, *tensors)
+                return out.permute(0, 2, 3, 1) if images else out
+            for weight in weights.values():
+                weight.grad = None
+            theirs(weights, *tensors).square().sum().backward()
+            return {name: w.grad for name, w in weights.items() if w.grad is not None}
+
+        self.theirs = run
+        values, expected = self.ours(), run()
+        if gradients:
+            values = to_torch(values, False)
+        else:
+            values, expected = {"output": torch.from_numpy(np.array(values))}, {"output": expected}
+        for name, y in expected.items():
+            error = (values[name] - y).abs().max() / y.abs().max().clamp(min=1e-6)
+            if not error < 1e-3:
+                raise AssertionError(f"{name} differs from PyTorch by {error:.2g} of its maximum.")
+
+    def seconds(self, rounds: int) -> tuple[float, float]:
+        """(ours, theirs), the median over rounds that take turns."""
+        times = ([], [])
+        for _ in range(rounds):
+            for function, kept in zip((self.ours, self.theirs), times):
+                start = time.perf_counter()
+                jax.block_until_ready(function())
+                kept.append(time.perf_counter() - start)
+        return tuple(map(np.median, times))
+
+
+def rows(params, sizes: TokenizerConfig, transformers):
+    """{name: (gradients, batch) -> Row}."""
+    length, bits = sizes.num_positions, sizes.num_stages - 1
+    stage = bits // 2
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def generator(name, gradients, batch):
+        model = models.make_generator(name, transformers[name], sizes, CLASSES)
+        canvas = jax.random.normal(next(keys), (batch, length, sizes.latent_dim))
+        labels = jnp.broadcast_to(jnp.arange(length) * 2**stage // length, (batch, length))
+        embedding = granularity.structure_embedding(labels, stage, bits)
+        stages, ids = jnp.full(batch, stage), jnp.arange(batch)
+        if name == "content":
+            theirs, inputs = content, (canvas, embedding, stages, ids, jnp.ones(bits + 2))
+            ours = lambda params, *args: model.apply(
+                {"params": params}, *args, method="predict_canvas"
+            )[0]
+        else:
+            noisy = jax.random.normal(next(keys), (batch, length, bits))
+            moment = jnp.linspace(0.1, 0.9, batch)
+            theirs, inputs = structure, (noisy, moment, embedding, canvas, stages, ids)
+            ours = lambda params, *args: model.apply({"params": params}, *args)
+        theirs = functools.partial(
+            lambda network, weights, *args: network(
+                weights, transformers[name], sizes.latent_size, *args
+            ),
+            theirs,
+        )
+        return Row(ours, theirs, params[name], inputs, gradients)
+
+    def autoencoder(encode, gradients, batch):
+        model = models.make_tokenizer(sizes)
+        size, channels = (sizes.image_size, 3) if encode else (sizes.latent_size, sizes.latent_dim)
+        x = jax.random.normal(next(keys), (batch, *size, channels))
+        method = "latents" if encode else "decode_unclamped"
+        grid = (batch, *sizes.latent_size, sizes.latent_dim)
+
+        def ours(params, x):
+            if not encode:
+                x = x.reshape(batch, length, sizes.latent_dim)
+            out = model.apply({"params": params}, x, method=method)
+            return out.reshape(grid) if encode else out
+
+        network = encoder if encode else decoder
+        theirs = lambda weights, x: network(weights, sizes, x)
+        return Row(ours, theirs, params["tokenizer"], (x,), gradients, images=True)
+
+    return {
+        "structure": functools.partial(generator, "structure"),
+        "content": functools.partial(generator, "content"),
+        "encoder": functools.partial(autoencoder, True),
+        "decoder": functools.partial(autoencoder, False),
+    }
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)  # JAX tells which backends are not there
+    config = FLAGS.config
+    sizes = TokenizerConfig(**config.tokenizer)
+    transformers = {name: TransformerConfig(**config[name]) for name in models.GENERATORS}
+    settings = Settings.from_dict(config.sampling.to_dict())
+    settings = settings.expand(sizes.num_stages, sizes.codebook_size)
+    params = random_params(sizes, transformers)
+    threads = torch.get_num_threads()
+    print(f"JAX {jax.__version__}, PyTorch {torch.__version__}, {threads} threads\n")
+    print("| network | images | ours | PyTorch | ratio |")
+    print("|---|---|---|---|---|")
+
+    def report(name, images, ours, theirs):
+        print(f"| {name} | {images} | {ours:.3g} s | {theirs:.3g} s | {ours / theirs:.2f} |")
+
+    times = {}
+    for gradients in (False, True):
+        for name, make in rows(params, sizes, transformers).items():
+            # A guided evaluation has each image twice.
+            images = FLAGS.batch_size
+            batch = images * (2 if name in models.GENERATORS and not gradients else 1)
+            row = make(gradients, batch)
+            kind = "gradient" if gradients else "guided" if batch > images else ""
+            times[name, gradients] = np.array(row.seconds(FLAGS.rounds))
+            report(", ".join(filter(None, (name, kind))), images, *times[name, gradients])
+    calls = {"structure": settings.flow_steps * (sizes.num_stages - 2), "content": sizes.num_stages}
+    total = sum(count * times[name, False] for name, count in calls.items())
+    report("a sample (sum)", FLAGS.batch_size, *(total + times["decoder", False]))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
+    flags.DEFINE_integer("batch_size", 1, "Images at once.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Calls in turns, of which the median counts.", lower_bound=1)
+    flags.mark_flags_as_required(["config"])
+    app.run(main)
