@@ -1,5 +1,6 @@
 """Distillation: what the student learns from a teacher, and the model it leaves."""
 
+import dataclasses
 import types
 
 import jax
@@ -13,7 +14,6 @@ from nvg_jax import Pipeline
 from nvg_jax.distill import distill
 from nvg_jax.jobs.sampling import SamplingJob
 from nvg_jax.sampling.settings import Settings
-from nvg_jax.structure import flow
 from nvg_jax.structure.losses import Teacher, structure_losses
 from nvg_jax.tokenizer import GranularitySequence, Quantized
 from nvg_jax.training.distillation import Distillation, solution
@@ -281,7 +281,15 @@ def test_times_of_a_flow_are_the_samplers():
         jax.debug.callback(lambda t: seen.append(float(t)), time)
         return z
 
-    solve = Distillation(model, None, settings, settings, True).solver(settings, velocity)
+    distillation = Distillation(model, None, settings, settings, True)
+    solve = distillation.solver(settings, velocity)
     solve(jnp.zeros((1, 16, 4)), jnp.ones((1, 16, 4)), None, jnp.zeros(1, int))
     jax.effects_barrier()
-    np.testing.assert_allclose(seen, flow.shifted_times(2, 16, 3.0)[:-1], rtol=1e-6)
+    np.testing.assert_allclose(seen, [1, 0.75], rtol=1e-6)  # 3 t / (1 + 2 t) of t = 1, 1/2
+    noise, times = distillation.draw(jax.random.key(0), jnp.zeros((200, 5, 16), int))
+    assert noise.shape == (200, 16, 4) and times.shape == (200, 3)
+    assert set(np.unique(times)) == {1.0, 0.75} and 0.4 < (times == 1).mean() < 0.6
+    # One that only learns the guidance is sampled with any number of steps.
+    any_time = dataclasses.replace(distillation, reflow=False)
+    _, times = any_time.draw(jax.random.key(0), jnp.zeros((200, 5, 16), int))
+    assert len(np.unique(times)) > 500
