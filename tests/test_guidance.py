@@ -46,6 +46,22 @@ def test_what_the_filters_leave(filters, expected):
     assert kept(**filters) == expected
 
 
+def test_the_filters_leave_what_sorting_says():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 60), scale=3).round(1).astype(np.float32)  # with ties, and zeros
+    logits[::2] -= 8
+    ascending = np.sort(logits, axis=1)
+    for k in (1, 7, 59, 60):
+        left = np.isfinite(filter_logits(jnp.asarray(logits), top_k=k))
+        np.testing.assert_array_equal(left, logits >= ascending[:, -k, None])
+    exact = np.exp(ascending.astype(np.float64))
+    shares = np.cumsum(exact / exact.sum(1, keepdims=True), axis=1)
+    for p in (0.05, 0.5, 0.93):
+        lowest = ascending[np.arange(40), (shares > 1 - p).argmax(1)]
+        left = np.isfinite(filter_logits(jnp.asarray(logits), top_p=p))
+        np.testing.assert_array_equal(left, logits >= lowest[:, None])
+
+
 def test_each_row_is_filtered_by_itself_and_the_filters_may_be_traced():
     logits = jnp.log(jnp.stack([PROBABILITIES, PROBABILITIES[::-1]]))[:, None]
     got = jax.jit(filter_logits)(logits, jnp.int32(3), jnp.float32(0.7))

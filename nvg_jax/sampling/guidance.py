@@ -47,15 +47,36 @@ def filter_logits(logits, top_k=None, top_p=None):
         top_p: float scalar in (0, 1], may be traced; None leaves the filter out. Tokens are left
             out from the least likely on while their probabilities together are at most 1 - top_p.
     """
-    vocabulary = logits.shape[-1]
     if top_k is not None:
-        ascending = jnp.sort(logits, axis=-1)
-        rank = jnp.where(top_k > 0, vocabulary - jnp.minimum(top_k, vocabulary), 0)
-        logits = jnp.where(logits < ascending[..., rank, None], -jnp.inf, logits)
+        vocabulary = logits.shape[-1]
+        count = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
+        logits = _keep_top(logits, lambda low: (~low).sum(-1, keepdims=True) < count)
     if top_p is not None:
-        ascending = jnp.sort(logits, axis=-1)
-        left_out = jnp.cumsum(jax.nn.softmax(ascending), axis=-1) <= 1 - top_p
-        first = jnp.minimum(left_out.sum(-1, keepdims=True), vocabulary - 1)
-        threshold = jnp.take_along_axis(ascending, first, axis=-1)
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+        probabilities = jax.nn.softmax(logits)
+        left_out = lambda low: jnp.where(low, probabilities, 0).sum(-1, keepdims=True)
+        logits = _keep_top(logits, lambda low: left_out(low) > 1 - top_p)
     return logits
+
+
+def _keep_top(logits, enough):
+    """Sets to -inf what is below the lowest of the logits for which enough(logits <= it) holds.
+
+    Finds it bit by bit: sorting takes ten times as long on a CPU.
+
+    Args:
+        logits: float32 (..., V).
+        enough: bool (..., V) -> bool (..., 1); once true it stays true for higher logits, and it
+            is taken as true for the highest.
+    """
+    bits = jax.lax.bitcast_convert_type(logits + 0.0, jnp.int32)  # -0.0 + 0.0 is 0.0
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats are
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        found = enough(order <= middle)
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    bounds = order.min(-1, keepdims=True), order.max(-1, keepdims=True)
+    _, lowest = jax.lax.fori_loop(0, 32, halve, bounds)
+    return jnp.where(order < lowest, -jnp.inf, logits)
