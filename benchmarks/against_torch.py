@@ -3,10 +3,10 @@
     pip install torch
     python -m benchmarks.against_torch --config=configs/imagenet256.py:d16
 
-Both run the same random weights on the same inputs in one process, one after the other in turns:
-ours compiled, PyTorch eager, float32, all cores. The PyTorch networks are written here from the
-paper and use its own fused operations. A row is the median over the rounds; that both give the same
-numbers is checked first. Gradients are those of the sum of squares for all weights.
+Both run the same random weights on the same inputs in one process, alternating: ours compiled,
+PyTorch eager, float32, all cores. The PyTorch networks are written here from the paper and use its
+fused operations. A row is the median over the rounds; that both give the same numbers is checked
+first. Gradients are those of the sum of squares with respect to all weights.
 
 The last row is a sum: an image is sampled with `flow_steps` evaluations of the structure generator
 for each learned split and one of the content generator for each stage, all guided, and decoded.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from benchmarks.sampling import random_params
+from benchmarks.sampling import CLASSES, random_params
 from nvg_jax import granularity, layers, models
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.sampling.settings import Settings
@@ -33,7 +33,6 @@ from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.autoencoder import group_count
 
 FLAGS = flags.FLAGS
-CLASSES = 1000
 
 
 def to_torch(params, gradients: bool) -> dict[str, torch.Tensor]:
@@ -213,6 +212,7 @@ class Row:
         values, expected = self.ours(), run()
         if gradients:
             values = to_torch(values, False)
+            expected = {name: expected.get(name, torch.zeros(())) for name in values}
         else:
             values, expected = {"output": torch.from_numpy(np.array(values))}, {"output": expected}
         for name, y in expected.items():

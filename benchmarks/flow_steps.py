@@ -56,9 +56,7 @@ class Splits:
         self._pipe, self._labels = pipe, jnp.asarray(labels)
         config = pipe.tokenizer.config
         self._sequence = pipe.encode(images)
-        apply = jax.jit(pipe.tokenizer.apply, static_argnames="method")
-        params = {"params": pipe.params["tokenizer"]}
-        self._canvases = apply(params, self._sequence, method="canvases")
+        self._canvases = pipe.canvases(self._sequence)
         shape = (len(images), config.num_positions, config.num_stages - 1)
         self._noise = jax.random.normal(jax.random.key(0), shape)
         guidance = settings.expand(config.num_stages, config.codebook_size).structure_guidance

@@ -2,12 +2,11 @@
 
     python -m benchmarks.sampling --config=configs/imagenet256.py:d16
 
-Times every network of the sampler by itself, compiled, with random weights and inputs: the content
-generator (one call a stage), the structure generator (what a split's steps share, and `flow_steps`
-evaluations, for each learned split),
-adding a stage to the canvas, and the decoder. Seconds an image are their times by how often the
-sampler calls them with the config's settings. Where a stage is guided, a call works on twice the
-batch.
+Times every part of the sampler by itself, compiled, with random weights and inputs: the content
+generator (one call a stage), the structure generator (for each learned split, what its steps share
+and `flow_steps` evaluations), drawing tokens from filtered logits, adding a stage to the canvas,
+and the decoder. Seconds per image are the time of a call by the number of calls with the config's
+settings. Where a stage is guided, a call works on twice the batch.
 """
 
 import functools
@@ -21,7 +20,7 @@ from ml_collections import config_flags
 
 from nvg_jax import models
 from nvg_jax.layers import TransformerConfig, cast_blocks
-from nvg_jax.sampling.guidance import Guidance
+from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.networks import bind
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
@@ -31,12 +30,22 @@ CLASSES = 1000
 
 
 def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerConfig]):
-    """Weights of all networks; their values do not matter for the time."""
+    """Weights of all networks, with which every part of a network matters for its result."""
     rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        x = rng.standard_normal(leaf.shape, np.float32)
+        kind = path[-1].key
+        if kind == "scale":
+            return jnp.asarray(1 + 0.1 * x)
+        if kind == "kernel":  # (..., in, out) of a linear layer, (h, w, in, out) of a convolution
+            convolution = leaf.ndim == 4 and leaf.shape[0] == leaf.shape[1] <= 3
+            x = x / np.sqrt(np.prod(leaf.shape[:-1]) if convolution else leaf.shape[-2])
+        return jnp.asarray(x)
+
     return {
-        name: jax.tree.map(
-            lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.02),
-            models.abstract_params(name, sizes, transformers.get(name), CLASSES),
+        name: jax.tree_util.tree_map_with_path(
+            draw, models.abstract_params(name, sizes, transformers.get(name), CLASSES)
         )
         for name in ("tokenizer", *models.GENERATORS)
     }
@@ -75,7 +84,7 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
     classes = jnp.arange(batch) % CLASSES
 
     evaluations = settings.flow_steps * (2 if settings.solver == "heun" else 1)
-    times = jnp.linspace(1, 0, settings.flow_steps + 1)
+    times = jnp.linspace(1, 0, evaluations, endpoint=False)
 
     def content(guidance, params, canvas, labels):
         doubled = map(guidance.double, (canvas, labels))
@@ -84,9 +93,9 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
     def split(evaluations, guidance, params, z, canvas, labels):
         """As many evaluations of the structure generator, and what they share."""
         doubled = map(guidance.double, (labels, canvas))
-        velocity, rows = of(params)[0].flow(*doubled, stage, guidance.classes, times)
-        row = jax.tree.map(lambda x: x[0], rows)
-        step = lambda _, z: guidance(velocity(guidance.double(z), row))
+        velocity, per_time = of(params)[0].flow_velocity(*doubled, stage, guidance.classes, times)
+        at = lambda index: jax.tree.map(lambda x: x[index], per_time)
+        step = lambda index, z: guidance(velocity(guidance.double(z), at(index)))
         return jax.lax.fori_loop(0, evaluations, step, z)
 
     def of_stages(network, scales, *inputs):
@@ -99,6 +108,14 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
                 total += count * seconds(call, params, *inputs)
         return total
 
+    @jax.jit
+    def tokens(logits):
+        top_k = max(settings.top_k) if any(settings.top_k) else None
+        top_p = min(settings.top_p) if min(settings.top_p) < 1 else None
+        keys = jax.random.split(jax.random.key(2), batch)
+        return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, top_k, top_p))
+
+    logits = jax.random.normal(jax.random.key(3), (batch, length, sizes.codebook_size))
     learned = settings.structure_guidance[: stages - 2]
     add = jax.jit(lambda params, canvas, labels: of(params)[0].add_stage(canvas, labels, stage))
     decode = jax.jit(lambda params, canvas: of(params)[1](canvas))
@@ -108,6 +125,7 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
     return {
         "content": of_stages(content, settings.content_guidance, canvas, labels),
         "structure": one + (evaluations - 1) * (two - one),
+        "tokens": stages * seconds(tokens, logits),
         "canvas": stages * seconds(add, params, canvas, labels),
         "decoder": seconds(decode, params, canvas),
     }
@@ -122,8 +140,8 @@ def main(_):
     settings = settings.expand(sizes.num_stages, sizes.codebook_size)
     params = random_params(sizes, transformers)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}; seconds an image (share)\n")
-    print("| precision | batch | content | structure | canvas | decoder | all |")
-    print("|---|---|---|---|---|---|---|")
+    print("| precision | batch | content | structure | tokens | canvas | decoder | all |")
+    print("|---|---|---|---|---|---|---|---|")
     for dtype in FLAGS.dtypes:
         for batch in map(int, FLAGS.batches):
             parts = measure(params, sizes, transformers, dtype, batch, settings)

@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec
 from nvg_jax.runtime.sharding import BATCH_SPEC, batch_shards
 
 EPSILON = 1e-6
-LENGTH_BY_HEAD = 256  # of sequences that a CPU attends to head by head; shorter ones fit its cache
-LANES = 128  # of a TPU's vector registers; a block of the kernel holds whole heads in so many
+LENGTH_BY_HEAD = 256  # from this length on, a CPU computes one head at a time (measured: 2 cores)
+LANES = 128  # of a TPU's vector registers; a block of the kernel holds whole heads in them
 MAX_LENGTH = 640  # of a sequence; compiled with 513
-ROWS = 16  # a register holds so many rows of bfloat16
+ROWS = 16  # of bfloat16 in a register
 
 
 def platform() -> str:
@@ -112,15 +112,17 @@ def folded_attention(q: Array, k: Array, v: Array, by_head: bool = False) -> Arr
     "tensor" cannot be folded in place.
 
     Args:
-        by_head: one head of one image at a time, so that its scores stay in the processor's cache;
-            the gradient computes them again. The images must not be sharded.
+        by_head: one head of one image at a time, so that its scores stay in the processor's cache.
+            The images must not be sharded.
     """
     batch, length, heads, head_dim = q.shape
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, head_dim) for x in (q, k, v))
-    if by_head:
-        out = jax.lax.map(jax.checkpoint(lambda head: _attend(*head)), (q, k, v))
+    attend = jax.vmap(_attend)
+    if by_head:  # batches of one: the policy "linears" of `layers.REMAT` saves unbatched products
+        q, k, v = (x[:, None] for x in (q, k, v))
+        out = jax.lax.map(lambda head: attend(*head), (q, k, v))
     else:
-        out = jax.vmap(_attend)(q, k, v)
+        out = attend(q, k, v)
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 

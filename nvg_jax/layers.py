@@ -48,7 +48,7 @@ def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
     return (kind, *(2,) * num_bits, spatial, spatial)
 
 
-def rotary(
+def rotary_tables(
     structure: Array, kinds: Sequence[int], grid: tuple[int, int], head_dim: int
 ) -> tuple[Array, Array]:
     """(cos, sin) of `rope_angles` at the positions of `rope_positions`."""
@@ -214,7 +214,7 @@ class Block(nn.Module):
     ) -> Array:
         """x (B, N, C), drop_rate scalar, vec (B, C), cos and sin of `rope_angles` -> (B, N, C).
 
-        `modulation` (B, 3C), if it is known already, takes the place of vec.
+        A precomputed `modulation` (B, 3C) replaces vec, which is then None.
         """
         batch, length, width = x.shape
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
@@ -308,10 +308,10 @@ class Transformer(nn.Module):
         Args:
             x: (B, N, C), the embedded tokens.
             vec: (B, C), the conditioning vector that modulates every block.
-            cos, sin: (B, N, head_dim / 2), from `rotary`.
+            cos, sin: (B, N, head_dim / 2), from `rotary_tables`.
             deterministic: False turns on drop path (rng "drop_path").
             feature_block: 0 .. depth; 0 gives x itself. REPA aligns these hidden states.
-            modulations: (depth, B, 3C), if they are known already, take the place of vec.
+            modulations: precomputed, (depth, B, 3C); they replace vec, which is then None.
 
         Returns:
             Two arrays (B, N, C).
@@ -341,7 +341,7 @@ class Transformer(nn.Module):
     def modulations(self, vec: Array) -> Array:
         """The modulations of all blocks by conditioning vectors: (..., C) -> (depth, ..., 3C)."""
         weights = self.variables["params"]["blocks"]["modulation"]
-        kernel, bias = (weights[name].astype(self.dtype) for name in ("kernel", "bias"))
+        kernel, bias = (unshard(weights[k].astype(self.dtype)) for k in ("kernel", "bias"))
         product = jnp.einsum("...c,ncd->n...d", nn.silu(vec), kernel)
         return product + jnp.expand_dims(bias, range(1, vec.ndim))
 

@@ -25,7 +25,7 @@ class SampleOutput(NamedTuple):
     """Samples.
 
     images: float32 (B, H, W, 3) in [-1, 1]. sequence: maps and tokens, int32 (B, S, L) each.
-    canvases: None, or, if asked for, float32 (B, S, L, D), after each stage.
+    canvases: float32 (B, S, L, D) after each stage if requested, else None.
     """
 
     images: np.ndarray
@@ -268,7 +268,7 @@ class Pipeline:
                 f"structure_stages={token_stages}."
             )
         settings = self.settings.updated(settings)
-        self.metadata.check_guidance(settings)
+        self.metadata.check_settings(settings)
         return self.program.plan(settings, structure_stages, token_stages, region)
 
     def _batch(self, class_ids, seed, structure_noise, first_index):

@@ -135,7 +135,7 @@ def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ..
         raise ValueError(
             "Cached sequences have no images to compare samples with: give "
             "--config.evaluation.reference=FILE.npz and --config.evaluation.judge=inception, or "
-            "set generator_training.fid_every to 0."
+            f"set {name}.fid_every to 0."
         )
 
 

@@ -78,12 +78,28 @@ class RunMetadata:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def check_guidance(self, settings: Settings):
-        """Raises ValueError for a structure guidance that the generator already has inside."""
-        if self.teacher and (np.asarray(settings.structure_guidance) != 1).any():
+    def check_settings(self, settings: Settings):
+        """Raises ValueError for settings that a distilled structure generator cannot follow.
+
+        Its guidance is inside. If it learned its teacher's solutions (reflow), it did so at the
+        times of its own steps, which are also the times of any number of steps that divides them.
+        """
+        if self.teacher is None:
+            return
+        if (np.asarray(settings.structure_guidance) != 1).any():
             raise ValueError(
                 "This model's structure generator was distilled and has its guidance inside; "
                 f"structure_guidance must be 1, got {settings.structure_guidance}."
+            )
+        own = self.sampling
+        known = [n for n in range(1, own.flow_steps + 1) if own.flow_steps % n == 0]
+        same = (settings.solver, settings.flow_shift) == (own.solver, own.flow_shift)
+        if self.config["distillation"]["reflow"] and not (same and settings.flow_steps in known):
+            raise ValueError(
+                f"This model's structure generator was distilled for {own.flow_steps} steps and "
+                f"knows no other times: give solver={own.solver!r}, flow_shift={own.flow_shift:g} "
+                f"and flow_steps={' or '.join(map(str, known))}; got {settings.solver!r}, "
+                f"{settings.flow_shift!r} and {settings.flow_steps!r}."
             )
 
     def replace(self, **changes) -> "RunMetadata":
@@ -244,7 +260,8 @@ def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
     for place, key in ((folder / EXPORT_FOLDER, "tokenizer"), (folder / "tokenizer", "params")):
         found = read(place, lambda metadata: {key: metadata.abstract_params("tokenizer")})
         if found is not None:
-            return found[0].replace(content=None, structure=None), found[1][key]
+            metadata = found[0].replace(content=None, structure=None, teacher=None)
+            return metadata, found[1][key]
     return None
 
 

@@ -54,6 +54,17 @@ def test_attention_on_a_cpu_is_its_definition(length, heads, head_dim):
             assert relative_error(found, exact) < 1e-5, name
 
 
+def test_head_by_head_the_gradient_multiplies_no_more_than_all_at_once():
+    def products(length):
+        q, k, v, _ = arguments(length, 2, 4)
+        total = lambda *inputs: attention.attention(*inputs).sum()
+        return str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)).count(
+            "dot_general["
+        )
+
+    assert products(attention.LENGTH_BY_HEAD) == products(8) == 6
+
+
 # Two heads a block, four, one; more rows than one block of 128; a length that fills its rows.
 SIZES = [(17, 4, 64), (9, 4, 32), (20, 1, 128), (130, 2, 64), (16, 2, 64)]
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from helpers import random_pipeline, tiny_config
 
-from nvg_jax import Pipeline
+from nvg_jax import Pipeline, workdir
 from nvg_jax.distill import distill
 from nvg_jax.jobs.sampling import SamplingJob
 from nvg_jax.sampling.settings import Settings
@@ -188,9 +188,24 @@ def test_the_student_is_a_whole_model_with_its_own_recommended_steps(teacher, st
     assert few.sample([0, 1]).images.shape == (2, 8, 8, 3)
     with pytest.raises(ValueError, match="has its guidance inside; structure_guidance must be 1"):
         few.sample([0], structure_guidance=2.0)
+    # Trained on with its tokenizer, new generators are not distilled ones.
+    assert few.metadata.teacher and workdir.read_tokenizer(student)[0].teacher is None
     job = SamplingJob(few, [0], 1, 1, 0, {"structure_guidance": 2.0})
     with pytest.raises(ValueError, match="has its guidance inside"):
         job.describe()  # before a folder is written
+
+
+def test_a_student_is_sampled_at_the_times_that_it_knows():
+    own = Settings(flow_steps=4, structure_guidance=1.0)
+    config = tiny_config().to_dict()
+    metadata = random_pipeline().metadata.replace(teacher="other", sampling=own, config=config)
+    for steps in (1, 2, 4):
+        metadata.check_settings(own.updated({"flow_steps": steps}))
+    for change in ({"flow_steps": 3}, {"flow_steps": 8}, {"solver": "heun"}, {"flow_shift": 1.0}):
+        with pytest.raises(ValueError, match="flow_steps=1 or 2 or 4; got"):
+            metadata.check_settings(own.updated(change))
+    config["distillation"]["reflow"] = False  # learned at all times
+    metadata.replace(config=config).check_settings(own.updated({"flow_steps": 3}))
 
 
 @pytest.mark.slow

@@ -134,7 +134,8 @@ def sampling_collectives(config, params) -> list[tuple[str, int, str]]:
         return compiled(*args)
 
     pipe.program = program._replace(sample=look)
-    assert pipe.sample(range(8), flow_steps=1, content_guidance=2.0).images.shape == (8, 8, 8, 3)
+    out = pipe.sample(range(8), flow_steps=2, content_guidance=2.0, structure_guidance=2.0)
+    assert out.images.shape == (8, 8, 8, 3)
     return seen[0]
 
 
@@ -222,6 +223,8 @@ def test_heads_that_do_not_split_are_refused():
     mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.MESH_AXES)
     with pytest.raises(ValueError, match="2 attention heads .* do not split over mesh.tensor=3"):
         generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
+    with pytest.raises(ValueError, match="2 attention heads of the structure generator"):
+        distillation.make_program(config, mesh, STEPS, 10, Settings())
 
 
 # The TPU's attention kernel, interpreted.

@@ -218,6 +218,36 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
     jax.tree.map(close, clipped, jax.tree.map(lambda x: x / np.hypot(*norms), free))
 
 
+def test_the_velocity_in_parts_is_that_of_the_whole():
+    model, params = generator("structure")
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), params)
+    apply = functools.partial(model.apply, {"params": params})
+    batch, length, bits, times = 3, 4, 2, jnp.array([1.0, 0.4])
+    keys = jax.random.split(jax.random.key(6), 2)
+    noisy = jax.random.normal(keys[0], (batch, length, bits))
+    canvas = jax.random.normal(keys[1], (batch, length, model.latent_dim))
+    structure = jnp.ones((batch, length, bits), int)
+    stage, classes = jnp.zeros(batch, int), jnp.arange(batch) % 3
+
+    @jax.jit
+    def both():
+        condition = apply(structure, canvas, classes, method="condition")
+        per_time = apply(times, stage, classes, method="modulations")
+        rows = [jax.tree.map(lambda x, i=i: x[i], per_time) for i in range(2)]
+        return [
+            (
+                apply(noisy, condition, row, method="velocity"),
+                apply(noisy, jnp.full(batch, time), structure, canvas, stage, classes),
+            )
+            for row, time in zip(rows, times)
+        ]
+
+    (early, late) = both()
+    for parts, whole in (early, late):
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+    assert np.abs(early[0] - late[0]).max() > 1e-2
+
+
 def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
     """A block has three linear layers and, on a CPU, two products of attention to do again."""
     products, grads = {}, {}

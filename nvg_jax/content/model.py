@@ -65,7 +65,7 @@ class ContentGenerator(nn.Module):
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
         class_token = self.class_embed(class_ids)
         x = jnp.concatenate([class_token[:, None], self.canvas_embed(scaled)], axis=1)
-        cos, sin = layers.rotary(structure, (0,), self.grid, self.transformer.head_dim)
+        cos, sin = layers.rotary_tables(structure, (0,), self.grid, self.transformer.head_dim)
         vec = class_token + self.stage_embed(stage)
         x, features = self.blocks(x, vec, cos, sin, deterministic, feature_block)
         final = self.canvas_head(x[:, 1:], self.canvas_head.modulations(vec))

@@ -103,7 +103,7 @@ def main():
     arguments = parser.parse_args()
     try:
         count = write_folder(arguments.out, arguments.font, arguments.list)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{count} pictures: {arguments.out}")

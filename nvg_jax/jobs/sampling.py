@@ -92,7 +92,7 @@ class SamplingJob:
         """
         config = self.pipeline.tokenizer.config
         settings = self.pipeline.settings.updated(self.settings)
-        self.pipeline.metadata.check_guidance(settings)
+        self.pipeline.metadata.check_settings(settings)
         return settings.expand(config.num_stages, config.codebook_size)
 
     def indices(self, batch: int) -> range:

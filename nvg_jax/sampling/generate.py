@@ -21,16 +21,16 @@ from nvg_jax.tokenizer.quantizer import GranularitySequence, at_positions
 class Networks(NamedTuple):
     """What the loop calls.
 
-    logits: (canvas (B, L, D), labels (B, L), stage, class_ids (B,)) -> (B, L, V), a row a cluster
-        (rows past the stage's 2**stage clusters are not used).
-    flow: (labels, canvas, stage, class_ids, times (n + 1,)) -> (velocity, rows), the arguments of
-        `flow.solve`; computes what all steps share.
+    logits: (canvas (B, L, D), labels (B, L), stage, class_ids (B,)) -> (B, L, V), one row per
+        cluster (rows past the stage's 2**stage clusters are not used).
+    flow_velocity: (labels, canvas, stage, class_ids, times (n,)) -> (velocity, per_time), arguments
+        of `flow.solve`, with all that is the same in every step computed once.
     add_stage: (canvas, tokens (B, L), stage) -> canvas.
     null_id: the class id of no class. latent_dim: D.
     """
 
     logits: Callable
-    flow: Callable
+    flow_velocity: Callable
     add_stage: Callable
     null_id: int
     latent_dim: int
@@ -162,13 +162,13 @@ def generate(
 
         guidance = Guidance(class_ids, networks.null_id, scale)
         double = guidance.double
-        velocity, rows = networks.flow(
-            double(labels), double(canvas), stage, guidance.classes, times
-        )
-        guided = lambda z, row: guidance(velocity(double(z), row))
-        follow = (~region, reference) if plan.region else None
         solver = plan.settings.solver
-        scores = bit(flow.solve(guided, noise, known, stage, times, follow, solver, rows))
+        velocity, per_time = networks.flow_velocity(
+            double(labels), double(canvas), stage, guidance.classes, flow.call_times(times, solver)
+        )
+        guided = lambda z, at_time: guidance(velocity(double(z), at_time))
+        follow = (~region, reference) if plan.region else None
+        scores = bit(flow.solve(guided, noise, known, stage, times, follow, solver, per_time))
         if plan.settings.gumbel:
             draw = lambda key, labels, scores, kept: granularity.split(
                 labels, scores, stage, key=jax.random.fold_in(key, stage), kept=kept
@@ -194,7 +194,7 @@ def generate(
         "stage": jnp.arange(stages),
         "tokens": stage_first(prefix.tokens),
         "next_structure": jnp.roll(stage_first(prefix.structure), -1, axis=0),
-        **{k: v for k, v in values.items() if k != "temperature"},
+        **{name: value for name, value in values.items() if jnp.ndim(value)},  # one per stage
     }
     carry = (
         jnp.zeros((batch, length, networks.latent_dim)),

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 class Guidance:
     """Moves a network's output away from the null class: null + scale * (cond - null).
 
-    The network runs on a batch in which each row stands twice, for its class and for the null
-    class. So both stay where the row is when a batch is split over devices.
+    The network runs on a batch in which every row appears twice, for its class and for the null
+    class. The copies are adjacent, so sharding the batch keeps them on one device.
 
     Attributes:
         classes: int32 (2B,), the classes of that batch.
@@ -61,15 +61,16 @@ def filter_logits(logits, top_k=None, top_p=None):
 def _keep_top(logits, enough):
     """Sets to -inf what is below the lowest of the logits for which enough(logits <= it) holds.
 
-    Finds it bit by bit: sorting takes ten times as long on a CPU.
+    Bisects over the bits: on a CPU, sorting takes five times as long.
 
     Args:
         logits: float32 (..., V).
         enough: bool (..., V) -> bool (..., 1); once true it stays true for higher logits, and it
             is taken as true for the highest.
     """
-    bits = jax.lax.bitcast_convert_type(logits + 0.0, jnp.int32)  # -0.0 + 0.0 is 0.0
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # ordered as the floats are
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    # Ordered as the floats are, with 0.0 and -0.0 (the lowest integer) equal.
+    order = jnp.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
     def halve(_, bounds):
         low, high = bounds

@@ -144,17 +144,17 @@ def bind(
         missing = granularity.cluster_means(final - canvas, labels, length)
         return apply(missing, method="token_logits")
 
-    def flow(labels, canvas, stage, classes, times):
+    def flow_velocity(labels, canvas, stage, classes, times):
         embedding = granularity.structure_embedding(labels, stage, num_bits)
         apply = functools.partial(structure.apply, {"params": params["structure"]})
-        split = apply(embedding, canvas, classes, method="split")
-        rows = apply(times, jnp.full(classes.shape, stage), classes, method="modulations")
-        return lambda z, row: apply(z, split, row, method="velocity"), rows
+        condition = apply(embedding, canvas, classes, method="condition")
+        per_time = apply(times, jnp.full(classes.shape, stage), classes, method="modulations")
+        return lambda z, at_time: apply(z, condition, at_time, method="velocity"), per_time
 
     apply = functools.partial(tokenizer.apply, {"params": params["tokenizer"]})
     networks = Networks(
         logits=logits,
-        flow=flow,
+        flow_velocity=flow_velocity,
         add_stage=functools.partial(apply, method="add_stage"),
         null_id=content.num_classes,
         latent_dim=tokenizer.config.latent_dim,

@@ -36,6 +36,11 @@ def shifted_times(num_steps: int, num_positions: int, shift: float = 0.0) -> np.
     return shift * t / (shift * t + 1 - t)
 
 
+def call_times(times: Array, solver: str) -> Array:
+    """Those of the n + 1 times at which `solve` calls the velocity: all but the last, or all."""
+    return times if solver == "heun" else times[:-1]
+
+
 def known_channels(stage: int | Array, num_bits: int) -> Array:
     """bool (..., 1, K): the channels that the map of a stage already fixes.
 
@@ -72,7 +77,7 @@ def solve(
     times: Array,
     kept: tuple[Array, Array] | None = None,
     solver: str = "euler",
-    rows: Any = None,
+    per_time: Any = None,
 ) -> Array:
     """Integrates from noise to a structure; resets the known channels after every step.
 
@@ -91,7 +96,7 @@ def solve(
         kept: None, or (bool (B, L), target float32 (B, L, K)): the positions that follow the path
             to a known target instead of the velocity.
         solver: one of `SOLVERS`.
-        rows: what `velocity` takes in place of each time: arrays (n + 1, ...).
+        per_time: what `velocity` takes in place of each of `call_times`: arrays (n or n + 1, ...).
 
     Returns:
         float32 (B, L, K), the structure embedding minus 1 at t = 0, not rounded.
@@ -105,28 +110,32 @@ def solve(
         return jnp.where(mask, known, z)
 
     def euler(z, interval):
-        (start, end), (row, _) = interval
-        return reset(z + (end - start) * velocity(z, row), end), None
+        start, end, at_start = interval
+        return reset(z + (end - start) * velocity(z, at_start), end), None
 
     def heun(z, interval):
-        (start, end), (row, next_row) = interval
-        first = velocity(z, row)
-        second = velocity(reset(z + (end - start) * first, end), next_row)
+        start, end, at_start, at_end = interval
+        first = velocity(z, at_start)
+        second = velocity(reset(z + (end - start) * first, end), at_end)
         return reset(z + (end - start) * (first + second) / 2, end), None
 
     def multistep(carry, interval):
         z, last, slope_scale = carry
-        (start, end), (row, _), before = interval
-        predicted = z - start * velocity(z, row)
+        start, end, at_start, before = interval
+        predicted = z - start * velocity(z, at_start)
         # dz/dt = (z - s(t)) / t, with s(t) linear through the last two predictions.
         slope = slope_scale * (predicted - last) / (start - before)
         curve = jax.scipy.special.xlogy(end, start / jnp.where(end > 0, end, 1)) - start + end
         z = end / start * z + (1 - end / start) * predicted + curve * slope
         return (reset(z, end), predicted, 1.0), None
 
-    ends = lambda tree: tuple(jax.tree.map(lambda x: x[i], tree) for i in (np.s_[:-1], np.s_[1:]))
-    z, intervals = reset(noise, times[0]), (ends(times), ends(times if rows is None else rows))
+    z, starts, ends = reset(noise, times[0]), times[:-1], times[1:]
+    if per_time is None:
+        per_time = call_times(times, solver)
+    if solver == "heun":
+        between = (jax.tree.map(lambda x: x[cut], per_time) for cut in (np.s_[:-1], np.s_[1:]))
+        return jax.lax.scan(heun, z, (starts, ends, *between))[0]
     if solver == "multistep":  # the first step has no slope yet: Euler's
         before = jnp.concatenate([times[:1] + 1, times[:-2]])
-        return jax.lax.scan(multistep, (z, z, 0.0), (*intervals, before))[0][0]
-    return jax.lax.scan({"euler": euler, "heun": heun}[solver], z, intervals)[0]
+        return jax.lax.scan(multistep, (z, z, 0.0), (starts, ends, per_time, before))[0][0]
+    return jax.lax.scan(euler, z, (starts, ends, per_time))[0]

@@ -11,10 +11,10 @@ from nvg_jax import layers
 CANVAS_KIND = 2  # rotary kind of condition tokens; image and structure tokens have kind 0
 
 
-class Split(NamedTuple):
+class Condition(NamedTuple):
     """What all velocities of a split share.
 
-    tokens: (B, 1 + L, C), class and canvas, embedded. cos, sin: of `layers.rotary`.
+    tokens: (B, 1 + L, C), class and canvas, embedded. cos, sin: of `layers.rotary_tables`.
     """
 
     tokens: Array
@@ -68,34 +68,51 @@ class StructureGenerator(nn.Module):
             class_ids: int32 (B,), `num_classes` for the null class.
             deterministic: False turns on drop path (rng "drop_path").
         """
-        split, vec = self.split(structure, canvas, class_ids), self.vector(time, stage, class_ids)
-        return self._velocity(noisy, split, vec, None, self.head.modulations(vec), deterministic)
+        condition = self.condition(structure, canvas, class_ids)
+        vec = self.vector(time, stage, class_ids)
+        modulation = self.head.modulations(vec)
+        return self._velocity(noisy, condition, vec, None, modulation, deterministic)
 
-    # A split in parts: what all times share, what depends on the time, and the rest.
+    # The same in parts, for the sampler: what all times of a split share, what depends on the time
+    # alone, and the rest.
 
-    def split(self, structure: Array, canvas: Array, class_ids: Array) -> Split:
-        """What all velocities of a split share; arguments as of the whole."""
+    def condition(self, structure: Array, canvas: Array, class_ids: Array) -> Condition:
+        """What all velocities of a split share; see `__call__` for the arguments."""
         tokens = [self.class_embed(class_ids)[:, None], self.canvas_embed(canvas)]
-        rotary = layers.rotary(structure, (CANVAS_KIND, 0), self.grid, self.transformer.head_dim)
-        return Split(jnp.concatenate(tokens, axis=1), *rotary)
+        head_dim = self.transformer.head_dim
+        tables = layers.rotary_tables(structure, (CANVAS_KIND, 0), self.grid, head_dim)
+        return Condition(jnp.concatenate(tokens, axis=1), *tables)
 
     def vector(self, time: Array, stage: Array, class_ids: Array) -> Array:
-        """The conditioning vectors of times (..., B), (..., B, C)."""
+        """The conditioning vectors (..., B, C) of times (..., B)."""
         embedding = layers.timestep_embedding(time).astype(self.dtype)
         vec = self.class_embed(class_ids) + self.time_out(nn.silu(self.time_in(embedding)))
         return vec + self.stage_embed(stage)
 
     def modulations(self, times: Array, stage: Array, class_ids: Array) -> tuple[Array, Array]:
-        """What `velocity` needs of each time: times (T,) -> (T, depth, B, 3C) and (T, B, 2C)."""
+        """The modulations of all blocks, (T, depth, B, 3C), and of the head, (T, B, 2C).
+
+        Args:
+            times: float32 (T,). stage, class_ids: int32 (B,).
+        """
         times = jnp.broadcast_to(times[:, None], (len(times), len(class_ids)))
         vec = self.vector(times, stage, class_ids)
         return self.blocks.modulations(vec).swapaxes(0, 1), self.head.modulations(vec)
 
-    def velocity(self, noisy: Array, split: Split, modulations: tuple[Array, Array]) -> Array:
-        """The velocity at one of the times of `modulations`."""
-        return self._velocity(noisy, split, None, *modulations, deterministic=True)
+    def velocity(
+        self, noisy: Array, condition: Condition, modulations: tuple[Array, Array]
+    ) -> Array:
+        """The velocity float32 (B, L, K) of `noisy` (B, L, K) at one time.
 
-    def _velocity(self, noisy, split, vec, of_blocks, of_head, deterministic) -> Array:
-        x = jnp.concatenate([split.tokens, self.structure_embed(noisy)], axis=1)
-        x, _ = self.blocks(x, vec, split.cos, split.sin, deterministic, modulations=of_blocks)
-        return self.head(x[:, split.tokens.shape[1] :], of_head)
+        Args:
+            modulations: those of the time, (depth, B, 3C) and (B, 2C).
+        """
+        return self._velocity(noisy, condition, None, *modulations, deterministic=True)
+
+    def _velocity(self, noisy, condition, vec, of_blocks, of_head, deterministic) -> Array:
+        """`velocity`; the blocks take either vec (B, C) or their modulations."""
+        x = jnp.concatenate([condition.tokens, self.structure_embed(noisy)], axis=1)
+        x, _ = self.blocks(
+            x, vec, condition.cos, condition.sin, deterministic, modulations=of_blocks
+        )
+        return self.head(x[:, condition.tokens.shape[1] :], of_head)

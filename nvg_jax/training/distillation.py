@@ -39,21 +39,21 @@ from nvg_jax.workdir import DISTILLATION, RunMetadata
 EVAL_IMAGES = 500  # held-out images of an evaluation, which solves the teacher's flow for each
 
 
-def guided_velocity(model: StructureGenerator, params, class_ids, guidance):
+def guided_velocity(model: StructureGenerator, params, class_ids, scales):
     """The velocity (z (N, L, K), time () or (N,), structure embedding, canvas, stage (N,)) ->
     float32 (N, L, K) of a flow.
 
     Args:
         class_ids: int32 (N,).
-        guidance: float32 (K - 1,), a scale a stage; None for no guidance.
+        scales: float32 (K - 1,), of the guidance of each stage; None for no guidance.
     """
 
     def velocity(z, time, embedding, canvas, stage):
         time = jnp.broadcast_to(time, class_ids.shape)
-        scale = None if guidance is None else guidance[stage][:, None, None]
-        guide = Guidance(class_ids, model.num_classes, scale)
-        inputs = map(guide.double, (z, time, embedding, canvas, stage))
-        return guide(model.apply({"params": params}, *inputs, guide.classes))
+        scale = None if scales is None else scales[stage][:, None, None]
+        guidance = Guidance(class_ids, model.num_classes, scale)
+        inputs = map(guidance.double, (z, time, embedding, canvas, stage))
+        return guidance(model.apply({"params": params}, *inputs, guidance.classes))
 
     return velocity
 
@@ -278,6 +278,7 @@ def make_program(
     Raises:
         ValueError: invalid settings.
     """
+    programs.check_heads(config, ("structure",), mesh)
     recipe, tokenizer = config.distillation, TokenizerConfig(**config.tokenizer)
     sizes = tokenizer.num_stages, tokenizer.codebook_size
     optimizer_config = OptimizerConfig(**recipe.optimizer)
@@ -371,7 +372,7 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
     if run.cached_sequences:
         run.train_source.check_tokenizer(teacher.fingerprint)
     settings = teacher_settings(config, teacher.sampling)
-    teacher.check_guidance(settings)
+    teacher.check_settings(settings)
     steps = run.num_steps(recipe)
     program = make_program(config, run.mesh, steps, teacher.num_classes, settings)
     key = jax.random.fold_in(run.key, 3)

@@ -279,13 +279,7 @@ def make_program(
     Raises:
         ValueError: attention heads that do not divide over the mesh, or invalid settings.
     """
-    for name in names:
-        heads = config[name].width // config[name].head_dim
-        if heads % mesh.shape["tensor"]:
-            raise ValueError(
-                f"The {heads} attention heads of the {name} generator do not split over "
-                f"mesh.tensor={mesh.shape['tensor']}; use a divisor of {heads}."
-            )
+    programs.check_heads(config, names, mesh)
     recipe = config.generator_training
     optimizer_config = OptimizerConfig(**recipe.optimizer)
     optimizer = make_optimizer(optimizer_config, recipe.batch_size, steps)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,6 +39,17 @@ class TrainProgram(NamedTuple):
     def state(self) -> Any:
         """The abstract state with its shardings."""
         return self.arguments[0]
+
+
+def check_heads(config: ml_collections.ConfigDict, names: Iterable[str], mesh: Mesh):
+    """Raises ValueError for generators whose attention heads do not divide over a mesh."""
+    for name in names:
+        heads = config[name].width // config[name].head_dim
+        if heads % mesh.shape["tensor"]:
+            raise ValueError(
+                f"The {heads} attention heads of the {name} generator do not split over "
+                f"mesh.tensor={mesh.shape['tensor']}; use a divisor of {heads}."
+            )
 
 
 def abstract_batch(tokenizer: TokenizerConfig, batch_size: int, mesh: Mesh):

@@ -146,12 +146,12 @@ class Run:
         """
         totals, count = {}, 0
         for batch in self.test_batches(batch_size):
-            if limit is not None and count >= limit:
-                break
             metrics = jax.device_get(evaluate(batch))
             images = sharding.to_host(batch["mask"]).sum()
             totals = {name: totals.get(name, 0) + mean * images for name, mean in metrics.items()}
             count += images
+            if limit is not None and count >= limit:
+                break
         return {name: total / count for name, total in totals.items()}
 
 
