@@ -96,7 +96,7 @@ def base() -> ml_collections.ConfigDict:
                 length="10 epochs",
                 batch_size=768,
                 reflow=True,  # False: only the guidance goes inside
-                flow_steps=4,  # that the student is to sample with
+                flow_steps=4,  # of the student, which can also be sampled with a divisor of them
                 teacher_steps=0,  # 0: as the teacher's folder recommends
                 structure_guidance=(),  # of the teacher; (): as its folder recommends
                 optimizer=optimizer | dict(ema_decay=0.999),
