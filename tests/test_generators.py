@@ -249,9 +249,9 @@ def test_the_velocity_in_parts_is_that_of_the_whole():
 
 
 def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
-    """A block has five linear products and, on a CPU, two of attention to do again."""
+    """A block has seven linear products and, on a CPU, two of attention to do again."""
     products, grads = {}, {}
-    for remat, recomputed in (("none", 0), ("linears", 2), ("blocks", 7)):
+    for remat, recomputed in (("none", 0), ("linears", 2), ("blocks", 9)):
         model, params = generator("structure")
         model = model.clone(transformer=dataclasses.replace(SIZES, remat=remat))
         loss = lambda params, model=model: steps.loss_terms(
