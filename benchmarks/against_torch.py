@@ -1,15 +1,15 @@
-"""Our networks beside the same networks in PyTorch, on a CPU.
+"""Compares our networks with the same networks in PyTorch, on a CPU.
 
     pip install torch
     python -m benchmarks.against_torch --config=configs/imagenet256.py:d16
 
 Both run the same random weights on the same inputs in one process, alternating: ours compiled,
-PyTorch eager, float32, all cores. The PyTorch networks are written here from the paper and use its
-fused operations. A row is the median over the rounds; that both give the same numbers is checked
-first. Gradients are those of the sum of squares with respect to all weights.
+PyTorch's eager, in float32 on all cores. The PyTorch networks are written here from the paper and
+use PyTorch's fused operations. A row is the median over the rounds; first, both are checked to give
+the same numbers. Gradients are of the sum of squares with respect to all weights.
 
-The last row is a sum: an image is sampled with `flow_steps` evaluations of the structure generator
-for each learned split and one of the content generator for each stage, all guided, and decoded.
+The last row is a sum: to sample an image takes `flow_steps` evaluations of the structure generator
+for each learned split, one of the content generator for each stage, all guided, and decoding.
 """
 
 import functools
@@ -221,7 +221,7 @@ class Row:
                 raise AssertionError(f"{name} differs from PyTorch by {error:.2g} of its maximum.")
 
     def seconds(self, rounds: int) -> tuple[float, float]:
-        """(ours, theirs), the median over rounds that take turns."""
+        """(ours, theirs), the medians over alternating rounds."""
         times = ([], [])
         for _ in range(rounds):
             for function, kept in zip((self.ours, self.theirs), times):
@@ -287,7 +287,7 @@ def rows(params, sizes: TokenizerConfig, transformers):
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)  # JAX tells which backends are not there
+    logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
     config = FLAGS.config
     sizes = TokenizerConfig(**config.tokenizer)
     transformers = {name: TransformerConfig(**config[name]) for name in models.GENERATORS}
@@ -305,7 +305,7 @@ def main(_):
     times = {}
     for gradients in (False, True):
         for name, make in rows(params, sizes, transformers).items():
-            # A guided evaluation has each image twice.
+            # A guided evaluation processes each image twice.
             images = FLAGS.batch_size
             batch = images * (2 if name in models.GENERATORS and not gradients else 1)
             row = make(gradients, batch)

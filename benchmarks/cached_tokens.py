@@ -1,9 +1,9 @@
-"""Time of a generator training step from images and from cached sequences.
+"""Times a generator training step from images and from cached sequences.
 
     python -m benchmarks.cached_tokens [--repeats=5] [--presets=digits,imagenet256]
 
 "imagenet256" stands for the published tokenizer (256 pixels, L = 256) at batch size 2, with
-generators of two blocks of the width of d16; the full preset is too large for a CPU.
+two-block generators of d16's width; the full preset is too large for a CPU.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main():
 def step_seconds(program, batches, tokenizer_params, sizes, mesh, repeats: int):
     """{kind of batch: [(wall seconds, CPU seconds) of each step]}, without the compiling step.
 
-    Steps of the kinds alternate, so that other load on the machine affects all of them equally.
+    Kinds of batches alternate, so that other load on the machine affects all of them equally.
     """
     states = program.init(jax.random.key(0), tokenizer_params["quantizer"]["codebook"])
     canvas_scale = np.ones(sizes.num_stages + 1, np.float32)

@@ -54,7 +54,7 @@ def sequential_xla(points: Array) -> Array:
 
 
 def sequential_numpy(points: np.ndarray) -> np.ndarray:
-    """One pair at a time from all pairs sorted by distance, one latent at a time."""
+    """One pair at a time, from all pairs sorted by distance; one latent at a time."""
     maps = []
     for centroids in points:
         length = len(centroids)

@@ -1,10 +1,10 @@
-"""How well samples follow what is given: `python -m benchmarks.control`.
+"""How well samples follow user input: `python -m benchmarks.control`.
 
-On the bundled Fashion-MNIST model, with the data set installed (docs/data.md). First, 50 samples of
+Uses the bundled Fashion-MNIST model and needs its data set (docs/data.md). First, 50 samples of
 each class follow a ready-made map; they are encoded again, and their own first map is compared with
-the given one. A map and its inverse count as equal. Chance is the same figure of free samples.
-Then held-out images are edited: a region is drawn anew for another class, and a classifier that was
-trained on real images names the result.
+the given one. A map and its inverse count as equal. Chance is the same measure for free samples.
+Then held-out images are edited: a region is resampled for another class, and a classifier trained
+on real images classifies the result.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ def agreement(pipe: Pipeline, images: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
     pipe = Pipeline.from_pretrained("fashion_mnist")
     latent, classes = pipe.tokenizer.config.latent_size, np.arange(10).repeat(50)
     free = pipe.sample(classes, seed=0)

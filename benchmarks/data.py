@@ -1,10 +1,11 @@
-"""Throughput of the data pipeline: images per second and core, from JPEG files to 256 x 256 pixels.
+"""Throughput of the data pipeline: images per second per core, from JPEG files to 256 x 256 pixels.
 
     python -m benchmarks.data [--need=IMAGES_PER_SECOND]
 
 The training loader decodes, resizes, crops and batches JPEGs of ImageNet's mean size (500 x 375
 pixels, 110 kB) with detail at every scale, in threads of this process. Rates are per second of CPU
-time, so that other load on the machine matters little. --need prints the cores that a rate takes.
+time, so that other load on the machine matters little. --need prints the number of cores that a
+rate requires.
 """
 
 import pathlib

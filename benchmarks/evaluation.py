@@ -1,12 +1,12 @@
-"""Time and memory of the figures of a generative model: `python -m benchmarks.evaluation`.
+"""Time and memory of a generative model's metrics: `python -m benchmarks.evaluation`.
 
 Random features of the published sizes: 50,000 samples x 2,048, compared with 10,000 images (the
-ADM evaluator's reference file) and with 50,000; 1,008 class probabilities. Features are made
-before the clock starts. Each figure runs in a process of its own, so that the peak memory is its
-own, with the features that it needs (390 MiB for 50,000 x 2,048). Two comparisons with what the ADM
-script does follow.
+ADM evaluator's reference file) and with 50,000; 1,008 class probabilities. Features are generated
+before the clock starts. Each metric runs in its own process, so that the peak memory is its own,
+including the features that it needs (390 MiB for 50,000 x 2,048). Two comparisons with the ADM
+script follow.
 
-CPU is the time of all cores: on two idle cores the wall time is a little over half of it.
+CPU is the time of all cores: on two idle cores, the wall time is a little over half of it.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ WIDTH, CLASSES = 2048, 1008
 
 
 def features(count: int, seed: int) -> np.ndarray:
-    """Not negative, as Inception's are; of 256 independent dimensions and noise."""
+    """Features with 256 independent dimensions plus noise, nonnegative like Inception's."""
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).standard_normal((256, WIDTH), dtype=np.float32) / 16
     x = rng.standard_normal((count, 256), dtype=np.float32) @ mixing
@@ -81,12 +81,12 @@ def in_float16(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> tuple[
 
 
 def print_differences():
-    """What our choices change, beside the ADM script's."""
+    """Prints how our results differ from the ADM script's choices."""
     reference, samples = features(5_000, 1), features(5_000, 0)
     for name, function in (("float32", evaluation.precision_recall), ("float16", in_float16)):
         precision, recall = function(reference, samples)
         print(f"5,000 with 5,000, distances in {name}: {precision:.4f}, {recall:.4f}")
-    # 50,000 samples of 1,000 classes, in the order of the classes and shuffled.
+    # 50,000 samples of 1,000 classes, in class order and shuffled.
     rng = np.random.default_rng(0)
     order = rng.permutation(50_000)
     scores = rng.standard_normal((50_000, CLASSES), dtype=np.float32)

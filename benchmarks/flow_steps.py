@@ -1,18 +1,18 @@
-"""How many steps the structure's flow needs.
+"""How many steps the structure flow needs.
 
     python -m benchmarks.flow_steps --workdir=runs/digits --out=runs/digits_steps.jsonl
 
-For every number of steps, solver and time shift, of a model on its own data set:
+For every number of steps, solver and time shift, this measures on the model's own data set:
 
 - splits: the share of positions that split as with 200 Euler steps from the same noise, canvas and
   maps (those of --split_images held-out images), over all learned splits;
-- FID, precision and recall against the training images in the features of a classifier that was
-  trained on them, the share of samples that it names as the class asked for, and the spread of a
-  class: the mean distance of two samples of it, over that of two training images;
-- seconds a sample, of everything, after compilation.
+- FID, precision and recall against the training images in the features of a classifier trained on
+  them; the share of samples that it assigns to the requested class; and the spread of a class: the
+  mean distance between two of its samples, relative to that between two training images;
+- seconds per sample in total, after compilation.
 
-Each point is measured with two seeds, and the difference of the two says what is noise. Every
-result is added to --out at once; the same command again goes on where it stopped.
+Each point is measured with two seeds, whose difference shows the noise. Every result is written to
+--out at once; run the same command again to resume.
 """
 
 import itertools
@@ -40,7 +40,7 @@ FIGURES = ("fid", "precision", "recall")
 
 
 def spread(images: np.ndarray, labels: np.ndarray) -> float:
-    """The mean distance of two images of a class, by pixels."""
+    """The mean pixel distance between two images of the same class."""
     distances = []
     for label in np.unique(labels):
         own = images[labels == label].reshape((labels == label).sum(), -1)
@@ -50,7 +50,7 @@ def spread(images: np.ndarray, labels: np.ndarray) -> float:
 
 
 class Splits:
-    """The splits of held-out images by a model's flow."""
+    """Splits held-out images with a model's flow."""
 
     def __init__(self, pipe: Pipeline, images: np.ndarray, labels: np.ndarray, settings: Settings):
         self._pipe, self._labels = pipe, jnp.asarray(labels)
@@ -64,7 +64,7 @@ class Splits:
         self.exact = self(settings.updated(dict(flow_steps=EXACT_STEPS, solver="euler")))
 
     def __call__(self, settings: Settings) -> np.ndarray:
-        """bool (learned splits, images, positions), the half that each position falls into."""
+        """bool (learned splits, images, positions): the half that each position falls into."""
         pipe = self._pipe
         config = pipe.tokenizer.config
         model = models.make_generator(
@@ -83,7 +83,7 @@ class Splits:
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
     pipe = Pipeline.from_pretrained(FLAGS.workdir)
     data = pipe.metadata.config["data"]
     size = pipe.tokenizer.config.image_size
@@ -126,7 +126,7 @@ def main(_):
 
 
 def row(point: dict, results: list[dict]) -> str:
-    """A line of the table: the mean of the seeds and half the difference between them."""
+    """A line of the table: the mean over the seeds and half the difference between them."""
 
     def cell(name: str, form: str, factor: float = 1) -> str:
         values = [factor * result[name] for result in results]
@@ -143,7 +143,7 @@ def row(point: dict, results: list[dict]) -> str:
 
 
 def draw(results: list[dict], path: str):
-    """A picture of splits and FID over the evaluations of a split; needs matplotlib."""
+    """Plots splits and FID against the number of evaluations per split; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -169,7 +169,7 @@ def draw(results: list[dict], path: str):
 
 
 def measure(pipe, point, seed, classes, judge, reference) -> dict[str, float]:
-    """The figures of samples with a point's settings."""
+    """The metrics of samples drawn with a point's settings."""
     batches = np.split(classes, range(FLAGS.batch_size, len(classes), FLAGS.batch_size))
     draw = lambda number: (
         pipe.sample(

@@ -1,9 +1,9 @@
-"""bfloat16 beside float32: `python -m benchmarks.precision --workdir=runs/digits`.
+"""Compares bfloat16 with float32: `python -m benchmarks.precision --workdir=runs/digits`.
 
 Draws the same samples twice, with the same noise, and counts the map positions and tokens of each
-stage that differ. A sample that splits once differently goes its own way from there on, so the
-first stage that differs says more than the last. Then both decode the float32 samples, and the
-encoder, which is float32 in both, is checked to give equal sequences.
+stage that differ. Once a split differs, a sample diverges from there on, so the first stage that
+differs says more than the last. Then both decode the float32 samples, and the encoder, which is
+float32 in both, is checked to give equal sequences.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
     exact, fast = (
         Pipeline.from_pretrained(FLAGS.workdir, dtype) for dtype in ("float32", "bfloat16")
     )

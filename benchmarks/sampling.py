@@ -2,11 +2,11 @@
 
     python -m benchmarks.sampling --config=configs/imagenet256.py:d16
 
-Times every part of the sampler by itself, compiled, with random weights and inputs: the content
-generator (one call a stage), the structure generator (for each learned split, what its steps share
-and `flow_steps` evaluations), drawing tokens from filtered logits, adding a stage to the canvas,
-and the decoder. Seconds per image are the time of a call by the number of calls with the config's
-settings. Where a stage is guided, a call works on twice the batch.
+Times every part of the sampler separately, compiled, with random weights and inputs: the content
+generator (one call per stage), the structure generator (for each learned split, what its steps
+share and `flow_steps` evaluations), drawing tokens from filtered logits, adding a stage to the
+canvas, and the decoder. Seconds per image are the time of a call multiplied by the number of calls
+with the config's settings. In a guided stage, a call works on twice the batch.
 """
 
 import functools
@@ -30,7 +30,7 @@ CLASSES = 1000
 
 
 def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerConfig]):
-    """Weights of all networks, with which every part of a network matters for its result."""
+    """Random weights of all networks, such that every part of a network affects its result."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -52,7 +52,7 @@ def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerCon
 
 
 def seconds(function, *args) -> float:
-    """The shortest of several calls, after one that compiles."""
+    """The time of the fastest of several calls, after one that compiles."""
     jax.block_until_ready(function(*args))
     times = []
     for _ in range(FLAGS.repeats):
@@ -63,7 +63,7 @@ def seconds(function, *args) -> float:
 
 
 def measure(params, sizes, transformers, dtype: str, batch: int, settings: Settings):
-    """{part: its seconds for a batch}."""
+    """{part: seconds for a batch}."""
     stages, length = sizes.num_stages, sizes.num_positions
     networks = {
         name: models.make_generator(name, transformers[name], sizes, CLASSES, dtype)
@@ -91,7 +91,7 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
         return guidance(of(params)[0].logits(*doubled, stage, guidance.classes))
 
     def split(evaluations, guidance, params, z, canvas, labels):
-        """As many evaluations of the structure generator, and what they share."""
+        """`evaluations` evaluations of the structure generator, and what they share."""
         doubled = map(guidance.double, (labels, canvas))
         velocity, per_time = of(params)[0].flow_velocity(*doubled, stage, guidance.classes, times)
         at = lambda index: jax.tree.map(lambda x: x[index], per_time)
@@ -99,7 +99,7 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
         return jax.lax.fori_loop(0, evaluations, step, z)
 
     def of_stages(network, scales, *inputs):
-        """Seconds of a call for each stage, guided where its scale is not 1."""
+        """Total seconds of one call per stage, guided where its scale is not 1."""
         total = 0.0
         for scale, count in ((None, scales.count(1.0)), (2.0, len(scales) - scales.count(1.0))):
             if count:
@@ -132,7 +132,7 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
 
 
 def main(_):
-    logging.set_verbosity(logging.WARNING)  # JAX tells which backends are not there
+    logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
     config = FLAGS.config
     sizes = TokenizerConfig(**config.tokenizer)
     transformers = {name: TransformerConfig(**config[name]) for name in models.GENERATORS}

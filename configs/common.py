@@ -24,11 +24,11 @@ def base() -> ml_collections.ConfigDict:
         ema_decay=0.9999,
     )
     run = dict(
-        log_every=100,  # steps; so are the next two
+        log_every=100,  # in steps, like the next two
         eval_every=5000,
         save_every=5000,
         keep=2,  # number of checkpoints to keep
-        fid_every=0,  # steps between measurements of FID, whose best model is kept; 0: never
+        fid_every=0,  # steps between FID measurements; the best model is kept; 0: never
         fid_samples=10_000,
     )
     tokenizer_optimizer = optimizer | dict(
@@ -39,9 +39,9 @@ def base() -> ml_collections.ConfigDict:
             part="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
             tokenizer_workdir="",  # folder of a run, exported or converted; "": --workdir
-            init_from="",  # model whose weights the training starts from, on other data and classes
+            init_from="",  # model to start from; its data and classes may differ
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
-            dtype="float32",  # of the arithmetic; "bfloat16" on accelerators
+            dtype="float32",  # of the computation; "bfloat16" on accelerators
             fast_compile=False,  # compile without optimization: for runs of a few steps
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: all remaining devices
             data=dict(
@@ -49,7 +49,7 @@ def base() -> ml_collections.ConfigDict:
                 data_dir="",
                 resize=0,  # short side before the crop; 0: image size * 288 / 256
                 pad=0,  # random shifts by up to this many pixels
-                on_bad="error",  # for unreadable images; or "skip": skip and count them
+                on_bad="error",  # what to do with unreadable images; or "skip": skip and count them
                 num_threads=2,
                 num_workers=0,  # processes that decode images; 0: threads only
                 prefetch=4,
@@ -65,9 +65,9 @@ def base() -> ml_collections.ConfigDict:
             ),
             content=transformer(1024, 16),
             structure=transformer(512, 16),
-            evaluation=dict(  # of fid_every
+            evaluation=dict(  # for fid_every
                 judge="inception",  # or "classifier", trained on the data set when the run starts
-                reference="train",  # what samples are compared with: train, test or an .npz file
+                reference="train",  # compared with the samples: train, test or an .npz file
             ),
             class_dropout=0.1,  # share of labels replaced by the null class, for guidance
             tokenizer_training=run
@@ -88,15 +88,15 @@ def base() -> ml_collections.ConfigDict:
                 length="200 epochs",  # or "800 steps"
                 batch_size=768,
                 repa_weight=0.5,  # REPA: alignment of the content generator with DINOv2; 0: off
-                repa_block=8,  # aligned are the hidden states after so many blocks
+                repa_block=8,  # aligns the hidden states after this number of blocks
                 optimizer=optimizer,
             ),
             distillation=run  # of the structure generator, by nvg_jax.distill
             | dict(
                 length="10 epochs",
                 batch_size=768,
-                reflow=True,  # False: only the guidance goes inside
-                flow_steps=4,  # of the student, which can also be sampled with a divisor of them
+                reflow=True,  # False: only build the guidance in
+                flow_steps=4,  # of the student, which also supports any divisor of them
                 teacher_steps=0,  # 0: as the teacher's folder recommends
                 structure_guidance=(),  # of the teacher; (): as its folder recommends
                 optimizer=optimizer | dict(ema_decay=0.999),
@@ -124,15 +124,15 @@ def transformer(width: int, depth: int, head_dim: int = 64, drop_path: float = -
 
 
 def without_pretrained(config: ml_collections.ConfigDict):
-    """Turns off all that needs pretrained networks: perceptual and adversarial loss, REPA, FID."""
+    """Turns off what needs pretrained networks: perceptual and adversarial losses, REPA, FID."""
     config.tokenizer_training.update(perceptual_weight=0.0, adversarial_weight=0.0)
     config.generator_training.repa_weight = 0.0
     config.evaluation.judge = "classifier"
 
 
 def small_models(config: ml_collections.ConfigDict):
-    """How models that a CPU trains in minutes or hours are trained and sampled."""
-    config.content.remat = config.structure.remat = "blocks"  # on a CPU also faster
+    """Training and sampling settings for models that a CPU trains in minutes or hours."""
+    config.content.remat = config.structure.remat = "blocks"  # also faster on a CPU
     config.tokenizer_training.update(
         batch_size=16, log_every=50, save_every=500, index_backprop_epochs=0.0
     )
@@ -168,7 +168,7 @@ def choose(arg: str | None, variants) -> list[str]:
 
 
 def run_locally(config: ml_collections.ConfigDict):
-    """Shrinks a preset to 8 x 8 images and a few steps of tiny models: seconds on a CPU."""
+    """Shrinks a preset to 8 x 8 images and a few steps of tiny models: takes seconds on a CPU."""
     without_pretrained(config)
     config.dtype = "float32"
     config.fast_compile = True

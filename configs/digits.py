@@ -48,7 +48,7 @@ def get_config(arg: str | None = None):
     config.sampling.update(
         content_guidance=(3.0, 3.0),
         top_p=(0.5, 0.5),
-        flow_steps=8,  # as good as 25 on these maps, and a third of the time
+        flow_steps=8,  # as good as 25 on these maps, in a third of the time
     )
     if "demo" in variants:
         config.tokenizer_training.update(length="500 steps", eval_every=500, save_every=250)

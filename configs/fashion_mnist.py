@@ -7,7 +7,7 @@ Reaches 21.3 dB PSNR and 91.8% agreement of samples with their class (docs/resul
 files are read from where Debian's package dataset-fashion-mnist installs them, or from
 --config.data.data_dir=FOLDER.
 
-`:fine` has 8 x 8 latents in seven stages, and sharper images; several hours on one core.
+`:fine` has 8 x 8 latents in seven stages, for sharper images; it takes several hours on one core.
 
 `:adversarial` also trains the tokenizer against a small discriminator:
 

@@ -7,8 +7,8 @@
 Variants: `:64` (default), `:128` and `:256` are the image size in pixels. `:runlocal` trains tiny
 models for a few steps on a CPU, and combines with a size (`:128,runlocal`).
 
-`:finetune` continues the published d16 generators, converted to models/d16, on your images, with
-their tokenizer as it is (docs/finetuning.md):
+`:finetune` continues training the published d16 generators, converted to models/d16, on your
+images, without changing their tokenizer (docs/finetuning.md):
 
     python -m nvg_jax.train --config=configs/image_folder.py:finetune \\
         --config.data.data_dir=FOLDER --workdir=runs/mine
@@ -57,13 +57,13 @@ def get_config(arg: str | None = None):
 
 
 def few_steps(config):
-    """A distillation of a length that also suits small folders."""
+    """Sets a length of distillation that also suits small folders."""
     config.distillation.update(length="2000 steps", batch_size=64, eval_every=1000, save_every=500)
     config.distillation.optimizer.update(warmup_steps=100, ema_decay=0.99)
 
 
 def finetune():
-    """The published d16 on other images and classes; the tokenizer stays."""
+    """The published d16 on other images and classes; the tokenizer stays unchanged."""
     config = common.base()
     common.without_pretrained(config)
     config.update(part="generators", init_from="models/d16", tokenizer_workdir="models/d16")
@@ -76,7 +76,7 @@ def finetune():
         length="20 epochs", batch_size=64, eval_every=1000, save_every=1000
     )
     few_steps(config)
-    # A quarter of the training's rate at this batch, without decay: the weights are good already.
+    # A quarter of the usual rate at this batch size, without decay: the weights are already good.
     config.generator_training.optimizer.update(
         learning_rate=2.5e-5, schedule="constant", warmup_steps=200, ema_decay=0.999
     )

@@ -1,6 +1,7 @@
-"""ImageNet at 256 x 256 pixels, the published sizes: `:d16` (default), `:d20`, `:d24`.
+"""ImageNet at 256 x 256 pixels, in the published sizes: `:d16` (default), `:d20`, `:d24`.
 
-docs/data.md prepares the data, docs/pretrained_features.md the frozen networks. On one machine:
+First prepare the data (docs/data.md) and the frozen networks (docs/pretrained_features.md). On one
+machine:
 
     python -m nvg_jax.train --config=configs/imagenet256.py:d16 --workdir=runs/imagenet-d16 \\
         --config.data.data_dir=/data/tfds
@@ -12,9 +13,9 @@ On a TPU pod (docs/launch.md has SLURM and GKE):
         -- --config=configs/imagenet256.py:d16 --workdir=gs://BUCKET/d16 \\
            --config.data.data_dir=/mnt/data/tfds --config.pretrained_dir=/mnt/data/pretrained
 
-What both generators take at the global batch of 768. These are compile-time estimates, not
-measurements: memory of a device, and the roofline's upper bound of epochs a day
-(docs/scaling.md, which also has v6e and the tokenizer).
+Cost of both generators at the global batch size of 768. These are compile-time estimates, not
+measurements: memory per device, and the roofline's upper bound on epochs per day
+(docs/scaling.md, which also covers v6e and the tokenizer).
 
     size  epochs  64 chips of v5p (v5p-128)    256 chips of v5e (v5litepod-256)
     d16   200     13.4 of 95 GiB, 216 a day    9.0 of 16 GiB, 322 a day
@@ -45,7 +46,7 @@ def get_config(arg: str | None = None):
     config.content.remat = config.structure.remat = "blocks"
     config.generator_training.length = f"{EPOCHS[size]} epochs"
     optimizer = config.generator_training.optimizer
-    if size == "d24":  # as published for trainings of more than 300 epochs
+    if size == "d24":  # as published for training longer than 300 epochs
         optimizer.update(decay_start=200 / 350, final=0.01)
     else:  # constant for 80% of all steps, counted from the end of the warm-up
         steps = EPOCHS[size] * 1_281_167 / config.generator_training.batch_size

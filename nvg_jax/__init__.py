@@ -14,14 +14,14 @@ import importlib
 import importlib.metadata
 import os
 
-# Before anything imports TensorFlow (clu does): no notices on the terminal.
+# Silences TensorFlow's notices; must run before anything (such as clu) imports it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 __version__ = importlib.metadata.version("nvg_jax")
 __all__ = ["GranularitySequence", "Pipeline", "SampleOutput", "clustering", "evaluation"]
 
-# Imported at first use, so that a command that only reports an error answers at once.
+# Imported on first use, so that a command that only reports an error starts fast.
 HOMES = {
     "GranularitySequence": "nvg_jax.tokenizer",
     "Pipeline": "nvg_jax.pipeline",

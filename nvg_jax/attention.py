@@ -1,6 +1,6 @@
 """Softmax attention over whole sequences, with rotary embedding.
 
-`attention` chooses the implementation: a kernel of our own on TPUs, cuDNN's on GPUs, and what is
+`attention` chooses the implementation: our own kernel on TPUs, cuDNN's on GPUs, and whichever is
 fastest on CPUs. The sequences are short (257 and 513 tokens), so a whole row of scores fits on the
 chip: the TPU kernel needs no online softmax, and its backward pass recomputes the scores.
 """
@@ -19,14 +19,14 @@ from jax.sharding import PartitionSpec
 from nvg_jax.runtime.sharding import BATCH_SPEC, batch_shards
 
 EPSILON = 1e-6
-LENGTH_BY_HEAD = 256  # from this length on, a CPU computes one head at a time (measured: 2 cores)
-LANES = 128  # of a TPU's vector registers; a block of the kernel holds whole heads in them
-MAX_LENGTH = 640  # of a sequence; compiled with 513
-ROWS = 16  # of bfloat16 in a register
+LENGTH_BY_HEAD = 256  # from this length on, a CPU computes one head at a time (measured, 2 cores)
+LANES = 128  # lanes of a TPU vector register; they hold whole heads in each kernel block
+MAX_LENGTH = 640  # longest sequence for the kernel; compiled with 513
+ROWS = 16  # bfloat16 rows of a register
 
 
 def platform() -> str:
-    """The platform that is compiled for: "cpu", "gpu" or "tpu"."""
+    """The platform being compiled for: "cpu", "gpu" or "tpu"."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
@@ -45,11 +45,11 @@ class Rotary(NamedTuple):
 
 
 def attention(q: Array, k: Array, v: Array, rotary: Rotary | None = None) -> Array:
-    """Softmax attention over the whole sequence, without mask, scaled by 1 / sqrt(head_dim).
+    """Softmax attention over the whole sequence, without a mask, scaled by 1 / sqrt(head_dim).
 
     Args:
         q, k, v: (B, N, heads, head_dim).
-        rotary: None multiplies q and k as they are.
+        rotary: None uses q and k unchanged.
 
     Returns:
         (B, N, heads, head_dim).
@@ -108,11 +108,11 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 def folded_attention(q: Array, k: Array, v: Array, by_head: bool = False) -> Array:
     """Attention with batch and heads folded into one axis, which is faster on CPUs.
 
-    The softmax's sum divides after the product with the values. Heads that are sharded over
-    "tensor" cannot be folded in place.
+    The softmax denominator is applied after the product with the values. Heads that are sharded
+    over "tensor" cannot be folded in place.
 
     Args:
-        by_head: one head of one image at a time, so that its scores stay in the processor's cache.
+        by_head: process one head of one image at a time, so that its scores stay in the CPU cache.
             The images must not be sharded.
     """
     batch, length, heads, head_dim = q.shape
@@ -134,14 +134,14 @@ def _attend(q: Array, k: Array, v: Array) -> Array:
 
 
 def fits_cudnn(q: Array) -> bool:
-    """Whether cuDNN's kernel takes q (B, N, heads, head_dim); AMD's GPUs do not have it."""
+    """Whether cuDNN's kernel supports q (B, N, heads, head_dim); AMD GPUs do not have it."""
     half, head_dim = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
     rocm = "rocm" in jax.local_devices()[0].client.platform_version.lower()
     return half and not rocm and head_dim % 8 == 0 and head_dim <= 128
 
 
 def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's fused attention; its gradient takes only even lengths, so one token is padded."""
+    """cuDNN's fused attention; its gradient needs an even length, so odd ones are padded."""
     batch, length, *_ = q.shape
     if length % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -152,16 +152,16 @@ def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
     )[:, :length]
 
 
-# The TPU kernel. One program has all rows of one image and the heads that share LANES channels.
-# The product of one head is that of all channels with the other heads' channels set to zero: the
+# The TPU kernel. One program handles all rows of one image and the heads that share LANES channels.
+# The product for one head runs over all channels, with those of the other heads set to zero: the
 # matrix unit works on LANES channels anyway, and no channels have to be moved.
 
 
 def fits_kernel(q: Array) -> bool:
-    """Whether the kernel takes q (B, N, heads, head_dim) in the current mesh.
+    """Whether the kernel supports q (B, N, heads, head_dim) in the current mesh.
 
-    A row of scores must fit on the chip, whole heads must fill the lanes on every device, and every
-    device must have equally many images. Initialization, which runs with one image, does not.
+    A row of scores must fit on the chip, whole heads must fill the lanes on every device, and the
+    images must divide evenly over the devices. The single image of an initialization may not.
     """
     mesh = jax.sharding.get_abstract_mesh()
     batch, length, heads, head_dim = q.shape
@@ -174,7 +174,7 @@ def fits_kernel(q: Array) -> bool:
 def fused_attention(
     q: Array, k: Array, v: Array, rotary: Rotary | None = None, interpret: bool = False
 ) -> Array:
-    """`attention` as one kernel, and one for its gradient, on each device's images and heads.
+    """`attention` as one kernel, plus one for its gradient, on each device's images and heads.
 
     Args:
         interpret: run without a TPU, for tests.
@@ -206,9 +206,9 @@ def _fused_bwd(head_dim, interpret, args, grad):
     )
     if rotary is None:
         return dq, dk, dv, None
-    # The scales' gradients come for every image and group of heads.
+    # The kernel returns the gradients of the scales per image and group of heads.
     scales = (x.sum((0, 1)) for x in sums)
-    angles = map(jnp.zeros_like, rotary[2:])  # of given positions
+    angles = map(jnp.zeros_like, rotary[2:])  # the positions are constants
     return dq, dk, dv, Rotary(*scales, *angles)
 
 
@@ -219,9 +219,9 @@ def _on_each_device(kernel, head_dim, interpret, arrays, rotary: Rotary | None, 
     """Runs a kernel on each device's images (and, along "tensor", heads).
 
     Args:
-        arrays: q, k, v and maybe a gradient, (B, N, C).
-        outputs: number of results (B, N, C). With a gradient and `rotary`, the sums for both
-            scales, (B, groups, 1, lanes), follow.
+        arrays: q, k, v and optionally a gradient, (B, N, C).
+        outputs: number of results (B, N, C). With a gradient and `rotary`, they are followed by
+            the sums for both scales, (B, groups, 1, lanes).
     """
     rotary, gradient = rotary or (), len(arrays) > 3
     call = functools.partial(_call, kernel, head_dim, interpret, len(arrays), outputs)
@@ -250,7 +250,7 @@ def _call(kernel, head_dim: int, interpret: bool, num_arrays: int, outputs: int,
     angles = pl.BlockSpec((1, rows, lanes), lambda image, group: (image, 0, 0))
     sums = pl.BlockSpec((1, 1, 1, lanes), lambda image, group: (image, group, 0, 0))
     summed = 2 * (rotated and num_arrays > 3)
-    products = 2 if num_arrays == 3 else 5  # of all scores; the gradient recomputes them
+    products = 2 if num_arrays == 3 else 5  # matrix products; the gradient recomputes the scores
     results = pl.pallas_call(
         functools.partial(kernel, length, head_dim),
         grid=grid,
@@ -271,7 +271,7 @@ def _call(kernel, head_dim: int, interpret: bool, num_arrays: int, outputs: int,
 
 
 class _Heads:
-    """The lanes of a block: which head each belongs to, and its place in a pair of channels."""
+    """The lanes of a block: the head that each belongs to, and its place in a channel pair."""
 
     def __init__(self, head_dim: int, lanes: int):
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
@@ -280,7 +280,7 @@ class _Heads:
         self.even = lane % 2 == 0
 
     def mean(self, x):
-        """The mean over the channels of each head, at all of its channels; float32 (N, lanes)."""
+        """The mean over the channels of each head, broadcast to them; float32 (N, lanes)."""
         sums = (jnp.where(mask, x, 0).sum(-1, keepdims=True) for mask in self.masks)
         return sum(jnp.where(mask, x, 0) for mask, x in zip(self.masks, sums)) / self.head_dim
 
@@ -291,12 +291,12 @@ class _Heads:
 
 
 class _Prepared:
-    """Queries or keys as they are multiplied, `x` float32 (N, lanes), and the way back.
+    """Normalized, rotated queries or keys, `x` float32 (N, lanes), and their backward pass.
 
     Args:
-        rows: the given ones (N, lanes).
+        rows: the raw queries or keys, (N, lanes).
         rotary: None, or (scale (1, lanes), cos (N, lanes), sin (N, lanes)).
-        factor: of the scores.
+        factor: multiplies the scores.
     """
 
     def __init__(self, heads: _Heads, rows, rotary, factor: float = 1.0):
@@ -311,7 +311,7 @@ class _Prepared:
             self.x = cos * y + sin * heads.swap(y)
 
     def gradients(self, grad):
-        """The gradients for the given rows and, summed over them, for the scale (or None)."""
+        """The gradients with respect to the rows and, summed over them, the scale (or None)."""
         grad = grad * self.factor
         if self.rotary is None:
             return grad, None
@@ -324,7 +324,7 @@ class _Prepared:
 
 
 def _rows(ref, count: int, length: int):
-    """The first `count` rows of a block; those past the end of the sequence are zero."""
+    """The first `count` rows of a block; rows past the end of the sequence are zero."""
     row = jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0)
     x = ref[0, :count]
     return jnp.where(row < length, x, jnp.zeros_like(x))
@@ -375,7 +375,7 @@ def _forward_kernel(length, head_dim, q_ref, k_ref, v_ref, *refs):
 
 
 def _backward_kernel(length, head_dim, q_ref, k_ref, v_ref, grad_ref, *refs):
-    # Either three results, or four arrays of a rotation, three results and two sums.
+    # refs: three results; or the four arrays of a Rotary, three results and two sums.
     rotary_refs, (dq_ref, dk_ref, dv_ref, *dscale_refs) = (
         ((), refs) if len(refs) == 3 else (refs[:4], refs[4:])
     )

@@ -63,7 +63,7 @@ def main(command):
     except (ValueError, OSError, FloatingPointError) as error:
         if flags.FLAGS.verbosity > 0:
             raise
-        # For a missing --config file the reason follows a list of what was tried.
+        # For a missing --config file, the reason comes last, after a list of what was tried.
         exit_with_error(
             str(error).strip().splitlines()[-1].strip() if isinstance(error, OSError) else error
         )
@@ -83,10 +83,10 @@ def define_data_flags():
 
 
 def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
-    """The `data` section of a training config, with what was given as flags.
+    """The `data` section of a training config, overridden by the flags that were given.
 
     Raises:
-        ValueError: no config and no --data_name.
+        ValueError: there is neither a config nor --data_name.
     """
     given = {"name": flags.FLAGS.data_name}
     given |= {name: flags.FLAGS[name].value for name in ("data_dir", "resize", "pad")}
@@ -102,7 +102,7 @@ def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def define_sampling_flags():
-    """A flag for each sampling setting, empty by default, and the type of the arithmetic."""
+    """Defines a flag for each sampling setting, empty by default, and one for the dtype."""
     flags.DEFINE_enum(
         "dtype",
         None,
@@ -123,10 +123,10 @@ def define_sampling_flags():
 
 
 def sampling_settings() -> dict[str, Any]:
-    """The sampling settings that were given as flags, as `Pipeline.sample` takes them.
+    """The sampling settings given as flags, as arguments of `Pipeline.sample`.
 
     Raises:
-        ValueError: a value that is not a number.
+        ValueError: a value is not a number.
     """
     given = {}
     for name, spec in Settings.specs().items():
@@ -147,7 +147,7 @@ def exit_with_error(message):
 
 
 def join_processes():
-    """Joins the other processes of a run, as the flags say.
+    """Joins the other processes of a run, according to the flags.
 
     Raises:
         ValueError: inconsistent flags, or no cluster.
@@ -192,7 +192,7 @@ def is_unknown_key(error: Exception) -> bool:
 
 
 def unknown_key(argv: list[str]) -> str:
-    """What is wrong with the first override, --config.KEY=..., of a key that does not exist."""
+    """The error message for the first override --config.KEY=... whose key does not exist."""
     overrides = [arg for arg in argv[1:] if arg.lstrip("-").startswith("config.")]
     sys.argv = [arg for arg in argv if arg not in overrides]  # where a config flag finds them
     flags.FLAGS(sys.argv)

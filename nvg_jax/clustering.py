@@ -90,7 +90,7 @@ def match(distances: Array, free: Array) -> tuple[Array, Array]:
 
     Args:
         distances: float32 (B, n, n), symmetric.
-        free: bool (B, n), an even number of them true in each row; other indices are ignored.
+        free: bool (B, n), with an even number of True values per row; other indices are ignored.
 
     Returns:
         int (B, n) and float32 (B, n); meaningless where not free.
@@ -100,7 +100,7 @@ def match(distances: Array, free: Array) -> tuple[Array, Array]:
 
     def pair_mutual_nearest(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # The closest pair of all (the first one, if tied) is always mutual, so every round makes
-        # progress. Two plain minima, because argmin is several times slower on a CPU.
+        # progress. Uses two plain minima because argmin is several times slower on a CPU.
         free, partner, distance = state
         allowed = free[:, :, None]
         smallest = jnp.min(jnp.where(allowed, distances, jnp.inf), axis=1)
@@ -110,7 +110,7 @@ def match(distances: Array, free: Array) -> tuple[Array, Array]:
         partner = jnp.where(mutual, nearest, partner)
         return free & ~mutual, partner, jnp.where(mutual, smallest, distance)
 
-    # Most rounds serve the last few indices, so the last half is matched in a smaller matrix.
+    # Most rounds are spent on the last few indices, so the last half uses a smaller matrix.
     rest = n // 2 if n > 128 else 0
     free, partner, distance = lax.while_loop(
         lambda state: jnp.any(jnp.sum(state[0], axis=-1) > rest),

@@ -1,11 +1,11 @@
-"""Compiles a program for TPUs or GPUs on a machine without any, and reports what it would take.
+"""Compiles a program for TPUs or GPUs on a machine without any, and reports what it would need.
 
 python -m nvg_jax.compile --config=configs/imagenet256.py:d24 --topology=v5p:8x8x8
 python -m nvg_jax.compile --config=configs/imagenet256.py:d16 --topology=h100:8
 
-Compiles the training step that `train` runs, or with --program=sample the sampler.
+Compiles the training step that `train` runs or, with --program=sample, the sampler.
 `--config.part=` chooses what is trained (tokenizer, structure, content, generators, distillation;
-all means generators), `--config.mesh.fsdp=` and the like the mesh. `--find_batch` finds the largest
+all means generators), and `--config.mesh.fsdp=` etc. set the mesh. `--find_batch` finds the largest
 global batch that fits, `--find_remat` what the backward pass should recompute. Requires the
 compiler: pip install "jax[tpu]" or "jax[cuda13]". Times are roofline estimates from the compiled
 program; nothing is measured.

@@ -1,9 +1,9 @@
 """The published weights: `python -m nvg_jax.convert --autoencoder=ae.ckpt --out=checkpoints/nvg`.
 
-With --generator=d16.ckpt too, the written folder samples; without, it encodes and reconstructs.
-`--workdir=runs/digits --to-safetensors --out=FOLDER` is the way back: it writes the weights of a
+With --generator=d16.ckpt, the written folder can also sample; without, it encodes and reconstructs.
+`--workdir=runs/digits --to-safetensors --out=FOLDER` is the reverse: it writes the weights of a
 run, or of a converted folder, under the published names. `--pretrained=dino --from=FILE` imports a
-network of the training losses or of evaluation (docs/pretrained_features.md).
+network for the training losses or for evaluation (docs/pretrained_features.md).
 """
 
 from absl import flags

@@ -4,8 +4,8 @@ python -m nvg_jax.distill --teacher=runs/fashion --config=configs/fashion_mnist.
     --workdir=runs/fashion_few
 
 The config says which data to use and, in its section `distillation`, how to train; sizes are the
-teacher's. The workdir then holds the whole model, with few steps as its recommended settings: give
-it to `sample` and `evaluate`. Run the same command again to resume.
+teacher's. The workdir then holds the whole model, which recommends few steps: pass it to `sample`
+and `evaluate`. Run the same command again to resume.
 """
 
 import os
@@ -21,11 +21,11 @@ FLAGS = flags.FLAGS
 
 
 def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.PathLike):
-    """Trains a student of `teacher` and writes the model with it to `workdir`; resumes.
+    """Trains a student of `teacher` and writes the complete model to `workdir`; resumes.
 
     Raises:
         ValueError: an invalid setting, teacher or data set; the message names a valid one.
-        FloatingPointError: a metric that is not finite, with its step and name.
+        FloatingPointError: a metric is not finite; the message names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
     """
     check_recipe(config, "distillation", ("distillation",))

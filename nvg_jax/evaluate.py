@@ -1,14 +1,14 @@
-"""Evaluation of samples and of models. Four uses, each for one table:
+"""Evaluates samples and models. There are four uses, each for one table:
 
     python -m nvg_jax.evaluate --samples=fid50k.npz --reference=VIRTUAL_imagenet256_labeled.npz
     python -m nvg_jax.evaluate --workdir=runs/d16 --num_samples=50000 --reference=train
     python -m nvg_jax.evaluate --workdir=runs/d16 --reconstruction
     python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000
 
-The first two give FID, sFID, Inception Score, precision and recall in Inception's features, of a
-file or of samples drawn as it goes. The third gives rFID, LPIPS, PSNR, SSIM and codebook usage of
-the tokenizer. The last needs no downloaded network: a classifier trained on the data set is the
-judge (--judge=classifier). docs/evaluation.md has the details.
+The first two compute FID, sFID, Inception Score, precision and recall from Inception features, for
+a file or for samples drawn on the fly. The third computes rFID, LPIPS, PSNR, SSIM and codebook
+usage of the tokenizer. The last needs no downloaded network: a classifier trained on the data set
+is the judge (--judge=classifier). docs/evaluation.md has the details.
 """
 
 import json
@@ -59,7 +59,7 @@ def out_folder() -> Path:
 
 
 def evaluate_samples():
-    """(results, table) of a file of samples."""
+    """(results, table) for a file of samples."""
     from nvg_jax.jobs import comparison, features
 
     images = features.Archive(FLAGS.samples, FLAGS.batch_size)
@@ -73,7 +73,7 @@ def evaluate_samples():
 
 
 def evaluate_model(judge: str, settings):
-    """(results, table or None) of a model."""
+    """(results, table or None) for a model."""
     from nvg_jax.data.sources import SPLITS
     from nvg_jax.pipeline import Pipeline
 
@@ -98,7 +98,7 @@ def evaluate_model(judge: str, settings):
 
 
 def compare_samples(pipeline, data, out: Path, settings):
-    """(results, table) of samples that are drawn now."""
+    """(results, table) for samples that are drawn here."""
     from nvg_jax.jobs import comparison, features
     from nvg_jax.jobs.sampling import SamplingJob
 

@@ -4,7 +4,7 @@
 
 Writes sequence.png (Figure 1: canvases and maps, stage by stage), binary.png (Figure 5: samples and
 their first map), drawings.png (Figure 6: samples that follow ready-made maps) and stages.png
-(Figure 8: what each stage decides). --image=FILE shows the stages of a picture in sequence.png.
+(Figure 8: what each stage decides). With --image=FILE, sequence.png shows the stages of that image.
 """
 
 from pathlib import Path

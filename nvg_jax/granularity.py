@@ -56,7 +56,7 @@ def all_stages(finest: Array) -> Array:
 
 
 def cluster_means(values: Array, labels: Array, num_clusters: int) -> Array:
-    """The mean value of each cluster; differentiable in the values.
+    """The mean value of each cluster; differentiable with respect to the values.
 
     Args:
         values: float (..., L, D).
@@ -96,10 +96,9 @@ def split(
         stage: i in 0..K-1, an integer or a traced scalar.
         key: None, or one random key for all of `scores`. To make the split of a sample independent
             of its batch, `vmap` over samples and keys.
-        kept: int (..., L), which child (0 or 1) a position has to take, or -1 if that is free. The
-            free positions of a cluster take the places that are left, those with the larger
-            scores the places in 2j+1. No cluster may have more than half of its positions in
-            one child.
+        kept: int (..., L), the child (0 or 1) that a position must take, or -1 if it is free. The
+            free positions of a cluster fill the remaining places; those with the larger scores
+            go to 2j+1. At most half of a cluster's positions may be assigned to one child.
 
     Returns:
         int32 (..., L), a map of stage i+1.
@@ -108,7 +107,7 @@ def split(
     first_by = scores
     if key is not None:
         first_by = jnp.log(jnp.clip(scores, -1, 1) + 1) + jax.random.gumbel(key, scores.shape)
-    # The rank of a position in its cluster is the number of positions of the cluster before it.
+    # The rank of a position in its cluster is the number of its positions that come before it.
     # Counting them pairwise took a third of the time of a sort (L = 256, CPU).
     position = jnp.arange(labels.shape[-1])
     before = position < position[:, None]
@@ -128,14 +127,14 @@ def split(
 
 
 def check_structure(structure: np.ndarray):
-    """Checks maps that a user gives.
+    """Checks maps that a user supplies.
 
     Args:
         structure: int (B, stages, L), the maps of the first stages.
 
     Raises:
-        ValueError: a map that does not split every cluster j of the stage before evenly into
-            2j and 2j+1; names the stage.
+        ValueError: a map does not split every cluster j of the previous stage evenly into 2j and
+            2j+1; the message names the stage.
     """
     length = structure.shape[2]
     for stage in range(structure.shape[1]):
@@ -151,10 +150,10 @@ def check_structure(structure: np.ndarray):
 
 
 def check_tokens(structure: np.ndarray, tokens: np.ndarray, codebook_size: int):
-    """Checks tokens that a user gives.
+    """Checks tokens that a user supplies.
 
     Args:
-        structure, tokens: int (B, stages, L), of the first stages; the maps are valid.
+        structure, tokens: int (B, stages, L), for the first stages; the maps are valid.
 
     Raises:
         ValueError: ids outside the codebook, or ids that differ within a cluster.

@@ -19,7 +19,7 @@ from nvg_jax.attention import Rotary, attention
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros
-# What the backward pass keeps, beside the inputs of blocks.
+# What the backward pass keeps, in addition to the inputs of the blocks.
 _LINEARS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names("attention"),
@@ -97,20 +97,20 @@ def rope_angles(positions: Array, split: Sequence[int]) -> tuple[Array, Array]:
 
 
 def fast_dtype() -> str:
-    """The type of the arithmetic of sampling by default: what the devices of this machine do best.
+    """The default dtype for sampling on this machine's devices.
 
-    "bfloat16" on TPUs and on GPUs that compute with it, "float32" elsewhere.
+    "bfloat16" on TPUs and on GPUs that support it, "float32" elsewhere.
     """
     device = jax.local_devices()[0]
     if device.platform == "gpu":
         major = getattr(device, "compute_capability", "0").partition(".")[0]
-        # AMD's GPUs are called gfx90a and the like, and have it since gfx908.
+        # AMD GPUs have names like gfx90a and support it since gfx908.
         return "float32" if major.isdecimal() and int(major) < 8 else "bfloat16"
     return "bfloat16" if device.platform == "tpu" else "float32"
 
 
 def cast_blocks(params, dtype):
-    """Casts the weights of all blocks to `dtype`, once instead of at every use of a loop."""
+    """Casts the weights of all blocks to `dtype`, once instead of in every iteration of a loop."""
 
     def cast(path, leaf):
         names = [key.key for key in path]
@@ -223,15 +223,15 @@ class Block(nn.Module):
             modulation = dense(nn.silu(vec))
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
 
-        # q, k, v and the hidden channels are parts (P) of equal width. The "tensor" mesh axis then
-        # shards within each part, and attention by whole heads.
+        # q, k, v and the hidden channels are parts (P) of equal width, so that the "tensor" mesh
+        # axis shards within each part, and attention by whole heads.
         parts = 3 + self.mlp_ratio
         linear1 = Dense(parts * width, ("embed", "mlp"), self.dtype, name="linear1")
         kernel, bias = linear1.parameters(width)
         kernel = unshard(kernel.reshape(width, parts, width), (None, None, "mlp"))
         bias = unshard(bias.reshape(parts, width), (None, "mlp"))
-        # Queries, keys, values and hidden channels come from products of their own: cutting up a
-        # joint result and joining the next input is a third of a TPU's memory traffic.
+        # Separate products for queries, keys, values and hidden channels: slicing a joint result
+        # and concatenating the next input would be a third of the memory traffic on a TPU.
         normal = modulate(layer_norm(x), shift, scale)
         q, k, v = (
             nn.with_logical_constraint(
@@ -270,7 +270,7 @@ class TransformerConfig:
     results of linear layers and of attention; "blocks": everything but the inputs of the blocks.
 
     Raises:
-        ValueError: a size below 1, a width that is not a multiple of head_dim, or another remat.
+        ValueError: a size below 1, a width that is not a multiple of head_dim, or unknown remat.
     """
 
     width: int
@@ -350,7 +350,7 @@ class Transformer(nn.Module):
         return blocks(block, (x, x), (numbers, drop_rates, modulations))[0]
 
     def modulations(self, vec: Array) -> Array:
-        """The modulations of all blocks by conditioning vectors: (..., C) -> (depth, ..., 3C)."""
+        """The modulations of all blocks for conditioning vectors: (..., C) -> (depth, ..., 3C)."""
         weights = self.variables["params"]["blocks"]["modulation"]
         kernel, bias = (unshard(weights[k].astype(self.dtype)) for k in ("kernel", "bias"))
         product = jnp.einsum("...c,ncd->n...d", nn.silu(vec), kernel)

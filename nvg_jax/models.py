@@ -1,4 +1,4 @@
-"""Sizes -> modules, and the shapes and initial values of their parameters."""
+"""Modules from their sizes, and the shapes and initial values of their parameters."""
 
 import functools
 
@@ -58,9 +58,9 @@ def init_tokenizer(model: Tokenizer, key):
 def init_generator(model: Generator, key, codebook=None):
     """Initial parameters, boxed with their logical axes.
 
-    With a codebook (V, D) the content generator's token head starts as the nearest-code rule:
-    logits (m.e - |e|^2 / 2) of the missing content m over twice the codebook's variance. A small
-    random head first has to grow to that scale, which takes hundreds of steps.
+    Given a codebook (V, D), the content generator's token head starts as the nearest-code rule:
+    for missing content m, the logit of code e is (m.e - |e|^2 / 2) divided by twice the codebook's
+    variance. A small random head would take hundreds of steps to grow to that scale.
     """
     length = model.grid[0] * model.grid[1]
     num_bits = granularity.num_stages(length) - 1
@@ -90,12 +90,12 @@ def abstract_params(
 ):
     """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters.
 
-    The last two arguments are a generator's.
+    The last two arguments are for generators.
     """
     if name == "tokenizer":
         init = functools.partial(init_tokenizer, make_tokenizer(tokenizer))
     else:
         model = make_generator(name, transformer, tokenizer, num_classes)
         init = functools.partial(init_generator, model)
-    # The key is abstract too: in the mesh of a topology that is compiled for, nothing can run.
+    # The key is abstract too: nothing can run in the mesh of a topology that is only compiled for.
     return unbox(jax.eval_shape(init, jax.eval_shape(jax.random.key, 0)))

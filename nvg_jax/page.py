@@ -18,25 +18,25 @@ from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import Settings, text_of
 from nvg_jax.visualize import image_grid, to_uint8
 
-SAMPLES = 4  # drawn at once; another number would compile another program
-CANVAS = 320  # pixels of a side to paint on
-SHOWN = 800  # pixels that the samples are wide, at most
+SAMPLES = 4  # drawn at once; fixed, since every batch size compiles a new program
+CANVAS = 320  # side of the painting canvas in pixels
+SHOWN = 800  # maximum width of the samples in pixels
 COLORS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (220, 40, 40)}
 COLORS |= {"green": (40, 160, 60), "blue": (50, 90, 220), "yellow": (240, 200, 40)}
-SHOW_STAGE = 0.4  # seconds
+SHOW_STAGE = 0.4  # seconds that each stage is shown
 MAX_UPLOAD = "10mb"
-KEEP_FILES = 3600  # seconds for which uploads and what is offered for download are kept
+KEEP_FILES = 3600  # seconds for which uploads and downloads are kept
 
 
 class Kept(NamedTuple):
-    """What samples keep: the object, the Python line that makes it, the files that it reads."""
+    """What samples keep: the object, the line of Python that makes it, the files that it reads."""
 
     given: Given | None = None
     line: str = ""
     files: tuple[Path, ...] = ()
 
 
-# From what was painted or uploaded.
+# Reading what was painted or uploaded.
 
 
 def hex_color(color: tuple[int, int, int]) -> str:
@@ -44,7 +44,7 @@ def hex_color(color: tuple[int, int, int]) -> str:
 
 
 def drawing_of(painted: dict[str, Any] | None) -> np.ndarray:
-    """What was painted with the brush, each pixel in the nearest of its colors: uint8 (H, W, 3).
+    """The painted drawing, each pixel in the nearest brush color: uint8 (H, W, 3).
 
     Raises:
         ValueError: nothing was painted.
@@ -59,7 +59,7 @@ def drawing_of(painted: dict[str, Any] | None) -> np.ndarray:
 
 
 def picture_and_mask_of(painted: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The picture that was uploaded and what was painted over it, white: uint8 (H, W, 3) each.
+    """The uploaded picture, and the area painted over it in white: uint8 (H, W, 3) each.
 
     Raises:
         ValueError: there is no picture, or nothing was painted.
@@ -76,10 +76,10 @@ def picture_and_mask_of(painted: dict[str, Any] | None) -> tuple[np.ndarray, np.
 
 
 class Page:
-    """The page of one model. Its methods are what the buttons do.
+    """The page of one model. Its methods are the actions of the buttons.
 
     Args:
-        name: what `Pipeline.from_pretrained` opened.
+        name: the name or folder that `Pipeline.from_pretrained` opened.
     """
 
     def __init__(self, pipe: Pipeline, name: str):
@@ -132,7 +132,7 @@ class Page:
     # Sampling.
 
     def settings(self, texts: tuple) -> dict[str, Any]:
-        """The settings that differ from the folder's, from the values of `settings_fields`."""
+        """The values of `settings_fields` that differ from the folder's settings."""
         config, changes = self.pipe.tokenizer.config, {}
         for (name, spec), value in zip(Settings.specs().items(), texts):
             if isinstance(value, str):
@@ -146,7 +146,7 @@ class Page:
         return changes
 
     def lines(self, kept: Kept, label: str, seed: int, settings: dict[str, Any]) -> str:
-        """The Python lines that draw the same samples."""
+        """The lines of Python that draw the same samples."""
         imports = ["from nvg_jax import Pipeline"]
         imports += ["from nvg_jax.jobs import editing"] * bool(kept.line)
         return "\n".join(
@@ -171,7 +171,7 @@ class Page:
             values: its `num_inputs` arguments, the class, the seed, and a value for each setting.
 
         Yields:
-            (canvases, maps, what they are, Python lines, files, the first sample to edit).
+            (canvases, maps, their caption, lines of Python, files, the first sample to edit).
         """
         inputs, (label, seed, *settings) = values[:num_inputs], values[num_inputs:]
         try:
@@ -204,20 +204,20 @@ class Page:
 
 
 def enlarged(image: np.ndarray, width: int = SHOWN) -> np.ndarray:
-    """An image by a whole factor as wide as it fits into `width` pixels."""
+    """An image enlarged by the largest integer factor at which it fits into `width` pixels."""
     factor = max(1, width // image.shape[1])
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def to_canvas(image: np.ndarray | None) -> np.ndarray:
-    """A sample enlarged for painting on it."""
+    """A sample, enlarged to be painted on."""
     if image is None:
         raise gr.Error("Draw samples first.")
     return enlarged(image, CANVAS)
 
 
 def settings_fields(settings: Settings) -> list[gr.components.Component]:
-    """A field for each sampling setting, with the folder's value in it."""
+    """A field for each sampling setting, showing the folder's value."""
     fields = []
     for name, spec in Settings.specs().items():
         value = getattr(settings, name)
@@ -226,7 +226,7 @@ def settings_fields(settings: Settings) -> list[gr.components.Component]:
             fields.append(gr.Checkbox(value, **facts))
         elif spec.kind is str:
             fields.append(gr.Dropdown(list(spec.choices), value=value, **facts))
-        else:  # a number, or several where a setting has one for each stage
+        else:  # a number, or several for a per-stage setting
             fields.append(gr.Textbox(text_of(value), **facts))
     return fields
 
@@ -322,7 +322,7 @@ def build(page: Page) -> gr.Blocks:
             (keep, page.picture, [reference, keep_maps, keep_tokens]),
             (edit, page.edit, [masked, start, paste]),
         ):
-            # A generator that binds its button's part; all buttons wait in one queue.
+            # A generator bound to the arguments of its button; all buttons share one queue.
             def run(*values, keep_what=keep_what, inputs=inputs):
                 yield from page.sample(keep_what, len(inputs), *values)
 

@@ -18,7 +18,7 @@ from nvg_jax.sampling.settings import DTYPES
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.workdir import RunMetadata
 
-MAX_SEED = 2**32 - 1  # what a random key takes without 64-bit mode
+MAX_SEED = 2**32 - 1  # largest seed of a random key without 64-bit mode
 
 
 class SampleOutput(NamedTuple):
@@ -34,13 +34,13 @@ class SampleOutput(NamedTuple):
 
 
 class Pipeline:
-    """A tokenizer and, for sampling, its content and structure generator.
+    """A tokenizer and, for sampling, its content and structure generators.
 
     Attributes:
-        metadata: what the folder says of its model: sizes, class names, canvas scales, settings.
+        metadata: what the folder says about its model: sizes, class names, canvas scales, settings.
         class_names: the name of every class.
         settings: the folder's recommended sampling settings.
-        dtype: of the arithmetic of sampling and decoding.
+        dtype: the dtype in which sampling and decoding are computed.
         tokenizer: the tokenizer module; its `config` has all sizes.
         program: the compiled sampler, if the model can sample.
     """
@@ -49,8 +49,7 @@ class Pipeline:
         """
         Args:
             params: {"tokenizer": tree} and, to sample, "content" and "structure".
-            dtype: "float32" or "bfloat16"; None chooses what the devices do best, see
-                `from_pretrained`.
+            dtype: "float32" or "bfloat16"; None chooses by device, see `from_pretrained`.
         """
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -120,19 +119,19 @@ class Pipeline:
     def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "Pipeline":
         """Opens a workdir, a folder that was exported or converted, or a bundled model.
 
-        Of a workdir it takes the latest checkpoints: the raw weights of the tokenizer and the
+        From a workdir, the latest checkpoints are read: the raw weights of the tokenizer and the
         averaged weights of the generators.
 
         Args:
-            folder: if there is none of this name, the name of a model in `bundled`.
-            dtype: of the arithmetic of sampling and decoding, "float32" or "bfloat16". By default
-                bfloat16 on TPUs and on GPUs that have it, as the published sampler, and float32
-                on CPUs. Weights, normalizations, softmax, the integration of the flow, and all of
-                encoding are float32 in either case.
+            folder: a path or, if it does not exist, the name of a model in `bundled`.
+            dtype: the dtype for sampling and decoding, "float32" or "bfloat16". The default is
+                bfloat16, like the published sampler, on TPUs and on GPUs that support it, and
+                float32 on CPUs. Weights, normalizations, softmax, the integration of the flow, and
+                all of encoding are float32 in either case.
 
         Raises:
-            ValueError: there is no such folder, no model in it, its parts do not belong together,
-                or another dtype.
+            ValueError: the folder does not exist or holds no model, its parts do not belong
+                together, or the dtype is invalid.
         """
         return cls(*bundled.read_model(folder), dtype)
 
@@ -158,11 +157,11 @@ class Pipeline:
             images: uint8, or float in [-1, 1], (B, H, W, 3).
 
         Returns:
-            A GranularitySequence of .structure and .tokens, int32 (B, S, L): the cluster of, and
-            the token id at, every position in every stage.
+            A GranularitySequence of .structure and .tokens, int32 (B, S, L): the cluster and the
+            token id of every position in every stage.
 
         Raises:
-            ValueError: another shape, type or range.
+            ValueError: images of another shape, type or range.
         """
         return self._tokenize(self._check_images(images), method="encode")
 
@@ -179,7 +178,7 @@ class Pipeline:
         """The canvases of sequences after each stage, float32 (B, S, L, D).
 
         Raises:
-            ValueError: as `decode`.
+            ValueError: same as for `decode`.
         """
         return self._tokenize(self._check_sequence(sequence, "sequence"), method="canvases")
 
@@ -224,11 +223,11 @@ class Pipeline:
             structure_noise: float32 (B, L, K), where the flow of every stage starts; drawn from
                 the seed if None.
             first_index: the index of the first sample.
-            prefix: a sequence (B, S, L) of which the maps of the first `structure_stages` stages
-                and the tokens of the first `token_stages` stages are kept; the rest is sampled.
-            region: bool (L,) or (B, L), the latent's positions to sample; everywhere else all maps
-                and tokens of `prefix` are kept. `sampling.control.region_of_mask` makes it from
-                pixels.
+            prefix: a sequence (B, S, L). The maps of its first `structure_stages` stages and the
+                tokens of its first `token_stages` stages are kept; the rest is sampled.
+            region: bool (L,) or (B, L), the positions of the latent to sample; everywhere else, all
+                maps and tokens of `prefix` are kept. `sampling.control.region_of_mask` makes it
+                from a mask of pixels.
             canvases: whether to return the canvases too.
             settings: the fields of `nvg_jax.sampling.Settings`: temperature, top_k, top_p,
                 content_guidance, structure_guidance, flow_steps, solver, flow_shift, gumbel. A
@@ -308,7 +307,7 @@ class Pipeline:
                     "structure_stages, token_stages and region need a `prefix` sequence."
                 )
             return GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
-        if region:  # outside of it every stage is kept
+        if region:  # every stage is kept outside of it
             structure_stages = token_stages = config.num_stages
         return self._check_sequence(prefix, "prefix", count, structure_stages, token_stages)
 
@@ -327,7 +326,7 @@ class Pipeline:
     # Checks.
 
     def _tokenize(self, batch, method: str):
-        """Runs a method of the tokenizer on a batch over all devices; NumPy arrays."""
+        """Runs a method of the tokenizer on a batch over all devices; returns NumPy arrays."""
         count = len(jax.tree.leaves(batch)[0])
         with jax.set_mesh(self._mesh):
             out = self._apply(
@@ -392,16 +391,16 @@ def is_integer(value) -> bool:
 
 
 def check_integer(name: str, value, low: int, high: int):
-    """Raises ValueError if a value is no integer in low .. high."""
+    """Raises ValueError if a value is not an integer in low .. high."""
     if not is_integer(value) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
 
 
 def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:
-    """Values as float32 of a shape, in which None is any size but 0.
+    """Values as float32 of the given shape, in which None stands for any size but 0.
 
     Raises:
-        ValueError: another shape, no numbers, or values that are not finite.
+        ValueError: another shape, or values that are not numbers or not finite.
     """
     expected = f"({', '.join('batch' if n is None else str(n) for n in shape)})"
     try:

@@ -18,7 +18,7 @@ from absl import flags
 from nvg_jax import cli
 
 FLAGS = flags.FLAGS
-MAX_COLUMNS = 20  # of the grid
+MAX_COLUMNS = 20  # columns of the grid
 
 
 def main(_):
@@ -46,7 +46,7 @@ def main(_):
 
 
 def given(pipeline):
-    """What the flags say that samples keep, or None.
+    """What samples keep according to the flags, or None.
 
     Raises:
         ValueError: flags that contradict each other, or a file that cannot be read.

@@ -26,11 +26,11 @@ PARTS = {
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
-    """Trains the parts that `config.part` names; resumes what `workdir` holds of them.
+    """Trains the parts that `config.part` names, resuming from `workdir`.
 
     Raises:
         ValueError: an invalid setting or data set; the message names a valid one.
-        FloatingPointError: a metric that is not finite, with its step and name.
+        FloatingPointError: a metric is not finite; the message names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
     """
     check_config(config)
@@ -52,7 +52,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
         run = open_run(config, storage_path(workdir), mesh, networks)
-        # A run that has started does not need the folder any more.
+        # A run that has already started no longer needs this folder.
         if config.init_from and not any((run.workdir / part).exists() for part in parts):
             check_init(config, parts)
         scorers = make_scorers(config, parts, run.train_source.num_classes)
@@ -62,7 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
 
 
 def check_config(config: ml_collections.ConfigDict):
-    """Raises ValueError for an invalid configuration, before data is read or anything compiled."""
+    """Raises ValueError for an invalid config, before any data is read or anything is compiled."""
     if config.part not in PARTS:
         raise ValueError(f"Unknown part {config.part!r}; choose one of {', '.join(PARTS)}.")
     parts = PARTS[config.part]
@@ -87,7 +87,7 @@ def check_config(config: ml_collections.ConfigDict):
 
 
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
-    """Raises ValueError for invalid settings of the section `name`, with which `parts` train."""
+    """Raises ValueError for invalid settings in the section `name`, which trains `parts`."""
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {config.dtype!r}.")
     for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
@@ -98,7 +98,7 @@ def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str,
 
 
 def check_init(config: ml_collections.ConfigDict, parts: tuple[str, ...]):
-    """Raises ValueError if config.init_from lacks what any of the parts needs."""
+    """Raises ValueError if config.init_from lacks something that one of the parts needs."""
     from nvg_jax import models
     from nvg_jax.layers import TransformerConfig
     from nvg_jax.tokenizer import TokenizerConfig
@@ -114,7 +114,7 @@ def check_init(config: ml_collections.ConfigDict, parts: tuple[str, ...]):
 
 
 def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
-    """Raises ValueError if the recipe `name` asks for an FID that cannot be measured."""
+    """Raises ValueError if the recipe `name` requests an FID that cannot be measured."""
     recipe, judge = config[name], config.evaluation.judge
     if recipe.fid_every < 0 or recipe.fid_samples < 2:
         raise ValueError(

@@ -45,8 +45,8 @@ def structure_colors(labels, stage: int) -> np.ndarray:
     """Colors the labels 0 .. 2**stage - 1 of a structure map: int (...) -> uint8 (..., 3).
 
     Hues follow the order of the labels, from red to violet, so that children have colors around
-    their parent's. From the fourth bit on, siblings also differ in lightness, the finer the stage
-    the less, since hues alone cannot be told apart. Hue and lightness are those of Oklch
+    their parent's. From the fourth bit on, hues alone cannot be told apart, so siblings also differ
+    in lightness, less at finer stages. Hue and lightness are those of Oklch
     (https://www.w3.org/TR/css-color-4/#ok-lab), in which equal steps look equal.
     """
     labels = np.asarray(labels)
@@ -76,7 +76,7 @@ def structure_colors(labels, stage: int) -> np.ndarray:
 def map_tile(
     labels: np.ndarray, stage: int, latent_size: tuple[int, int], image_size: tuple[int, int]
 ) -> np.ndarray:
-    """The structure map of a stage, int (L,), in color and as large as an image: (H, W, 3)."""
+    """The structure map of a stage, int (L,), colored and resized to an image: (H, W, 3)."""
     colors = structure_colors(np.reshape(labels, latent_size), stage)
     height, width = image_size
     return np.asarray(Image.fromarray(colors).resize((width, height), Image.NEAREST))
@@ -101,9 +101,9 @@ def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.nda
 
 
 def labeled_grid(tiles, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
-    """Tiles in rows and columns with a text before each row and one above each column.
+    """Tiles in rows and columns, with a label before each row and one above each column.
 
-    Equal texts of neighboring columns are written once.
+    A label shared by neighboring columns is written once.
 
     Args:
         tiles: uint8 (R, C, H, W, 3), or nested lists of tiles.

@@ -1,4 +1,4 @@
-"""What a folder holds: the metadata of its checkpoints, and the model to read from it.
+"""What a folder holds: the metadata of its checkpoints, and the model in them.
 
 A training run's workdir has a folder of checkpoints for each trained part (`PARTS`); an exported or
 converted model is one checkpoint in `pipeline/`.
@@ -22,9 +22,9 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 
 EXPORT_FOLDER = "pipeline"
-DISTILLATION = "distillation"  # the folder of a student that is trained; then it is exported
+DISTILLATION = "distillation"  # the folder of a student in training, which is then exported
 PARTS = ("tokenizer", "generators", *GENERATORS)  # "generators" holds both of them
-# What may change when a run is resumed: how often it reports, and where the same data lies.
+# What may change when a run is resumed: reporting, saving, where the same data is, how it is read.
 MAY_CHANGE = frozenset(
     ("log_every", "eval_every", "save_every", "keep", "fid_every", "fid_samples")
     + ("data_dir", "num_threads", "prefetch", "on_bad")
@@ -33,23 +33,23 @@ MAY_CHANGE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class RunMetadata:
-    """Everything a checkpoint says of its model, stored as JSON; None where it does not apply.
+    """Everything a checkpoint says about its model, stored as JSON; None where it does not apply.
 
     Attributes:
         tokenizer: sizes.
         class_names: the name of every class, in the order of the ids.
-        fingerprint: of the tokenizer's raw weights; None until its training has finished.
+        fingerprint: a hash of the tokenizer's raw weights; None until its training has finished.
         canvas_scale: S + 1 values, 1 / std of the content generator's inputs and of the final
             canvas, measured when the tokenizer's training ends.
         content, structure: sizes of the generators in the checkpoint.
         sampling: recommended sampling settings.
-        teacher: of a distilled structure generator, the fingerprint of its teacher's weights; the
-            guidance is inside such a generator.
+        teacher: for a distilled structure generator, the fingerprint of its teacher's weights;
+            such a generator has the guidance built in.
         tokenizer_workdir: the workdir of the tokenizer that the generators were trained with.
         config: the training configuration.
         steps: the length of the training.
-        fid: of a model kept as the best of its training, its Frechet distance.
-        sources: of converted weights, the files they come from.
+        fid: the Frechet distance of a model that was kept as the best of its training.
+        sources: the files that converted weights come from.
         step: the training step of the checkpoint that was read; not stored.
     """
 
@@ -79,10 +79,10 @@ class RunMetadata:
         return len(self.class_names)
 
     def check_settings(self, settings: Settings):
-        """Raises ValueError for settings that a distilled structure generator cannot follow.
+        """Raises ValueError for settings that a distilled structure generator does not support.
 
-        Its guidance is inside. If it learned its teacher's solutions (reflow), it did so at the
-        times of its own steps, which are also the times of any number of steps that divides them.
+        Its guidance is built in. If it learned its teacher's solutions (reflow), it knows only the
+        times of its own steps, which include those of any divisor of their number.
         """
         if self.teacher is None:
             return
@@ -106,7 +106,7 @@ class RunMetadata:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able, equal to itself after a round trip through JSON."""
+        """A JSON-serializable dictionary, unchanged by a round trip through JSON."""
         content = dataclasses.asdict(self)
         del content["step"]
         return json.loads(json.dumps(content))
@@ -145,10 +145,10 @@ class RunMetadata:
 def read(
     folder: str | os.PathLike, part: Callable[[RunMetadata], Any]
 ) -> tuple[RunMetadata, Any] | None:
-    """The metadata and a part of the state of a folder's newest undamaged checkpoint.
+    """The metadata and part of the state of a folder's newest undamaged checkpoint.
 
     Args:
-        part: metadata -> abstract tree of the wanted leaves.
+        part: metadata -> abstract tree of the leaves to read.
 
     Returns:
         (metadata, tree of NumPy arrays), or None if the folder has no checkpoint.
@@ -271,7 +271,7 @@ def write_export(
     """Writes a model to a folder for `read_model`; replaces an earlier export.
 
     Args:
-        step: of the training. An export of a lower step stays until the new one is complete.
+        step: the training step. An export of a lower step stays until the new one is complete.
 
     Raises:
         ValueError: the folder is a training run's, whose checkpoints the export would hide.

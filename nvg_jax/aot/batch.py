@@ -39,7 +39,7 @@ def default_batch(compiler: Compiler) -> int:
 
 
 def free_memory(compiler: Compiler, batch_size: int) -> float:
-    """Bytes that a compiled program leaves free on a device; negative if it does not fit."""
+    """Bytes that the compiled program leaves free on a device; negative if it does not fit."""
     started = time.monotonic()
     try:
         stats = compiler.compile(batch_size).program.memory_analysis()
@@ -57,9 +57,9 @@ def free_memory(compiler: Compiler, batch_size: int) -> float:
 def find_batch(compiler: Compiler, max_compilations: int = 8) -> int:
     """The largest global batch that fits, usually with three compilations.
 
-    Memory is nearly affine in the batch. One and two samples per shard give a line; the batch where
-    the line meets the limit is compiled as a check, which also gives the line a new point. The
-    search ends when the check fits and the line predicts that no larger batch does, or when the
+    Memory is nearly affine in the batch size. One and two samples per shard define a line; the
+    batch at which it meets the limit is compiled as a check, which also gives the line a new point.
+    The search ends when the check fits and the line predicts that no larger batch does, or when the
     next larger batch was compiled and does not fit. The result itself was compiled and fits.
 
     Raises:
@@ -89,7 +89,7 @@ def find_batch(compiler: Compiler, max_compilations: int = 8) -> int:
 
 
 def line_root(start: tuple[int, float], end: tuple[int, float]) -> int:
-    """Where the falling line through two points (x, y) meets zero, rounded down.
+    """The zero of the falling line through two points (x, y), rounded down.
 
     Twice the larger x if the line does not fall.
     """

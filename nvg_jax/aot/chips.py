@@ -1,6 +1,6 @@
-"""Accelerator chips, and topologies of them to compile for without having one.
+"""Accelerator chips, and topologies of them to compile for without owning one.
 
-`TPUS` and `GPUS` hold the published figures. `find_target` is the only place that knows platforms.
+`TPUS` and `GPUS` hold the published specifications. Only `find_target` knows the platforms.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Published figures of a chip.
+    """Published specifications of a chip.
 
     flops: bfloat16 operations per second, without sparsity. hbm: bytes of main memory.
     hbm_bandwidth: bytes per second. link_bandwidth: bytes per second sent to other chips, over all
-    links together. network_bandwidth: the same where hosts are joined by a slower network.
+    links together. network_bandwidth: the same where a slower network connects the hosts.
     """
 
     flops: float
@@ -34,7 +34,7 @@ class Chip(NamedTuple):
 
 
 # TPUs: from the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of
-# https://cloud.google.com/tpu/docs. They give the interconnect bandwidth of both directions
+# https://cloud.google.com/tpu/docs. They list the interconnect bandwidth of both directions
 # together (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s; v4: 2400 Gbit/s each way); half is sending.
 TPUS = {
     "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9),
@@ -43,8 +43,8 @@ TPUS = {
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9),
 }
-# GPUs: NVIDIA's data sheets of the SXM modules; half of NVLink's bandwidth is sending. Network: one
-# adapter a GPU, as in NVIDIA's DGX systems (A100 200 Gbit/s, the others 400).
+# GPUs: NVIDIA's data sheets for the SXM modules; half of NVLink's bandwidth is sending. Network:
+# one adapter per GPU, as in NVIDIA's DGX systems (A100 200 Gbit/s, the others 400).
 GPUS = {
     "a100": Chip(312e12, 80e9, 2039e9, 300e9, 25e9),
     "h100": Chip(989e12, 80e9, 3352e9, 450e9, 50e9),
@@ -54,9 +54,9 @@ GPUS = {
 
 
 class GpuLayout(NamedTuple):
-    """What XLA asks of a GPU to compile for it: compute capability, multiprocessors, and so on.
+    """What XLA needs to know to compile for a GPU: compute capability, multiprocessors, and so on.
 
-    From NVIDIA's tuning guides. shared_memory: bytes of a multiprocessor; a block may have 1 KiB
+    From NVIDIA's tuning guides. shared_memory: bytes per multiprocessor; a block may use 1 KiB
     less. clock: GHz.
     """
 
@@ -80,7 +80,7 @@ LAYOUTS = {
 class Target:
     """A mesh over the devices of a topology.
 
-    device: one device's share of its chip. options: of the compiler.
+    device: one device's share of its chip. options: compiler options.
     """
 
     topology: str
@@ -109,7 +109,7 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
     if name in GPUS and re.fullmatch(r"([1-9]\d*x)?[1-8]", shape):
         hosts, per_host = ([1] + [int(size) for size in shape.split("x")])[-2:]
         devices, device = gpu_devices(name, hosts, per_host), GPUS[name]
-        if hosts > 1:  # the slowest link holds up a collective
+        if hosts > 1:  # the slowest link limits a collective
             device = device._replace(link_bandwidth=device.network_bandwidth)
         # Without a GPU, Triton's kernels for matrix products cannot be tuned.
         options = {"xla_gpu_enable_triton_gemm": False}
@@ -173,7 +173,7 @@ def gpu_devices(name: str, hosts: int, per_host: int) -> list:
 
 
 def hide_accelerators():
-    """Makes JAX run on the CPU only, and libtpu search for no TPU. Call before JAX starts."""
+    """Runs JAX on the CPU only and keeps libtpu from searching for TPUs. Call before JAX starts."""
     os.environ |= {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations may run at once
         "TPU_SKIP_MDS_QUERY": "1",

@@ -1,7 +1,7 @@
 """Parses XLA's HLO text and counts a program's FLOPs, memory traffic and collectives.
 
-XLA's own cost analysis counts the body of a loop once; here bodies are multiplied by their trip
-counts. Knows no model, and only counts: nothing is timed.
+XLA's own cost analysis counts the body of a loop once; here, bodies are multiplied by their trip
+counts. This module knows no model, and only counts: nothing is timed.
 """
 
 import collections
@@ -40,7 +40,8 @@ class Array(NamedTuple):
     """One array of an instruction's result.
 
     dims: sizes. order: dimensions, the fastest varying first. tile: sizes of the tile over the
-    fastest dimensions, slowest first; () if untiled. in_hbm: in main memory, not in a faster one.
+    fastest dimensions, slowest first; () if untiled. in_hbm: whether it is in main memory, not in a
+    faster one.
     """
 
     dtype: str
@@ -121,7 +122,7 @@ class Computation:
         )
 
     def operand(self, instruction: Instruction, number: int) -> Instruction:
-        """An operand; copies, reshapes and conversions are looked through."""
+        """An operand, looking through copies, reshapes and conversions."""
         found = self.by_name[instruction.operands[number]]
         while found.opcode in ("bitcast", "copy", "copy-done", "copy-start", "reshape", "convert"):
             found = self.by_name[found.operands[0]]
@@ -163,7 +164,7 @@ class Cost:
     flops: multiplications and additions of matrix products and convolutions. hbm_bytes: estimated
     bytes read from and written to main memory. unknown_loops: the Python operations of loops whose
     trip count depends on the data; each counts as one trip. kernels: {name: executions} of the
-    custom calls whose FLOPs are known and counted. custom_calls: the same of all others.
+    custom calls whose FLOPs are known and counted. custom_calls: the same for all others.
     """
 
     flops: int = 0
@@ -230,7 +231,7 @@ def closing(text: str) -> int:
 
 
 def parse_arrays(text: str) -> list[Array]:
-    """The arrays of a type; those of a tuple in order."""
+    """The arrays of a type; for a tuple, in order."""
     arrays = []
     for dtype, dims, order, layout in ARRAY.findall(text):
         dims = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
@@ -304,7 +305,7 @@ def _walk(module: Module, name: str, times: int, channels: set[str] | None, tota
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """Trip count of a loop: XLA's annotation, or from a counter with constant start and limit.
+    """Trip count of a loop: from XLA's annotation or a counter with constant start and limit.
 
     None if it depends on the data.
     """
@@ -384,7 +385,7 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """The target of a custom call; of a kernel written in Pallas, its own name."""
+    """The target of a custom call; for a Pallas kernel, the kernel's name."""
     found = re.search(r"(\w+)/pallas_call|/(\w+)$", instruction.op_name)
     if instruction.target == "tpu_custom_call" and found:
         return found[1] or found[2]
@@ -392,9 +393,9 @@ def kernel_name(instruction: Instruction) -> str:
 
 
 def kernel_flops(computation: Computation, instruction: Instruction) -> int | None:
-    """FLOPs of a custom call: by its author's estimate, or of NVIDIA's libraries; None if unknown.
+    """FLOPs of a custom call: its author's estimate or, for NVIDIA's libraries, computed here.
 
-    cuDNN's attention does two products of the scores' size, its gradient five.
+    None if unknown. cuDNN's attention computes two products of the scores' size, its gradient five.
     """
     estimate = instruction.attribute(r'"cost_estimate":\{"flops":"(\d+)"')
     if estimate is not None:
@@ -416,7 +417,7 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> int | No
 
 
 def cudnn_convolution_flops(computation: Computation, instruction: Instruction) -> int:
-    """Two FLOPs for each product; those of a gradient are those of the convolution itself."""
+    """Two FLOPs for each product; a gradient counts the same as the convolution itself."""
     labels = instruction.attribute(r"dim_labels=([\w?]+->[\w?]+)")
     inputs, kernel, output = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
     arrays = [computation.by_name[name].result[0].dims for name in instruction.operands[:2]]
@@ -467,7 +468,7 @@ def collective(
 
 
 def results_of(instruction: Instruction, operands: int) -> list[Array]:
-    """The results alone; an asynchronous start also returns its operands and context."""
+    """The results only; an asynchronous start also returns its operands and context."""
     if instruction.opcode in ("copy-start", "all-reduce-start"):  # (results, operands, ...)
         return instruction.result[:operands]
     if instruction.opcode.endswith("-start"):  # (operands, results, ...)
@@ -492,8 +493,8 @@ def group_size(instruction: Instruction) -> int:
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that an instruction outside fusions reads from and writes to main memory.
 
-    Every operand and every result counts once, including padding; a slice counts only the slice,
-    an in-place update only the update.
+    Every operand and every result counts once, including padding; for a slice, only the slice
+    counts, and for an in-place update, only the update.
     """
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith("-done") or instruction.target in MEMORY_CALLS:
@@ -522,7 +523,7 @@ def size_in_hbm(array: Array) -> int:
 def passes(instruction: Instruction) -> bool:
     """Whether an instruction in a fusion only forwards arrays, or is a collective.
 
-    Collectives are counted on their own.
+    Collectives are counted separately.
     """
     opcode = instruction.opcode
     return opcode == "tuple" or opcode in COLLECTIVES or instruction.target in MEMORY_CALLS
@@ -549,7 +550,7 @@ def read_bytes(module: Module, computation: Computation, number: int) -> float:
 
 
 def written_bytes(module: Module, computation: Computation, result: list[Array]) -> Iterator[int]:
-    """Bytes a fusion writes of each part of its result: the whole part, or an in-place update."""
+    """Bytes a fusion writes for each part of its result: the whole part, or an in-place update."""
     root = computation.root
     parts = [root]
     if root.opcode == "tuple":

@@ -24,13 +24,13 @@ from nvg_jax.training.length import training_length
 from nvg_jax.workdir import DISTILLATION
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
-BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # the units of XLA's messages
+BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # units in XLA's messages
 
 
 class DoesNotFitError(ValueError):
     """The program needs more memory than a device has.
 
-    missing: by how many bytes, as far as the compiler says; else infinite.
+    missing: the number of bytes missing, if the compiler reports it; else infinite.
     """
 
     def __init__(self, message: str, missing: float = math.inf):
@@ -39,7 +39,7 @@ class DoesNotFitError(ValueError):
 
 
 def data_size(data: ml_collections.ConfigDict) -> tuple[int, int]:
-    """The number of training images and of classes; those of ImageNet are known without it."""
+    """The number of training images and of classes; for ImageNet, known without the data."""
     if data.name == "tfds:imagenet2012":
         return IMAGENET
     source = open_source(data.name, "train", data_dir=data.data_dir or None)
@@ -115,7 +115,7 @@ def lower_sampling(
 def device_memory(stats, hbm: float) -> dict[str, float]:
     """Bytes on one device, as the compiler accounts for them.
 
-    outputs: those that do not reuse the memory of an argument. total: of all parts at once.
+    outputs: only those that do not reuse the memory of an argument. total: the sum of all parts.
     """
     parts = {
         "arguments": stats.argument_size_in_bytes,
@@ -127,7 +127,7 @@ def device_memory(stats, hbm: float) -> dict[str, float]:
 
 
 class Compiled(NamedTuple):
-    """A compiled program, the abstract parameters of its networks, and the seconds it took."""
+    """A compiled program, its networks' abstract parameters, and the compile time in seconds."""
 
     program: jax.stages.Compiled
     params: dict[str, Any]
@@ -147,13 +147,13 @@ class Compiler:
             return lower_sampling(config, mesh, batch_size, self.num_classes)
         return lower_training(config, mesh, batch_size, self.images, self.num_classes)
 
-    # Keeps the last one: what --find_batch compiles last is usually what is reported.
+    # Keeps the last program: the one that --find_batch compiles last is usually reported.
     @functools.lru_cache(maxsize=1)  # noqa: B019
     def compile(self, batch_size: int) -> Compiled:
         """Compiles the program for a global batch.
 
         Raises:
-            DoesNotFitError: with the memory that it needs, as far as the compiler says.
+            DoesNotFitError: it does not fit; holds the missing memory if the compiler reports it.
         """
         started = time.monotonic()
         lowered, params = self.lower(self.config, batch_size, self.target.mesh)
@@ -166,9 +166,10 @@ class Compiler:
             raise does_not_fit(str(error), batch_size, self.target.topology) from error
 
     def model_flops(self, batch_size: int) -> int:
-        """FLOPs of all devices together, of the program as written, without rematerialization.
+        """FLOPs of the program on all devices together, without rematerialization.
 
-        Written for one CPU: kernels for accelerators hide their products or recompute some.
+        Counted in the program for one CPU: accelerator kernels hide their products or recompute
+        some.
         """
         config = self.config.copy_and_resolve_references()
         config.content.remat = config.structure.remat = "none"
@@ -178,7 +179,7 @@ class Compiler:
 
 
 def does_not_fit(message: str, batch_size: int, topology: str) -> DoesNotFitError:
-    """The error for the compiler's own message."""
+    """The error for a message of the compiler."""
     sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
     needs, missing = "the compiler ran out of memory", math.inf
     if sizes:

@@ -1,4 +1,4 @@
-"""What a compiled program takes: memory, work, collectives and a roofline estimate of its time."""
+"""Reports on a compiled program: memory, work, collectives and a roofline estimate of its time."""
 
 import collections
 import logging
@@ -23,11 +23,11 @@ def roofline(
     """Seconds of a step on one device, and its model FLOPs utilization (MFU).
 
     Arithmetic, memory traffic and communication each run at their published peak. `seconds` is the
-    longest of the three, as if they overlapped entirely: the classical roofline, to which `mfu`
-    refers. `seconds_no_overlap` is their sum.
+    longest of the three, as if they overlapped completely: the classical roofline, on which `mfu`
+    is based. `seconds_no_overlap` is their sum.
 
     Args:
-        flops, hbm_bytes, link_bytes: executed, moved and sent by one device.
+        flops, hbm_bytes, link_bytes: what one device executes, moves and sends.
         model_flops: one device's share of the forward and backward pass of the model alone.
     """
     parts = {
@@ -60,10 +60,10 @@ def collectives_by_kind(collectives: list[hlo.Collective]) -> dict[str, dict[str
 def make_report(
     compiler: Compiler, batch_size: int, model_flops: int | None = None
 ) -> dict[str, Any]:
-    """Compiles the program for a global batch -> everything known about it, JSON-able.
+    """Compiles the program for a global batch and returns its report, JSON-serializable.
 
     Args:
-        model_flops: of all devices, if they are known already; see `Compiler.model_flops`.
+        model_flops: those of all devices, if already known; see `Compiler.model_flops`.
     """
     compiled, target = compiler.compile(batch_size), compiler.target
     devices, cost = target.mesh.size, hlo.cost(hlo.parse(compiled.program.as_text()))
@@ -115,14 +115,15 @@ def best_remat(
 ) -> dict[str, Any]:
     """The report of the training step with the remat policy that promises the shortest step.
 
-    Compiles all policies, and takes of those that fit the one with the smallest sum of arithmetic,
-    memory traffic and communication: saving results costs traffic, computing them again arithmetic.
+    Compiles all policies and, among those that fit, picks the one with the smallest sum of times
+    for arithmetic, memory traffic and communication: saving results costs traffic, recomputing them
+    costs arithmetic.
 
     Raises:
-        DoesNotFitError: no policy fits; of the one that saves most memory.
+        DoesNotFitError: no policy fits; the error is that of the policy that saves the most memory.
     """
     reports, error = [], None
-    # What is computed again does not count, so this is the same for all policies.
+    # Recomputation does not count, so this is the same for all policies.
     model_flops = Compiler(config, target, "train").model_flops(batch_size)
     for remat in REMAT:
         changed = config.copy_and_resolve_references()

@@ -1,4 +1,4 @@
-"""Models that come with the package, so that sampling works right after the installation.
+"""Models that come with the package, so that sampling works right after installation.
 
 Each is one file of float16 weights, `NAME.safetensors`, with the model's metadata in its header.
 """
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 class BundledModel(NamedTuple):
     """A model that comes with the package.
 
-    description: what it makes. data: what it was trained on, with its license. sha256: of its file.
+    description: what it generates. data: its training data, with the license. sha256: of its file.
     """
 
     description: str
@@ -63,10 +63,10 @@ def read(name: str) -> tuple[RunMetadata, dict[str, Any]]:
 def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, parameters) of a workdir, an exported or converted folder, or a bundled model.
 
-    A folder comes before a bundled model of the same name.
+    A folder takes precedence over a bundled model of the same name.
 
     Raises:
-        ValueError: no such folder, no model in it, or parts that do not belong together.
+        ValueError: there is no such folder, no model in it, or its parts do not belong together.
     """
     if folder in MODELS and not os.path.exists(folder):
         return read(folder)

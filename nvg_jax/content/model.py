@@ -10,7 +10,7 @@ from nvg_jax import layers
 class ContentGenerator(nn.Module):
     """A transformer over [class token, L canvas tokens].
 
-    num_classes: number of classes without the null class, whose id is `num_classes`.
+    num_classes: the number of classes, excluding the null class, whose id is `num_classes`.
     """
 
     grid: tuple[int, int]
@@ -53,13 +53,13 @@ class ContentGenerator(nn.Module):
             structure: int (B, L, K), the structure embedding of the stage, values 0, 1, 2.
             stage: int32 (B,), 0 .. K.
             class_ids: int32 (B,), `num_classes` for the null class.
-            canvas_scale: float32 (S + 1,). A canvas grows with every stage; these factors, 1 / std
-                over training images, bring it to unit variance. Entry i < S scales the input of
-                stage i (1 for stage 0, whose input is learned); entry S is that of the final
-                canvas, which the network predicts at unit variance.
+            canvas_scale: float32 (S + 1,). The values of the canvas grow with every stage; these
+                factors, 1 / std over training images, bring them to unit variance. Entry i < S
+                scales the input of stage i (1 for stage 0, whose input is learned); entry S is for
+                the final canvas, which the network predicts at unit variance.
             deterministic: False turns on drop path (rng "drop_path").
-            feature_block: the hidden states are those after so many blocks, 0 .. depth; 0 is the
-                embedded input. REPA aligns them with DINOv2's features.
+            feature_block: the number of blocks, 0 .. depth, after which the hidden states are
+                taken; 0 is the embedded input. REPA aligns them with DINOv2's features.
         """
         scaled = canvas * canvas_scale[stage][:, None, None]
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
@@ -85,7 +85,7 @@ class ContentGenerator(nn.Module):
     ) -> Array:
         """Logits at each position as if it were a cluster of its own; initializes all parameters.
 
-        Arguments as of `predict_canvas`; returns float32 (B, L, V).
+        The arguments are those of `predict_canvas`; returns float32 (B, L, V).
         """
         canvas_hat, _ = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
         return self.token_logits(canvas_hat - canvas)

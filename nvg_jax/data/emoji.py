@@ -19,12 +19,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 LIST = "/usr/share/unicode/emoji/emoji-test.txt"
-FONT_SIZE = 109  # the one size that the font's bitmaps have
-SIDE = 136  # pixels
+FONT_SIZE = 109  # the only size of the font's bitmaps
+SIDE = 136  # of a picture, in pixels
 
 
 class Emoji(NamedTuple):
-    """text: its characters. name: as Unicode's list has it. group: its class."""
+    """text: its characters. name: its name in Unicode's list. group: its class."""
 
     text: str
     name: str
@@ -32,13 +32,13 @@ class Emoji(NamedTuple):
 
     @property
     def split(self) -> str:
-        """The same for all skin tones and hair of an emoji."""
+        """The split, "train" or "test": the same for all skin tones and hair styles of an emoji."""
         base = re.sub(": .*(skin tone|hair|bald|beard).*", "", self.name)
         return "test" if zlib.crc32(base.encode()) % 10 == 0 else "train"
 
     @property
     def path(self) -> Path:
-        """Where it lies in the folder."""
+        """Its path inside the folder."""
         return Path(self.split, self.group, slug(self.name) + ".png")
 
 
@@ -60,7 +60,7 @@ def read_list(text: str) -> Iterator[Emoji]:
 
 
 def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """The picture of an emoji, None if the font has none and would draw several in a row."""
+    """The picture of an emoji, or None if the font lacks it and would draw several in a row."""
     left, top, right, bottom = font.getbbox(text)
     if not 0 < right - left <= SIDE or bottom - top > SIDE:
         return None
@@ -71,7 +71,7 @@ def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 
 
 def write_folder(out: Path, font_file: str, list_file: str) -> int:
-    """Writes OUT/SPLIT/GROUP/NAME.png for every emoji; the number of pictures.
+    """Writes OUT/SPLIT/GROUP/NAME.png for every emoji; returns the number of pictures.
 
     Raises:
         ValueError: the font or the list is missing, or `out` holds something else.

@@ -1,8 +1,8 @@
 """Batches from a source, made by Grain: endless and resumable for training, one pass to evaluate.
 
 Every process makes its own part of each global batch of batch_size * process_count examples: the
-rows from process_index * batch_size on. The content of the global batches depends on the seed
-alone, not on the number of processes, workers or threads.
+rows from process_index * batch_size on. The content of the global batches depends only on the seed,
+not on the number of processes, workers or threads.
 
 An example has a "label" (int32). From a source of images it also has "image": float32 (H, W, 3) in
 [-1, 1]. From cached sequences it has "structure": int (L,), the labels of the finest stage, and
@@ -22,7 +22,7 @@ from nvg_jax.data.sources import SequenceSource, Source
 from nvg_jax.data.transforms import Transform, decode
 
 # Grain takes seconds to import, so it is imported where batches are made: a command that only
-# reports a wrong setting answers without it.
+# reports an invalid setting does not need it.
 if TYPE_CHECKING:
     import grain
 
@@ -41,11 +41,11 @@ class LoaderOptions:
         on_bad: what to do with an unreadable record. "error" raises an error that names it.
             "skip" logs it and adds it to `source.unreadable`; in training, another example drawn
             at random takes its place.
-        process_index, process_count: which process this is, of how many.
-        num_threads: threads that make batches, in every worker.
+        process_index, process_count: the index of this process, and the number of processes.
+        num_threads: threads that make batches, per worker.
         num_workers: worker processes; 0 makes the batches in threads of this process. With workers,
-            absl's flags must be parsed, and the iterator's `close()` ends them.
-        prefetch: batches made ahead, in every worker.
+            absl's flags must be parsed, and the iterator's `close()` ends the workers.
+        prefetch: batches made ahead, per worker.
 
     Raises:
         ValueError: an invalid setting.
@@ -79,9 +79,9 @@ class LoaderOptions:
 def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.DatasetIterator":
     """Endless training batches with random crops, in a new order every epoch.
 
-    The examples of an epoch are dealt out to the global batches one after the other. A batch may
-    hold the end of one epoch and the start of the next, so that no example is left out. Of cached
-    sequences, each visit to an image draws one of its stored crops.
+    The examples of an epoch fill the global batches one after the other. A batch may hold the end
+    of one epoch and the start of the next, so that no example is left out. With cached sequences,
+    each visit to an image draws one of its stored crops.
 
     Args:
         source: the training split.
@@ -113,7 +113,7 @@ def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.D
 def eval_batches(source: Source, options: LoaderOptions) -> "grain.DatasetIterator":
     """Every example once over all processes, in the order of the source, with center crops.
 
-    Of cached sequences, the first stored crop is taken. The last batches are padded, so that every
+    For cached sequences, the first stored crop is taken. The last batches are padded, so that every
     process sees the same number of batches.
 
     Args:
@@ -149,7 +149,7 @@ def crop_batches(
     end of a range, so the last batch of a range may be smaller.
 
     Args:
-        source: images, no cached sequences.
+        source: images, not cached sequences.
         options: how to make examples and batches; process_index and process_count are unused.
         ranges: the images to load.
         crops: random crops per image; 0 for a single center crop.
@@ -210,7 +210,7 @@ class _Load:
 
     Attributes:
         make: (item, rng) -> arrays of an example.
-        blank: the arrays of a place without an example.
+        blank: the arrays that stand in for a missing example.
     """
 
     source: Source
@@ -224,7 +224,7 @@ class _Load:
 
     @classmethod
     def of(cls, source: Source, options: LoaderOptions) -> "_Load":
-        """One example per index, of either kind of source."""
+        """Loads one example per index, from either kind of source."""
         if isinstance(source, SequenceSource):
             zeros = np.zeros((), source.crop_dtype)
             make, blank = _draw, {name: zeros[name] for name in zeros.dtype.names}
@@ -282,11 +282,11 @@ def _own_batches(
 def _iterate(
     batches: "grain.MapDataset", source: Source, options: LoaderOptions
 ) -> "grain.DatasetIterator":
-    """Makes batches ahead, and records in `source.unreadable` what could not be read."""
+    """Prefetches batches, and records in `source.unreadable` what could not be read."""
     import grain
 
     def note_unreadable(batch: dict[str, Any]) -> Arrays:
-        # Runs in the main process: threads and workers send what they skipped with their batches.
+        # Runs in the main process: threads and workers send skipped records with their batches.
         for name, reason in batch.pop("unreadable"):
             if name not in source.unreadable:
                 source.unreadable[name] = reason

@@ -1,9 +1,9 @@
 """Cached granularity sequences: the files that `nvg_jax.encode` writes.
 
-For each split a folder holds files train-00000-of-00157.array_record, each with a range of the
-data set's images. meta.json is written when all of them are there; until then unfinished.json
-holds the settings. A record is an image with all its crops (see `pack`). The last record of a file
-is JSON, {name: reason} of the images in its range that are unreadable and have no record.
+For each split, a folder holds files such as train-00000-of-00157.array_record, each with a range of
+the data set's images. meta.json is written once all files exist; until then, unfinished.json holds
+the settings. A record is an image with all its crops (see `pack`). The last record of a file is
+JSON, {name: reason} for the images in its range that are unreadable and have no record.
 """
 
 import dataclasses
@@ -51,13 +51,13 @@ def crop_dtype(tokenizer: dict[str, Any]) -> np.dtype:
 def compact(structure: np.ndarray, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Packs full structure maps and tokens, int (N, S, L) each, into N crops of `crop_dtype`.
 
-    Only the labels of the finest stage are stored, since those of the other stages are their
-    leading bits, and one token for each cluster of stage 0, 1, ... K in that order.
+    This stores the labels of the finest stage, whose leading bits are those of all other stages,
+    and one token for each cluster of stages 0, 1, ... K in that order.
     """
     stages, length = structure.shape[1:]
     finest = structure[:, -1]
-    # The positions of the labels 0, 1, ... L-1 of the finest stage. Every 2**(K-i)-th of them is
-    # the first of a cluster of stage i.
+    # The positions of the labels 0, 1, ... L-1 of the finest stage. Every 2**(K-i)-th of them
+    # starts a cluster of stage i.
     positions = np.argsort(finest, axis=1)
     unique = [
         np.take_along_axis(tokens[:, stage], positions[:, :: length >> stage], axis=1)
@@ -163,9 +163,9 @@ def write_shard(path: Path, records: list[bytes], unreadable: dict[str, str]):
 
 
 def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Writes and returns the metadata, once all files are there.
+    """Writes and returns the metadata, once all files exist.
 
-    It holds the settings and, for each split, "shards": {file: {"records", "bytes"}} and
+    The metadata holds the settings and, for each split, "shards": {file: {"records", "bytes"}} and
     "unreadable": {name: reason}.
 
     Raises:
@@ -204,7 +204,7 @@ class Records:
             meta: the result of `read_meta`.
 
         Raises:
-            ValueError: a file is missing, or its size is not the one it was written with.
+            ValueError: a file is missing, or its size is not the one recorded in `meta`.
         """
         self._dtype = crop_dtype(meta["tokenizer"])
         self._paths = [folder / file for file in meta["shards"][split]]
@@ -247,7 +247,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """The metadata of a folder of sequences.
 
     Raises:
-        ValueError: the folder has none, is not finished, or is of another format.
+        ValueError: the folder has none, is unfinished, or has another format.
     """
     meta = read_json(folder / META)
     if meta is None:

@@ -1,8 +1,8 @@
 """Data sets as random-access sources of encoded images with labels.
 
 Scikit-learn's digits, IDX files, folders of images, and data sets prepared by TensorFlow Datasets
-(TFDS) all become a `Source`, the only interface that the loader uses. `SequenceSource` is the one
-source without images: it holds the granularity sequences that a tokenizer has made of them.
+(TFDS) all become a `Source`, the only interface that the loader uses. `SequenceSource` is the only
+source without images: it holds the granularity sequences that a tokenizer made from them.
 """
 
 import abc
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # of Debian's dataset-fashion-mnist
+FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -28,7 +28,7 @@ FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-TFDS_DIR = "~/tensorflow_datasets"  # the default of TFDS itself
+TFDS_DIR = "~/tensorflow_datasets"  # TFDS's own default
 DIGITS_TEST_SIZE = 300
 FOLDER_TEST_FRACTION = 0.1
 SPLITS = ("train", "test")
@@ -38,8 +38,8 @@ class Source(abc.ABC):
     """Labeled images by index: a random-access data source for Grain.
 
     An item is a dictionary with "image", an encoded image file (bytes) or uint8 (H, W) or
-    (H, W, 3) in 0..255; "label", an int in 0..num_classes-1; and "name", the file or record, for
-    messages.
+    (H, W, 3) in 0..255; "label", an int in 0..num_classes-1; and "name", the file or record to name
+    in messages.
 
     Attributes:
         class_names: the name of every class, in the order of the labels.
@@ -304,8 +304,8 @@ def _image_folder(split: str, data_dir: str | None) -> Source:
     """A folder with one subfolder of images per class.
 
     If there are subfolders train and test (or val), each with the class folders inside, they are
-    the splits. Otherwise a hash of "class/file name" puts a tenth of the files into the test split,
-    so that a file stays in its split when others are added or removed.
+    the splits. Otherwise, a hash of "class/file name" puts a tenth of the files into the test
+    split, so that a file stays in its split when others are added or removed.
     """
     if not data_dir:
         raise ValueError("The data set image_folder needs data_dir, a folder of class folders.")
@@ -412,10 +412,10 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
 
 
 def default_class_names(count: int) -> tuple[str, ...]:
-    """The names of the classes of a model that knows only how many it has.
+    """The class names of a model that knows only the number of its classes.
 
-    Of 1,000 classes they are ImageNet's, in the usual order of its labels (the names are those of
-    torchvision); otherwise "0", "1", and so on.
+    1,000 classes are assumed to be ImageNet's, in the usual order of its labels, with torchvision's
+    names; otherwise the names are "0", "1", and so on.
     """
     if count == 1000:
         path = pathlib.Path(__file__).with_name("imagenet_classes.txt")

@@ -10,9 +10,9 @@ from PIL import Image, UnidentifiedImageError
 def decode(image: bytes | np.ndarray) -> Image.Image:
     """Returns an 8-bit RGB image.
 
-    Gray is repeated to RGB, 16 bits are scaled to 8, transparency is composited on white, CMYK and
-    palettes are converted, and of an animation the first frame is taken. EXIF orientation is not
-    applied.
+    Grayscale is repeated to RGB, 16 bits are scaled to 8, transparency is composited on white, CMYK
+    and palettes are converted, and an animation is reduced to its first frame. EXIF orientation is
+    not applied.
 
     Args:
         image: content of an image file, or uint8 (H, W) or (H, W, 3).
@@ -42,7 +42,7 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
 
 
 def _to_8_bits(gray: np.ndarray) -> np.ndarray:
-    """0..65535 to uint8 0..255."""
+    """Scales 0..65535 to uint8 0..255."""
     if gray.min() < 0 or gray.max() > 65535:
         raise ValueError(f"gray values of {gray.min()} to {gray.max()} do not fit in 16 bits")
     return np.round(gray / 257).astype(np.uint8)
@@ -50,7 +50,7 @@ def _to_8_bits(gray: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Resizes, crops and scales as the paper does at 256 pixels; no flips.
+    """Resizes, crops and scales like the paper at 256 pixels; no flips.
 
     The image is resized (Lanczos, aspect ratio kept) to just cover a rectangle with the aspect
     ratio of `image_size` and a short side of `resize`. Then `image_size` is cropped from it, at

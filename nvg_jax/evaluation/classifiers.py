@@ -1,7 +1,7 @@
-"""Classifiers fitted on real images, that tell whether a sample shows the class asked for.
+"""Classifiers fitted to real images, which tell whether a sample shows the requested class.
 
 Images are float32 (B, H, W, 3) in [-1, 1] or uint8 (B, H, W, 3) in 0..255, of any size: both
-classifiers bring them to one of their own.
+classifiers resize them.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
 
 logger = logging.getLogger("nvg_jax")
 
-DIGITS_SIZE = 8  # of the digits inside scikit-learn
+DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
 BATCH_SIZE = 128
 CHUNK_SIZE = 1000  # images predicted at once
 
 
 def area_resize(images: np.ndarray, size: int) -> np.ndarray:
-    """Float (B, H, W, C) to (B, size, size, C); every new pixel is the mean over its area.
+    """Float (B, H, W, C) -> (B, size, size, C); every new pixel is the mean over its area.
 
-    Larger sizes repeat pixels.
+    Enlarging repeats pixels.
     """
     if images.shape[1:3] == (size, size):
         return images
@@ -37,7 +37,7 @@ def area_resize(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _area_weights(old: int, new: int) -> np.ndarray:
-    """float32 (new, old): what share of each of `new` equal intervals each of `old` covers."""
+    """float32 (new, old): the share of each of `new` equal intervals that each of `old` covers."""
     new_edges, old_edges = np.linspace(0, old, new + 1), np.arange(old + 1)
     start = np.maximum(new_edges[:-1, None], old_edges[:-1])
     end = np.minimum(new_edges[1:, None], old_edges[1:])
@@ -62,14 +62,15 @@ def _labels(labels, images: np.ndarray, num_classes: int) -> np.ndarray:
 class DigitClassifier:
     """A support vector classifier of handwritten digits, on 8x8 gray values.
 
-    Fitted in a second on the training split of "digits" it names 98% or more of the test split.
+    Fitted to the training split of "digits" within a second, it classifies at least 98% of the test
+    split correctly.
 
     Args:
         images: real training images (N, H, W, 3).
         labels: int (N,), 0 to 9.
 
     Raises:
-        ValueError: arrays that are no images, or labels that do not fit.
+        ValueError: arrays that are not images, or labels that do not fit.
     """
 
     def __init__(self, images, labels):
@@ -118,7 +119,7 @@ class Classifier:
 
     Attributes:
         num_classes: the classes are 0 to num_classes - 1.
-        gray: whether it sees the mean of the channels alone.
+        gray: whether it sees only the mean of the channels.
         params: the network's parameters.
     """
 
@@ -137,8 +138,8 @@ class Classifier:
     def image_features(self, images) -> ImageFeatures:
         """Features (B, 64), (B, 112) and logits (B, num_classes).
 
-        Pool is the layer before the logits; spatial is 7 channels of the last convolution at 4 x 4
-        positions.
+        `pool` is the layer before the logits; `spatial` is 7 channels of the last convolution at
+        4 x 4 positions.
         """
         images = _prepare(to_float(images), self.gray)
         chunks = [
@@ -154,7 +155,7 @@ def _forward(params, images, num_classes: int):
 
 
 def _prepare(images: np.ndarray, gray: bool) -> np.ndarray:
-    """Images in [-1, 1] as the network takes them, float32 (B, 32, 32, 1 or 3)."""
+    """The network's input, float32 (B, 32, 32, 1 or 3), from images in [-1, 1]."""
     return area_resize(images.mean(-1, keepdims=True) if gray else images, NETWORK_SIZE)
 
 
@@ -163,19 +164,19 @@ def train_classifier(
 ) -> Classifier:
     """Trains a small classifier on real images with AdamW, in batches of 128.
 
-    On the 60,000 training images of Fashion-MNIST it takes about 107 seconds of CPU time, shared by
-    the cores, and then names 91% or more of the test images. Where all training images are gray,
-    the classifier looks at gray values alone.
+    On the 60,000 training images of Fashion-MNIST, training takes about 107 seconds of CPU time,
+    shared by the cores, and reaches at least 91% test accuracy. If all training images are gray,
+    the classifier sees only gray values.
 
     Args:
         images: real training images (N, H, W, 3).
         labels: int (N,), 0 to num_classes - 1.
         num_classes: number of classes.
         steps: training steps.
-        seed: of the first weights and the order of the images.
+        seed: seed of the initial weights and the order of the images.
 
     Raises:
-        ValueError: arrays that are no images, or labels that do not fit.
+        ValueError: arrays that are not images, or labels that do not fit.
     """
     images = to_float(images)
     labels = _labels(labels, images, num_classes).astype(np.int32)
@@ -207,7 +208,7 @@ def train_classifier(
 
 
 def _batches(num_images: int, rng: np.random.Generator):
-    """Endless batches of indices, every epoch in a new order; the rest of an epoch is left out."""
+    """Endless batches of indices, every epoch in a new order; drops its last partial batch."""
     size = min(BATCH_SIZE, num_images)
     while True:
         order = rng.permutation(num_images)

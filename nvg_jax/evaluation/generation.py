@@ -1,4 +1,4 @@
-"""The five figures of a generative model, from the features of its samples and of real images."""
+"""The five metrics of a generative model, from the features of its samples and of real images."""
 
 import logging
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ logger = logging.getLogger("nvg_jax")
 
 
 class FeatureSet(NamedTuple):
-    """What a network says of a set of images.
+    """A network's features of a set of images.
 
     Attributes:
-        count: number of images that the statistics are from.
+        count: number of images behind the statistics.
         pool: float32 (N, D), N at most `count`.
         logits: float32 (N, C).
         pool_statistics, spatial_statistics: mean and covariance, float64.
@@ -37,8 +37,8 @@ class FeatureSet(NamedTuple):
 def generation_metrics(reference: FeatureSet, samples: FeatureSet) -> dict[str, Any]:
     """FID, sFID, Inception Score, precision and recall, as the ADM evaluator defines them.
 
-    The Inception Score depends on the order of the images, so samples are first shuffled by a fixed
-    permutation. Distances for precision and recall are float32.
+    The Inception Score depends on the order of the images, so samples are first shuffled with a
+    fixed permutation. Distances for precision and recall are float32.
 
     Returns:
         {"fid", "sfid", "inception_score", "precision", "recall"}.

@@ -13,7 +13,7 @@ import numpy as np
 LOW_QUANTILE = 0.05  # of held-out distances; smaller distances are unusually small
 SSIM_WINDOW = 7  # pixels of the square window
 ROWS = 4096  # features converted to float64 at once
-MAX_DISTANCES = 2**26  # in memory at once, 256 MiB
+MAX_DISTANCES = 2**26  # distances in memory at once, 256 MiB
 
 
 def to_float(images) -> np.ndarray:
@@ -114,7 +114,7 @@ def _structural_similarity(x, y):
 
 
 def codebook_usage(counts) -> dict[str, np.ndarray]:
-    """The share of the codebook in use, in each stage and in all, from counts (S, V)."""
+    """The share of the codebook in use, per stage and over all stages, from counts (S, V)."""
     used = np.asarray(counts) > 0
     return {"codebook_usage_stage": used.mean(1), "codebook_usage": used.any(0).mean()}
 
@@ -278,7 +278,7 @@ def precision_recall(reference, samples, k: int = 3) -> tuple[float, float]:
     Precision is the share of samples inside any ball of the reference, recall the share of the
     reference inside any ball of the samples. Points on a sphere are inside.
 
-    Distances are float32 and are computed in blocks, which take 256 MiB beside the features.
+    Distances are float32 and computed in blocks, which take 256 MiB in addition to the features.
 
     Args:
         reference: float (N, D), features of real images.
@@ -330,7 +330,7 @@ def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
             np.minimum(level, distances, out=level)
             distances = larger
 
-    # Distances are symmetric: each block serves its own points and all later ones.
+    # Distances are symmetric, so each block serves its own points and all later ones.
     for start, block in _blocks(points, len(points)):
         stop, rows = start + len(block), np.arange(len(block))
         distances = _squared_distances(block, points[start:])
@@ -353,7 +353,7 @@ def _blocks(points: np.ndarray, others: int):
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float32 (N, M) of (N, D) and (M, D); rounding can make small ones negative."""
+    """(N, D) and (M, D) -> float32 (N, M); rounding can make small distances negative."""
     distances = a @ b.T
     distances *= -2
     distances += _squared_norms(a)[:, None]
@@ -369,7 +369,7 @@ def nearest_distances(queries, references) -> np.ndarray:
     """Distance of each query image to its nearest reference image.
 
     The distance is Euclidean over all values in [-1, 1], divided by sqrt(H * W * 3): a root mean
-    square error, from 0 (a copy) to 2 (black against white).
+    square error, from 0 (a copy) to 2 (black versus white).
 
     Args:
         queries: images (B, H, W, 3).
@@ -403,13 +403,13 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
         not closer on the whole), and
       - at most 5% of the samples fall below the 5% quantile of the held-out distances (no part of
         the samples is copied).
-    Both comparisons are strict, without a margin for chance. With unseen real images in place of
-    samples, the share would scatter around 5% by `near_share_error`. The distance detects copies
-    of pixels, but not a shifted or recolored copy.
+    Neither comparison leaves a margin for chance. With unseen real images in place of samples, the
+    share would scatter around 5% by `near_share_error`. The distance detects pixel copies, but not
+    shifted or recolored ones.
 
     Args:
-        samples, train, held_out: images (B, H, W, 3) of one size, preprocessed alike without random
-            augmentation; B may differ. `held_out` was not trained on.
+        samples, train, held_out: images (B, H, W, 3) of one size, preprocessed identically, without
+            random augmentation; B may differ. `held_out` was not trained on.
 
     Returns:
         samples_median, samples_mean, held_out_median, held_out_mean: distances.

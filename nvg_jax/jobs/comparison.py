@@ -1,4 +1,4 @@
-"""Figures that can be compared with published ones: of samples, of reconstructions, of a sweep."""
+"""Metrics comparable with published ones: of samples, of reconstructions, of a sweep."""
 
 import dataclasses
 import itertools
@@ -33,14 +33,14 @@ EXTREMES = 8  # best and worst reconstructions in the picture
 
 
 def open_split(data: dict[str, Any], split: str) -> Source:
-    """A split of a data set; `data` as in a config."""
+    """A split of a data set; `data` is as in a config."""
     return open_source(data["name"], split, data_dir=data["data_dir"] or None)
 
 
 def split_images(
     data: dict[str, Any], split: str, image_size: tuple[int, int], batch_size: int
 ) -> Split:
-    """The images of a split, cropped to one size; `data` as in a config."""
+    """The images of a split, cropped to one size; `data` is as in a config."""
     source = open_split(data, split)
     transform = Transform(image_size, data["resize"] or None)
     return Split(source, transform, {**data, "split": split}, batch_size)
@@ -49,10 +49,10 @@ def split_images(
 def compare(
     images: ImageSet, reference: FeatureSet, judge: Inception, out: Path, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The five figures of a set of images; writes metrics.json into `out`.
+    """The five metrics of a set of images; writes metrics.json into `out`.
 
     Args:
-        settings: whatever else says how the figures came about; part of the result.
+        settings: how the images were made, to be included in the result.
 
     Returns:
         {"fid", "sfid", "inception_score", "precision", "recall", "images", ...} on process 0, {} on
@@ -77,7 +77,7 @@ def write_results(path: Path, results: dict[str, Any] | list[dict[str, Any]]):
 
 
 def check_sizes(images: ImageSet, reference: ImageSet):
-    """Warns if two sets have images of different sizes, which the network's resizing hides."""
+    """Warns if two sets have images of different sizes, which the network's resizing would hide."""
     if tuple(images.image_size) != tuple(reference.image_size):
         logger.warning(
             "the samples have %d x %d pixels and the reference %d x %d: both are resized to the "
@@ -122,7 +122,7 @@ def sweep(
     """Compares the samples of every point with the reference; writes metrics.json.
 
     Returns:
-        The results of all points with "sweep", the point's settings; [] on all processes but 0.
+        The results of all points, each with its settings as "sweep"; [] on all processes but 0.
     """
     results = []
     for number, point in enumerate(points, 1):
@@ -138,7 +138,7 @@ def sweep(
 
 
 def at_point(job: SamplingJob, point: dict[str, Any]) -> SamplingJob:
-    """The job with the settings of a point of a sweep."""
+    """The job with the settings of one point of a sweep."""
     return dataclasses.replace(job, settings={**job.settings, **point})
 
 
@@ -148,7 +148,7 @@ def sampling_facts(job: SamplingJob) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Results as lines of text; of several, the one with the lowest FID is marked."""
+    """Results as lines of text; if there are several, the one with the lowest FID is marked."""
     columns = ("fid", "sfid", "inception_score", "precision", "recall")
     heads = ("FID", "sFID", "IS", "precision", "recall")
     best = min(range(len(results)), key=lambda i: results[i]["fid"])
@@ -166,7 +166,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 class Reconstructions(NamedTuple):
-    """What is measured of a batch of images and their reconstructions."""
+    """The measurements of a batch of images and their reconstructions."""
 
     real: Any  # float32 (B, D), Inception's pool features
     restored: Any
@@ -184,7 +184,7 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
     antialiasing, and rFID compares the reconstructions with the same originals.
 
     Returns:
-        The figures on process 0, {} on the others.
+        The metrics on process 0, {} on the others.
 
     Raises:
         ValueError: a network's weights are missing, or an image cannot be read.
@@ -257,7 +257,7 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
 
 
 def extremes(pipeline: Pipeline, images: Split, distances: np.ndarray) -> np.ndarray:
-    """The best, then the worst reconstructions by `distances`, below their images."""
+    """The best and then the worst reconstructions by `distances`, below their images."""
     order = np.argsort(distances)
     count = min(EXTREMES, len(order) // 2)
     chosen = np.concatenate([order[:count], order[len(order) - count :]])
@@ -276,10 +276,10 @@ def open_reference(
     """The reference images that --reference names: an .npz file, or a split of the data set.
 
     Args:
-        image_size, data: of the model and as in a config; only a split needs them.
+        image_size, data: the model's image size, and `data` as in a config; only for a split.
 
     Raises:
-        ValueError: neither.
+        ValueError: `text` is neither, or `data` is missing.
     """
     if text in SPLITS:
         if data is None:

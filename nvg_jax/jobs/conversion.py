@@ -1,4 +1,4 @@
-"""Between the published checkpoints and folders that `Pipeline.from_pretrained` opens."""
+"""Converts between the published checkpoints and folders for `Pipeline.from_pretrained`."""
 
 import contextlib
 import hashlib
@@ -27,20 +27,20 @@ def read_published(
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
 ) -> tuple[RunMetadata, dict[str, Any]]:
-    """(metadata, params) of published checkpoints, as `Pipeline` takes them.
+    """(metadata, params) of published checkpoints, the arguments of `Pipeline`.
 
     Sizes are read from the tensors, every one of which is used or known to be unneeded. The files
-    are mapped, so memory holds the float32 parameters and what is being looked at.
+    are memory-mapped, so memory holds only the float32 parameters and the pages being read.
 
     Args:
         autoencoder: file of an autoencoder.
-        generator: file of its content and structure generator, None for the autoencoder alone.
+        generator: file of its content and structure generators; None for the autoencoder alone.
         autoencoder_weights, generator_weights: "raw", or "ema" for the moving average. The
             published generators were trained with, and sample with, the defaults.
 
     Raises:
-        ValueError: a file that is missing, no checkpoint, has no such weights or other tensors
-            than the published model; a generator of another autoencoder.
+        ValueError: a file is missing, is not a checkpoint, lacks these weights or has other tensors
+            than the published model; or the generator belongs to another autoencoder.
     """
     files = {"autoencoder": (autoencoder, autoencoder_weights)}
     if generator is not None:
@@ -96,13 +96,13 @@ def convert(
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
 ):
-    """Writes a folder for `Pipeline.from_pretrained`; arguments and errors of `read_published`.
+    """Writes a folder for `Pipeline.from_pretrained`; see `read_published` for the arguments.
 
     Raises:
-        ValueError: also if `out` exists and is not empty.
+        ValueError: as for `read_published`, or `out` exists and is not empty.
     """
     _check_new(out)
-    # Given on without a name, so that the arrays go once the pipeline has its own.
+    # Passed on without a name, so that the arrays are freed once the pipeline has its own.
     pipeline = Pipeline(
         *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
     )
@@ -116,12 +116,12 @@ def to_safetensors(workdir: str | Path, out: str | Path):
     `out`/generator.safetensors.
 
     Args:
-        workdir: of a training run (raw tokenizer, averaged generators), or an exported or
-            converted one.
+        workdir: the folder of a training run (raw tokenizer, averaged generators), or an exported
+            or converted one.
 
     Raises:
-        ValueError: no model in the folder, one generator of the two, or `out` exists and is not
-            empty.
+        ValueError: the folder holds no model or only one of the generators, or `out` exists and is
+            not empty.
     """
     _check_new(out)
     pipeline = Pipeline.from_pretrained(workdir)
@@ -146,7 +146,7 @@ def to_safetensors(workdir: str | Path, out: str | Path):
 
 @contextlib.contextmanager
 def _naming(file: str | Path):
-    """Says in which file a mistake is."""
+    """Adds the name of the file to a ValueError."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What samples keep of an image or take from a drawing, read from files."""
+"""Reads from files what samples keep of an image or take from a drawing."""
 
 import os
 from pathlib import Path
@@ -13,17 +13,17 @@ from nvg_jax.pipeline import Pipeline, check_integer
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence
 
-MAX_REGIONS = 64  # of a drawing; more colors come from smooth edges
+MAX_REGIONS = 64  # regions of a drawing; more colors mean that its edges are smoothed
 
 
 def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
     """The pixels of a picture, uint8 (H, W, 3).
 
     Args:
-        size: height and width that it must have.
+        size: the height and width that it must have.
 
     Raises:
-        ValueError: no such file, no picture, or another size.
+        ValueError: the file does not exist, is not a picture, or has another size.
     """
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}.")
@@ -40,7 +40,7 @@ def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None) -
 
 
 def fit(pipeline: Pipeline, pixels: np.ndarray) -> np.ndarray:
-    """Pixels uint8 (H, W, 3) as the model's images, resized and cropped in the middle, float32."""
+    """Resizes and center-crops uint8 pixels (H, W, 3) to the model's image size, float32."""
     size = pipeline.tokenizer.config.image_size
     return Transform(size, resize=min(size))(Image.fromarray(pixels))
 
@@ -61,10 +61,10 @@ def keep_stages(
 
 
 def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Given:
-    """The maps that a drawing decides: a PNG whose colors are regions, or a ready-made one by name.
+    """The maps of a drawing: a PNG whose colors are regions, or the name of a ready-made one.
 
     Raises:
-        ValueError: neither, or a picture of one color or of too many.
+        ValueError: it is neither, or a picture with one color or too many.
     """
     config = pipeline.tokenizer.config
     height, width = config.image_size
@@ -96,11 +96,12 @@ def edit_region(
     start: int,
     feather: int | None,
 ) -> Given:
-    """An image of which the white part of a mask is sampled anew.
+    """An image to be resampled where a mask is white.
 
     Args:
-        start: the first stage to sample anew.
-        feather: None, or paste the original pixels back outside, blended over so many pixels.
+        start: the first stage to resample.
+        feather: the number of pixels over which the original pixels outside of the mask are
+            blended back in; None does not paste them.
 
     Raises:
         ValueError: a file that cannot be read, a mask of another size or without white, or a stage
@@ -114,7 +115,7 @@ def edit_region(
     original = fit(pipeline, pixels)
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
     sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))
-    # In the middle of the interval that becomes the same pixel again.
+    # The middle of the interval that `to_uint8` truncates to the same pixel value.
     exact = np.clip((image_to_uint8(original) + 0.5) / 127.5 - 1, -1, 1).astype(np.float32)
     pasted = {} if feather is None else dict(image=exact, mask=inside, feather=feather)
     return Given(sequence, start, start, region, **pasted)

@@ -1,4 +1,4 @@
-"""Encoding a data set once, so that generators train without the encoder and the clustering."""
+"""Encodes a data set once, so that generators train without the encoder and the clustering."""
 
 import contextlib
 import math
@@ -33,20 +33,20 @@ def encode_data_set(
     seed: int = 0,
     **options,
 ) -> dict[str, Any]:
-    """Writes the cached sequences of a data set, together with all other processes.
+    """Writes the cached sequences of a data set; all processes share the work.
 
     Args:
         data: "name", "data_dir", "resize" and "pad", as in a config's `data`.
         crops: random crops of each training image. Test images have one center crop.
-        seed: of the crops.
-        options: of `write_shards`, from batch_size on.
+        seed: seed of the crops.
+        options: keyword arguments of `write_shards`.
 
     Returns:
         The metadata (see `sequences.finish`) on process 0, {} on the others.
 
     Raises:
-        ValueError: data that has no images or other classes, `out` holds something else, or an
-            unreadable image (on_bad="error").
+        ValueError: the data has no images or other classes, `out` holds something else, or an image
+            is unreadable (on_bad="error").
         OSError: a file cannot be written.
     """
     out = Path(out)
@@ -54,7 +54,7 @@ def encode_data_set(
     if is_main():
         sequences.begin(out, settings)
     barrier("encoding has begun")
-    sequences.begin(out, settings)  # the others, which may have been given other settings
+    sequences.begin(out, settings)  # checks the other processes, whose settings may differ
     write_shards(
         pipeline, out, sources, settings, jax.process_index(), jax.process_count(), **options
     )
@@ -65,7 +65,7 @@ def encode_data_set(
 def plan_encoding(
     pipeline: Pipeline, data: dict[str, Any], crops: int, seed: int
 ) -> tuple[dict[str, Source], dict[str, Any]]:
-    """The splits of the data, and the settings that decide what the files hold."""
+    """The splits of the data, and the settings that determine the contents of the files."""
     metadata = pipeline.metadata
     if metadata.fingerprint is None:
         raise ValueError(
@@ -74,7 +74,7 @@ def plan_encoding(
         )
     if crops < 1:
         raise ValueError(f"crops must be at least 1, got {crops}.")
-    # Converted weights know the number of their classes at most; then the data names them.
+    # Converted weights know at most the number of their classes; then the names come from the data.
     class_names = pipeline.class_names if metadata.config else None
     sources = {
         split: open_source(
@@ -110,11 +110,11 @@ def write_shards(
     num_threads: int = 2,
     num_workers: int = 0,
 ):
-    """Writes a process's files, except those that exist.
+    """Writes a process's files, except those that already exist.
 
     Args:
-        batch_size: crops encoded at once; at least all of one image.
-        on_bad, num_threads, num_workers: see `LoaderOptions`; with "skip" an unreadable image
+        batch_size: crops encoded at once; always at least all crops of one image.
+        on_bad, num_threads, num_workers: see `LoaderOptions`; with "skip", an unreadable image
             has no record.
     """
     shards = [
@@ -153,7 +153,7 @@ def write_shards(
 
 
 def encode_records(pipeline: Pipeline, batch: dict[str, np.ndarray], images: int) -> list[bytes]:
-    """The records of a batch of `crop_batches`, encoded as a batch of `images` images."""
+    """The records of a batch from `crop_batches`, encoded as a batch of `images` images."""
     crops = fill_batch(batch["image"], images)
     sequence = pipeline.encode(crops.reshape(-1, *crops.shape[2:]))
     dtype = sequences.crop_dtype(pipeline.metadata.to_json()["tokenizer"])

@@ -1,4 +1,4 @@
-"""Evaluation by a classifier of the data set: class agreement, copying, FID and its companions.
+"""Evaluation by a classifier of the data set: class agreement, copying, FID and related metrics.
 
 Several processes share the reconstruction and the sampling; process 0 measures and writes.
 """
@@ -25,7 +25,7 @@ from nvg_jax.visualize import image_grid, reconstruction_grid, save_png
 
 logger = logging.getLogger("nvg_jax")
 STAGES_SHOWN = 4  # samples in the picture of the stages
-MAX_IMAGES = {"train": 60_000, "test": 10_000}  # of a split
+MAX_IMAGES = {"train": 60_000, "test": 10_000}  # per split
 MAX_BYTES = 4 << 30  # of one split's images in memory
 NEIGHBOR_IMAGES = 10_000  # training images compared for precision and recall
 COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
@@ -47,11 +47,11 @@ def evaluate(
     batch_size: int,
     **settings,
 ) -> dict[str, Any] | None:
-    """Writes metrics.json and pictures into `out`; without generators, of the tokenizer alone.
+    """Writes metrics.json and pictures into `out`; without generators, for the tokenizer only.
 
     Args:
         data: "name", "data_dir", "resize" and optionally "on_bad", as in a config's `data`.
-        settings: of `Pipeline.sample`.
+        settings: sampling settings for `Pipeline.sample`.
 
     Returns:
         The metrics on process 0, None on the others.
@@ -97,8 +97,8 @@ def evaluate(
 
 
 def make_classifier(name: str, train: Images, num_classes: int):
-    """The judge of a data set, fitted on its training images; `name` as in a config's `data`."""
-    if name == "digits":  # few images, for which there is a classifier of its own
+    """The judge of a data set, fitted to its training images; `name` is as in a config's `data`."""
+    if name == "digits":  # few images, which have their own classifier
         return DigitClassifier(*train)
     return train_classifier(*train, num_classes)
 
@@ -121,10 +121,10 @@ def load_images(source: Source, transform: Transform, limit: int, on_bad: str = 
     """At most `limit` images of a split, a fixed random choice, bounded by MAX_BYTES.
 
     Args:
-        on_bad: what an unreadable image does: "error" stops, "skip" leaves it out with a warning.
+        on_bad: for an unreadable image, "error" stops and "skip" leaves it out with a warning.
 
     Raises:
-        ValueError: an unreadable image, with its name.
+        ValueError: an image is unreadable; the message names it.
     """
     height, width = transform.image_size
     limit = min(limit, len(source), MAX_BYTES // (height * width * 3 * 4))
@@ -146,7 +146,7 @@ def load_images(source: Source, transform: Transform, limit: int, on_bad: str = 
 
 
 def reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int = 100) -> np.ndarray:
-    """All images through the tokenizer and back, shared by all processes."""
+    """Reconstructs all images with the tokenizer; all processes share the work."""
     num_batches = -(-len(images) // batch_size)
     own = own_share(num_batches)
     restored = np.empty((len(own), batch_size, *images.shape[1:]), np.float32)
@@ -157,7 +157,7 @@ def reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int = 100) -
 
 
 def draw_samples(job: SamplingJob) -> tuple[np.ndarray, SampleOutput | None]:
-    """The images of all samples, shared by all processes.
+    """The images of all samples; all processes share the work.
 
     Returns:
         float32 (N, H, W, 3) in [-1, 1], and this process's first batch.
@@ -172,7 +172,7 @@ def draw_samples(job: SamplingJob) -> tuple[np.ndarray, SampleOutput | None]:
 
 
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of at most `count` images, cycling through the classes as far as they go."""
+    """Indices of at most `count` images, cycling through the classes while they last."""
     turn = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         turn[labels == label] = np.arange((labels == label).sum())

@@ -1,7 +1,7 @@
 """Features of many images (an archive, a split, samples), computed by all processes together.
 
 The unit of work is a batch. Its features are stored in a folder of parts, so that a run that was
-killed goes on where it was.
+killed resumes where it stopped.
 """
 
 import concurrent.futures
@@ -31,8 +31,8 @@ from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch, local_batch, make_mesh
 
 logger = logging.getLogger("nvg_jax")
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of a reference file
-REFERENCE_IMAGES = 10_000  # of a data set, for precision and recall
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # arrays of a reference file
+REFERENCE_IMAGES = 10_000  # images of a data set used for precision and recall
 SHUFFLE_SEED = 0
 DECODING_THREADS = 16
 
@@ -41,7 +41,7 @@ class ImageSet(Protocol):
     """A fixed sequence of images, in batches: an `Archive`, a `Split` or a `SamplingJob`.
 
     Attributes:
-        batch_size: of all batches but the last, which may be smaller.
+        batch_size: the size of all batches but the last, which may be smaller.
         num_batches: number of batches.
         image_size: height and width.
     """
@@ -53,17 +53,17 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields the batches of these numbers, which increase, as uint8 (B, H, W, 3)."""
+        """Yields the batches with the given increasing numbers as uint8 (B, H, W, 3)."""
 
     def describe(self) -> dict[str, Any]:
-        """Everything the images depend on, JSON-able."""
+        """Everything the images depend on, JSON-serializable."""
 
 
 class Archive:
     """The images in an .npz file, "arr_0", uint8 (N, H, W, 3), read one batch at a time.
 
     Raises:
-        ValueError: no such file, a damaged one, or one with other contents.
+        ValueError: the file does not exist, is damaged or has other contents.
     """
 
     def __init__(self, path: str | os.PathLike, batch_size: int):
@@ -109,7 +109,7 @@ class Archive:
             raise self._damaged(error) from error
 
     def statistics(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The statistics that a reference file has beside its images, for `FeatureSet`."""
+        """The statistics that a reference file holds besides its images, for `FeatureSet`."""
         try:
             with np.load(self.path) as archive:
                 stored = {n: archive[n].astype(np.float64) for n in STATISTICS if n in archive}
@@ -175,7 +175,7 @@ def read_image(source: Source, index: int, transform: Transform) -> tuple[np.nda
     """(image float32 (H, W, 3) in [-1, 1], label) of a record.
 
     Raises:
-        ValueError: an unreadable image, with its name.
+        ValueError: the image is unreadable; the message names it.
     """
     name = f"record {index}"
     try:
@@ -189,12 +189,12 @@ def read_image(source: Source, index: int, transform: Transform) -> tuple[np.nda
 
 
 def image_to_uint8(image: np.ndarray) -> np.ndarray:
-    """The pixels that float values v / 127.5 - 1 were made from."""
+    """The pixel values v of float values v / 127.5 - 1."""
     return np.round((image + 1) * 127.5).astype(np.uint8)
 
 
 class Inception:
-    """The network of the published figures, on all local devices.
+    """The network behind the published metrics, on all local devices.
 
     Args:
         prepare: `tf1_inception_input` for generation, `antialiased_inception_input` for
@@ -214,7 +214,7 @@ class Inception:
         self._features = jax.jit(lambda params, x: pretrained.inception(params, prepare(x)))
 
     def image_features(self, images) -> ImageFeatures:
-        """Float32 features of images that `prepare` takes, (B, H, W, 3)."""
+        """Float32 features of images (B, H, W, 3), in the form that `prepare` accepts."""
         with jax.set_mesh(self._mesh):
             found = self._features(self._params, local_batch(images, self._mesh))
             found = jax.device_get(found)
@@ -227,11 +227,11 @@ def extract(
     """The features of all images, on every process.
 
     Args:
-        folder: of the parts; it stays, so that the same call later is answered at once.
-        keep: how many of the first images' own features the result has; None keeps all.
+        folder: holds the parts; it is kept, so that repeating the call takes no time.
+        keep: the number of images, from the first on, whose features are kept; None keeps all.
 
     Raises:
-        ValueError: an image that cannot be read, or `folder` holds features of other images.
+        ValueError: an image cannot be read, or `folder` holds features of other images.
     """
     size, count = images.batch_size, len(images)
     description = {"network": judge.fingerprint, "batch_size": size, **images.describe()}
@@ -254,7 +254,7 @@ def extract(
 
 
 def filled(images: ImageSet, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    """The batches, all of the same size, so that one program serves them."""
+    """The batches, all filled to the same size, so that one compiled program serves them."""
     for batch in images.batches(numbers):
         yield fill_batch(batch, min(images.batch_size, len(images)))
 
@@ -262,13 +262,13 @@ def filled(images: ImageSet, numbers: Sequence[int]) -> Iterator[np.ndarray]:
 def in_parts(
     images: ImageSet, folder: Path, description: dict[str, Any], compute, name: str
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the arrays of each of this process's batches, from a file or computed and stored.
+    """Yields the arrays of each of this process's batches, read from a file or computed and stored.
 
     Args:
-        folder: of the files.
-        description: of what the arrays depend on.
-        compute: batch numbers -> an iterator of their arrays, NamedTuples.
-        name: for the progress.
+        folder: the folder of the files.
+        description: everything the arrays depend on.
+        compute: batch numbers -> an iterator over their arrays, NamedTuples.
+        name: the name in the progress lines.
     """
     open_folder(folder, "*.npz", description)
     path = lambda number: folder / f"{number:06d}.npz"
@@ -289,7 +289,7 @@ def in_parts(
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a part, None if it is damaged."""
+    """The arrays of a part, or None if it is damaged."""
     try:
         with np.load(path) as archive:
             return dict(archive)
@@ -299,7 +299,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def gather_rows(own: list[np.ndarray], count: int) -> np.ndarray:
-    """All processes' batches (B, D), one after the other; `own` are those of `own_share`."""
+    """All processes' batches (B, D), concatenated in order; `own` are those of `own_share`."""
     if jax.process_count() == 1:
         return np.concatenate(own)
     shape = np.array(own[0].shape if own else (0, 0))
@@ -325,17 +325,17 @@ def gather_moments(own: Moments) -> Moments:
 
 
 def reference_features(images: ImageSet, judge: Inception) -> FeatureSet:
-    """The features to compare with, kept in the cache and found again for the same images.
+    """The features to compare with, cached for the next call with the same images.
 
-    The statistics that a reference file brings along take precedence over its images'. Of a data
-    set, the statistics are from all images, and precision and recall from 10,000.
+    Statistics stored in a reference file take precedence over those of its images. For a data set,
+    statistics are computed from all images, and precision and recall from 10,000.
     """
     description = {"network": judge.fingerprint, **images.describe()}
     folder = pretrained.cache_folder() / "references" / digest(description)[:16]
     keep = None if isinstance(images, Archive) else REFERENCE_IMAGES
     file = folder.with_suffix(".npz")
     stored = read_arrays(file) if file.exists() else None
-    # Each machine may have a cache of its own; all processes must take the same way.
+    # Each machine may have its own cache, but all processes must take the same branch.
     if gather(np.array([stored is not None]), jax.process_count()).all():
         logger.info("features of the reference: %s", file)
         pairs = [

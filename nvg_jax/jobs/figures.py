@@ -25,10 +25,10 @@ def picture_of(pipe: Pipeline, labels: np.ndarray, stage: int) -> np.ndarray:
 
 
 def sequence(pipe: Pipeline, visual: GranularitySequence, names: Sequence[str]) -> np.ndarray:
-    """Canvases and maps, stage by stage (Figure 1): two rows an image.
+    """Canvases and maps, stage by stage (Figure 1): two rows per image.
 
     Args:
-        visual: of B images. names: of the rows.
+        visual: the sequences of B images. names: the row labels.
     """
     config = pipe.tokenizer.config
     tiles = []
@@ -40,7 +40,7 @@ def sequence(pipe: Pipeline, visual: GranularitySequence, names: Sequence[str]) 
 
 
 def binary(pipe: Pipeline, classes: Sequence[int], columns: int, seed: int) -> np.ndarray:
-    """Samples beside their first map and its two halves (Figure 5): a row a class."""
+    """Samples next to their first map and its two halves (Figure 5): one row per class."""
     config = pipe.tokenizer.config
     out = pipe.sample(np.repeat(classes, columns), seed=seed)
     tiles = []
@@ -56,12 +56,12 @@ def binary(pipe: Pipeline, classes: Sequence[int], columns: int, seed: int) -> n
 
 
 def drawings(pipe: Pipeline, classes: Sequence[int], seed: int) -> np.ndarray:
-    """Samples of every class that follow each ready-made map (Figure 6): a row a map."""
+    """Samples of every class that follow each ready-made map (Figure 6): one row per map."""
     tiles = []
     for name in control.DRAWINGS:
         given = editing.follow_drawing(pipe, name)
         out = SamplingJob(pipe, classes, 1, len(classes), seed, {}, given).sample(0)
-        last = given.structure_stages - 1  # the finest map that the drawing decides
+        last = given.structure_stages - 1  # the finest map that the drawing determines
         shown = picture_of(pipe, given.sequence.structure[last], last)
         tiles.append([shown, *to_uint8(out.images)])
     heads = ["map", *(pipe.class_names[c] for c in classes)]
@@ -69,9 +69,9 @@ def drawings(pipe: Pipeline, classes: Sequence[int], seed: int) -> np.ndarray:
 
 
 def stages(pipe: Pipeline, class_id: int, columns: int, seed: int) -> np.ndarray:
-    """What each stage decides (Figure 8): samples that keep more and more stages of one.
+    """What each stage decides (Figure 8): samples that keep more and more stages of one sample.
 
-    On the left only the maps are kept, on the right maps and tokens.
+    On the left, only the maps are kept; on the right, maps and tokens.
     """
     config = pipe.tokenizer.config
     one = pipe.sample([class_id], seed=seed)

@@ -33,11 +33,11 @@ logger = logging.getLogger("nvg_jax")
 
 
 class Given(NamedTuple):
-    """What all samples of a job keep of a reference; see `Pipeline.sample`.
+    """What all samples of a job keep from a reference; see `Pipeline.sample`.
 
     sequence: maps and tokens, int (S, L) each. region: bool (L,), where to sample, or None.
     image, mask, feather: pixels float32 (H, W, 3) to paste back outside of a mask, bool (H, W),
-    blended over `feather` pixels; without an image nothing is pasted.
+    blended over `feather` pixels; without an image, nothing is pasted.
     """
 
     sequence: GranularitySequence
@@ -51,14 +51,14 @@ class Given(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingJob:
-    """The samples to make: sample i is of the class classes[i // per_class].
+    """The samples to draw: sample i is of the class classes[i // per_class].
 
-    Batch n, the unit of work, has the `batch_size` samples from n * batch_size.
+    Batch n, the unit of work, has the `batch_size` samples from n * batch_size on.
 
     Attributes:
-        classes: ids of classes.
-        settings: of `Pipeline.sample`.
-        given: what the samples keep of a reference.
+        classes: class ids.
+        settings: sampling settings for `Pipeline.sample`.
+        given: what the samples keep from a reference.
     """
 
     pipeline: Pipeline
@@ -85,10 +85,10 @@ class SamplingJob:
         return (*self.image_size, 3)
 
     def expanded_settings(self) -> Settings:
-        """The settings of every stage, with the folder's where none is given.
+        """The settings of every stage; a setting that is not given takes the folder's value.
 
         Raises:
-            ValueError: a setting out of range.
+            ValueError: a setting is out of range.
         """
         config = self.pipeline.tokenizer.config
         settings = self.pipeline.settings.updated(self.settings)
@@ -118,12 +118,12 @@ class SamplingJob:
         return jax.tree.map(lambda x: x[: len(ids)], out)
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields the batches of these numbers as uint8 (B, H, W, 3)."""
+        """Yields the batches with the given numbers as uint8 (B, H, W, 3)."""
         for output in self._ahead(numbers):
             yield to_uint8(output.images)
 
     def _ahead(self, batches: Sequence[int]) -> Iterator[SampleOutput]:
-        """Yields the batches; the next one is sampled while the caller works on the last."""
+        """Yields the batches; samples the next one while the caller works on the current one."""
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             pending = None
             for batch in batches:
@@ -144,10 +144,10 @@ class SamplingJob:
             yield batch, output
 
     def describe(self) -> dict[str, Any]:
-        """Everything the samples depend on, JSON-able, with one value per stage for each setting.
+        """Everything the samples depend on, JSON-serializable, with settings expanded per stage.
 
         Raises:
-            ValueError: a setting out of range.
+            ValueError: a setting is out of range.
         """
         metadata = self.pipeline.metadata.to_json()
         model = {name: metadata[name] for name in ("tokenizer", "canvas_scale", *GENERATORS)}
@@ -173,24 +173,24 @@ def stage_images(pipeline: Pipeline, sequence: GranularitySequence) -> np.ndarra
 
 
 def stages_picture(pipeline: Pipeline, output: SampleOutput, picks: np.ndarray) -> np.ndarray:
-    """The samples `picks` of an output: the canvas decoded after every stage, above its map."""
+    """The stages of the samples `picks` of an output: each decoded canvas above its map."""
     sequence = GranularitySequence(*(part[picks] for part in output.sequence))
     latent_size = pipeline.tokenizer.config.latent_size
     return stages_grid(stage_images(pipeline, sequence), sequence.structure, latent_size)
 
 
-# Resumable output: every file present is complete and was made with these settings.
+# Resumable output: every existing file is complete and was made with these settings.
 
 
 def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
     """Creates a folder of samples, or checks that it was created with the same settings.
 
     Args:
-        pattern: of the names of the files with samples.
+        pattern: glob pattern of the files with samples.
         description: see `SamplingJob.describe`; stored in the folder.
 
     Raises:
-        ValueError: the folder holds samples of other or unknown settings, or not all processes
+        ValueError: the folder holds samples with other or unknown settings, or not all processes
             see the same folder.
     """
     path = folder / SETTINGS_FILE
@@ -242,8 +242,8 @@ def own_missing(num_batches: int, files) -> list[int]:
 def write_array(job: SamplingJob, out: Path):
     """Writes the samples to one .npz with "arr_0", uint8 (N, H, W, 3).
 
-    Each batch is first a file in a folder of parts. When all parts exist they are joined and
-    removed.
+    Each batch is first written to a file in a folder of parts. When all parts exist, they are
+    joined and removed.
 
     Raises:
         ValueError: `out`, or the folder of parts, was made with other settings.
@@ -275,7 +275,7 @@ def write_array(job: SamplingJob, out: Path):
 
 
 def read_mark(path: Path) -> bytes | None:
-    """The comment of an archive, None for any other file."""
+    """The comment of an archive, or None for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.comment
@@ -289,7 +289,7 @@ def write_part(path: Path, images: np.ndarray):
 
 
 def read_part(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The images of a part, None if it is missing, damaged (by the archive's CRC) or another's."""
+    """The images of a part; None if it is missing, fails the archive's CRC, or has other images."""
     try:
         with open(path, "rb") as file, np.load(file) as archive:
             images = archive["arr_0"]
@@ -299,7 +299,7 @@ def read_part(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def join_parts(job: SamplingJob, part, out: Path, mark: bytes):
-    """Joins the parts to the .npz with one of them in memory at a time; remakes damaged ones."""
+    """Joins the parts into the .npz, one in memory at a time; recreates damaged ones."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(job), *job.image_shape)}
     with atomic_write(out) as file, zipfile.ZipFile(file, "w") as archive:
         archive.comment = mark
@@ -314,10 +314,10 @@ def join_parts(job: SamplingJob, part, out: Path, mark: bytes):
 
 
 def write_pictures(job: SamplingJob, out: Path, columns: int):
-    """Writes a PNG per sample, grid.png and, of the first batch, stages.png into a folder.
+    """Writes a PNG per sample, grid.png and, for the first batch, stages.png into a folder.
 
     Raises:
-        ValueError: the folder holds pictures of other settings, or a damaged one.
+        ValueError: the folder holds pictures with other settings, or a damaged one.
         OSError: a file cannot be written.
     """
     classes = np.repeat(job.classes, job.per_class)

@@ -25,12 +25,12 @@ Statistics = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D)
 
 
 class Scorer:
-    """FID of the images that a model makes, at several steps of its training.
+    """FID of the images that a model generates, at several steps of its training.
 
     Args:
         judge: the network whose features are compared; has `image_features`.
         count: number of images.
-        batch_size: of this process.
+        batch_size: this process's batch size.
         images: (pipeline, number) -> batch `number` of the images, uint8 (B, H, W, 3).
         reference: statistics of the features to compare with.
     """
@@ -62,7 +62,7 @@ class Scorer:
         with jax.set_mesh(make_mesh(devices=jax.local_devices())):
             if self._pipeline is None:
                 self._pipeline = Pipeline(metadata, params)
-            else:  # keeps what it has compiled
+            else:  # keeps the compiled programs
                 self._pipeline.params = params
             found = statistics(
                 self._judge,
@@ -70,19 +70,19 @@ class Scorer:
                 self._batch_size,
                 lambda number: self._images(self._pipeline, number),
             )
-            self._pipeline.params = {}  # leaves the memory to the training
+            self._pipeline.params = {}  # frees the memory for the training
         own = frechet_distance(self._reference, found)
-        # The last digits may differ between machines, and all must decide alike.
+        # The last digits may differ between machines, but all must make the same decision.
         return float(gather(np.array([own]), jax.process_count())[0])
 
 
 def statistics(
     judge, count: int, batch_size: int, images: Callable[[int], np.ndarray]
 ) -> Statistics:
-    """The statistics of `count` images' features, each process computing its share of batches.
+    """The statistics of the features of `count` images; each process computes its share of batches.
 
     Args:
-        images: number of a batch -> uint8 (batch_size, H, W, 3), the last one maybe smaller.
+        images: batch number -> uint8 (batch_size, H, W, 3); the last batch may be smaller.
 
     Raises:
         Preempted: SIGTERM arrived.
@@ -104,16 +104,16 @@ def statistics(
 def make_scorers(
     config: ml_collections.ConfigDict, parts: Sequence[str], num_classes: int
 ) -> dict[str, Scorer]:
-    """{part: its scorer} of the parts with a `fid_every`.
+    """{part: its scorer} for the parts with a `fid_every`.
 
-    The tokenizer's reconstructions are compared with the same held-out images, samples with
+    The tokenizer's reconstructions are compared with their originals, held-out images; samples with
     `config.evaluation.reference`.
 
     Args:
-        parts: of "tokenizer", "generators" and "distillation"; others have none.
+        parts: only "tokenizer", "generators" and "distillation" have scorers.
 
     Raises:
-        ValueError: a network, a file or data that is missing.
+        ValueError: a network, a file or data is missing.
     """
     recipes = {
         "tokenizer": config.tokenizer_training,
@@ -125,7 +125,7 @@ def make_scorers(
         return {}
     data, size = config.data.to_dict(), tuple(config.tokenizer.image_size)
     scorers, classifier = {}, None
-    # Not in the mesh of all processes: a judge works on the devices of its own.
+    # Not in the mesh of all processes: a judge works on this process's devices.
     with jax.set_mesh(make_mesh(devices=jax.local_devices())):
         if config.evaluation.judge == "classifier":
             train = load_split(data, "train", size)

@@ -1,6 +1,6 @@
-"""Frozen networks of the training losses and of evaluation.
+"""Frozen networks for the training losses and for evaluation.
 
-LPIPS on VGG16 and AlexNet, DINO ViT-S/16, DINOv2 ViT-B/14 and Inception v3. `convert` stores the
+LPIPS on VGG16 and AlexNet, DINO ViT-S/16, DINOv2 ViT-B/14 and Inception v3. `convert` imports the
 parameters from published files, `load` reads them. Each network is a pure function of its
 parameters and of images:
 

@@ -1,10 +1,10 @@
-"""Inception v3 of 2015-12-05, whose features FID and the figures beside it are computed from.
+"""Inception v3 of 2015-12-05, from whose features FID and related metrics are computed.
 
 This is the network of TensorFlow's classify_image example, with 1008 logits. It differs from
 torchvision's Inception v3 in its weights, in average pools that do not count the padding, and in
 a max pool where the last block should average. Modules carry torchvision's names.
 
-Figures are compared with published ones, so all arithmetic is float32, on accelerators too.
+Results are compared with published ones, so everything is computed in float32, on accelerators too.
 """
 
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ import numpy as np
 IMAGE_SIZE = 299  # pixels of the square input
 NUM_LOGITS = 1008
 POOL_WIDTH = 2048
-SPATIAL_CHANNELS = 7  # of the 192 of Mixed_6d's 1x1 branch
+SPATIAL_CHANNELS = 7  # of the 192 channels of Mixed_6d's 1x1 branch
 
 
 class ImageFeatures(NamedTuple):
-    """What the figures of a generative model are computed from, float32.
+    """The features from which the metrics of a generative model are computed, float32.
 
     Attributes:
         pool: (B, D), for FID, precision and recall.
@@ -38,7 +38,7 @@ def inception(params, images) -> ImageFeatures:
     """Inception features of images.
 
     Args:
-        params: of "inception".
+        params: parameters of "inception".
         images: float (B, 299, 299, 3) in [-1, 1], from `tf1_inception_input` or
             `antialiased_inception_input`.
 
@@ -60,7 +60,7 @@ def inception(params, images) -> ImageFeatures:
 
 
 def tf1_inception_input(images):
-    """Images resized and scaled as by TensorFlow 1's graph, for the figures of the ADM evaluator.
+    """Images resized and scaled as in TensorFlow 1's graph, for the metrics of the ADM evaluator.
 
     Bilinear: target pixel i reads source position i * in / out, without half-pixel offset, corner
     alignment or antialiasing (shrinking skips pixels).
@@ -84,7 +84,7 @@ def tf1_inception_input(images):
 
 
 def antialiased_inception_input(images):
-    """Images resized as by PyTorch's antialiased bilinear rule, for rFID as it is published.
+    """Images resized as in PyTorch's antialiased bilinear mode, for rFID as published.
 
     Args:
         images: float (B, H, W, 3) in [-1, 1].
@@ -93,7 +93,7 @@ def antialiased_inception_input(images):
         float32 (B, 299, 299, 3) in [-1, 1]; pixel centers are at half positions.
 
     Raises:
-        ValueError: images that are not float, which would be in another range.
+        ValueError: images that are not float and would thus have another range.
     """
     if not _floating(images):
         raise ValueError(f"Expected float images in [-1, 1], got {images.dtype}.")
@@ -146,14 +146,14 @@ def conv(x, name: str, channels: int, size: int | tuple[int, int], stride=1, pad
 
 
 def convs(x, name: str, *layers):
-    """Convolutions (channels, size) one after the other, called name_1, name_2, ..."""
+    """A sequence of convolutions (channels, size), called name_1, name_2, ..."""
     for number, layer in enumerate(layers, 1):
         x = conv(x, f"{name}_{number}", *layer)
     return x
 
 
 def average_pool(x):
-    """Mean of the 3 x 3 neighborhood, of the pixels that exist at the border."""
+    """Mean of the 3 x 3 neighborhood; at the border, of the existing pixels only."""
     return nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
 
 
@@ -182,7 +182,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35 x 35 to 17 x 17 positions."""
+    """35 x 35 -> 17 x 17 positions."""
 
     @nn.compact
     def __call__(self, x):
@@ -195,7 +195,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17 positions, 7 x 7 convolutions as rows and columns."""
+    """17 x 17 positions; 7 x 7 convolutions factored into rows and columns."""
 
     channels: int
 
@@ -212,7 +212,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """17 x 17 to 8 x 8 positions."""
+    """17 x 17 -> 8 x 8 positions."""
 
     @nn.compact
     def __call__(self, x):

@@ -14,7 +14,7 @@ import numpy as np
 from nvg_jax.layers import attention
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
-# LPIPS normalizes images in [-1, 1] by these.
+# LPIPS normalizes images in [-1, 1] with these.
 LPIPS_SHIFT = np.float32([-0.030, -0.088, -0.188])
 LPIPS_SCALE = np.float32([0.458, 0.448, 0.450])
 # Statistics of ImageNet, for images in [0, 1].
@@ -38,12 +38,12 @@ def lpips(params, images_a, images_b, dtype=jnp.float32):
     """Perceptual distance LPIPS v0.1 on VGG16 features (Zhang et al., arXiv 1801.03924).
 
     Args:
-        params: of "lpips".
+        params: parameters of "lpips".
         images_a, images_b: float (B, H, W, 3) in [-1, 1], H and W at least 16.
-        dtype: of the convolutions; features are compared in float32.
+        dtype: dtype of the convolutions; features are compared in float32.
 
     Returns:
-        float32 (B,), at least 0 and 0 for equal images.
+        float32 (B,), nonnegative, and 0 for equal images.
 
     Raises:
         ValueError: images of another shape or type.
@@ -55,8 +55,8 @@ def lpips(params, images_a, images_b, dtype=jnp.float32):
 def lpips_alex(params, images_a, images_b, dtype=jnp.float32):
     """LPIPS v0.1 on AlexNet features, the variant that most papers report.
 
-    Arguments, result and errors are those of `lpips`, except that params are of "lpips_alex" and H
-    and W at least 31.
+    Arguments, result and errors are those of `lpips`, except that params belong to "lpips_alex" and
+    H and W are at least 31.
     """
     _check_pair(images_a, images_b, 31)
     return Lpips("alex", dtype).apply({"params": params}, images_a, images_b)
@@ -66,9 +66,9 @@ def dino(params, images, dtype=jnp.float32):
     """Token sequences of DINO ViT-S/16 (Caron et al., arXiv 2104.14294) for the discriminator.
 
     Args:
-        params: of "dino".
+        params: parameters of "dino".
         images: float (B, 224, 224, 3) in [-1, 1].
-        dtype: of the computation.
+        dtype: dtype of the computation.
 
     Returns:
         Five arrays `dtype` (B, 197, 384): the embedded tokens with their positions, and the outputs
@@ -89,9 +89,9 @@ def dinov2(params, images, dtype=jnp.float32):
     """Normalized patch tokens of DINOv2 ViT-B/14 (Oquab et al., arXiv 2304.07193), for REPA.
 
     Args:
-        params: of "dinov2".
+        params: parameters of "dinov2".
         images: float (B, H, W, 3) in [-1, 1]; resized to 224 x 224, bicubic with antialiasing.
-        dtype: of the computation.
+        dtype: dtype of the computation.
 
     Returns:
         float32 (B, 256, 768) after the final norm: 16 x 16 patches row by row, without the class
@@ -128,7 +128,7 @@ def _check_pair(images_a, images_b, smallest: int):
 
 
 def imagenet_normalized(images):
-    """Images in [-1, 1] normalized by ImageNet's statistics, float32, for the transformers."""
+    """Images in [-1, 1] normalized with ImageNet's statistics, float32, for the transformers."""
     return ((images.astype(jnp.float32) + 1) / 2 - IMAGENET_MEAN) / IMAGENET_STD
 
 
@@ -178,7 +178,7 @@ class Lpips(nn.Module):
 
     @nn.compact
     def __call__(self, images_a, images_b):
-        """Two of (B, H, W, 3) in [-1, 1] -> float32 (B,)."""
+        """Two batches (B, H, W, 3) in [-1, 1] -> float32 (B,)."""
         network = {"vgg": VGG16, "alex": AlexNet}[self.network](self.dtype, name=self.network)
         levels_a, levels_b = (
             network((x.astype(jnp.float32) - LPIPS_SHIFT) / LPIPS_SCALE)
@@ -193,7 +193,7 @@ class Lpips(nn.Module):
 
 
 def unit_channels(x):
-    """x (..., C) over its norm + 1e-10, float32. Zero vectors and their gradients stay zero."""
+    """x (..., C) / (norm + 1e-10), float32. Zero vectors and their gradients stay zero."""
     x = x.astype(jnp.float32)
     square = jnp.square(x).sum(-1, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1))
@@ -201,7 +201,7 @@ def unit_channels(x):
 
 
 class VisionTransformer(nn.Module):
-    """Twelve blocks on patches of 224 x 224 pixels and a class token."""
+    """Twelve blocks on a class token and the patches of 224 x 224 pixels."""
 
     width: int
     patch: int

@@ -1,9 +1,9 @@
 """Imports published weights into a cache folder, as one file with a checksum per network.
 
-Importing simplifies the networks: Inception's batch norms are folded into the convolutions before
-them, DINOv2's layer scales into the linears before them. Position embeddings are resampled to 224 x
-224 pixels. Key biases are set to zero: a key bias shifts all scores of a query equally, which the
-softmax cancels.
+Importing simplifies the networks: Inception's batch norms are folded into the preceding
+convolutions, DINOv2's layer scales into the preceding linear layers. Position embeddings are
+resampled to 224 x 224 pixels. Key biases are set to zero: a key bias shifts all scores of a query
+equally, which the softmax cancels.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class Source:
     """Where a network's weights come from.
 
     Attributes:
-        files: name -> address of each published file.
+        files: name -> URL of each published file.
         unneeded: pattern of tensor names that are ignored.
-        without: setting of a training run that does not need the network, if training uses it.
+        without: for a network used in training, the setting that makes it unnecessary.
     """
 
     files: dict[str, str]
@@ -116,12 +116,13 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
     Args:
         name: one of NAMES.
         files: the published files or timm's, written by `torch.save` or as .safetensors. "lpips"
-            and "lpips_alex" take two, torchvision's (or timm's) VGG16 or AlexNet and the heads of
-            the package lpips, or one, the state dict of its `LPIPS(net="vgg")` or "alex".
+            and "lpips_alex" take two files, torchvision's (or timm's) VGG16 or AlexNet and the
+            heads from the package lpips, or one, the state dict of its `LPIPS(net="vgg")` or
+            "alex".
         cache: folder; by default $NVG_CACHE, else ~/.cache/nvg_jax.
 
     Returns:
-        The written file. It appears complete or not at all.
+        The written file, which is written atomically.
 
     Raises:
         ValueError: an unknown name; files that are missing or cannot be read; tensors that are
@@ -131,7 +132,7 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
     tensors = {}
     for file in map(Path, files):
         found = _read(file, source.unneeded)
-        # lpips keeps torchvision's layer numbers, but in five slices.
+        # lpips keeps torchvision's layer numbers, but divides the layers into five slices.
         found = {re.sub(r"^net\.slice\d\.", "features.", key): x for key, x in found.items()}
         if twice := [key for key in found if key in tensors]:
             raise ValueError(f"{file} repeats tensors of another file: {_listed(twice)}.")
@@ -201,10 +202,10 @@ def _known(name: str) -> str:
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """The folder of what is computed or imported once: `cache`, $NVG_CACHE or ~/.cache/nvg_jax.
+    """The folder for cached results and imports: `cache`, $NVG_CACHE or ~/.cache/nvg_jax.
 
     Raises:
-        ValueError: a bucket.
+        ValueError: the folder is in a bucket.
     """
     folder = cache or os.environ.get("NVG_CACHE") or "~/.cache/nvg_jax"
     if "://" in str(folder):
@@ -249,7 +250,7 @@ def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray
         shapes = _inception_shapes()
     else:
         shapes = _vit_shapes(name)
-        # timm's networks for 224 x 224 pixels have these positions already.
+        # timm's networks for 224 x 224 pixels already have these positions.
         needed = (1, 1 + (VIT_IMAGE // SIZES[name]["patch"]) ** 2, SIZES[name]["width"])
         if "pos_embed" in tensors and tensors["pos_embed"].shape == needed:
             shapes["pos_embed"] = needed
@@ -330,7 +331,7 @@ def _inception_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _inception_params(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """With each batch norm folded into the convolution before it, in float64."""
+    """Our parameters, with each batch norm folded into the convolution before it, in float64."""
     params = {("fc",): {"kernel": tensors["fc.weight"].T}}
     for path in _inception_modules():
         module = ".".join(path)
@@ -416,7 +417,7 @@ def _vit_params(tensors: dict[str, np.ndarray], width: int, patch: int) -> dict[
 
 
 def _resampled(position: np.ndarray, grid: int) -> np.ndarray:
-    """Positions (1, 1 + n * n, C) -> (1, 1 + grid * grid, C), antialiased bicubic (a = -0.5)."""
+    """Positions (1, 1 + n * n, C) -> (1, 1 + grid * grid, C), bicubic (a = -0.5), antialiased."""
     first, rest = position[:, :1], position[:, 1:]
     n, width = round(rest.shape[1] ** 0.5), rest.shape[2]
     rest = jax.image.resize(rest.reshape(n, n, width), (grid, grid, width), "cubic", antialias=True)

@@ -1,7 +1,7 @@
 """Orbax checkpoints of a training run: state, metadata and data position.
 
-Orbax restores a flipped bit silently. Every checkpoint therefore holds a checksum of its metadata
-and of each leaf; readers verify them and fall back to the checkpoint before a damaged one. The
+Orbax silently restores flipped bits. Every checkpoint therefore holds a checksum of its metadata
+and of each leaf; readers verify them and fall back from a damaged checkpoint to the one before. The
 metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
 """
 
@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 from nvg_jax.runtime import processes
 from nvg_jax.runtime.files import digest, storage_path
 
-with epy.lazy_imports():  # a command that only prints an error does not wait for it
+with epy.lazy_imports():  # spares commands that only print an error the wait
     import orbax.checkpoint as ocp
 
 logger = logging.getLogger("nvg_jax")
 
-# Failures that the user must fix; the libraries that write report them only in words.
+# Failures that the user must fix; the underlying libraries report them only as text.
 UNWRITABLE = re.compile(
     "no space left|quota|file too large|permission.denied|not permitted|read-only", re.IGNORECASE
 )
@@ -156,7 +156,7 @@ def read_meta(folder: str | os.PathLike) -> dict[str, Any] | None:
 def read(
     folder: str | os.PathLike, part: Callable[[dict[str, Any]], Any]
 ) -> tuple[dict[str, Any], Any] | None:
-    """The metadata and a part of the state of the newest undamaged checkpoint of a folder.
+    """The metadata and part of the state of a folder's newest undamaged checkpoint.
 
     Damaged checkpoints are skipped with a warning and left in place.
 
@@ -274,7 +274,7 @@ def warn(folder: epath.Path, step: int, reason: str):
 
 
 def leaf_names(tree) -> dict[str, Any]:
-    """{path: leaf}; dictionaries and objects with the same fields give the same paths."""
+    """{path: leaf}; dictionaries and objects with the same fields have the same paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
@@ -302,7 +302,7 @@ def check_leaves(stored: dict[str, list], wanted, folder: epath.Path):
 
 
 def difference(stored: dict[str, list], state) -> str | None:
-    """The first mismatch between a restored tree and its stored checksums, None if none."""
+    """The first mismatch between a restored tree and its stored checksums, or None."""
     for name, found in describe(state).items():
         if found[2] != stored[name][2]:
             return f"the checksum of {name} does not match"
@@ -311,7 +311,7 @@ def difference(stored: dict[str, list], state) -> str | None:
 
 @jax.jit
 def checksums(leaves: list) -> jax.Array:
-    """uint32 (number of leaves,): a sum over hashed (position, bits), whatever the sharding.
+    """uint32 (number of leaves,): sums over hashed (position, bits), independent of the sharding.
 
     The hash of an element is a bijection of its bits, so any single wrong value is detected.
     """

@@ -1,4 +1,4 @@
-"""Several processes working on one job: who does what, and how they meet."""
+"""Several processes working on one job: how they divide the work and synchronize."""
 
 import jax
 import numpy as np
@@ -6,12 +6,12 @@ from jax.experimental import multihost_utils
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which writes what exists only once."""
+    """Whether this is process 0, which writes everything that is written only once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str):
-    """Waits until every process has reached the barrier of this name."""
+    """Waits until every process has reached the barrier with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"nvg_jax: {name}")
 
@@ -26,7 +26,7 @@ def gather(own: np.ndarray, count: int) -> np.ndarray:
 
     Args:
         own: this process's rows, those of `own_share(count)`.
-        count: the number of rows of all processes.
+        count: the total number of rows of all processes.
 
     Returns:
         All rows in order, (count, ...), on every process.
@@ -38,7 +38,7 @@ def gather(own: np.ndarray, count: int) -> np.ndarray:
     gathered = np.empty((rows_per_process, processes, *own.shape[1:]), own.dtype)
     for row in range(rows_per_process):  # one at a time, since they pass through device memory
         sent = own[row] if row < len(own) else np.zeros(own.shape[1:], own.dtype)
-        # Sent as bytes, since JAX would turn float64 into float32.
+        # Sent as bytes, since JAX would convert float64 to float32.
         received = multihost_utils.process_allgather(sent.reshape(-1).view(np.uint8))
         received = np.ascontiguousarray(received).view(own.dtype)
         gathered[row] = received.reshape(gathered.shape[1:])

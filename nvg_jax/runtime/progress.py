@@ -1,4 +1,4 @@
-"""The progress line of long work: how much is done, how fast, and how long the rest will take."""
+"""Progress lines for long-running work: how much is done, the rate, and the time remaining."""
 
 import datetime
 import logging
@@ -16,9 +16,9 @@ class Progress:
     Args:
         name: what is running.
         total: the number of items to do, including those done in an earlier run.
-        unit: what the items are called, in the plural.
-        interval: seconds between two lines; updates in between are silent. The last item is
-            always reported.
+        unit: the name of the items, in the plural.
+        interval: seconds between lines; updates in between are silent. The last item is always
+            reported.
     """
 
     def __init__(self, name: str, total: int, unit: str, interval: float = 10.0):

@@ -1,7 +1,7 @@
 """The device mesh, the table from logical axis names to mesh axes, and the placement of arrays.
 
 Mesh axes: "data" splits the batch; "fsdp" splits the batch and also the parameters, their moving
-averages and the optimizer state; "tensor" splits wide channels. Models only name logical axes.
+averages and the optimizer state; "tensor" splits wide channel axes. Models only name logical axes.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh of `devices` (by default all devices of all processes).
 
-    One size may be -1: it takes the devices that remain.
+    One size may be -1, which takes all remaining devices.
 
     Raises:
         ValueError: the product of the sizes is not the number of devices, or "data" is not a
@@ -51,7 +51,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             "their product must be that number. One size may be -1, which takes the rest."
         )
     # Orders the devices of a torus so that neighbors on a mesh axis are close to each other.
-    # On GPUs JAX reports each machine as a slice; there fsdp may span machines.
+    # On GPUs, JAX reports each machine as a slice; there, fsdp may span machines.
     on_tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices == 1:
@@ -73,7 +73,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 @contextlib.contextmanager
 def in_mesh(mesh: Mesh):
-    """The context that trainings are traced in: the mesh, and the meaning of logical axes."""
+    """The context in which training is traced: the mesh, and the meaning of logical axes."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
@@ -137,7 +137,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def processes_split_batch(mesh: Mesh) -> bool:
-    """Whether all processes hold equally many rows of a batch, and no row is held by two."""
+    """Whether all processes hold the same number of rows of a batch, and no row is held by two."""
     shards = batch_shards(mesh)
     rows = {}
     for device, (row,) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((shards,)).items():
@@ -156,7 +156,7 @@ def fill_batch(batch, size: int):
 
 
 def local_batch(batch, mesh: Mesh):
-    """Arrays (B, ...) split over the devices of a mesh of this process.
+    """Splits arrays (B, ...) over the devices of a mesh of this process.
 
     The last row is repeated until B is a multiple of the number of devices.
     """
@@ -177,7 +177,7 @@ def global_batch(batch, mesh: Mesh):
 
 
 def to_host(array) -> np.ndarray:
-    """The full value of a global array as NumPy, on every process."""
+    """The full value of a global array as a NumPy array, on every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

@@ -1,4 +1,4 @@
-"""What is given to the sampler: regions to edit, maps from drawings, noise between two seeds."""
+"""User inputs to the sampler: regions to edit, maps from drawings, noise between two seeds."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray
         bool (h * w,).
 
     Raises:
-        ValueError: another shape or type, or a mask without or with all positions.
+        ValueError: another shape or type, or a mask that covers no position or all of them.
     """
     mask = np.asarray(mask)
     height, width = latent_size
@@ -43,23 +43,23 @@ def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray
 def structure_of_drawing(
     drawing: np.ndarray, latent_size: tuple[int, int]
 ) -> tuple[np.ndarray, int]:
-    """The structure maps that a drawing of regions decides.
+    """The structure maps determined by a drawing of regions.
 
-    The positions are halved again and again. Each time the regions go to one child or the other so
-    that the halves come closest to being equal; what then is too much for one half goes to the
-    other, nearest positions first. A drawing of two equal regions is the first map exactly.
+    The positions are halved repeatedly. Each time, the regions are divided between the two children
+    so that the halves are as equal as possible; then the excess of the larger half moves to the
+    other, nearest positions first. A drawing of two equal regions is exactly the first map.
 
     Args:
-        drawing: int (H, W), the region of every pixel; a position belongs to the region that most
-            of its pixels have.
+        drawing: int (H, W), the region of every pixel; a position belongs to the region of most of
+            its pixels.
 
     Returns:
-        The maps of all stages, int32 (S, L), and how many of them the drawing decides, counting
-        stage 0: one for every doubling that the number of regions needs. For `Pipeline.sample`,
-        as the prefix's structure and structure_stages.
+        The maps of all stages, int32 (S, L), and how many of them the drawing determines, counting
+        stage 0: one for every doubling that the number of regions needs. Pass them to
+        `Pipeline.sample` as the prefix's structure and structure_stages.
 
     Raises:
-        ValueError: a drawing of another shape, or with one region only.
+        ValueError: a drawing of another shape, or with only one region.
     """
     regions = regions_of_positions(drawing, latent_size)
     count = len(np.unique(regions))
@@ -86,7 +86,7 @@ def structure_of_drawing(
 
 
 def regions_of_positions(drawing: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
-    """int (h * w,): for each position of the latent the commonest number among its pixels."""
+    """int (h * w,): for each position of the latent, the most common value among its pixels."""
     drawing = np.asarray(drawing)
     (height, width), shape = latent_size, drawing.shape
     if drawing.ndim != 2 or drawing.dtype.kind not in "iu" or shape[0] % height or shape[1] % width:
@@ -101,7 +101,7 @@ def regions_of_positions(drawing: np.ndarray, latent_size: tuple[int, int]) -> n
 
 
 def half_of(positions: np.ndarray, regions: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """bool (n,): which of n positions form the first half."""
+    """bool (n,): True for the positions that form the first half."""
     size = len(positions) // 2
     names, counts = np.unique(regions, return_counts=True)
     if len(names) == 1:  # not decided by the drawing: halves along the longer axis
@@ -114,7 +114,7 @@ def half_of(positions: np.ndarray, regions: np.ndarray, places: np.ndarray) -> n
     if not chosen[np.argmin(regions)]:  # the region with the smallest number comes first
         chosen = ~chosen
     smaller = chosen if chosen.sum() <= size else ~chosen
-    # Fill the smaller side up with the nearest positions of the larger one.
+    # Fill up the smaller side with the nearest positions of the larger one.
     distance = np.square(places[:, None] - places[smaller]).sum(-1).min(1)
     middle = np.square(places - places[smaller].mean(0)).sum(-1)
     order = np.lexsort((middle, distance, ~smaller))
@@ -133,7 +133,7 @@ def closest_to_half(counts: np.ndarray) -> np.ndarray:
 
 
 def circle(center: float, size: int) -> np.ndarray:
-    """Bool (size, size): a disc of half the area; `center` of its columns, 0 left .. 1 right."""
+    """Bool (size, size): a disc of half the area, horizontally at `center`: 0 left .. 1 right."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size
     radius = np.sqrt(0.5 / np.pi)
     return np.square(x - radius - center * (1 - 2 * radius)) + np.square(y - 0.5) <= radius**2
@@ -147,7 +147,7 @@ def rings(size: int) -> np.ndarray:
 
 
 def rectangle(size: int) -> np.ndarray:
-    """Bool (size, size): a square of half the area in the middle."""
+    """Bool (size, size): a centered square of half the area."""
     far = np.abs(np.mgrid[:size, :size] - (size - 1) / 2).max(0)
     return far <= size * np.sqrt(0.5) / 2
 
@@ -182,7 +182,7 @@ def paste(original: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: i
 
     Args:
         original, edited: float (..., H, W, 3).
-        mask: bool (H, W). All pixels in it are the edited ones.
+        mask: bool (H, W). All pixels in it come from the edited image.
     """
     weight = np.asarray(mask, np.float32)
     grown = np.asarray(mask, bool)
@@ -195,9 +195,9 @@ def paste(original: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: i
 
 
 def between(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
-    """Noise on the great circle between two of the same shape: `start` at 0, `end` at 1.
+    """Spherical interpolation of two noise arrays of the same shape: `start` at 0, `end` at 1.
 
-    Unlike a weighted mean it keeps the length, which the sampler expects.
+    Unlike a weighted mean, it keeps the norm that the sampler expects.
     """
     lengths = np.linalg.norm(start), np.linalg.norm(end)
     angle = np.arccos(np.clip(np.vdot(start, end) / (lengths[0] * lengths[1]), -1, 1))

@@ -24,9 +24,9 @@ class Networks(NamedTuple):
     logits: (canvas (B, L, D), labels (B, L), stage, class_ids (B,)) -> (B, L, V), one row per
         cluster (rows past the stage's 2**stage clusters are not used).
     flow_velocity: (labels, canvas, stage, class_ids, times (n,)) -> (velocity, per_time), arguments
-        of `flow.solve`, with all that is the same in every step computed once.
+        of `flow.solve`; everything that all steps share is computed once.
     add_stage: (canvas, tokens (B, L), stage) -> canvas.
-    null_id: the class id of no class. latent_dim: D.
+    null_id: the id of the null class. latent_dim: D.
     """
 
     logits: Callable
@@ -47,7 +47,7 @@ class StagePlan(NamedTuple):
 
 
 class SamplingPlan(NamedTuple):
-    """The static half of sampling; another plan compiles another plan.
+    """The static half of sampling; every plan compiles its own program.
 
     settings: `Settings.static()`. The booleans say which of the traced settings are in use, and
     whether only a region of a reference is generated.
@@ -83,7 +83,7 @@ def make_plan(
         elif stage + 1 < structure_stages:
             split = "prefix"
         elif stage == count - 2:
-            split = "noise"  # never learned: with two positions a cluster, either order will do
+            split = "noise"  # never learned: with two positions per cluster, either order will do
         stages.append(StagePlan(content, split))
     return SamplingPlan(
         stages=tuple(stages),
@@ -109,13 +109,13 @@ def generate(
 
     Args:
         class_ids: int32 (B,).
-        keys: a random key for each sample (B,); all its randomness comes from it.
+        keys: a random key for each sample (B,), the source of all its randomness.
         noise: float32 (B, L, K), the noise that every stage's flow starts from.
         plan: what each stage runs; static.
         values: `Settings.traced()`; "temperature" is a scalar, the others are (S,).
         prefix: maps and tokens int32 (B, S, L), read where the plan says "prefix" or "region".
-        region: bool (B, L), read if the plan says so: all maps and tokens of positions outside stay
-            those of `prefix`, and so does the token of a cluster that has any of them.
+        region: bool (B, L), read if the plan says so. Positions outside keep all maps and tokens of
+            `prefix`, and a cluster that contains such a position keeps its token.
 
     Returns:
         The sequence, and the final canvas float32 (B, L, D).
@@ -145,7 +145,7 @@ def generate(
             ids = jax.vmap(draw)(token_keys, logits)
         tokens = at_positions(ids.astype(jnp.int32), labels)
         if plan.region:
-            # A position outside is in the same cluster of the reference, so it has the token.
+            # A position outside is in the same cluster as in the reference, so it has the token.
             outside = (labels[:, :, None] == labels[:, None, :]) & ~region[:, None, :]
             kept = jnp.take_along_axis(x["tokens"], outside.argmax(-1), axis=1)
             tokens = jnp.where(outside.any(-1), kept, tokens)

@@ -15,8 +15,8 @@ class Guidance:
 
     Args:
         class_ids: int32 (B,).
-        scale: a scalar, or an array that broadcasts to the output; None for no guidance at all,
-            when the batch is (B, ...) and the null class is not computed.
+        scale: a scalar, or an array that broadcasts to the output; None disables guidance: the
+            batch is then (B, ...) and the null class is not computed.
     """
 
     def __init__(self, class_ids, null_id: int, scale):
@@ -30,7 +30,7 @@ class Guidance:
         return x if self._scale is None else jnp.repeat(x, 2, axis=0)
 
     def __call__(self, output):
-        """The guided output (B, ...) of the network's (2B, ...)."""
+        """The guided output (B, ...), from the network's (2B, ...)."""
         if self._scale is None:
             return output
         output = output.reshape(-1, 2, *output.shape[1:])
@@ -39,13 +39,13 @@ class Guidance:
 
 
 def filter_logits(logits, top_k=None, top_p=None):
-    """Sets to -inf what top-k and then top-p (nucleus) leave out; the best token always stays.
+    """Applies top-k, then top-p (nucleus): sets other logits to -inf; always keeps the best token.
 
     Args:
         logits: float32 (..., V).
         top_k: int scalar, may be traced; 0 keeps all; None leaves the filter out of the program.
-        top_p: float scalar in (0, 1], may be traced; None leaves the filter out. Tokens are left
-            out from the least likely on while their probabilities together are at most 1 - top_p.
+        top_p: float scalar in (0, 1], may be traced; None leaves the filter out. Tokens are dropped
+            starting with the least likely while their total probability is at most 1 - top_p.
     """
     if top_k is not None:
         vocabulary = logits.shape[-1]
@@ -59,17 +59,17 @@ def filter_logits(logits, top_k=None, top_p=None):
 
 
 def _keep_top(logits, enough):
-    """Sets to -inf what is below the lowest of the logits for which enough(logits <= it) holds.
+    """Sets logits below a threshold to -inf: the lowest x for which enough(logits <= x) holds.
 
     Bisects over the bits: on a CPU, sorting takes five times as long.
 
     Args:
         logits: float32 (..., V).
-        enough: bool (..., V) -> bool (..., 1); once true it stays true for higher logits, and it
-            is taken as true for the highest.
+        enough: bool (..., V) -> bool (..., 1); must be monotonic in x, and is assumed to hold for
+            the highest logit.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    # Ordered as the floats are, with 0.0 and -0.0 (the lowest integer) equal.
+    # Integers in the order of the floats; 0.0 equals -0.0 (the lowest integer).
     order = jnp.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
     def halve(_, bounds):

@@ -23,7 +23,7 @@ class SamplingProgram(NamedTuple):
 
     sample: (params, canvas_scale, class_ids, keys, noise, values, prefix, region, *, plan), jitted;
         compiled once per plan and batch size. See `sample_batch`.
-    tokenizer: sizes.
+    tokenizer: the tokenizer's sizes.
     params: the abstract parameters, {"tokenizer", "content", "structure"}.
     """
 
@@ -38,7 +38,7 @@ class SamplingProgram(NamedTuple):
         token_stages: int = 0,
         region: bool = False,
     ) -> tuple[SamplingPlan, dict[str, Any]]:
-        """The static and the traced half of the settings: (plan, values).
+        """The static and the traced halves of the settings: (plan, values).
 
         Raises:
             ValueError: an invalid setting.
@@ -47,7 +47,7 @@ class SamplingProgram(NamedTuple):
         return make_plan(settings, structure_stages, token_stages, region), settings.traced()
 
     def arguments(self, batch_size: int, values: dict[str, Any], mesh: Mesh) -> tuple:
-        """The abstract arguments of `sample`, the batch sharded over a mesh.
+        """The abstract arguments of `sample`, with the batch sharded over a mesh.
 
         `program.sample.lower(*program.arguments(...), plan=plan)` compiles without any data.
         """
@@ -80,7 +80,7 @@ def sampling_program(
 
     Args:
         transformers: sizes of the "content" and the "structure" generator.
-        dtype: of the arithmetic.
+        dtype: the dtype of the computation.
     """
     generators = {
         name: models.make_generator(name, transformers[name], tokenizer, num_classes, dtype)
@@ -132,7 +132,7 @@ def bind(
     content: ContentGenerator,
     structure: StructureGenerator,
 ) -> tuple[Networks, Callable]:
-    """What the sampler calls: (the networks of the loop, canvases (B, L, D) -> images)."""
+    """The functions the sampler calls: (networks of the loop, canvases (B, L, D) -> images)."""
     length, num_bits = tokenizer.config.num_positions, tokenizer.config.num_stages - 1
     params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in models.GENERATORS}}
 

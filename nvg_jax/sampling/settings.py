@@ -1,8 +1,8 @@
-"""The sampling settings. Everything about a setting stands with its field in `Settings`.
+"""The sampling settings. Each is fully defined by its field in `Settings`.
 
 Command-line flags, checks, `Pipeline.sample`, descriptions of samples and the arguments of the
-compiled sampler are derived from the fields, so a new setting is added here and read where it acts:
-as `plan.settings.NAME` if it shapes the program, as `values["NAME"]` if it is traced.
+compiled sampler are derived from the fields, so a new setting is added here and read where it is
+used: as `plan.settings.NAME` if it shapes the program, as `values["NAME"]` if it is traced.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 from nvg_jax.structure.flow import SOLVERS
 
-DTYPES = ("float32", "bfloat16")  # of the arithmetic, in training and sampling
+DTYPES = ("float32", "bfloat16")  # of the computation, in training and sampling
 
 
 def top_p_range(start: float, end: float, num_stages: int) -> np.ndarray:
@@ -34,12 +34,12 @@ class Spec:
     Attributes:
         help: one sentence for flags and documentation.
         kind: float, int, bool, or str for one of `choices`.
-        allowed: the valid values in words, to complete "must be ..."; "{V}" is the codebook size.
+        allowed: the valid values in words, completing "must be ..."; "{V}" is the codebook size.
         valid: (values float64 (...), codebook size) -> bool (...).
         per_stage: expands a (start, end) pair to one value per stage; None for a setting with one
             value for all stages.
         traced: True if the value is an argument of the compiled sampler, False if it shapes the
-            program, so that another value compiles another one.
+            program, so that every value compiles a new one.
     """
 
     help: str
@@ -51,10 +51,10 @@ class Spec:
     choices: tuple[str, ...] = ()
 
     def parse(self, text: str):
-        """The value that a text such as "8", "1,3.5" (one per stage or start, end) or "true" means.
+        """Parses a text such as "8", "1,3.5" (one value per stage, or start, end) or "true".
 
         Raises:
-            ValueError: the text means no value of this setting's kind.
+            ValueError: the text is not a value of this setting's kind.
         """
         if self.kind is bool:
             if text not in ("true", "false"):
@@ -66,10 +66,10 @@ class Spec:
         return numbers if len(numbers) > 1 else numbers[0]
 
     def expand(self, name: str, value, num_stages: int, codebook_size: int):
-        """A checked value of `kind`, or a tuple with one per stage.
+        """A checked value of `kind`, or a tuple of one per stage.
 
         Raises:
-            ValueError: a value of another type or outside the range, or a wrong number of values.
+            ValueError: a value of another type or outside the range, or the wrong number of values.
         """
         allowed = self.allowed.format(V=codebook_size)
         outside = ValueError(f"{name} must be {allowed}, got {value!r}.")
@@ -106,7 +106,7 @@ class Spec:
 
 
 def text_of(value) -> str:
-    """A value as flags take it: the inverse of `Spec.parse`, but for a bool, which is 0 or 1."""
+    """A value as text for a flag: the inverse of `Spec.parse`, except that a bool is 0 or 1."""
     if isinstance(value, str):
         return value
     return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
@@ -188,19 +188,19 @@ class Settings:
 
     @classmethod
     def specs(cls) -> dict[str, Spec]:
-        """{name: its facts} of every setting."""
+        """{name: spec} of every setting."""
         return {field.name: field.metadata["spec"] for field in dataclasses.fields(cls)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
-        """From a dictionary that may have been through JSON, which turns tuples into lists."""
+        """Settings from a dictionary, possibly read from JSON, which turns tuples into lists."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def updated(self, changes: dict[str, Any]) -> "Settings":
-        """These settings with those of `changes` that are not None.
+        """These settings, updated with the values of `changes` that are not None.
 
         Raises:
-            TypeError: a name that is no setting, as Python does for an unknown argument.
+            TypeError: an unknown setting, as for an unknown argument in Python.
         """
         unknown = changes.keys() - self.specs().keys()
         if unknown:
@@ -210,7 +210,7 @@ class Settings:
         return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None})
 
     def expand(self, num_stages: int, codebook_size: int) -> "Settings":
-        """Checked settings, with one value per stage where a setting is per stage.
+        """Checked settings, with per-stage settings expanded to one value per stage.
 
         Raises:
             ValueError: an invalid value; the message names the setting and the valid range.
@@ -223,7 +223,7 @@ class Settings:
         )
 
     def traced(self) -> dict[str, np.ndarray]:
-        """The values the compiled sampler takes as arguments: float32 or int32, () or (S,)."""
+        """The values that the compiled sampler takes as arguments: float32 or int32, () or (S,)."""
         return {
             name: np.asarray(getattr(self, name), {float: np.float32, int: np.int32}[spec.kind])
             for name, spec in self.specs().items()

@@ -23,8 +23,8 @@ def shifted_times(num_steps: int, num_positions: int, shift: float = 0.0) -> np.
     Evenly spaced times t become shift * t / (1 + (shift - 1) * t).
 
     Args:
-        shift: 1 keeps the times evenly spaced, more gives the noisy end more steps. 0 means the
-            published e^mu, with mu linear in L through (256, 0.5) and (4096, 1.15).
+        shift: 1 keeps the times evenly spaced; larger values put more steps at the noisy end. 0
+            means the published e^mu, with mu linear in L through (256, 0.5) and (4096, 1.15).
 
     Raises:
         ValueError: num_steps is less than 1.
@@ -37,7 +37,7 @@ def shifted_times(num_steps: int, num_positions: int, shift: float = 0.0) -> np.
 
 
 def call_times(times: Array, solver: str) -> Array:
-    """Those of the n + 1 times at which `solve` calls the velocity: all but the last, or all."""
+    """The times at which `solve` calls the velocity: all n + 1, or all but the last."""
     return times if solver == "heun" else times[:-1]
 
 
@@ -81,10 +81,10 @@ def solve(
 ) -> Array:
     """Integrates from noise to a structure; resets the known channels after every step.
 
-    "euler" takes the velocity at the start of a step. "heun" takes the mean of the velocities at
-    both ends, where the end is what Euler's step reaches, so it calls `velocity` twice. "multistep"
-    is of second order with one call: like DPM-Solver++ (Lu et al., arXiv 2211.01095), it
-    extrapolates the predicted structure z - t v, here linearly in t, and integrates that exactly.
+    "euler" uses the velocity at the start of a step. "heun" uses the mean of the velocities at the
+    start and at the end point of an Euler step, so it calls `velocity` twice. "multistep" is second
+    order with one call: like DPM-Solver++ (Lu et al., arXiv 2211.01095), it extrapolates the
+    predicted structure z - t v, here linearly in t, and integrates it exactly.
 
     Args:
         velocity: (z float32 (B, L, K), time scalar) -> float32 (B, L, K).
@@ -96,7 +96,8 @@ def solve(
         kept: None, or (bool (B, L), target float32 (B, L, K)): the positions that follow the path
             to a known target instead of the velocity.
         solver: one of `SOLVERS`.
-        per_time: what `velocity` takes in place of each of `call_times`: arrays (n or n + 1, ...).
+        per_time: arrays (n or n + 1, ...) over `call_times`; if given, `velocity` gets their entry
+            instead of the time.
 
     Returns:
         float32 (B, L, K), the structure embedding minus 1 at t = 0, not rounded.
@@ -135,7 +136,7 @@ def solve(
     if solver == "heun":
         between = (jax.tree.map(lambda x: x[cut], per_time) for cut in (np.s_[:-1], np.s_[1:]))
         return jax.lax.scan(heun, z, (starts, ends, *between))[0]
-    if solver == "multistep":  # the first step has no slope yet: Euler's
+    if solver == "multistep":  # the first step has no slope yet and is an Euler step
         before = jnp.concatenate([times[:1] + 1, times[:-2]])
         return jax.lax.scan(multistep, (z, z, 0.0), (starts, ends, per_time, before))[0][0]
     return jax.lax.scan(euler, z, (starts, ends, per_time))[0]

@@ -17,11 +17,11 @@ from nvg_jax.structure import flow
 class Teacher(NamedTuple):
     """A trained flow to learn from; exactly one of the two is not None.
 
-    solution: (noise, structure embedding, canvas, stage) -> where its flow leads from the noise,
-        float32 (B * (K - 1), L, K). The student learns the straight lines between them: reflow
-        (Liu et al., arXiv 2209.03003).
+    solution: (noise, structure embedding, canvas, stage) -> the end point of its flow from the
+        noise, float32 (B * (K - 1), L, K). The student learns the straight lines between the two:
+        reflow (Liu et al., arXiv 2209.03003).
     velocity: (noisy, time, structure embedding, canvas, stage) -> its velocity, which the student
-        learns at points between noise and the structure of the images: with guidance inside,
+        learns at points between noise and the structure of the images; if it is guided, this is
         guidance distillation (Meng et al., arXiv 2210.03142).
     """
 

@@ -14,7 +14,7 @@ CANVAS_KIND = 2  # rotary kind of condition tokens; image and structure tokens h
 class Condition(NamedTuple):
     """What all velocities of a split share.
 
-    tokens: (B, 1 + L, C), class and canvas, embedded. cos, sin: of `layers.rotary_tables`.
+    tokens: (B, 1 + L, C), embedded class and canvas. cos, sin: from `layers.rotary_tables`.
     """
 
     tokens: Array
@@ -25,7 +25,7 @@ class Condition(NamedTuple):
 class StructureGenerator(nn.Module):
     """A transformer over [class token, L canvas tokens, L noisy structure tokens].
 
-    num_classes: number of classes without the null class, whose id is `num_classes`.
+    num_classes: the number of classes, excluding the null class, whose id is `num_classes`.
     """
 
     grid: tuple[int, int]
@@ -73,8 +73,8 @@ class StructureGenerator(nn.Module):
         modulation = self.head.modulations(vec)
         return self._velocity(noisy, condition, vec, None, modulation, deterministic)
 
-    # The same in parts, for the sampler: what all times of a split share, what depends on the time
-    # alone, and the rest.
+    # The same in parts, for the sampler: what all times of a split share, what depends only on the
+    # time, and the rest.
 
     def condition(self, structure: Array, canvas: Array, class_ids: Array) -> Condition:
         """What all velocities of a split share; see `__call__` for the arguments."""
@@ -105,12 +105,12 @@ class StructureGenerator(nn.Module):
         """The velocity float32 (B, L, K) of `noisy` (B, L, K) at one time.
 
         Args:
-            modulations: those of the time, (depth, B, 3C) and (B, 2C).
+            modulations: the modulations for that time, (depth, B, 3C) and (B, 2C).
         """
         return self._velocity(noisy, condition, None, *modulations, deterministic=True)
 
     def _velocity(self, noisy, condition, vec, of_blocks, of_head, deterministic) -> Array:
-        """`velocity`; the blocks take either vec (B, C) or their modulations."""
+        """Like `velocity`; the blocks take either vec (B, C) or their modulations."""
         x = jnp.concatenate([condition.tokens, self.structure_embed(noisy)], axis=1)
         x, _ = self.blocks(
             x, vec, condition.cos, condition.sin, deterministic, modulations=of_blocks

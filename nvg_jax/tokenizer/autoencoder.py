@@ -8,7 +8,7 @@ from jax import Array
 
 
 def group_count(channels: int) -> int:
-    """Groups of a group normalization: 32, or 24 if 32 does not divide the channels.
+    """The number of groups of a group normalization: 32, or 24 if 32 does not divide the channels.
 
     Raises:
         ValueError: neither divides the channels.

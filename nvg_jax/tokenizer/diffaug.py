@@ -92,7 +92,7 @@ def area_matrix(size: int, target: int) -> np.ndarray:
 
 
 def discriminator_input(images: Array, key: Array, size: int = 224) -> Array:
-    """Images (B, size, size, 3): of each image a random crop or an area resize, equally likely.
+    """A random crop or an area resize of each image, equally likely: (B, size, size, 3).
 
     Images that already have this size are returned unchanged.
 

@@ -37,7 +37,7 @@ def unit(x: Array) -> Array:
 
 
 def power_iterations(matrix: Array, u: Array, v: Array, rounds: int) -> tuple[Array, Array]:
-    """u and v after power iterations towards the leading singular vectors; no gradients."""
+    """u and v after power iterations toward the leading singular vectors; no gradients."""
     matrix = jax.lax.stop_gradient(matrix)
 
     def once(_, vectors):
@@ -77,7 +77,7 @@ class SpectralConv(nn.Module):
         u = self.variable("spectral", "u", start)
         v = self.variable("spectral", "v", jnp.zeros, (columns,))
         if self.is_mutable_collection("spectral"):
-            # Several at initialization, so that sigma is about right before the first update.
+            # Several iterations at initialization, so that sigma is about right from the start.
             rounds = INITIAL_POWER_ITERATIONS if self.is_initializing() else 1
             u.value, v.value = power_iterations(matrix, u.value, v.value, rounds)
         left, right = jax.lax.stop_gradient((u.value, v.value))
@@ -141,7 +141,7 @@ class Head(nn.Module):
 
 
 class DiscriminatorHeads(nn.Module):
-    """One head for each of several layers of a feature network; published: five of 384 channels.
+    """One head for each of several layers of a feature network; published: five with 384 channels.
 
     Parameters are float32, arithmetic is in `dtype`, normalizations are in float32.
     """

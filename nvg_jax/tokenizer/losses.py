@@ -16,7 +16,7 @@ RECONSTRUCTION_LOSSES = {
 
 
 def generator_loss(fake: Array) -> Array:
-    """Non-saturating loss: mean over the images of softplus(-m), m the mean logit of an image."""
+    """Non-saturating loss: mean over the images of softplus(-m), with m an image's mean logit."""
     return jax.nn.softplus(-fake.mean(axis=1)).mean()
 
 
@@ -42,7 +42,7 @@ class LeCam(flax.struct.PyTreeNode):
     def loss(self, real: Array, fake: Array) -> Array:
         """Mean relu(real - average fake)^2 plus mean relu(average real - fake)^2.
 
-        Use the averages from before `update` with the same logits.
+        Call this before `update` with the same logits.
         """
         return (
             jnp.square(jax.nn.relu(real - self.fake)).mean()

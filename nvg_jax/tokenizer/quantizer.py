@@ -47,7 +47,7 @@ def at_positions(cluster_values: Array, labels: Array) -> Array:
 
 
 class Quantizer(nn.Module):
-    """One codebook (V, D) shared by all stages, and one smoothing 3x3 convolution per stage."""
+    """One codebook (V, D) shared by all stages, and one 3x3 smoothing convolution per stage."""
 
     grid: tuple[int, int]
     codebook_size: int
@@ -116,9 +116,9 @@ class Quantizer(nn.Module):
     def __call__(self, latents: Array, structure: Array, index_backprop: bool = False) -> Quantized:
         """Quantizes latents (B, L, D) along structure maps, int (B, S, L).
 
-        `index_backprop` (the IBQ warm-up) back-propagates through the choice of the token, one-hot
-        + soft - stop_gradient(soft) with soft = softmax(-squared distances), and through the
-        residual that earlier stages leave. The values are the same either way.
+        `index_backprop` (the IBQ warm-up) backpropagates through the choice of the token, one-hot +
+        soft - stop_gradient(soft) with soft = softmax(-squared distances), and through the residual
+        that earlier stages leave. The values are the same either way.
         """
         residual = jax.lax.stop_gradient(latents)
         canvas = jnp.zeros_like(latents)

@@ -2,10 +2,10 @@
 
 `torch.save` writes one of two containers: a zip with the pickled object in `*/data.pkl` and each
 storage in `*/data/KEY`, or, in older files, a stream of pickles followed by the storages. A pickle
-is a program that may call anything. Here `_run` interprets it: tuples, lists, dictionaries, strings
-and numbers are built as they are, PyTorch's calls that rebuild a tensor become `_Tensor` records,
-and everything else (callbacks, hyperparameters, optimizers) becomes a `_Placeholder`. `_run`
-imports nothing and calls nothing, so a hostile file has nothing to attack.
+is a program that may call anything. Here, `_run` interprets it: tuples, lists, dictionaries,
+strings and numbers are built as they are, PyTorch's calls that rebuild a tensor become `_Tensor`
+records, and everything else (callbacks, hyperparameters, optimizers) becomes a `_Placeholder`.
+`_run` imports nothing and calls nothing, so a hostile file has nothing to attack.
 
 A `pickle.Unpickler` with a harmless `find_class` would be shorter but not safe: a nine-byte pickle
 makes it allocate gigabytes (a large memo index), and a deeply nested tuple as a dictionary key
@@ -30,7 +30,7 @@ import numpy as np
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
-# A storage is pickled with the name of its class, which tells the element type.
+# A storage is pickled with the name of its class, which determines the element type.
 _STORAGE_DTYPES = {
     "torch.DoubleStorage": np.float64,
     "torch.FloatStorage": np.float32,
@@ -58,12 +58,13 @@ def read_state_dict(
 
     Args:
         path: file written by `torch.save`, in either container.
-        keep: predicate on names, None keeps all. Other tensors are neither read nor checked.
+        keep: predicate on names; None keeps all. Other tensors are neither read nor checked.
 
     Returns:
         {name: array} in the file's order, with PyTorch's shapes and element types (bfloat16 from
         `ml_dtypes`). The arrays are read-only views of the memory-mapped file, whatever their
-        strides: only the pages that are read take memory, and the file must not change meanwhile.
+        strides: only the pages that are read take memory, and the file must not change while the
+        arrays are in use.
 
     Raises:
         ValueError: the file is empty, truncated, damaged or not a PyTorch container, or its
@@ -151,7 +152,7 @@ def _open_zip(data: mmap.mmap, path: Path):
     checked = {}
 
     def position(name: str, size: int | None = None) -> int:
-        """Where the bytes of a member begin; checks its size and checksum first."""
+        """The position of the first byte of a member, after checking its size and checksum."""
         if name not in members:
             raise ValueError(f"{name!r} is missing from the zip")
         info = members[name]
@@ -165,7 +166,7 @@ def _open_zip(data: mmap.mmap, path: Path):
                 raise ValueError(f"{name!r} is not where the zip directory says")
             begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
             with memoryview(data) as view, view[begin : begin + info.file_size] as body:
-                # PyTorch can be configured to omit checksums; they are 0 then.
+                # PyTorch can be configured to omit checksums, which are then 0.
                 if len(body) < info.file_size or info.CRC not in (0, zlib.crc32(body)):
                     raise ValueError(f"the checksum of {name!r} does not match its bytes")
             checked[name] = begin
@@ -243,7 +244,7 @@ def _view(data: mmap.mmap, position: int, tensor: _Tensor) -> np.ndarray:
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Number of elements from a tensor's first to its last, 0 for an empty tensor."""
+    """Number of elements from a tensor's first to its last; 0 for an empty tensor."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

@@ -3,7 +3,7 @@
 Our parameters are a flat dictionary {path: array}: a tokenizer's "encoder/...", "decoder/..." and
 "quantizer/...", or a pair of generators' "content/..." and "structure/..." with their
 "canvas_scale". Published tensors have PyTorch's layouts: convolutions (out, in, kh, kw), linears
-(out, in), and a tensor of its own for every block, where ours are (kh, kw, in, out), (in, out) and
+(out, in), and separate tensors for each block, where ours are (kh, kw, in, out), (in, out) and
 stacked along the first axis.
 """
 
@@ -43,7 +43,7 @@ _MODULES = {
     r"structure/head/modulation": r"structure_head.adaLN_modulation.1",
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-# Parameters whose published name is not a module's and a leaf's.
+# Parameters whose published name does not consist of a module and a leaf.
 _PARAMETERS = {
     r"quantizer/codebook": r"quantize.embedding.weight",
     r"quantizer/smooth_kernel": r"quantize.quant_resi.{}.weight",
@@ -123,11 +123,12 @@ def from_published(
 
     Args:
         tensors: published name -> array of a floating type of at most 32 bits. `rope_ids`, which
-            `generator_sizes` checks, is no parameter of ours.
+            `generator_sizes` checks, is not one of our parameters.
         shapes: path -> shape of each of our parameters.
 
     Raises:
-        ValueError: tensors are missing, left over, or of another shape or type; it lists them.
+        ValueError: tensors are missing, left over, or of another shape or type; the message lists
+            them.
     """
     params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
     views = published_views(params)
@@ -162,12 +163,12 @@ def from_published(
 def to_published(
     params: Mapping[str, np.ndarray], grid: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Published name -> contiguous array of our parameters, as `save_file` of safetensors takes it.
+    """Published name -> contiguous array of our parameters, for safetensors' `save_file`.
 
     Args:
         params: {path: array}.
-        grid: (h, w) for a pair of generators, whose names get their prefix and whose constant
-            `rope_ids` is added; None for a tokenizer.
+        grid: (h, w) for a pair of generators, which adds their prefix to the names and the constant
+            `rope_ids` to the tensors; None for a tokenizer.
     """
     tensors = {name: np.ascontiguousarray(view) for name, view in published_views(params).items()}
     if grid is None:
@@ -177,7 +178,7 @@ def to_published(
 
 
 def rope_ids(grid: tuple[int, int]) -> np.ndarray:
-    """The generators' constant of rotary positions, float32 (1, 1 + L, 3 + K).
+    """The constant rotary positions of the generators, float32 (1, 1 + L, 3 + K).
 
     Ones for the class token, then kind, K structure channels, row and column of each position;
     kind and structure are zero.
@@ -196,11 +197,11 @@ def tokenizer_sizes(
     """The fields of `TokenizerConfig` that a published autoencoder has.
 
     Args:
-        tensors: as `read` gives them.
-        latent_size: (h, w), which the tensors do not tell; None for a square one.
+        tensors: the tensors returned by `read`.
+        latent_size: (h, w), which the tensors do not determine; None for a square latent.
 
     Raises:
-        ValueError: a tensor that tells a size is missing, or the sizes fit no tokenizer.
+        ValueError: a tensor that determines a size is missing, or no tokenizer has these sizes.
     """
     base = _shape(tensors, "encoder.conv_in.conv.weight")[0]
     widths = [
@@ -236,15 +237,15 @@ def tokenizer_sizes(
 
 
 def generator_sizes(tensors: Mapping[str, np.ndarray]) -> dict:
-    """What the tensors of a published pair of generators tell.
+    """The sizes that the tensors of a published pair of generators determine.
 
     Returns:
         "content" and "structure" (fields of `TransformerConfig`), "num_classes", "latent_size",
         "latent_dim" and "codebook_size".
 
     Raises:
-        ValueError: a tensor that tells a size is missing, or `rope_ids` is not the constant that
-            it always is.
+        ValueError: a tensor that determines a size is missing, or `rope_ids` is not the expected
+            constant.
     """
     ids = tensors["rope_ids"] if _shape(tensors, "rope_ids") else None
     grid = tuple(int(n) + 1 for n in ids[0, 1:, -2:].max(0))
@@ -285,6 +286,6 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern finds in a name, 0 without any."""
+    """One more than the largest number that the pattern finds in a name; 0 if there is none."""
     found = [int(match[1]) for name in names if (match := re.fullmatch(pattern, name))]
     return max(found, default=-1) + 1

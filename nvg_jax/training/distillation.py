@@ -1,7 +1,7 @@
-"""How a structure generator is distilled: fewer evaluations of the network for each split.
+"""Distills a structure generator, so that each split needs fewer evaluations of the network.
 
-The student starts as a copy of the teacher and learns from it, with the guidance inside, so that it
-needs no null class. By default it learns where the teacher's flow leads from each noise, along a
+The student starts as a copy of the teacher and learns from it with the guidance built in, so that
+it needs no null class. By default, it learns to reach the end point of the teacher's flow along a
 straight line (reflow; Liu et al., arXiv 2209.03003), which takes few steps.
 """
 
@@ -36,16 +36,16 @@ from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import DISTILLATION, RunMetadata
 
-EVAL_IMAGES = 500  # held-out images of an evaluation, which solves the teacher's flow for each
+EVAL_IMAGES = 500  # held-out images per evaluation, which solves the teacher's flow for each
 
 
 def guided_velocity(model: StructureGenerator, params, class_ids, scales):
-    """The velocity (z (N, L, K), time () or (N,), structure embedding, canvas, stage (N,)) ->
-    float32 (N, L, K) of a flow.
+    """A flow's velocity (z (N, L, K), time () or (N,), structure embedding, canvas, stage (N,)) ->
+    float32 (N, L, K).
 
     Args:
         class_ids: int32 (N,).
-        scales: float32 (K - 1,), of the guidance of each stage; None for no guidance.
+        scales: float32 (K - 1,), the guidance scale of each stage; None for no guidance.
     """
 
     def velocity(z, time, embedding, canvas, stage):
@@ -59,7 +59,7 @@ def guided_velocity(model: StructureGenerator, params, class_ids, scales):
 
 
 def solution(velocity, times: np.ndarray, solver: str):
-    """(noise, structure embedding, canvas, stage) -> where a flow leads, float32 (N, L, K)."""
+    """(noise, structure embedding, canvas, stage) -> a flow's end point, float32 (N, L, K)."""
 
     def solve(noise, embedding, canvas, stage):
         known = embedding.astype(jnp.float32) - 1
@@ -74,8 +74,8 @@ class Distillation:
     """The networks of a distillation and how their flows are solved.
 
     Attributes:
-        teacher, student: sampling settings, expanded.
-        reflow: whether the student learns the teacher's solutions; else its velocity.
+        teacher, student: expanded sampling settings.
+        reflow: whether the student learns the teacher's solutions, or else its velocity.
     """
 
     model: StructureGenerator
@@ -85,20 +85,20 @@ class Distillation:
     reflow: bool
 
     def times(self, settings: Settings) -> np.ndarray:
-        """The times of the flow with sampling settings, float32 (n + 1,), from 1 down to 0."""
+        """The flow's times for given sampling settings, float32 (n + 1,), from 1 down to 0."""
         height, width = self.model.grid
         times = flow.shifted_times(settings.flow_steps, height * width, settings.flow_shift)
         return times.astype(np.float32)
 
     def solver(self, settings: Settings, velocity):
-        """`solution` with sampling settings."""
+        """`solution` for given sampling settings."""
         return solution(velocity, self.times(settings), settings.solver)
 
     def draw(self, key, structure):
         """What the loss needs for maps int32 (B, S, L): noise (B, L, K) and times (B, K - 1).
 
-        A student of reflow learns at the times at which it will be called. The first of them,
-        pure noise, decides most, and the times of a generator's training hardly ever come near it.
+        With reflow, a student learns at the times at which it will be called. The first of them,
+        pure noise, matters most, and the usual training times hardly ever come near it.
         """
         batch, stages, length = structure.shape
         noise_key, time_key = jax.random.split(key)
@@ -115,8 +115,8 @@ class Distillation:
         """The loss of each learned split, float32 (K - 1,).
 
         Args:
-            class_ids: int32 (B,). noise, times, weights: as of `structure_losses`.
-            solved: the teacher's solutions of `solve_stages`, if they are known already.
+            class_ids: int32 (B,). noise, times, weights: see `structure_losses`.
+            solved: the teacher's solutions from `solve_stages`, if they are already known.
         """
         class_ids = class_ids.repeat(times.shape[1])
         student = guided_velocity(self.model, params, class_ids, None)
@@ -132,13 +132,13 @@ class Distillation:
 
     @property
     def guidance(self):
-        """float32 (K - 1,), the teacher's scales of the learned splits; None if all are 1."""
+        """float32 (K - 1,), the teacher's scales for the learned splits; None if all are 1."""
         scales = np.asarray(self.teacher.structure_guidance, np.float32)[:-2]
         return None if (scales == 1).all() else jnp.asarray(scales)
 
 
 def solve_stages(solve, structure, canvases, noise):
-    """Where a flow leads from the same noise at every learned stage, float32 (K - 1, B, L, K).
+    """A flow's end points from the same noise at every learned stage, float32 (K - 1, B, L, K).
 
     Args:
         solve: a `solution`. structure: int32 (B, S, L). canvases: float32 (B, S, L, D). noise:
@@ -175,10 +175,10 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: OptimizerConfig,
 ):
-    """One step of the student on a batch for `generators.encode` with its "label".
+    """One step of the student on a batch: the input of `generators.encode`, and "label".
 
     Args:
-        state: its parameters are {"structure": tree}, as the teacher's.
+        state: its parameters are {"structure": tree}, like the teacher's.
         key: the run's key; the step number is folded in.
 
     Returns:
@@ -209,7 +209,7 @@ def train_step(
 
 
 def eval_step(params, teacher_params, tokenizer_params, batch, *, distillation: Distillation):
-    """Loss, and share of positions split as by the teacher, of held-out images.
+    """The loss, and the share of positions split as by the teacher, on held-out images.
 
     Images where the batch's "mask", bool (B,), is False do not count.
     """
@@ -243,7 +243,7 @@ def eval_step(params, teacher_params, tokenizer_params, batch, *, distillation: 
 
 
 def student_settings(config: ml_collections.ConfigDict, teacher: Settings) -> Settings:
-    """The recommended settings of the student: guidance is inside, and the steps are few."""
+    """The student's recommended settings: few steps, and no guidance, which is built in."""
     recipe = config.distillation
     return dataclasses.replace(
         teacher,
@@ -254,7 +254,7 @@ def student_settings(config: ml_collections.ConfigDict, teacher: Settings) -> Se
 
 
 def teacher_settings(config: ml_collections.ConfigDict, recommended: Settings) -> Settings:
-    """How the teacher's flow is solved: as its folder recommends, but for what the config says."""
+    """How the teacher's flow is solved: its folder's settings, overridden by the config's."""
     recipe = config.distillation
     changes = {
         "flow_steps": recipe.teacher_steps or None,
@@ -273,7 +273,7 @@ def make_program(
     See `train_step` and `eval_step`.
 
     Args:
-        teacher: its sampling settings.
+        teacher: the teacher's sampling settings.
 
     Raises:
         ValueError: invalid settings.
@@ -328,7 +328,7 @@ def read_teacher(folder: str) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, parameters) of a model to distill.
 
     Raises:
-        ValueError: there is none, or it cannot sample.
+        ValueError: there is no model, or it cannot sample.
     """
     metadata, params = bundled.read_model(folder)
     missing = [name for name in models.GENERATORS if name not in params]
@@ -343,7 +343,7 @@ def read_teacher(folder: str) -> tuple[RunMetadata, dict[str, Any]]:
 def with_sizes(
     config: ml_collections.ConfigDict, teacher: RunMetadata
 ) -> ml_collections.ConfigDict:
-    """The config with the sizes of a teacher; what to recompute stays the config's choice."""
+    """The config with the sizes of a teacher; remat stays as in the config."""
     config = config.copy_and_resolve_references()
     config.tokenizer.update(dataclasses.asdict(teacher.tokenizer))
     for name, sizes in teacher.generators.items():
@@ -355,11 +355,11 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
     """The distillation of a teacher's structure generator as a task.
 
     Args:
-        run: its config is `with_sizes` of the teacher.
-        teacher, params: of `read_teacher`.
+        run: its config has the teacher's sizes, see `with_sizes`.
+        teacher, params: from `read_teacher`.
 
     Raises:
-        ValueError: the data have other classes, or invalid settings.
+        ValueError: the data have other classes, or a setting is invalid.
     """
     config, recipe = run.config, run.config.distillation
     classes = run.train_source.class_names

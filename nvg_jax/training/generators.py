@@ -1,7 +1,7 @@
-"""How the generators are trained: losses, step, task (paper, Sections 3.2, 3.3 and Appendix).
+"""Trains the generators: losses, step, task (paper, Sections 3.2, 3.3 and Appendix).
 
-Either one alone, or both together on the same batches, as the paper trains them: with one optimizer
-whose gradient clip sees the norm of both.
+Either one alone or, as in the paper, both together on the same batches, with one optimizer that
+clips the gradients of both by their joint norm.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ def loss_terms(
 
 
 def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
-    """The sequence and canvases of a batch by the frozen tokenizer.
+    """The sequences and canvases of a batch, from the frozen tokenizer.
 
     Args:
         batch: {"image": float32 (B, H, W, 3) in [-1, 1]}, or a cached sequence: {"structure": int
@@ -178,7 +178,7 @@ def train_step(
     class_dropout: float,
     repa: RepaConfig | None,
 ):
-    """One step of every generator on a batch for `encode` with its "label".
+    """One step of every generator on a batch: the input of `encode`, and "label".
 
     Args:
         state: its parameters are {name: tree} for each name in `generators`.
@@ -223,7 +223,7 @@ def eval_step(
     generators: dict[str, Generator],
     tokenizer: Tokenizer,
 ):
-    """Losses of every generator in `params` on a batch as in `train_step`, without dropout.
+    """Losses of every generator in `params` on a batch like that of `train_step`, without dropout.
 
     Images where the batch's "mask", bool (B,), is False do not count.
     """
@@ -242,7 +242,7 @@ def eval_step(
 
 
 def repa_config(config: ml_collections.ConfigDict) -> RepaConfig | None:
-    """The alignment of a configuration's content generator, None if it is off.
+    """The REPA settings of a config's content generator, None if alignment is off.
 
     Raises:
         ValueError: invalid settings.
@@ -254,7 +254,7 @@ def repa_config(config: ml_collections.ConfigDict) -> RepaConfig | None:
 
 
 def parts_of(part: str) -> tuple[str, ...]:
-    """The generators that a trained part holds: "generators" holds both."""
+    """The generators in a trained part: "generators" holds both."""
     return models.GENERATORS if part == "generators" else (part,)
 
 
@@ -428,7 +428,7 @@ class Sampler:
         with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
             if self._pipeline is None:
                 self._pipeline = Pipeline(self._metadata, params)
-            else:  # keeps what it has compiled
+            else:  # keeps the compiled programs
                 self._pipeline.params = params
             return image_grid(self._pipeline.sample(classes, seed=self._seed).images, columns=8)
 
@@ -437,10 +437,11 @@ def load_tokenizer(run: Run):
     """The trained tokenizer to build on: (its metadata, its raw parameters, replicated).
 
     Raises:
-        ValueError: there is none that has finished, or its sizes differ.
+        ValueError: no tokenizer has finished training, or its sizes differ.
     """
     folder = run.tokenizer_workdir
-    # One read: weights and metadata of the same checkpoint, even if the newest one is damaged.
+    # A single read, so that weights and metadata come from the same checkpoint, even if the newest
+    # one is damaged.
     found = workdir.read_tokenizer(folder)
     if found is None or found[0].fingerprint is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where a training starts from another model's weights, on other data and classes."""
+"""Starts a training from another model's weights, on other data and classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,19 +19,19 @@ CLASS_TABLE = ("class_embed", "embedding")  # (classes + 1, width); the last row
 def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
     """The weights of another model for a new training.
 
-    The rows of the class table follow the names of the classes. A class that the model does not
-    have starts from the mean of those it has; the null class keeps its row.
+    The rows of the class table are matched by class name. A class that the model does not have
+    starts from the mean of all its classes; the null class keeps its row.
 
     Args:
         folder: a workdir, an exported or converted folder, or the name of a bundled model.
         wanted: {"tokenizer" or a generator: its initial parameters}, placed on devices.
-        class_names: of the new data.
+        class_names: the classes of the new data.
 
     Returns:
         The same tree with the model's weights.
 
     Raises:
-        ValueError: the model lacks a network, or one of its arrays has another size; named.
+        ValueError: the model lacks a network, or an array has another size; the message names it.
     """
     metadata, params = bundled.read_model(folder)
     check_names(folder, wanted, params)
@@ -43,7 +43,7 @@ def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) 
 
 
 def with_params(state: TrainState, params) -> TrainState:
-    """A state before its first step that starts, and averages, from other parameters."""
+    """An initial state whose parameters, and their moving average, start from `params`."""
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
@@ -82,10 +82,9 @@ def check_sizes(wanted: dict[tuple, Any], found: dict[tuple, Any], where: str):
 
 
 def fit_params(wanted, found, where: str, metadata: RunMetadata, class_names: Sequence[str]):
-    """`found`, with the class table of `class_names`, as a tree like `wanted`.
+    """`found`, with its class table adapted to `class_names`, as a tree like `wanted`.
 
-    What is wanted and not found is taken from `wanted` if it is the projector of REPA, which no
-    model keeps.
+    The REPA projector, which no model keeps, is taken from `wanted`.
     """
     wanted, found = flatten_dict(wanted), flatten_dict(found)
     if CLASS_TABLE in wanted and CLASS_TABLE in found:
@@ -98,7 +97,7 @@ def fit_params(wanted, found, where: str, metadata: RunMetadata, class_names: Se
 def class_table(
     table: np.ndarray, old_names: Sequence[str], new_names: Sequence[str]
 ) -> np.ndarray:
-    """The rows of a class table (classes + 1, width) for other classes; the last one stays."""
+    """The rows of a class table (classes + 1, width) for other classes; the last row stays."""
     rows = dict(zip(old_names, table))
     mean = table[:-1].mean(0)
     return np.stack([rows.get(name, mean) for name in new_names] + [table[-1]])

@@ -1,4 +1,4 @@
-"""The training loop. It knows no model: a `Task` tells it all about the part it trains."""
+"""The training loop. It knows no model: a `Task` describes the part that it trains."""
 
 import contextlib
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from nvg_jax.workdir import (
 class Task(NamedTuple):
     """One trained part.
 
-    name: of the part and of its folder in the workdir.
+    name: the name of the part and of its folder in the workdir.
     recipe: batch_size, log_every, eval_every, save_every, keep.
     steps: the length of the training.
     state: the abstract state, with shardings.
@@ -36,7 +36,7 @@ class Task(NamedTuple):
     update: (state, global batch, step) -> (state, metrics).
     evaluate: state -> (metrics on held-out data, picture uint8 (H, W, 3) or None).
     finish: state -> the metadata of the last checkpoint.
-    model: state -> the NumPy parameters of the model to measure FID of, {network: tree}.
+    model: state -> the NumPy parameters of the model whose FID is measured, {network: tree}.
     """
 
     name: str
@@ -62,12 +62,12 @@ def fit(
     """Trains one part to the end, from its latest checkpoint if there is one.
 
     Args:
-        score: what measures FID every `recipe.fid_every` steps; the best model is kept in
+        score: measures FID every `recipe.fid_every` steps; the best model is kept in
             `workdir`/best_NAME.
 
     Raises:
         Preempted: SIGTERM arrived; the state is saved.
-        FloatingPointError: a metric is not finite; names the step and the metric.
+        FloatingPointError: a metric is not finite; the message names the step and the metric.
         ValueError: the config differs from the one this run was started with.
     """
     folder, recipe, steps = workdir / task.name, task.recipe, task.steps
@@ -112,10 +112,10 @@ def fit(
 
 
 class BestModel:
-    """Keeps the model with the lowest FID of a training as an export in a folder of its own.
+    """Keeps the model with the lowest FID during a training, as an export in its own folder.
 
     Args:
-        new: whether the training starts; then a model of an earlier training does not count.
+        new: whether the training starts afresh; then a model from an earlier one is ignored.
     """
 
     def __init__(self, folder: epath.Path, score: Callable, new: bool):
@@ -124,7 +124,7 @@ class BestModel:
         self.fid = found.fid if found else float("inf")
 
     def update(self, step: int, task: Task, state) -> tuple[float, float]:
-        """Measures the model of a state and keeps it if it is better: (its FID, the lowest one)."""
+        """Measures a state's model and keeps it if it is the best: (its FID, the lowest FID)."""
         params = task.model(state)
         fid = self._score(task.metadata, params)
         if fid < self.fid:

@@ -1,4 +1,4 @@
-"""What a training reports: averaged metrics, codebook usage, progress lines, TensorBoard."""
+"""The reports of a training: averaged metrics, codebook usage, progress lines, TensorBoard."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ logger = logging.getLogger("nvg_jax")
 class Reporter:
     """Logs the progress of one part and, on process 0, writes its metrics and pictures.
 
-    Closing it ends the event file.
+    `close` closes the event file.
     """
 
     def __init__(self, part: str, folder: epath.Path, start: int, steps: int, batch_size: int):
@@ -43,7 +43,7 @@ class Reporter:
             self._window_started = time.monotonic()
 
     def add(self, metrics: dict[str, Any]):
-        """Takes the metrics of a step; they stay on the devices until the next line."""
+        """Adds the metrics of a step; they stay on the devices until the next line."""
         self._window.append(metrics)
 
     def progress(self, step: int, learning_rate: float):
@@ -81,7 +81,7 @@ def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[s
     """Mean metrics of the steps up to `last_step`; codebook usage over all of them.
 
     Raises:
-        FloatingPointError: a metric is not finite; names the step and the metric.
+        FloatingPointError: a metric is not finite; the message names the step and the metric.
     """
     for step, metrics in enumerate(window, last_step - len(window) + 1):
         values = flatten(metrics)
@@ -103,7 +103,7 @@ def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[s
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, float]:
-    """Scalars of metrics, some of which have one value per stage; leaves out code counts."""
+    """Flattens metrics, some with one value per stage, to scalars; leaves out code counts."""
     scalars = {}
     for name, value in metrics.items():
         if name == "code_counts":

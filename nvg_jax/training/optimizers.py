@@ -12,7 +12,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 class OptimizerConfig:
     """An optimizer; the defaults are the published generators'.
 
-    learning_rate: at batch size 256; it scales linearly with the batch size.
+    learning_rate: the rate at batch size 256; it scales linearly with the batch size.
     schedule: after a linear warm-up from `warmup_start` of the rate, "linear" is constant until
         `decay_start` (a fraction of all steps) and falls linearly to `final` of it; "cosine" falls
         to `final` along a cosine; "constant" stays.
@@ -55,7 +55,7 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int)
 
 
 def decay_mask(params):
-    """True for every parameter of two or more dimensions, the axis of layers or stages aside."""
+    """True for every parameter of two or more dimensions, not counting a layer or stage axis."""
 
     def decays(path, leaf):
         names = [getattr(key, "key", "") for key in path]

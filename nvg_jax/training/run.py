@@ -1,4 +1,4 @@
-"""What the trained parts of one run share: configuration, mesh, data, frozen networks."""
+"""What all parts trained in one run share: configuration, mesh, data, frozen networks."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ class Run:
     """An opened run; see `open_run`.
 
     Attributes:
-        workdir: each trained part has a folder in it.
+        workdir: the folder with a subfolder for each trained part.
         networks: {name: parameters} of the pretrained networks that the losses need.
     """
 
@@ -121,7 +121,7 @@ class Run:
         """The global batches of the test split, each once.
 
         Raises:
-            Preempted: SIGTERM arrived; an evaluation can take longer than the grace period.
+            Preempted: SIGTERM arrived. (An evaluation can take longer than the grace period.)
         """
         shards = sharding.batch_shards(self.mesh)
         batch_size = min(batch_size, max(shards, len(self.test_source) // shards * shards))
@@ -139,10 +139,10 @@ class Run:
         evaluate: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
         limit: int | None = None,
     ) -> dict[str, Any]:
-        """The means over the test split of what `evaluate` gives for each of its batches.
+        """The means over the test split of the results of `evaluate` on each batch.
 
         Args:
-            limit: stop after the batch that reaches so many images.
+            limit: stop after the batch that reaches this number of images.
         """
         totals, count = {}, 0
         for batch in self.test_batches(batch_size):
@@ -165,7 +165,7 @@ def open_run(
             reported at once and not after days of training.
 
     Raises:
-        ValueError: data or a network that is missing.
+        ValueError: data or a network is missing.
     """
     loaded = {
         name: pretrained.load(name, config.pretrained_dir or None) for name in sorted(set(networks))

@@ -1,4 +1,4 @@
-"""How the tokenizer is trained: losses, step, task (paper, Section 3.1 and Appendix)."""
+"""Trains the tokenizer: losses, step, task (paper, Section 3.1 and Appendix)."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ from nvg_jax.workdir import RunMetadata
 
 DISCRIMINATORS = ("dino", "small")
 DINO_FEATURES = (5, 14 * 14, 384)  # hidden states, their positions and channels
-SCALE_IMAGES = 10_000  # images that the canvas scales are measured on, at most
+SCALE_IMAGES = 10_000  # maximum number of images for measuring the canvas scales
 PICTURE_IMAGES = 16  # images in the picture of reconstructions
 
 
@@ -142,7 +142,7 @@ def code_counts(stage_tokens, codebook_size: int):
 
 
 def discriminator_inputs(discriminator: nn.Module, frozen, images, key, dtype):
-    """What the discriminator sees of images (B, H, W, 3): DiffAug, then its input size."""
+    """The discriminator's view of images (B, H, W, 3): DiffAug, then its input size."""
     input_key, augment_key = jax.random.split(key)
     images = augment(images, augment_key)
     if not isinstance(discriminator, DiscriminatorHeads):
@@ -216,7 +216,7 @@ def loss_terms(
     losses: TokenizerLossConfig,
     index_backprop: bool,
 ):
-    """The sum of the tokenizer's and the discriminator's loss, detached from each other.
+    """The sum of the tokenizer's and the discriminator's losses, detached from each other.
 
     Returns:
         (loss, (metrics, the discriminator state with new vectors and averages)).
@@ -268,7 +268,7 @@ def eval_step(params, frozen, batch, *, model: Tokenizer):
 
     Returns:
         {"psnr": float32 (B,) in dB (peak-to-peak range 2), "lpips": float32 (B,) if `frozen` has
-        it, "restored": float32 (B, H, W, 3), "code_counts": int32 (S, V) of the images whose mask
+        it, "restored": float32 (B, H, W, 3), "code_counts": int32 (S, V) for the images whose mask
         is True}.
     """
 
