@@ -191,7 +191,7 @@ class Page:
         files = [str(path) for path in kept.files] or None
         for stage in range(config.num_stages):
             maps = [picture_of(self.pipe, m, stage) for m in out.sequence.structure[:, stage]]
-            text = f"Stage {stage} of {config.num_stages - 1}: {2**stage} tokens an image"
+            text = f"Stage {stage} of {config.num_stages - 1}: {2**stage} tokens per image"
             yield (
                 enlarged(image_grid(frames[:, stage], SAMPLES)),
                 enlarged(image_grid(np.stack(maps), SAMPLES)),
@@ -301,7 +301,7 @@ def build(page: Page) -> gr.Blocks:
                         **canvas,
                     )
                     take = gr.Button("Take the first sample", elem_id="take")
-                    start = gr.Slider(0, stages - 1, 0, step=1, label="Draw anew from stage")
+                    start = gr.Slider(0, stages - 1, 0, step=1, label="Resample from stage")
                     paste = gr.Checkbox(True, label="Put the original pixels back outside")
                     edit = gr.Button("Renew the painted part", variant="primary", elem_id="edit")
                 with gr.Accordion("Settings", open=False):

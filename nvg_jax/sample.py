@@ -84,10 +84,10 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "structure_map", None, "A PNG whose colors are regions to follow, or a ready-made drawing."
     )
-    flags.DEFINE_string("edit", None, "An image of which a region is sampled anew.")
+    flags.DEFINE_string("edit", None, "An image, a region of which is resampled.")
     flags.DEFINE_string("mask", None, "With --edit: a PNG of its size, white where to edit.")
     flags.DEFINE_integer(
-        "edit_from", 0, "With --edit: the first stage to sample anew; larger ones change less.", 0
+        "edit_from", 0, "With --edit: the first stage to resample; later ones change less.", 0
     )
     flags.DEFINE_boolean("paste", False, "With --edit: put the original pixels back outside.")
     flags.DEFINE_integer("feather", 2, "With --paste: pixels over which to blend.", 0)

@@ -302,7 +302,7 @@ def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: epat
     if generator.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"The generator in {folder} was trained with another tokenizer (weights "
-            f"{generator.fingerprint}) than the one beside it ({tokenizer.fingerprint}). Train it "
+            f"{generator.fingerprint}) than this model's ({tokenizer.fingerprint}). Train it "
             "again with this tokenizer, or restore its own tokenizer."
         )
 

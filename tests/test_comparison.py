@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
 
 def test_parts_of_other_images_are_refused(samples, reference, tmp_path):
     features.extract(samples, Judge(), tmp_path / "parts")
-    with pytest.raises(ValueError, match="holds samples of other settings"):
+    with pytest.raises(ValueError, match="holds samples made with other settings"):
         features.extract(reference, Judge(), tmp_path / "parts")
 
 

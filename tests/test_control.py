@@ -304,6 +304,6 @@ def test_the_command_edits_an_image(pipe, files, tmp_path):
     both = sample(f"--edit={image}", f"--mask={mask}", "--structure_map=rings")
     assert both.returncode == 2 and "only one of --structure_map, --edit" in both.stderr
     again = sample("--structure_map=left_right")  # in the same folder
-    assert again.returncode == 2 and "samples of other settings: given was" in again.stderr
+    assert again.returncode == 2 and "samples made with other settings: given was" in again.stderr
     alone = sample("--token_stages=2")
     assert alone.returncode == 2 and "--token_stages needs --structure_from" in alone.stderr
