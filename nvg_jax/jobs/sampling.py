@@ -209,8 +209,8 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
         ]
         if differ:
             raise ValueError(
-                f"{folder} holds samples made with other settings: {'; '.join(differ)}. Give the same "
-                "settings to resume, or another --out; or delete that folder to start over. "
+                f"{folder} holds samples made with other settings: {'; '.join(differ)}. Give the "
+                "same settings to resume, or another --out; or delete that folder to start over. "
                 "(Another model: a run that was trained further has other weights.)"
             )
     elif folder.is_dir() and any(folder.glob(pattern)):
