@@ -154,12 +154,20 @@ def collectives(compiled) -> list[tuple[str, int, str]]:
 
 
 def leaf_sizes(program) -> list[int]:
-    """Numbers of elements of all parameters, and of one layer of stacked ones."""
+    """Numbers of elements of all parameters, and of one layer of stacked ones.
+
+    Of the linear layers of a block also of the parts that have a product of their own: one for
+    attention, or four for the MLP, of width x width.
+    """
     sizes = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
         sizes.add(leaf.size)
-        if "blocks" in jax.tree_util.keystr(path):
+        name = jax.tree_util.keystr(path)
+        if "blocks" in name:
             sizes.add(leaf.size // leaf.shape[0])
+        if "linear1" in name or "linear2" in name:
+            part = min(leaf.shape[1:]) ** 2
+            sizes.update((part, 4 * part))
     return sorted(sizes)
 
 
