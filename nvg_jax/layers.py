@@ -251,9 +251,11 @@ class Block(nn.Module):
         linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
         kernel, bias = linear2.parameters((1 + self.mlp_ratio) * width)
         kernel = unshard(kernel.reshape(-1, width, width), (None, "mlp", None))
-        out = jnp.einsum("bnd,dc->bnc", attended, kernel[0])
-        out = out + jnp.einsum("bnpd,pdc->bnc", hidden, kernel[1:])
-        out = gate[:, None] * (out + bias)
+        # Each product is gated by itself: for a batch of one, XLA on CPUs (jax 0.10) fuses the sum
+        # of both with the sum over positions of the gate's gradient, which is then wrong.
+        gate = gate[:, None]
+        out = gate * jnp.einsum("bnd,dc->bnc", attended, kernel[0])
+        out = out + gate * (jnp.einsum("bnpd,pdc->bnc", hidden, kernel[1:]) + bias)
         if not deterministic:
             keep = 1 - drop_rate
             kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch, 1, 1))
