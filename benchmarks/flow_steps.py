@@ -107,20 +107,20 @@ def main(_):
     print("|---|---|---|---|---|---|---|---|---|---|")
     for solver, shift, steps in itertools.product(FLAGS.solvers, FLAGS.shifts, FLAGS.steps):
         point = dict(solver=solver, flow_steps=int(steps), flow_shift=float(shift))
-        results = []
-        for seed in range(FLAGS.seeds):
-            key = (FLAGS.workdir, FLAGS.num_samples, *point.values(), seed)
+        shared = (FLAGS.workdir, FLAGS.num_samples, *point.values())
+        keys = [(*shared, seed) for seed in range(FLAGS.seeds)]
+        share = {}  # of the splits, which do not depend on the seed
+        if splits and not all(key in known for key in keys):
+            same = splits(pipe.settings.updated(point)) == splits.exact
+            share = {"splits": float(same.mean())}
+        for seed, key in enumerate(keys):
             if key not in known:
-                known[key] = dict(zip(columns, key))
-                if splits:
-                    same = splits(pipe.settings.updated(point)) == splits.exact
-                    known[key]["splits"] = float(same.mean())
-                known[key] |= measure(pipe, point, seed, classes, judge, reference)
-                known[key]["spread"] /= real_spread
+                measured = measure(pipe, point, seed, classes, judge, reference)
+                measured["spread"] /= real_spread
+                known[key] = dict(zip(columns, key)) | share | measured
                 with out.open("a") as file:
                     file.write(json.dumps(known[key]) + "\n")
-            results.append(known[key])
-        print(row(point, results), flush=True)
+        print(row(point, [known[key] for key in keys]), flush=True)
     if FLAGS.figure:
         draw(list(known.values()), FLAGS.figure)
 
@@ -155,7 +155,7 @@ def draw(results: list[dict], path: str):
         curves.setdefault((result["solver"], result["flow_shift"]), []).append(result)
     for (solver, shift), points in curves.items():
         steps = sorted({point["flow_steps"] for point in points})
-        evaluations = [step * (2 if solver == "heun" else 1) for step in steps]
+        evaluations = [step * flow.SOLVERS[solver] for step in steps]
         label = solver if shift == 0 else f"{solver}, shift {shift:g}"
         for axis, name in zip(axes, ("splits", "fid")):
             values = [[p[name] for p in points if p["flow_steps"] == step] for step in steps]

@@ -23,10 +23,19 @@ from nvg_jax.layers import TransformerConfig, cast_blocks
 from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.networks import bind
 from nvg_jax.sampling.settings import Settings
+from nvg_jax.structure.flow import SOLVERS
 from nvg_jax.tokenizer import TokenizerConfig
 
 FLAGS = flags.FLAGS
 CLASSES = 1000
+
+
+def read_config(config) -> tuple[TokenizerConfig, dict[str, TransformerConfig], Settings]:
+    """(the tokenizer's sizes, the generators' sizes, the expanded sampling settings)."""
+    sizes = TokenizerConfig(**config.tokenizer)
+    transformers = {name: TransformerConfig(**config[name]) for name in models.GENERATORS}
+    settings = Settings.from_dict(config.sampling.to_dict())
+    return sizes, transformers, settings.expand(sizes.num_stages, sizes.codebook_size)
 
 
 def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerConfig]):
@@ -83,7 +92,7 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
     z = jax.random.normal(jax.random.key(1), (batch, length, stages - 1))
     classes = jnp.arange(batch) % CLASSES
 
-    evaluations = settings.flow_steps * (2 if settings.solver == "heun" else 1)
+    evaluations = settings.flow_steps * SOLVERS[settings.solver]
     times = jnp.linspace(1, 0, evaluations, endpoint=False)
 
     def content(guidance, params, canvas, labels):
@@ -133,11 +142,7 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
-    config = FLAGS.config
-    sizes = TokenizerConfig(**config.tokenizer)
-    transformers = {name: TransformerConfig(**config[name]) for name in models.GENERATORS}
-    settings = Settings.from_dict(config.sampling.to_dict())
-    settings = settings.expand(sizes.num_stages, sizes.codebook_size)
+    sizes, transformers, settings = read_config(FLAGS.config)
     params = random_params(sizes, transformers)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}; seconds an image (share)\n")
     print("| precision | batch | content | structure | tokens | canvas | decoder | all |")

@@ -65,7 +65,7 @@ def attention(q: Array, k: Array, v: Array, rotary: Rotary | None = None) -> Arr
         return cudnn_attention(q, k, v)
     mesh = jax.sharding.get_abstract_mesh()
     if platform() == "cpu" and mesh.shape.get("tensor", 1) == 1:
-        by_head = q.shape[1] >= LENGTH_BY_HEAD and (mesh.empty or mesh.size == 1)
+        by_head = q.shape[1] >= LENGTH_BY_HEAD and mesh.size <= 1  # 0: no mesh
         return folded_attention(q, k, v, by_head)
     return jax.nn.dot_product_attention(q, k, v)
 
@@ -226,7 +226,7 @@ def _on_each_device(kernel, head_dim, interpret, arrays, rotary: Rotary | None, 
     rotary, gradient = rotary or (), len(arrays) > 3
     call = functools.partial(_call, kernel, head_dim, interpret, len(arrays), outputs)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
+    if mesh.size > 1:
         images = BATCH_SPEC[0]
         channels, angles = PartitionSpec(images, None, "tensor"), PartitionSpec(images)
         scales, sums = PartitionSpec(), PartitionSpec(images, "tensor")

@@ -167,7 +167,7 @@ class Settings:
         "How the structure flow is integrated; heun evaluates the network twice a step.",
         kind=str,
         allowed=f"one of {', '.join(SOLVERS)}",
-        choices=SOLVERS,
+        choices=tuple(SOLVERS),
         traced=False,
     )
     flow_shift: float = setting(
