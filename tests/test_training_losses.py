@@ -260,19 +260,21 @@ def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
     targets = rng.normal(size=(1, 256, 768)).astype(np.float32)
 
     @jax.jit
-    @jax.grad
-    def difference(params):
-        """What REPA adds to the loss."""
-        loss = lambda *repa: generators.loss_terms(
-            model, params, quantized, jnp.array([1]), jnp.ones(10), jax.random.key(0), None, *repa
-        )[0]
-        return loss(generators.RepaConfig(0.5, 2), targets) - loss()
+    @functools.partial(jax.grad, has_aux=True)
+    def alignment(params):
+        loss, terms = generators.loss_terms(
+            model, params, quantized, jnp.array([1]), jnp.ones(10), jax.random.key(0),
+            repa=generators.RepaConfig(0.5, 2), targets=targets,
+        )  # fmt: skip
+        return terms["repa_loss"].mean(), (loss, terms)
 
-    grads = difference(params)
+    grads, (loss, terms) = alignment(params)
+    others = terms["canvas_loss"] + terms["token_loss"]
+    np.testing.assert_allclose(loss, others.mean() + 0.5 * terms["repa_loss"].mean(), rtol=1e-6)
     by_block = np.abs(grads["blocks"]["blocks"]["linear1"]["kernel"]).max((1, 2))
-    assert by_block[0] > 1e-6 and by_block[1] > 1e-6 and by_block[2] < 1e-8
+    assert by_block[0] > 1e-6 and by_block[1] > 1e-6 and by_block[2] == 0
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads["repa"]))
-    assert np.abs(grads["token_head"]["kernel"]).max() < 1e-8
+    assert np.abs(grads["token_head"]["kernel"]).max() == 0
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "content"])
