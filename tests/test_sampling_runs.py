@@ -176,7 +176,8 @@ def test_other_settings_are_refused(pipe, whole, tmp_path, changes, message):
     out = tmp_path / "all.npz"
     parts = interrupted(pipe, out, 1)
     before = sorted(path.name for path in parts.iterdir())
-    with pytest.raises(ValueError, match=f"all.npz.parts holds samples made with other settings: {message}"):
+    message = f"all.npz.parts holds samples made with other settings: {message}"
+    with pytest.raises(ValueError, match=message):
         sampling.write_array(samples_of(pipe, **changes), out)
     assert sorted(path.name for path in parts.iterdir()) == before and not out.exists()
     with pytest.raises(ValueError, match="all.npz is there already and was made with other"):
