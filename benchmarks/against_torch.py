@@ -5,15 +5,19 @@
 
 Both run the same random weights on the same inputs in one process, alternating: ours compiled,
 PyTorch's eager, in float32 on all cores. The PyTorch networks are written here from the paper and
-use PyTorch's fused operations. A row is the median over the rounds; first, both are checked to give
-the same numbers. Gradients are of the sum of squares with respect to all weights.
+use PyTorch's fused operations. A time is the median over the rounds; first, both are checked to
+give the same numbers. Gradients are of the sum of squares with respect to all weights. The memory
+is the most that the process holds during a call, beyond what it held before: results and
+temporaries, without weights and inputs. It is read from /proc, so this needs Linux.
 
 The last row is a sum: to sample an image takes `flow_steps` evaluations of the structure generator
 for each learned split, one of the content generator for each stage, all guided, and decoding.
 """
 
+import ctypes
 import functools
 import time
+from pathlib import Path
 
 import flax
 import jax
@@ -178,6 +182,20 @@ def decoder(weights, sizes: TokenizerConfig, latents):
 # The comparison.
 
 
+def peak_memory(function) -> int:
+    """The bytes that a call needs at most, beyond what the process held before it."""
+
+    def held(name):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{name}:")[1].split()[0]) * 1024
+
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # from now on counts the peak
+    before = held("VmRSS")
+    jax.block_until_ready(function())
+    return held("VmHWM") - before
+
+
 class Row:
     """One network in both frameworks.
 
@@ -202,10 +220,11 @@ class Row:
                 with torch.inference_mode():
                     out = theirs(weights, *tensors)
                 return out.permute(0, 2, 3, 1) if images else out
+            theirs(weights, *tensors).square().sum().backward()
+            found = {name: w.grad for name, w in weights.items() if w.grad is not None}
             for weight in weights.values():
                 weight.grad = None
-            theirs(weights, *tensors).square().sum().backward()
-            return {name: w.grad for name, w in weights.items() if w.grad is not None}
+            return found
 
         self.theirs = run
         values, expected = self.ours(), run()
@@ -230,6 +249,10 @@ class Row:
                 jax.block_until_ready(function())
                 kept.append(time.perf_counter() - start)
         return tuple(map(np.median, times))
+
+    def memory(self) -> tuple[int, int]:
+        """(ours, theirs), the bytes of `peak_memory`."""
+        return peak_memory(self.ours), peak_memory(self.theirs)
 
 
 def rows(params, sizes: TokenizerConfig, transformers):
@@ -290,11 +313,14 @@ def main(_):
     params = random_params(sizes, transformers)
     threads = torch.get_num_threads()
     print(f"JAX {jax.__version__}, PyTorch {torch.__version__}, {threads} threads\n")
-    print("| network | images | ours | PyTorch | ratio |")
-    print("|---|---|---|---|---|")
+    print("| network | images | ours | PyTorch | ratio | memory, ours | memory, PyTorch |")
+    print("|---|---|---|---|---|---|---|")
 
-    def report(name, images, ours, theirs):
-        print(f"| {name} | {images} | {ours:.3g} s | {theirs:.3g} s | {ours / theirs:.2f} |")
+    def report(name, images, ours, theirs, *memory):
+        cells = [f"{bytes / 1e9:.2f} GB" for bytes in memory] or ["", ""]
+        ratio = f"{ours / theirs:.2f}"
+        cells = [name, str(images), f"{ours:.3g} s", f"{theirs:.3g} s", ratio, *cells]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
     times = {}
     for gradients in (False, True):
@@ -305,7 +331,8 @@ def main(_):
             row = make(gradients, batch)
             kind = "gradient" if gradients else "guided" if batch > images else ""
             times[name, gradients] = np.array(row.seconds(FLAGS.rounds))
-            report(", ".join(filter(None, (name, kind))), images, *times[name, gradients])
+            name_kind = ", ".join(filter(None, (name, kind)))
+            report(name_kind, images, *times[name, gradients], *row.memory())
     evaluations = settings.flow_steps * SOLVERS[settings.solver]
     calls = {"structure": evaluations * (sizes.num_stages - 2), "content": sizes.num_stages}
     total = sum(count * times[name, False] for name, count in calls.items())

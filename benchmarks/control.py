@@ -1,15 +1,16 @@
 """How well samples follow user input: `python -m benchmarks.control`.
 
-Uses the bundled Fashion-MNIST model and needs its data set (docs/data.md). First, 50 samples of
-each class follow a ready-made map; they are encoded again, and their own first map is compared with
-the given one. A map and its inverse count as equal. Chance is the same measure for free samples.
-Then held-out images are edited: a region is resampled for another class, and a classifier trained
-on real images classifies the result.
+Uses the bundled Fashion-MNIST model or another model of the same data (`--workdir`), and needs the
+data set (docs/data.md). First, 50 samples of each class follow a ready-made map; they are encoded
+again, and their own first map is compared with the given one. A map and its inverse count as equal.
+Chance is the same measure for free samples. Then held-out images are edited: a region is resampled
+for another class, and a classifier trained on real images classifies the result.
 """
 
 import numpy as np
 from absl import app, flags, logging
 
+from nvg_jax import cli
 from nvg_jax.evaluation.classifiers import train_classifier
 from nvg_jax.jobs.evaluation import load_split
 from nvg_jax.pipeline import Pipeline
@@ -29,7 +30,7 @@ def agreement(pipe: Pipeline, images: np.ndarray, wanted: np.ndarray) -> float:
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
-    pipe = Pipeline.from_pretrained("fashion_mnist")
+    pipe = Pipeline.from_pretrained(FLAGS.workdir)
     latent, classes = pipe.tokenizer.config.latent_size, np.arange(10).repeat(50)
     free = pipe.sample(classes, seed=0)
     print("given map | first map of the encoded samples agrees | of free samples (chance)")
@@ -75,5 +76,6 @@ def main(_):
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "fashion_mnist", cli.MODEL)
     flags.DEFINE_string("out", "edits.png", "A picture: held-out images, then each region edited.")
     app.run(main)
