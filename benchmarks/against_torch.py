@@ -317,10 +317,9 @@ def main(_):
     print("|---|---|---|---|---|---|---|")
 
     def report(name, images, ours, theirs, *memory):
-        cells = [f"{bytes / 1e9:.2f} GB" for bytes in memory] or ["", ""]
-        ratio = f"{ours / theirs:.2f}"
-        cells = [name, str(images), f"{ours:.3g} s", f"{theirs:.3g} s", ratio, *cells]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        times = f"{ours:.3g} s | {theirs:.3g} s | {ours / theirs:.2f}"
+        held = " | ".join(f"{size / 1e9:.2f} GB" for size in memory) or " | "
+        print(f"| {name} | {images} | {times} | {held} |", flush=True)
 
     times = {}
     for gradients in (False, True):
@@ -331,8 +330,8 @@ def main(_):
             row = make(gradients, batch)
             kind = "gradient" if gradients else "guided" if batch > images else ""
             times[name, gradients] = np.array(row.seconds(FLAGS.rounds))
-            name_kind = ", ".join(filter(None, (name, kind)))
-            report(name_kind, images, *times[name, gradients], *row.memory())
+            label = ", ".join(filter(None, (name, kind)))
+            report(label, images, *times[name, gradients], *row.memory())
     evaluations = settings.flow_steps * SOLVERS[settings.solver]
     calls = {"structure": evaluations * (sizes.num_stages - 2), "content": sizes.num_stages}
     total = sum(count * times[name, False] for name, count in calls.items())

@@ -10,7 +10,6 @@ for another class, and a classifier trained on real images classifies the result
 import numpy as np
 from absl import app, flags, logging
 
-from nvg_jax import cli
 from nvg_jax.evaluation.classifiers import train_classifier
 from nvg_jax.jobs.evaluation import load_split
 from nvg_jax.pipeline import Pipeline
@@ -76,6 +75,6 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "fashion_mnist", cli.MODEL)
+    flags.DEFINE_string("workdir", "fashion_mnist", "Folder of a model, or a bundled model.")
     flags.DEFINE_string("out", "edits.png", "A picture: held-out images, then each region edited.")
     app.run(main)
