@@ -1,6 +1,7 @@
 """Set-up shared by all tests: a quiet CPU, one compilation cache, the parity pack."""
 
 import gc
+import importlib.metadata
 import os
 
 from helpers import ROOT
@@ -9,12 +10,18 @@ from helpers import ROOT
 # not optimized and not split among threads, and compiled programs are shared by all processes and
 # kept for the next run.
 CACHE = ROOT / ".pytest_cache" / "jax"
+FLAGS = [
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later, XLA stops at this flag
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "0",
-    "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    "XLA_FLAGS": " ".join(FLAGS),
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # JAX locks the folder only if a size is set
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",

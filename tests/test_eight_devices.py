@@ -211,7 +211,9 @@ def test_only_parameters_and_gradients_travel(seen, stage, name):
         parameter = any(size * cut in sizes for cut in {1, fsdp, tensor, fsdp * tensor})
         if kind == "all-gather":
             assert fsdp * tensor > 1 and parameter, (size, operation)
-            assert re.search("(sharding_constraint|squeeze|reshape|^)$", operation), operation
+            # Where a layer's parameters are taken from all, or, in jax 0.11, a parameter's name.
+            place = r"(sharding_constraint|squeeze|reshape|/dynamic_slice|^|\['\w+'\])$"
+            assert re.search(place, operation.replace("\\", "")), operation
         elif kind == "all-reduce":
             residual = tensor > 1 and re.search("bnpd,pdc->bnc|bnc,cpd->bnpd", operation)
             metric = size <= 16  # one number, one a stage, or one a code
