@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from nvg_jax.runtime.sharding import BATCH_SPEC, batch_shards
+from nvg_jax.runtime.sharding import BATCH_SPEC, batch_shards, tensor_shards
 
 EPSILON = 1e-6
 LENGTH_BY_HEAD = 256  # from this length on, a CPU computes one head at a time (measured, 2 cores)
@@ -44,12 +44,16 @@ class Rotary(NamedTuple):
     sin: Array
 
 
-def attention(q: Array, k: Array, v: Array, rotary: Rotary | None = None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, rotary: Rotary | None = None, length: int | None = None
+) -> Array:
     """Softmax attention over the whole sequence, without a mask, scaled by 1 / sqrt(head_dim).
 
     Args:
         q, k, v: (B, N, heads, head_dim).
         rotary: None uses q and k unchanged.
+        length: the number of tokens that are attended to; None means all N. The others, at the end,
+            are padding, see `padded_length`.
 
     Returns:
         (B, N, heads, head_dim).
@@ -61,13 +65,25 @@ def attention(q: Array, k: Array, v: Array, rotary: Rotary | None = None) -> Arr
             rotate(rms_norm(x, scale), rotary.cos, rotary.sin)
             for x, scale in ((q, rotary.q_scale), (k, rotary.k_scale))
         )
-    if platform() == "gpu" and fits_cudnn(q):
-        return cudnn_attention(q, k, v)
-    mesh = jax.sharding.get_abstract_mesh()
-    if platform() == "cpu" and mesh.shape.get("tensor", 1) == 1:
+    if platform() == "cpu" and tensor_shards() == 1 and length is None:
+        mesh = jax.sharding.get_abstract_mesh()
         by_head = q.shape[1] >= LENGTH_BY_HEAD and mesh.size <= 1  # 0: no mesh
         return folded_attention(q, k, v, by_head)
-    return jax.nn.dot_product_attention(q, k, v)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        key_value_seq_lengths=None if length is None else jnp.full(len(q), length, jnp.int32),
+        implementation="cudnn" if fits_cudnn(q.dtype, q.shape[-1]) else None,
+    )
+
+
+def padded_length(length: int, dtype: jnp.dtype, head_dim: int) -> int:
+    """The length to which sequences are padded once, before all blocks.
+
+    cuDNN's gradient needs an even length. Padding q, k and v in every block would copy all of them.
+    """
+    return length + length % 2 if fits_cudnn(dtype, head_dim) else length
 
 
 def rms_norm(x: Array, scale: Array) -> Array:
@@ -77,6 +93,7 @@ def rms_norm(x: Array, scale: Array) -> Array:
     return (y * scale).astype(x.dtype)
 
 
+@jax.custom_vjp
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates the interleaved channel pairs of x (B, N, heads, head_dim).
 
@@ -91,8 +108,12 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     cos, sin = cos[:, :, None], sin[:, :, None]
     if platform() != "tpu":
         pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-        even, odd = pairs[..., 0], pairs[..., 1]
-        turned = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
+        if platform() == "gpu":
+            cos, sin, even, odd = cos[..., None], sin[..., None], pairs[..., :1], pairs[..., 1:]
+            turned = cos * pairs + sin * jnp.where(np.array([True, False]), -odd, even)
+        else:
+            even, odd = pairs[..., 0], pairs[..., 1]
+            turned = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
         return turned.reshape(x.shape).astype(x.dtype)
     even = np.arange(0, x.shape[-1], 2)
     other = np.zeros((x.shape[-1],) * 2, np.float32)
@@ -103,6 +124,13 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     cos, sin = jnp.repeat(cos, 2, axis=-1), jnp.repeat(sin, 2, axis=-1)
     turned = cos * x.astype(jnp.float32) + sin * partner.astype(jnp.float32)
     return turned.astype(x.dtype)
+
+
+# The gradient turns back; the positions, and so the angles, are constants.
+rotate.defvjp(
+    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
+    lambda angles, grad: (rotate(grad, angles[0], -angles[1]), None, None),
+)
 
 
 def folded_attention(q: Array, k: Array, v: Array, by_head: bool = False) -> Array:
@@ -133,23 +161,13 @@ def _attend(q: Array, k: Array, v: Array) -> Array:
     return weights.astype(v.dtype) @ v / weights.sum(-1, keepdims=True).astype(v.dtype)
 
 
-def fits_cudnn(q: Array) -> bool:
-    """Whether cuDNN's kernel supports q (B, N, heads, head_dim); AMD GPUs do not have it."""
-    half, head_dim = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+def fits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether cuDNN's kernel supports such heads on this device; AMD GPUs do not have it."""
+    if platform() != "gpu":
+        return False
+    half = dtype in (jnp.bfloat16, jnp.float16)
     rocm = "rocm" in jax.local_devices()[0].client.platform_version.lower()
     return half and not rocm and head_dim % 8 == 0 and head_dim <= 128
-
-
-def cudnn_attention(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's fused attention; its gradient needs an even length, so odd ones are padded."""
-    batch, length, *_ = q.shape
-    if length % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full((batch,), length, jnp.int32)
-    return jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-    )[:, :length]
 
 
 # The TPU kernel. One program handles all rows of one image and the heads that share LANES channels.
@@ -165,7 +183,7 @@ def fits_kernel(q: Array) -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     batch, length, heads, head_dim = q.shape
-    tensor, shards = (1, 1) if mesh.empty else (mesh.shape["tensor"], batch_shards(mesh))
+    tensor, shards = tensor_shards(), 1 if mesh.empty else batch_shards(mesh)
     whole = LANES % head_dim == 0 or head_dim % LANES == 0
     whole = whole and heads * head_dim % (tensor * LANES) == 0
     return whole and batch % shards == 0 and length <= MAX_LENGTH

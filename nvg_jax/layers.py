@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from nvg_jax.attention import Rotary, attention
+from nvg_jax.attention import Rotary, attention, padded_length
+from nvg_jax.runtime.sharding import tensor_shards
 
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
@@ -200,6 +201,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_ratio: int
     dtype: jnp.dtype
+    length: int | None = None  # number of tokens without padding, see `attention`
 
     @nn.compact
     def __call__(
@@ -240,12 +242,20 @@ class Block(nn.Module):
             ).reshape(batch, length, self.num_heads, -1)
             for part in range(3)
         )
-        hidden = nn.with_logical_constraint(
-            jnp.einsum("bnc,cpd->bnpd", normal, kernel[:, 3:]) + bias[3:],
-            ("batch", "length", None, "mlp"),
-        )
+        # XLA for GPUs computes product, bias and GELU as one kernel if the hidden channels are one
+        # axis, which they cannot be when "tensor" shards within each part.
+        if tensor_shards() > 1:
+            shape, axes = (self.mlp_ratio, width), (None, "mlp")
+            widen, narrow = "bnc,cpd->bnpd", "bnpd,pdc->bnc"
+        else:
+            shape, axes = (self.mlp_ratio * width,), ("mlp",)
+            widen, narrow = "bnc,cd->bnd", "bnd,dc->bnc"
+        hidden = jnp.einsum(widen, normal, kernel[:, 3:].reshape(width, *shape))
+        hidden = hidden + bias[3:].reshape(shape)
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", *axes))
         scales = (HeadScale(name=name)(q.shape[-1]) for name in ("query_norm", "key_norm"))
-        attended = checkpoint_name(attention(q, k, v, Rotary(*scales, cos, sin)), "attention")
+        attended = attention(q, k, v, Rotary(*scales, cos, sin), self.length)
+        attended = checkpoint_name(attended, "attention")
         attended = attended.reshape(batch, length, width)
         hidden = nn.gelu(hidden, approximate=True)
         linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
@@ -255,7 +265,8 @@ class Block(nn.Module):
         # of both with the sum over positions of the gate's gradient, which is then wrong.
         gate = gate[:, None]
         out = gate * jnp.einsum("bnd,dc->bnc", attended, kernel[0])
-        out = out + gate * (jnp.einsum("bnpd,pdc->bnc", hidden, kernel[1:]) + bias)
+        kernel = kernel[1:].reshape(*shape, width)
+        out = out + gate * (jnp.einsum(narrow, hidden, kernel) + bias)
         if not deterministic:
             keep = 1 - drop_rate
             kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch, 1, 1))
@@ -347,9 +358,16 @@ class Transformer(nn.Module):
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        block = block(c.width // c.head_dim, c.mlp_ratio, self.dtype, name="blocks")
+        length = x.shape[1]
+        padding = padded_length(length, self.dtype, c.head_dim) - length
+        if padding:
+            x, cos, sin = (jnp.pad(y, ((0, 0), (0, padding), (0, 0))) for y in (x, cos, sin))
+        sizes = c.width // c.head_dim, c.mlp_ratio, self.dtype, length if padding else None
         numbers, drop_rates = 1 + jnp.arange(c.depth), jnp.linspace(0.0, c.drop_path, c.depth)
-        return blocks(block, (x, x), (numbers, drop_rates, modulations))[0]
+        x, features = blocks(
+            block(*sizes, name="blocks"), (x, x), (numbers, drop_rates, modulations)
+        )[0]
+        return x[:, :length], features[:, :length]
 
     def modulations(self, vec: Array) -> Array:
         """The modulations of all blocks for conditioning vectors: (..., C) -> (depth, ..., 3C)."""

@@ -108,7 +108,7 @@ def test_the_kernel_takes_blocks_of_whole_heads():
         assert not attention.fits_kernel(arguments(9, 4, 48)[0])  # a head across two blocks
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_rotation_turns_each_pair_of_channels(monkeypatch, platform):
     """Two heads with the same angles: a quarter turn of the first pair, none of the second."""
     monkeypatch.setattr(attention, "platform", lambda: platform)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from configs import digits, imagenet256
-from nvg_jax import models, pretrained
+from nvg_jax import layers, models, pretrained
 from nvg_jax.content.losses import alignment_loss
 from nvg_jax.layers import Transformer, TransformerConfig
 from nvg_jax.runtime import sharding
@@ -214,6 +214,28 @@ def test_the_tap_is_what_a_transformer_of_so_many_blocks_gives():
         last, tapped = deep.apply(variables, x, vec, cos, sin, True, count)
         np.testing.assert_allclose(tapped, expected, rtol=2e-5, atol=2e-5)
         assert (count == 3) == bool(np.allclose(tapped, last, atol=1e-4))
+
+
+def test_padding_for_a_kernel_changes_neither_the_results_nor_the_gradients(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, vec, grad = (rng.normal(size=shape) for shape in ((2, 5, 32), (2, 32), (2, 5, 32)))
+    angles = rng.normal(size=(2, 5, 8))
+    model = Transformer(TransformerConfig(32, 2, head_dim=16), jnp.float32)
+    apply = lambda variables, x: model.apply(
+        variables, x, vec, np.cos(angles), np.sin(angles), True, 1
+    )
+    init = functools.partial(model.init, deterministic=True)
+    variables = sharding.unbox(
+        jax.eval_shape(init, jax.random.key(0), x, vec, np.cos(angles), np.sin(angles))
+    )
+    variables = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape), variables)
+    results = []
+    for extra in (0, 3):
+        monkeypatch.setattr(layers, "padded_length", lambda length, *_: length + extra)  # noqa: B023
+        out, backward = jax.vjp(apply, variables, x)
+        results.append((out, backward((grad, grad))))
+    for expected, found in zip(*map(jax.tree.leaves, results)):
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_the_gradient_of_one_image_does_not_depend_on_what_is_recomputed():

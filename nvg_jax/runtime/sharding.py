@@ -136,6 +136,11 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def tensor_shards() -> int:
+    """The number of parts that wide channel axes are split into in the current mesh, if any."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
 def processes_split_batch(mesh: Mesh) -> bool:
     """Whether all processes hold the same number of rows of a batch, and no row is held by two."""
     shards = batch_shards(mesh)
