@@ -1,14 +1,20 @@
-"""Compares our networks with the same networks in PyTorch, on a CPU.
+"""Compares our networks with the same networks in PyTorch, on a CPU or an NVIDIA GPU.
 
     pip install torch
     python -m benchmarks.against_torch --config=configs/imagenet256.py:d16
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 python -m benchmarks.against_torch \\
+        --config=configs/imagenet256.py:d16 --dtype=bfloat16 --batch_size=64
 
 Both run the same random weights on the same inputs in one process, alternating: ours compiled,
-PyTorch's eager, in float32 on all cores. The PyTorch networks are written here from the paper and
-use PyTorch's fused operations. A time is the median over the rounds; first, both are checked to
-give the same numbers. Gradients are of the sum of squares with respect to all weights. The memory
-is the most that the process holds during a call, beyond what it held before: results and
-temporaries, without weights and inputs. It is read from /proc, so this needs Linux.
+PyTorch's eager or, with --torch_compile, compiled too. The PyTorch networks are written here from
+the paper and use PyTorch's fused operations. A time is the median over the rounds; first, both are
+checked to give the same numbers. Gradients are of the sum of squares with respect to all weights.
+With --dtype=bfloat16, weights are cast beforehand, except for gradients, where ours computes in
+bfloat16 with float32 weights and PyTorch's in `torch.autocast`, as in training.
+
+The memory is that of results and temporaries, without weights and inputs. On a CPU, it is the most
+that the process holds during a call, beyond what it held before (read from /proc, so this needs
+Linux); on a GPU, what XLA plans and what PyTorch's allocator reports.
 
 The last row is a sum: to sample an image takes `flow_steps` evaluations of the structure generator
 for each learned split, one of the content generator for each stage, all guided, and decoding.
@@ -37,13 +43,22 @@ from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.autoencoder import group_count
 
 FLAGS = flags.FLAGS
+ROWS = [
+    *("structure guided", "content guided", "encoder", "decoder"),
+    *("structure gradient", "content gradient", "encoder gradient", "decoder gradient"),
+]
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of the norm of the difference, relative
 
 
-def to_torch(params, gradients: bool) -> dict[str, torch.Tensor]:
+def device() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def to_torch(params, gradients: bool, dtype: str = "float32") -> dict[str, torch.Tensor]:
     """Our weights as PyTorch's: {"blocks/linear1/kernel": tensor}, kernels (out, in, ...)."""
     weights = {}
     for path, x in flax.traverse_util.flatten_dict(params, sep="/").items():
-        x = torch.from_numpy(np.array(x))
+        x = torch.from_numpy(np.array(x, np.float32)).to(device(), getattr(torch, dtype))
         if path.endswith("kernel"):
             x = x.permute(3, 2, 0, 1) if x.ndim == 4 else x.transpose(-1, -2)
         weights[path] = x.contiguous().requires_grad_(gradients)
@@ -53,8 +68,14 @@ def to_torch(params, gradients: bool) -> dict[str, torch.Tensor]:
 # The transformers.
 
 
+def cast(x, weight):
+    """x in the dtype of a weight, unless autocast chooses it."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
 def linear(weights, name: str, x):
-    return F.linear(x, weights[f"{name}/kernel"], weights[f"{name}/bias"])
+    kernel = weights[f"{name}/kernel"]
+    return F.linear(cast(x, kernel), kernel, weights[f"{name}/bias"])
 
 
 def modulated(x, shift, scale):
@@ -62,9 +83,10 @@ def modulated(x, shift, scale):
 
 
 def rotate(x, cos, sin):
-    """x (B, heads, N, head_dim); cos, sin (B, 1, N, head_dim / 2)."""
+    """x (B, heads, N, head_dim); cos, sin float32 (B, 1, N, head_dim / 2)."""
     even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], -1).flatten(-2)
+    turned = torch.stack([cos * even - sin * odd, sin * even + cos * odd], -1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def block(weights, x, vec, cos, sin, head_dim: int):
@@ -73,8 +95,8 @@ def block(weights, x, vec, cos, sin, head_dim: int):
     hidden = linear(weights, "linear1", modulated(x, shift, scale))
     *qkv, hidden = hidden.split([width] * 3 + [hidden.shape[-1] - 3 * width], -1)
     q, k, v = (y.view(batch, length, -1, head_dim).transpose(1, 2) for y in qkv)
-    q = rotate(F.rms_norm(q, (head_dim,), weights["query_norm/scale"], 1e-6), cos, sin)
-    k = rotate(F.rms_norm(k, (head_dim,), weights["key_norm/scale"], 1e-6), cos, sin)
+    q = rotate(F.rms_norm(q, (head_dim,), weights["query_norm/scale"].to(q.dtype), 1e-6), cos, sin)
+    k = rotate(F.rms_norm(k, (head_dim,), weights["key_norm/scale"].to(k.dtype), 1e-6), cos, sin)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
     joined = torch.cat([attended, F.gelu(hidden, approximate="tanh")], -1)
     return x + gate[:, None] * linear(weights, "linear2", joined)
@@ -83,15 +105,19 @@ def block(weights, x, vec, cos, sin, head_dim: int):
 def transformer(weights, sizes: TransformerConfig, x, vec, structure, kinds, grid):
     """All blocks; `structure` is the structure embedding (B, L, K)."""
     batch, length, bits = structure.shape
-    rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    on = dict(device=x.device)
+    rows, columns = torch.meshgrid(*(torch.arange(size, **on) for size in grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], -1).expand(batch, -1, -1)
-    positions = [torch.ones(batch, 1, bits + 3)]
+    positions = [torch.ones(batch, 1, bits + 3, **on)]
     for kind in kinds:
-        positions.append(torch.cat([torch.full((batch, length, 1), kind), structure, places], -1))
+        kinds_of = torch.full((batch, length, 1), kind, **on)
+        positions.append(torch.cat([kinds_of, structure, places], -1))
     split = layers.rope_split(sizes.head_dim, bits)
     axis = np.concatenate([[i] * (dim // 2) for i, dim in enumerate(split)])
     frequency = np.concatenate([1e4 ** (-np.arange(0, dim, 2) / dim) for dim in split])
-    angles = torch.cat(positions, 1)[:, None, :, axis] * torch.from_numpy(frequency).float()
+    angles = torch.cat(positions, 1)[:, None, :, axis] * torch.tensor(
+        frequency, dtype=torch.float32, **on
+    )
     cos, sin = angles.cos(), angles.sin()
     prefix = "blocks/blocks/"
     stacked = {k.removeprefix(prefix): w.unbind() for k, w in weights.items() if prefix in k}
@@ -119,7 +145,7 @@ def content(weights, sizes: TransformerConfig, grid, canvas, structure, stage, c
 def structure(
     weights, sizes: TransformerConfig, grid, noisy, moment, embedding, canvas, stage, class_ids
 ):
-    frequency = torch.exp(-np.log(10_000.0) * torch.arange(32) / 32)
+    frequency = torch.exp(-np.log(10_000.0) * torch.arange(32, device=moment.device) / 32)
     angles = 1000 * moment[:, None] * frequency
     waves = torch.cat([angles.cos(), angles.sin()], -1)
     token = weights["class_embed/embedding"][class_ids]
@@ -137,7 +163,7 @@ def structure(
 def conv(weights, name: str, x, **kwargs):
     kernel = weights[f"{name}/kernel"]
     kwargs = {"padding": kernel.shape[-1] // 2, **kwargs}
-    return F.conv2d(x, kernel, weights[f"{name}/bias"], **kwargs)
+    return F.conv2d(cast(x, kernel), kernel, weights[f"{name}/bias"], **kwargs)
 
 
 def norm(weights, name: str, x):
@@ -208,23 +234,36 @@ class Row:
             program = jax.jit(jax.grad(lambda *args: jnp.square(ours(*args)).sum()))
         else:
             program = jax.jit(ours)
-        self.ours = functools.partial(program, params, *inputs)
-        weights = to_torch(params, gradients)
-        tensors = [torch.from_numpy(np.array(x)) for x in inputs]
+            params = jax.tree.map(lambda x: x.astype(FLAGS.dtype), params)
+        self.compiled = program.lower(params, *inputs).compile()
+        self.ours = functools.partial(self.compiled, params, *inputs)
+        half = FLAGS.dtype == "bfloat16"
+        weights = to_torch(params, gradients, "float32" if gradients else FLAGS.dtype)
+        tensors = [torch.from_numpy(np.array(x)).to(device()) for x in inputs]
         tensors = [x.long() if x.dtype == torch.int32 else x for x in tensors]
         if images:
             tensors = [x.permute(0, 3, 1, 2).contiguous() for x in tensors]
+        if FLAGS.torch_compile:
+            theirs = torch.compile(theirs)
 
-        def run():
+        def call():
             if not gradients:
                 with torch.inference_mode():
                     out = theirs(weights, *tensors)
                 return out.permute(0, 2, 3, 1) if images else out
-            theirs(weights, *tensors).square().sum().backward()
+            with torch.autocast(device(), torch.bfloat16, enabled=half):
+                out = theirs(weights, *tensors)
+            out.float().square().sum().backward()
             found = {name: w.grad for name, w in weights.items() if w.grad is not None}
             for weight in weights.values():
                 weight.grad = None
             return found
+
+        def run():
+            out = call()
+            if device() == "cuda":
+                torch.cuda.synchronize()
+            return out
 
         self.theirs = run
         values, expected = self.ours(), run()
@@ -232,13 +271,21 @@ class Row:
             values = to_torch(values, False)
             expected = {name: expected.get(name, torch.zeros(())) for name in values}
         else:
-            values, expected = {"output": torch.from_numpy(np.array(values))}, {"output": expected}
-        # Gradients that vanish, such as of a bias before a normalization, are rounding errors.
-        least = 1e-4 * max(y.abs().max() for y in expected.values())
-        for name, y in expected.items():
-            error = (values[name] - y).abs().max() / y.abs().max().clamp(min=least)
-            if not error < 1e-3:
-                raise AssertionError(f"{name} differs from PyTorch by {error:.2g} of its maximum.")
+            values = {"output": torch.from_numpy(np.array(values, np.float32))}
+            expected = {"output": expected}
+        # Gradients that vanish, such as of a bias before a normalization, are rounding errors; in
+        # bfloat16, so are those that are sums of many terms, and all are compared together.
+        norms = {name: float(y.float().norm()) for name, y in expected.items()}
+        errors = {
+            name: float((values[name].to(y.device) - y).norm()) for name, y in expected.items()
+        }
+        least = 1e-3 * max(norms.values())
+        if FLAGS.dtype == "bfloat16":
+            least = np.linalg.norm(list(norms.values()))
+        worst = max(errors, key=lambda name: errors[name] / max(norms[name], least))
+        error = errors[worst] / max(norms[worst], least)
+        if not error < TOLERANCE[FLAGS.dtype]:
+            raise AssertionError(f"{worst} differs from PyTorch by {error:.2g} of its norm.")
 
     def seconds(self, rounds: int) -> tuple[float, float]:
         """(ours, theirs), the medians over alternating rounds."""
@@ -251,18 +298,27 @@ class Row:
         return tuple(map(np.median, times))
 
     def memory(self) -> tuple[int, int]:
-        """(ours, theirs), the bytes of `peak_memory`."""
-        return peak_memory(self.ours), peak_memory(self.theirs)
+        """(ours, theirs), in bytes."""
+        if device() == "cpu":
+            return peak_memory(self.ours), peak_memory(self.theirs)
+        stats = self.compiled.memory_analysis()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.theirs()
+        return (
+            stats.temp_size_in_bytes + stats.output_size_in_bytes,
+            torch.cuda.max_memory_allocated() - before,
+        )
 
 
 def rows(params, sizes: TokenizerConfig, transformers):
     """{name: (gradients, batch) -> Row}."""
     length, bits = sizes.num_positions, sizes.num_stages - 1
     stage = bits // 2
-    keys = iter(jax.random.split(jax.random.key(0), 8))
+    keys = iter(jax.random.split(jax.random.key(0), 16))
 
     def generator(name, gradients, batch):
-        model = models.make_generator(name, transformers[name], sizes, CLASSES)
+        model = models.make_generator(name, transformers[name], sizes, CLASSES, FLAGS.dtype)
         canvas = jax.random.normal(next(keys), (batch, length, sizes.latent_dim))
         labels = jnp.broadcast_to(jnp.arange(length) * 2**stage // length, (batch, length))
         embedding = granularity.structure_embedding(labels, stage, bits)
@@ -283,7 +339,7 @@ def rows(params, sizes: TokenizerConfig, transformers):
         return Row(ours, theirs, params[name], inputs, gradients)
 
     def autoencoder(encode, gradients, batch):
-        model = models.make_tokenizer(sizes)
+        model = models.make_tokenizer(sizes, FLAGS.dtype)
         size, channels = (sizes.image_size, 3) if encode else (sizes.latent_size, sizes.latent_dim)
         x = jax.random.normal(next(keys), (batch, *size, channels))
         method = "latents" if encode else "decode_unclamped"
@@ -311,8 +367,13 @@ def main(_):
     logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
     sizes, transformers, settings = read_config(FLAGS.config)
     params = random_params(sizes, transformers)
-    threads = torch.get_num_threads()
-    print(f"JAX {jax.__version__}, PyTorch {torch.__version__}, {threads} threads\n")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # on GPUs, as JAX's default
+    where = jax.devices()[0].device_kind
+    if device() == "cpu":
+        where = f"{torch.get_num_threads()} threads"
+    compiled = " compiled" if FLAGS.torch_compile else ""
+    print(f"JAX {jax.__version__}, PyTorch {torch.__version__}{compiled}, {FLAGS.dtype}, {where}\n")
     print("| network | images | ours | PyTorch | ratio | memory, ours | memory, PyTorch |")
     print("|---|---|---|---|---|---|---|")
 
@@ -322,25 +383,31 @@ def main(_):
         print(f"| {name} | {images} | {times} | {held} |", flush=True)
 
     times = {}
-    for gradients in (False, True):
-        for name, make in rows(params, sizes, transformers).items():
-            # A guided evaluation processes each image twice.
-            images = FLAGS.batch_size
-            batch = images * (2 if name in models.GENERATORS and not gradients else 1)
-            row = make(gradients, batch)
-            kind = "gradient" if gradients else "guided" if batch > images else ""
-            times[name, gradients] = np.array(row.seconds(FLAGS.rounds))
-            label = ", ".join(filter(None, (name, kind)))
-            report(label, images, *times[name, gradients], *row.memory())
+    makers = rows(params, sizes, transformers)
+    for label in FLAGS.rows:
+        name, _, kind = label.partition(" ")
+        images, gradients = FLAGS.batch_size, kind == "gradient"
+        # A guided evaluation processes each image twice.
+        row = makers[name](gradients, images * (2 if kind == "guided" else 1))
+        times[label] = np.array(row.seconds(FLAGS.rounds))
+        report(label, images, *times[label], *row.memory())
     evaluations = settings.flow_steps * SOLVERS[settings.solver]
-    calls = {"structure": evaluations * (sizes.num_stages - 2), "content": sizes.num_stages}
-    total = sum(count * times[name, False] for name, count in calls.items())
-    report("a sample (sum)", FLAGS.batch_size, *(total + times["decoder", False]))
+    calls = {
+        "structure guided": evaluations * (sizes.num_stages - 2),
+        "content guided": sizes.num_stages,
+        "decoder": 1,
+    }
+    if set(calls) <= set(times):
+        total = sum(count * times[label] for label, count in calls.items())
+        report("a sample (sum)", FLAGS.batch_size, *total)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
     flags.DEFINE_integer("batch_size", 1, "Images at once.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Type of the arithmetic.")
+    flags.DEFINE_multi_enum("rows", ROWS, ROWS, "What to compare; may be given several times.")
+    flags.DEFINE_boolean("torch_compile", False, "Compile PyTorch's networks too.")
     flags.DEFINE_integer("rounds", 5, "Calls in turns, of which the median counts.", lower_bound=1)
     flags.mark_flags_as_required(["config"])
     app.run(main)

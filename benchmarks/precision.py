@@ -2,16 +2,41 @@
 
 Draws the same samples twice, with the same noise, and counts the map positions and tokens of each
 stage that differ. Once a split differs, a sample diverges from there on, so the first stage that
-differs says more than the last. Then both decode the float32 samples, and the encoder, which is
-float32 in both, is checked to give equal sequences.
+differs says more than the last. Then both decode the float32 samples and encode their images.
+
+To compare with another machine, --save=FILE writes the float32 samples there, and
+--reference=FILE compares both dtypes with them here. By default, GPUs multiply float32 numbers in
+TF32 (10 bits of mantissa), and TPUs in bfloat16; JAX_DEFAULT_MATMUL_PRECISION=highest prevents it.
 """
 
+import jax
 import numpy as np
 from absl import app, flags, logging
 
-from nvg_jax.pipeline import Pipeline
+from nvg_jax.pipeline import Pipeline, SampleOutput
+from nvg_jax.tokenizer import GranularitySequence
 
 FLAGS = flags.FLAGS
+
+
+def compare(pipeline: Pipeline, samples, encoded, classes):
+    """Prints how far a pipeline is from samples, and from the sequences of their images."""
+    own = pipeline.sample(classes, seed=0)
+    print("stage | map positions that differ | tokens that differ | images equal so far")
+    equal = np.ones(len(classes), bool)
+    for stage in range(samples.sequence.structure.shape[1]):
+        differ = [x[:, stage] != y[:, stage] for x, y in zip(samples.sequence, own.sequence)]
+        equal &= ~(differ[0] | differ[1]).any(1)
+        print(f"{stage:5} | {differ[0].mean():.4%} | {differ[1].mean():.4%} | {equal.mean():.2%}")
+    error = pipeline.decode(samples.sequence) - samples.images
+    psnr = 10 * np.log10(4 / np.square(error).mean())
+    print(
+        f"\ndecoding the same sequences: PSNR {psnr:.1f} dB, largest error {abs(error).max():.4f}"
+    )
+    differ = [(x != y).mean() for x, y in zip(encoded, pipeline.encode(samples.images))]
+    print(
+        f"encoding the same images: {differ[0]:.4%} of map positions, {differ[1]:.4%} of tokens\n"
+    )
 
 
 def main(_):
@@ -20,24 +45,31 @@ def main(_):
         Pipeline.from_pretrained(FLAGS.workdir, dtype) for dtype in ("float32", "bfloat16")
     )
     classes = [index % len(exact.class_names) for index in range(FLAGS.num_samples)]
-    a, b = (pipeline.sample(classes, seed=0) for pipeline in (exact, fast))
-    print(f"{FLAGS.num_samples} samples of {FLAGS.workdir}, float32 against bfloat16\n")
-    print("stage | map positions that differ | tokens that differ | images equal so far")
-    equal = np.ones(len(classes), bool)
-    for stage in range(a.sequence.structure.shape[1]):
-        differ = [x[:, stage] != y[:, stage] for x, y in zip(a.sequence, b.sequence)]
-        equal &= ~(differ[0] | differ[1]).any(1)
-        print(f"{stage:5} | {differ[0].mean():.4%} | {differ[1].mean():.4%} | {equal.mean():.2%}")
-    error = fast.decode(a.sequence) - a.images
-    psnr = 10 * np.log10(4 / np.square(error).mean())
-    print(
-        f"\ndecoding the same sequences: PSNR {psnr:.1f} dB, largest error {abs(error).max():.4f}"
-    )
-    same = all(map(np.array_equal, exact.encode(a.images), fast.encode(a.images)))
-    print(f"encoding the same images: {'equal' if same else 'DIFFERENT'} sequences")
+    if FLAGS.reference:
+        with np.load(FLAGS.reference) as file:
+            sequence = GranularitySequence(file["structure"], file["tokens"])
+            samples = SampleOutput(file["images"], sequence)
+            encoded = file["encoded_structure"], file["encoded_tokens"]
+        pipelines = {"float32": exact, "bfloat16": fast}
+    else:
+        samples = exact.sample(classes, seed=0)
+        encoded, pipelines = exact.encode(samples.images), {"bfloat16": fast}
+    if FLAGS.save:
+        np.savez_compressed(
+            FLAGS.save,
+            images=samples.images,
+            **samples.sequence._asdict(),
+            **dict(zip(("encoded_structure", "encoded_tokens"), encoded)),
+        )
+    for dtype, pipeline in pipelines.items():
+        print(f"{len(classes)} samples of {FLAGS.workdir}: float32 against {dtype} on", end=" ")
+        print(f"{jax.devices()[0].device_kind}\n")
+        compare(pipeline, samples, encoded, classes)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
     flags.DEFINE_integer("num_samples", 200, "Samples, cycling through the classes.")
+    flags.DEFINE_string("save", None, "File for the float32 samples.")
+    flags.DEFINE_string("reference", None, "The --save of another machine.")
     app.run(main)

@@ -38,8 +38,8 @@ def read_config(config) -> tuple[TokenizerConfig, dict[str, TransformerConfig], 
     return sizes, transformers, settings.expand(sizes.num_stages, sizes.codebook_size)
 
 
-def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerConfig]):
-    """Random weights of all networks, such that every part of a network affects its result."""
+def random_weights(abstract):
+    """Random weights of a network, such that every part of it affects its result."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -52,11 +52,14 @@ def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerCon
             x = x / np.sqrt(np.prod(leaf.shape[:-1]) if convolution else leaf.shape[-2])
         return jnp.asarray(x)
 
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerConfig]):
+    """Random weights of the tokenizer and of the generators whose sizes are given."""
     return {
-        name: jax.tree_util.tree_map_with_path(
-            draw, models.abstract_params(name, sizes, transformers.get(name), CLASSES)
-        )
-        for name in ("tokenizer", *models.GENERATORS)
+        name: random_weights(models.abstract_params(name, sizes, transformers.get(name), CLASSES))
+        for name in ("tokenizer", *transformers)
     }
 
 
