@@ -216,7 +216,8 @@ def test_the_tap_is_what_a_transformer_of_so_many_blocks_gives():
         assert (count == 3) == bool(np.allclose(tapped, last, atol=1e-4))
 
 
-def test_padding_for_a_kernel_changes_neither_the_results_nor_the_gradients(monkeypatch):
+def test_what_is_arranged_for_gpus_changes_neither_results_nor_gradients(monkeypatch):
+    """Padding for a kernel, and hidden channels as one axis."""
     rng = np.random.default_rng(0)
     x, vec, grad = (rng.normal(size=shape) for shape in ((2, 5, 32), (2, 32), (2, 5, 32)))
     angles = rng.normal(size=(2, 5, 8))
@@ -230,7 +231,8 @@ def test_padding_for_a_kernel_changes_neither_the_results_nor_the_gradients(monk
     )
     variables = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape), variables)
     results = []
-    for extra in (0, 3):
+    for device, extra in (("cpu", 0), ("gpu", 3)):
+        monkeypatch.setattr(layers, "platform", lambda: device)  # noqa: B023
         monkeypatch.setattr(layers, "padded_length", lambda length, *_: length + extra)  # noqa: B023
         out, backward = jax.vjp(apply, variables, x)
         results.append((out, backward((grad, grad))))
