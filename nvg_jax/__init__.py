@@ -11,14 +11,13 @@ width; K bits of a structure embedding.
 """
 
 import importlib
-import importlib.metadata
 import os
 
 # Silences TensorFlow's notices; must run before anything (such as clu) imports it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-__version__ = importlib.metadata.version("nvg_jax")
+__version__ = "0.1.0"
 __all__ = ["GranularitySequence", "Pipeline", "SampleOutput", "clustering", "evaluation"]
 
 # Imported on first use, so that a command that only reports an error starts fast.
