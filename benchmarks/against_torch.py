@@ -16,8 +16,9 @@ The memory is that of results and temporaries, without weights and inputs. On a 
 that the process holds during a call, beyond what it held before (read from /proc, so this needs
 Linux); on a GPU, what XLA plans and what PyTorch's allocator reports.
 
-The last row is a sum: to sample an image takes `flow_steps` evaluations of the structure generator
-for each learned split, one of the content generator for each stage, all guided, and decoding.
+The last row is the sum over the networks for a batch of samples: `flow_steps` evaluations of the
+structure generator for each learned split, one of the content generator for each stage, and
+decoding. All evaluations count as guided, also those that the settings do not guide.
 """
 
 import ctypes
@@ -399,7 +400,7 @@ def main(_):
     }
     if set(calls) <= set(times):
         total = sum(count * times[label] for label, count in calls.items())
-        report("a sample (sum)", FLAGS.batch_size, *total)
+        report("samples (sum)", FLAGS.batch_size, *total)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Draws the same samples twice, with the same noise, and counts the map positions 
 stage that differ. Once a split differs, a sample diverges from there on, so the first stage that
 differs says more than the last. Then both decode the float32 samples and encode their images.
 
-To compare with another machine, --save=FILE writes the float32 samples there, and
---reference=FILE compares both dtypes with them here. By default, GPUs multiply float32 numbers in
-TF32 (10 bits of mantissa), and TPUs in bfloat16; JAX_DEFAULT_MATMUL_PRECISION=highest prevents it.
+To compare two machines, run with --save=FILE on one, then with --reference=FILE on the other, which
+compares its float32 and bfloat16 samples with the saved ones. By default, GPUs multiply float32
+numbers in TF32 (10 bits of mantissa), and TPUs in bfloat16; JAX_DEFAULT_MATMUL_PRECISION=highest
+prevents it.
 """
 
 import jax

@@ -5,8 +5,9 @@
         --program=sample
 
 Runs the program that `train` (of both generators) or `sample` runs, on all devices of this machine,
-with random weights and images: with the flags of `compile`, both speak of the same program. Prints
-the median time of a call and the most memory that a device held.
+with random weights and images. With the same --config, --program and --batch_size, `compile`
+estimates the same program. Prints the median time of a call and the peak memory of the first
+device.
 """
 
 import time

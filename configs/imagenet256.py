@@ -18,9 +18,12 @@ measurements: memory per device, and the roofline's upper bound on epochs per da
 (docs/scaling.md, which also covers v6e and the tokenizer).
 
     size  epochs  64 chips of v5p (v5p-128)    256 chips of v5e (v5litepod-256)
-    d16   200     13.4 of 95 GiB, 216 a day    9.0 of 16 GiB, 322 a day
-    d20   250     22.1 of 95 GiB, 136 a day    9.2 of 16 GiB, 199 a day  --config.mesh.fsdp=2
-    d24   350     34.9 of 95 GiB,  94 a day    8.7 of 16 GiB, 131 a day  --config.mesh.fsdp=4
+    d16   200     20.7 of 95 GiB, 427 a day    8.1 of 16 GiB, 563 a day
+    d20   250     34.2 of 95 GiB, 232 a day
+    d24   350     50.6 of 95 GiB, 138 a day
+
+Those for v5p keep more results for the backward pass than the default:
+--config.content.remat=linears --config.structure.remat=linears.
 
 `:runlocal` trains tiny models for a few steps on the digits, without the losses that need
 pretrained networks, and combines with a size (`:d20,runlocal`).
