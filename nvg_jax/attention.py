@@ -58,7 +58,7 @@ def attention(
     Returns:
         (B, N, heads, head_dim).
     """
-    if platform() == "tpu" and fits_kernel(q):
+    if platform() == "tpu" and length is None and fits_kernel(q):
         return fused_attention(q, k, v, rotary)
     if rotary is not None:
         q, k = (
