@@ -30,7 +30,8 @@ def compare(pipeline: Pipeline, samples, encoded, classes):
         equal &= ~(differ[0] | differ[1]).any(1)
         print(f"{stage:5} | {differ[0].mean():.4%} | {differ[1].mean():.4%} | {equal.mean():.2%}")
     error = pipeline.decode(samples.sequence) - samples.images
-    psnr = 10 * np.log10(4 / np.square(error).mean())
+    with np.errstate(divide="ignore"):  # infinite where no pixel differs
+        psnr = 10 * np.log10(4 / np.square(error).mean())
     print(
         f"\ndecoding the same sequences: PSNR {psnr:.1f} dB, largest error {abs(error).max():.4f}"
     )
@@ -45,14 +46,16 @@ def main(_):
     exact, fast = (
         Pipeline.from_pretrained(FLAGS.workdir, dtype) for dtype in ("float32", "bfloat16")
     )
-    classes = [index % len(exact.class_names) for index in range(FLAGS.num_samples)]
+    classes_of = lambda count: np.arange(count) % len(exact.class_names)
     if FLAGS.reference:
         with np.load(FLAGS.reference) as file:
             sequence = GranularitySequence(file["structure"], file["tokens"])
             samples = SampleOutput(file["images"], sequence)
             encoded = file["encoded_structure"], file["encoded_tokens"]
+        classes = classes_of(len(samples.images))
         pipelines = {"float32": exact, "bfloat16": fast}
     else:
+        classes = classes_of(FLAGS.num_samples)
         samples = exact.sample(classes, seed=0)
         encoded, pipelines = exact.encode(samples.images), {"bfloat16": fast}
     if FLAGS.save:
@@ -72,5 +75,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
     flags.DEFINE_integer("num_samples", 200, "Samples, cycling through the classes.")
     flags.DEFINE_string("save", None, "File for the float32 samples.")
-    flags.DEFINE_string("reference", None, "The --save of another machine.")
+    flags.DEFINE_string(
+        "reference", None, "The --save of another machine, and its number of samples."
+    )
     app.run(main)
