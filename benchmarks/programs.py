@@ -66,7 +66,7 @@ def sampling(config, mesh):
     """The compiled sampler -> function that runs it and returns images and sequences."""
     sizes, transformers, settings = read_config(config)
     batch = FLAGS.batch_size
-    program = sampling_program(sizes, transformers, CLASSES, config.dtype)
+    program = sampling_program(sizes, **transformers, num_classes=CLASSES, dtype=config.dtype)
     plan, values = program.plan(settings)
     split = NamedSharding(mesh, sharding.BATCH_SPEC)
     with jax.set_mesh(mesh):

@@ -1,5 +1,6 @@
 """The object that a notebook or a command uses: sample, encode, decode, reconstruct."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import DTYPES
-from nvg_jax.tokenizer import GranularitySequence
+from nvg_jax.tokenizer import GranularitySequence, Tokenizer
 from nvg_jax.workdir import RunMetadata
 
 MAX_SEED = 2**32 - 1  # largest seed of a random key without 64-bit mode
@@ -58,19 +59,16 @@ class Pipeline:
         self.class_names = metadata.class_names
         self.settings = metadata.sampling
         self.tokenizer = models.make_tokenizer(metadata.tokenizer)
-        decoder = models.make_tokenizer(metadata.tokenizer, self.dtype)
+        self._decoder = models.make_tokenizer(metadata.tokenizer, self.dtype)
         # All local devices share the batch; the parameters are replicated on each of them.
         self._mesh = make_mesh(devices=jax.local_devices())
         self.params = params
-        self._apply = jax.jit(
-            lambda params, *args, method: (decoder if method == "decode" else self.tokenizer).apply(
-                {"params": params}, *args, method=method
-            ),
-            static_argnames="method",
-        )
         if self.can_sample:
             self.program = sampling_program(
-                metadata.tokenizer, metadata.generators, metadata.num_classes, self.dtype
+                metadata.tokenizer,
+                num_classes=metadata.num_classes,
+                dtype=self.dtype,
+                **metadata.generators,
             )
 
     @property
@@ -329,8 +327,11 @@ class Pipeline:
         """Runs a method of the tokenizer on a batch over all devices; returns NumPy arrays."""
         count = len(jax.tree.leaves(batch)[0])
         with jax.set_mesh(self._mesh):
-            out = self._apply(
-                self.params["tokenizer"], local_batch(batch, self._mesh), method=method
+            out = apply_tokenizer(
+                self._decoder if method == "decode" else self.tokenizer,
+                self.params["tokenizer"],
+                local_batch(batch, self._mesh),
+                method=method,
             )
         if method == "encode":
             out = out.sequence
@@ -378,6 +379,12 @@ class Pipeline:
             structure[:, :token_stages], tokens[:, :token_stages], config.codebook_size
         )
         return GranularitySequence(structure.astype(np.int32), tokens.astype(np.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("tokenizer", "method"))
+def apply_tokenizer(tokenizer: Tokenizer, params, batch, *, method: str):
+    """Compiled once for all tokenizers of the same sizes and dtype."""
+    return tokenizer.apply({"params": params}, batch, method=method)
 
 
 def sample_keys(seed: int, indices: np.ndarray):

@@ -48,8 +48,13 @@ def test_attention_on_a_cpu_is_its_definition(length, heads, head_dim):
     for how in (rotary, None):
         results = []
         for function in (attention.attention, expected):
-            out, backward = jax.vjp(lambda *args: function(*args, how), *inputs)  # noqa: B023
-            results.append((out, *backward(grad)))
+
+            @jax.jit
+            def run(*inputs):
+                out, backward = jax.vjp(lambda *args: function(*args, how), *inputs)
+                return out, *backward(grad)
+
+            results.append(run(*inputs))
         for name, found, exact in zip(("out", "q", "k", "v"), *results):
             assert relative_error(found, exact) < 1e-5, name
 
@@ -79,7 +84,7 @@ def test_the_tpu_kernel_and_its_gradient(length, heads, head_dim, dtype, toleran
     grad = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
     scales, angles = (rotary[:2], rotary[2:]) if rotated else ((), ())
 
-    def run(function, inputs):
+    def run(function, *inputs):
         def call(q, k, v, *scales):
             how = attention.Rotary(*scales, *angles) if rotated else None
             return function(q, k, v, how).astype(jnp.float32)
@@ -88,9 +93,9 @@ def test_the_tpu_kernel_and_its_gradient(length, heads, head_dim, dtype, toleran
         return out, *backward(grad)
 
     fused = lambda *args: attention.fused_attention(*args, interpret=True)
-    found = jax.jit(lambda *inputs: run(fused, inputs))(*inputs)
+    run = jax.jit(run, static_argnums=0)
     names = ("out", "q", "k", "v", "q_scale", "k_scale")
-    for name, a, b in zip(names, found, run(expected, exact)):
+    for name, a, b in zip(names, run(fused, *inputs), run(expected, *exact)):
         assert relative_error(a, b) < tolerance, name
 
 

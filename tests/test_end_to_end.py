@@ -28,7 +28,7 @@ from nvg_jax.jobs.evaluation import load_split
 from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.train import train
-from nvg_jax.training import generators, tokenizer
+from nvg_jax.training import tokenizer
 from nvg_jax.training.loop import BestModel
 from nvg_jax.visualize import to_uint8
 from nvg_jax.workdir import RunMetadata, read_metadata
@@ -244,19 +244,11 @@ WARM_UP = 8  # steps of the tokenizer's 12
 
 @pytest.mark.parametrize("stage", ["tokenizer", "generators"])
 def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, stage):
-    """The tokenizer's with a discriminator, and a warm-up that ends within the run.
-
-    All runs of the test share one program, which is compiled once.
-    """
-    module = tokenizer if stage == "tokenizer" else generators
-    programs = functools.cache(lambda: make_program(*arguments))
-    make_program, arguments, warm = module.make_program, [], []
+    """The tokenizer's with a discriminator, and a warm-up that ends within the run."""
+    make_program, warm = tokenizer.make_program, []
 
     def watched(*args):
-        arguments[:] = args
-        program = programs()
-        if stage == "generators":
-            return program
+        program = make_program(*args)
 
         def step(*args, index_backprop):
             warm.append(index_backprop)
@@ -264,7 +256,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
 
         return program._replace(step=step)
 
-    monkeypatch.setattr(module, "make_program", watched)
+    monkeypatch.setattr(tokenizer, "make_program", watched)
     config, whole = run_config(part=stage), workdir
     if stage == "generators":
         (tmp_path / "tokenizer").symlink_to(workdir / "tokenizer")

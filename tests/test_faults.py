@@ -16,6 +16,14 @@ from configs import digits
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
 
+# What `train` imports only when it needs it, which takes seconds.
+IMPORTED_LATE = [
+    "clu.metric_writers",
+    "nvg_jax.jobs.scoring",
+    "nvg_jax.training.generators",
+    "nvg_jax.training.tokenizer",
+    "sklearn.datasets",
+]
 KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "6"))
 pytestmark = pytest.mark.slow
 
@@ -39,7 +47,7 @@ def run_to_be_killed(workdir):
 def spawn():
     """Starts `run_to_be_killed` in a process of its own that has already imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults"])
+    context.set_forkserver_preload(["test_faults", *IMPORTED_LATE])
 
     def spawn(*arguments):
         process = context.Process(target=run_to_be_killed, args=arguments)

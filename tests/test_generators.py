@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import tiny_config
 
 from nvg_jax import layers, models
 from nvg_jax.content.losses import content_losses
+from nvg_jax.runtime import sharding
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantized, TokenizerConfig
 from nvg_jax.training import generators as steps
@@ -265,3 +267,19 @@ def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
         jax.tree.map(close, grads[remat], grads["none"])
     with pytest.raises(ValueError, match="none, linears, blocks, got 'all'"):
         dataclasses.replace(SIZES, remat="all")
+
+
+def test_equal_settings_share_a_program():
+    """Whatever else the config says: about reporting, saving, the data or the seed."""
+    config, mesh = tiny_config(), sharding.make_mesh()
+
+    def program(length=10):
+        with sharding.in_mesh(mesh):
+            return steps.make_program(config, mesh, length, ("content",), 10)
+
+    first = program()
+    config.update(seed=3, generator_training=dict(save_every=7))
+    config.data.name = "fashion_mnist"
+    assert program() is first and program(length=11) is not first
+    config.generator_training.optimizer.learning_rate = 0.5
+    assert program() is not first

@@ -102,9 +102,9 @@ def lower_sampling(
     """The sampler that `Pipeline` runs -> (lowered, {network: abstract parameters})."""
     program = sampling_program(
         TokenizerConfig(**config.tokenizer),
-        {name: TransformerConfig(**config[name]) for name in models.GENERATORS},
-        num_classes,
-        config.dtype,
+        **{name: TransformerConfig(**config[name]) for name in models.GENERATORS},
+        num_classes=num_classes,
+        dtype=config.dtype,
     )
     plan, values = program.plan(Settings.from_dict(config.sampling.to_dict()))
     with jax.set_mesh(mesh):

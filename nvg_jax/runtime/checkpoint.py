@@ -282,9 +282,9 @@ def leaf_names(tree) -> dict[str, Any]:
 def describe(state) -> dict[str, list]:
     """{path: [shape, dtype, checksum]} for every leaf."""
     names = leaf_names(state)
-    sums = np.asarray(checksums(list(names.values()))).tolist() if names else []
+    sums = jax.device_get([checksum(leaf) for leaf in names.values()])
     return {
-        name: [list(leaf.shape), str(leaf.dtype), value]
+        name: [list(leaf.shape), str(leaf.dtype), int(value)]
         for (name, leaf), value in zip(names.items(), sums)
     }
 
@@ -309,24 +309,19 @@ def difference(stored: dict[str, list], state) -> str | None:
     return None
 
 
-@jax.jit
-def checksums(leaves: list) -> jax.Array:
-    """uint32 (number of leaves,): sums over hashed (position, bits), independent of the sharding.
+@jax.jit  # compiled once for all leaves of the same shape, in all states
+def checksum(x) -> jax.Array:
+    """A uint32: the sum over hashes of (position, bits), which does not depend on the sharding.
 
     The hash of an element is a bijection of its bits, so any single wrong value is detected.
     """
-
-    @jax.jit  # leaves of the same shape are traced once
-    def checksum(x):
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        position = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            position = position * np.uint32(size % 2**32) + index
-        bits = bits ^ (position * np.uint32(0x9E3779B1))
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            bits = (bits ^ (bits >> shift)) * np.uint32(factor)
-        return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
-
-    return jnp.stack([checksum(x) for x in leaves])
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        position = position * np.uint32(size % 2**32) + index
+    bits = bits ^ (position * np.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)

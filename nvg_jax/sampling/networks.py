@@ -70,18 +70,23 @@ class SamplingProgram(NamedTuple):
         )
 
 
+@functools.lru_cache(maxsize=8)
 def sampling_program(
     tokenizer: TokenizerConfig,
-    transformers: dict[str, TransformerConfig],
+    content: TransformerConfig,
+    structure: TransformerConfig,
     num_classes: int,
     dtype: str,
 ) -> SamplingProgram:
-    """The sampler of a tokenizer and its generators.
+    """The sampler of a tokenizer and its generators, the same one for the same sizes.
+
+    So models that differ only in their weights, as in a training, do not compile again.
 
     Args:
-        transformers: sizes of the "content" and the "structure" generator.
+        content, structure: sizes of the generators.
         dtype: the dtype of the computation.
     """
+    transformers = {"content": content, "structure": structure}
     generators = {
         name: models.make_generator(name, transformers[name], tokenizer, num_classes, dtype)
         for name in models.GENERATORS

@@ -263,8 +263,13 @@ def teacher_settings(config: ml_collections.ConfigDict, recommended: Settings) -
     return recommended.updated(changes)
 
 
+@programs.shared
 def make_program(
-    config: ml_collections.ConfigDict, mesh: Mesh, steps: int, num_classes: int, teacher: Settings
+    config: ml_collections.FrozenConfigDict,
+    mesh: Mesh,
+    steps: int,
+    num_classes: int,
+    teacher: Settings,
 ) -> programs.TrainProgram:
     """The training of a student over `steps` steps.
 

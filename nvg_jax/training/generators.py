@@ -263,11 +263,12 @@ def pretrained_names(config: ml_collections.ConfigDict, names: Sequence[str]) ->
     return ("dinov2",) if "content" in names and repa_config(config) else ()
 
 
+@programs.shared
 def make_program(
-    config: ml_collections.ConfigDict,
+    config: ml_collections.FrozenConfigDict,
     mesh: Mesh,
     steps: int,
-    names: Sequence[str],
+    names: tuple[str, ...],
     num_classes: int,
 ) -> programs.TrainProgram:
     """The training of the generators `names` ("content", "structure", or both) over `steps` steps.

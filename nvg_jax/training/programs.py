@@ -4,6 +4,7 @@ Programs take and return arrays placed on a mesh. They are traced inside `jax.se
 `nn.logical_axis_rules` of `nvg_jax.runtime.sharding`.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,9 +14,14 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nvg_jax import pretrained
+from nvg_jax import models, pretrained
 from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.workdir import MAY_CHANGE
+
+# The sections and settings of a config that shape programs.
+MODEL = ("tokenizer", *models.GENERATORS, "dtype", "class_dropout")
+RECIPES = ("tokenizer_training", "generator_training", "distillation")
 
 
 class TrainProgram(NamedTuple):
@@ -39,6 +45,25 @@ class TrainProgram(NamedTuple):
     def state(self) -> Any:
         """The abstract state with its shardings."""
         return self.arguments[0]
+
+
+def shared(make_program: Callable[..., TrainProgram]) -> Callable[..., TrainProgram]:
+    """Decorates `make_program(config, mesh, ...)`: equal settings give the same program.
+
+    A training that goes on in the same process, for example after an interrupt in a notebook, then
+    does not compile again. `make_program` is called with a frozen config of the settings that may
+    shape a program, and no others.
+    """
+    cached = functools.lru_cache(maxsize=4)(make_program)
+
+    @functools.wraps(make_program)
+    def shared_program(config: ml_collections.ConfigDict, mesh: Mesh, *arguments) -> TrainProgram:
+        settings = {name: config[name] for name in MODEL}
+        for name in RECIPES:
+            settings[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
+        return cached(ml_collections.FrozenConfigDict(settings), mesh, *arguments)
+
+    return shared_program
 
 
 def check_heads(config: ml_collections.ConfigDict, names: Iterable[str], mesh: Mesh):

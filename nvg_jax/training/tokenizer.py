@@ -298,8 +298,9 @@ def loss_config(config: ml_collections.ConfigDict) -> TokenizerLossConfig:
     return TokenizerLossConfig(**{f.name: config.tokenizer_training[f.name] for f in fields})
 
 
+@programs.shared
 def make_program(
-    config: ml_collections.ConfigDict, mesh: Mesh, steps: int
+    config: ml_collections.FrozenConfigDict, mesh: Mesh, steps: int
 ) -> programs.TrainProgram:
     """The training of the tokenizer over `steps` steps.
 
