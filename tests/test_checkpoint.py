@@ -180,6 +180,12 @@ def test_when_all_are_damaged_nothing_starts_over(two):
     assert (two / "1").is_dir() and (two / "2").is_dir()
 
 
+def test_one_process_at_a_time_writes_to_a_folder(two):
+    with Checkpoints(two), pytest.raises(ValueError, match=f"Another process is writing to {two}"):
+        Checkpoints(two)
+    assert restore(two)[2] == 2
+
+
 def test_another_model_is_not_reported_as_damage(two):
     other = make_state(0)
     other["params"]["kernel"] = jnp.zeros((64, 47))

@@ -18,7 +18,7 @@ from etils import epath, epy
 from jax.experimental import multihost_utils
 
 from nvg_jax.runtime import processes
-from nvg_jax.runtime.files import digest, storage_path
+from nvg_jax.runtime.files import digest, lock, storage_path
 
 with epy.lazy_imports():  # spares commands that only print an error the wait
     import orbax.checkpoint as ocp
@@ -36,10 +36,14 @@ class Checkpoints:
 
     Saving is asynchronous; `close` waits for pending saves. All methods are collective: every
     process of the run must call them.
+
+    Raises:
+        ValueError: another run is writing to this folder.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self._folder = storage_path(folder)
+        self._lock = self._lock_folder()
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -49,6 +53,21 @@ class Checkpoints:
         # Orbax must not poll for preemption: a second caller would desynchronize the counter that
         # `preemption.noticed` relies on.
         self._manager.reached_preemption = lambda step: False
+
+    def _lock_folder(self) -> int | None:
+        descriptor, free = None, True
+        if processes.is_main():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = lock(self._folder)
+            except BlockingIOError:
+                free = False
+        if not multihost_utils.broadcast_one_to_all(np.array(free)):
+            raise ValueError(
+                f"Another process is writing to {self._folder}. Wait until it has ended, or choose "
+                "another folder."
+            )
+        return descriptor
 
     @property
     def latest_step(self) -> int | None:
@@ -126,8 +145,13 @@ class Checkpoints:
         self._writing(self._manager.check_for_errors)
 
     def close(self):
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+            self._manager.close()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -1,6 +1,7 @@
 """Files: paths on disks and in buckets, atomic writes, fingerprints, JSON with a checksum."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -50,6 +51,28 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Like `atomic_path`, but yields the temporary file, opened for binary writing."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+def lock(folder: epath.Path) -> int | None:
+    """Locks a folder against other processes, until the descriptor is closed or this process ends.
+
+    Returns:
+        A file descriptor; None where nothing can be locked: in buckets and on some network disks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if "://" in os.fspath(folder):
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
 
 
 # Fingerprints.

@@ -68,14 +68,17 @@ def fit(
     Raises:
         Preempted: SIGTERM arrived; the state is saved.
         FloatingPointError: a metric is not finite; the message names the step and the metric.
-        ValueError: the config differs from the one this run was started with.
+        ValueError: the config differs from the one this run was started with, or another process
+            is training in the same folder.
     """
     folder, recipe, steps = workdir / task.name, task.recipe, task.steps
-    checkpoints = checkpoint.Checkpoints(folder, recipe.keep)
-    state, start = resume(task, checkpoints, folder)
-    reporter = Reporter(task.name, folder, start, steps, recipe.batch_size)
-    best = score and BestModel(workdir / f"best_{task.name}", score, new=start == 0)
-    with checkpoints, contextlib.closing(task.batches), contextlib.closing(reporter):
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, recipe.keep))
+        stack.enter_context(contextlib.closing(task.batches))
+        state, start = resume(task, checkpoints, folder)
+        reporter = Reporter(task.name, folder, start, steps, recipe.batch_size)
+        stack.enter_context(contextlib.closing(reporter))
+        best = score and BestModel(workdir / f"best_{task.name}", score, new=start == 0)
         for step in range(start, steps):
             reporter.start_step()
             batch = sharding.global_batch(next(task.batches), mesh)
