@@ -60,12 +60,9 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
 
 
 def main(_):
-    import jax
-
     from nvg_jax.runtime import preemption
 
     preemption.watch()
-    jax.config.update("jax_disable_most_optimizations", FLAGS.config.fast_compile)
     distill(FLAGS.config, FLAGS.teacher, FLAGS.workdir)
 
 
@@ -74,4 +71,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("teacher", None, cli.MODEL)
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the model.")
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
-    cli.main(main)
+    cli.main(main, cli.compile_fast)

@@ -143,12 +143,9 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
-    import jax
-
     from nvg_jax.runtime import preemption
 
     preemption.watch()
-    jax.config.update("jax_disable_most_optimizations", FLAGS.config.fast_compile)
     train(FLAGS.config, FLAGS.workdir)
 
 
@@ -158,4 +155,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.main(main)
+    cli.main(main, cli.compile_fast)

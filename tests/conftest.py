@@ -1,27 +1,17 @@
 """Set-up shared by all tests: a quiet CPU, one compilation cache, the parity pack."""
 
 import gc
-import importlib.metadata
 import os
 
 from helpers import ROOT
 
-# Set before jax is imported. Most of the time of these tests is compilation, so tiny programs are
-# not optimized and not split among threads, and compiled programs are shared by all processes and
-# kept for the next run.
+# Set before jax is imported. Most of the time of these tests is compilation, so compiled programs
+# are shared by all processes and kept for the next run.
 CACHE = ROOT / ".pytest_cache" / "jax"
-FLAGS = [
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later, XLA stops at this flag
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "0",
-    "XLA_FLAGS": " ".join(FLAGS),
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # JAX locks the folder only if a size is set
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
@@ -29,6 +19,11 @@ os.environ |= {
 
 import pytest  # noqa: E402
 
+from nvg_jax.cli import FAST_COMPILE  # noqa: E402
+
+# Tiny programs are not optimized and not split among threads.
+FLAGS = ["--xla_llvm_disable_expensive_passes=true", "--xla_backend_optimization_level=0"]
+os.environ["XLA_FLAGS"] = " ".join(FLAGS + FAST_COMPILE)
 gc.set_threshold(200_000, 50, 100)  # tracing creates many objects, of which most stay
 
 
