@@ -38,8 +38,20 @@ def pytest_configure(config):
                 entry.unlink()
 
 
-# Files that take minutes; first, so that no worker is left alone with one of them at the end.
-LONG = ("test_end_to_end", "test_eight_devices", "test_distributed", "test_faults", "test_parity")
+# Files that take longest; first, so that no worker is left alone with one of them at the end.
+LONG = (
+    "test_end_to_end",
+    "test_eight_devices",
+    "test_distributed",
+    "test_parity",
+    "test_faults",
+    "test_training_losses",
+    "test_generators",
+    "test_control",
+    "test_distillation",
+    "test_sampling_runs",
+    "test_pretrained",
+)
 
 
 def pytest_collection_modifyitems(items):
