@@ -42,7 +42,7 @@ def base() -> ml_collections.ConfigDict:
             init_from="",  # model to start from; its data and classes may differ
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # of the computation; "bfloat16" on accelerators
-            fast_compile=False,  # compile without optimization: for runs of a few steps
+            fast_compile=False,  # compile with little optimization: for runs of a few steps
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: all remaining devices
             data=dict(
                 name="",  # digits, fashion_mnist, image_folder, tfds:NAME, sequences
