@@ -24,8 +24,9 @@ def base() -> ml_collections.ConfigDict:
         ema_decay=0.9999,
     )
     run = dict(
-        log_every=100,  # in steps, like the next two
+        log_every=100,  # in steps, like eval_every and save_every
         eval_every=5000,
+        eval_images=0,  # evenly spaced in the test split; 0: all
         save_every=5000,
         keep=2,  # number of checkpoints to keep
         fid_every=0,  # steps between FID measurements; the best model is kept; 0: never
@@ -96,6 +97,7 @@ def base() -> ml_collections.ConfigDict:
                 length="10 epochs",
                 batch_size=768,
                 reflow=True,  # False: only build the guidance in
+                eval_images=500,  # for each, the teacher's flow is solved
                 flow_steps=4,  # of the student, which also supports any divisor of them
                 teacher_steps=0,  # 0: as the teacher's folder recommends
                 structure_guidance=(),  # of the teacher; (): as its folder recommends
@@ -186,7 +188,7 @@ def run_locally(config: ml_collections.ConfigDict):
     config.structure = transformer(32, 2, head_dim=16)
     for training in (config.tokenizer_training, config.generator_training, config.distillation):
         training.update(length="12 steps", batch_size=16)
-        training.update(log_every=2, save_every=4, eval_every=12)
+        training.update(log_every=2, save_every=4, eval_every=12, eval_images=100)
         training.optimizer.update(warmup_steps=2, learning_rate=1e-3)
     config.tokenizer_training.index_backprop_epochs = 0.0
     config.sampling.flow_steps = 2

@@ -93,6 +93,10 @@ def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str,
     for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
         if config[name][key] < 1:
             raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
+    if config[name].eval_images < 0:
+        raise ValueError(
+            f"{name}.eval_images must be 0 (all) or more, got {config[name].eval_images}."
+        )
     if config[name].fid_every:
         check_fid(config, name, parts)
 

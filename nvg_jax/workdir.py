@@ -26,7 +26,7 @@ DISTILLATION = "distillation"  # the folder of a student in training, which is t
 PARTS = ("tokenizer", "generators", *GENERATORS)  # "generators" holds both of them
 # What may change when a run is resumed: reporting, saving, where the same data is, how it is read.
 MAY_CHANGE = frozenset(
-    ("log_every", "eval_every", "save_every", "keep", "fid_every", "fid_samples")
+    ("log_every", "eval_every", "eval_images", "save_every", "keep", "fid_every", "fid_samples")
     + ("data_dir", "num_threads", "prefetch", "on_bad")
 )
 

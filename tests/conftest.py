@@ -15,15 +15,14 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # JAX locks the folder only if a size is set
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
 }
 
 import pytest  # noqa: E402
 
 from nvg_jax.cli import FAST_COMPILE  # noqa: E402
 
-# Tiny programs are not optimized and not split among threads.
-FLAGS = ["--xla_llvm_disable_expensive_passes=true", "--xla_backend_optimization_level=0"]
-os.environ["XLA_FLAGS"] = " ".join(FLAGS + FAST_COMPILE)
+os.environ["XLA_FLAGS"] = " ".join(FAST_COMPILE)
 gc.set_threshold(200_000, 50, 100)  # tracing creates many objects, of which most stay
 
 
@@ -42,12 +41,11 @@ def pytest_configure(config):
 LONG = (
     "test_end_to_end",
     "test_eight_devices",
-    "test_distributed",
     "test_parity",
-    "test_faults",
     "test_training_losses",
-    "test_generators",
+    "test_faults",  # starts when test_end_to_end ends: in its process, with its compiled programs
     "test_control",
+    "test_generators",
     "test_distillation",
     "test_sampling_runs",
     "test_pretrained",

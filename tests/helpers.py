@@ -46,6 +46,15 @@ def random_pipeline():
     return Pipeline(metadata, params)
 
 
+def tiny_discriminator():
+    """A discriminator of small images that compiles in a fraction of the time."""
+    import flax.linen as nn
+
+    from nvg_jax.tokenizer.discriminator import DiscriminatorHeads, SmallFeatures
+
+    return nn.Sequential([SmallFeatures(width=16, num_layers=2), DiscriminatorHeads(3)])
+
+
 def random_like(tree, scale: float, seed: int = 0):
     """Arrays of the shapes and types of `tree`, normally distributed with deviation `scale`."""
     import jax

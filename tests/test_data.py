@@ -423,6 +423,16 @@ def test_eval_sees_every_example_once(count, process_count):
     assert len(lengths) == 1 and sorted(seen) == list(range(count))
 
 
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_eval_of_a_part_is_evenly_spaced(process_count):
+    seen = []
+    for i in range(process_count):
+        own = options(2, process_index=i, process_count=process_count)
+        for batch in eval_batches(numbered(10), own, count=3):
+            seen += batch["label"][batch["mask"]].tolist()
+    assert sorted(seen) == [0, 3, 6]
+
+
 def broken_folder(root):
     make_folder(root / "train", 3)
     make_folder(root / "test", 3)

@@ -52,10 +52,10 @@ def run_config():
 
 
 def observe() -> dict:
-    curves = {}
+    curves, starts = {}, {}
     for name, sizes in MESHES.items():
         devices = jax.devices()[: math.prod(sizes)]
-        curves[name] = train_on(sharding.make_mesh(*sizes, devices=devices))
+        curves[name] = train_on(sharding.make_mesh(*sizes, devices=devices), starts)
     return {"training": curves, "placement": placement(), "attention": split_attention()}
 
 
@@ -67,8 +67,11 @@ def seen():
 # Training.
 
 
-def train_on(mesh) -> dict[str, dict]:
+def train_on(mesh, starts: dict[str, TrainState]) -> dict[str, dict]:
     """Twelve steps of every training, from the seed and the data of `run_config`.
+
+    Args:
+        starts: {training: its first state}; filled by the first mesh, placed on the others.
 
     Returns:
         {training: {"curves", "collectives" and "sizes" of its compiled step}}.
@@ -80,6 +83,11 @@ def train_on(mesh) -> dict[str, dict]:
     batches = run.train_batches(16, config.seed)
     taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
     found = {}
+
+    def start(name, program, *arguments):
+        if name not in starts:
+            starts[name] = jax.device_get(program.init(*arguments))
+        return jax.device_put(starts[name], jax.tree.map(lambda x: x.sharding, program.state))
 
     def steps(name, program, state, *fixed, **static):
         step = program.step.lower(state, *fixed, taken[0], key, **static).compile()
@@ -99,19 +107,20 @@ def train_on(mesh) -> dict[str, dict]:
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         program = tokenizer.make_program(config, mesh, STEPS)
-        state = program.init(jax.random.fold_in(run.key, 0))
+        state = start("tokenizer", program, jax.random.fold_in(run.key, 0))
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=run.replicated)
         params = copy(state.params)  # of its own: the step donates the state
         steps("tokenizer", program, state, {}, index_backprop=False)
         program = generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
-        state = program.init(jax.random.fold_in(run.key, 1), params["quantizer"]["codebook"])
+        codebook = params["quantizer"]["codebook"]
+        state = start("generators", program, jax.random.fold_in(run.key, 1), codebook)
         state = steps("generators", program, state, params, {}, scale)
         if tuple(mesh.shape.values()) in ((1, 1, 1), (2, 2, 2)):
             settings = Settings(structure_guidance=(1.0, 2.0), flow_steps=2)
             program = distillation.make_program(config, mesh, STEPS, 10, settings)
             teacher = {"structure": state.params["structure"]}  # a student knows nothing yet
-            start = program.init(jax.random.fold_in(run.key, 1))
-            steps("distillation", program, start, teacher, params)
+            student = start("distillation", program, jax.random.fold_in(run.key, 1))
+            steps("distillation", program, student, teacher, params)
     if dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}:
         found["sampling"] = sampling_collectives(config, {"tokenizer": params, **state.ema_params})
     return found

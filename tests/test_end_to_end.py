@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -16,7 +17,13 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from conftest import ROOT
-from helpers import is_even_hierarchy, logged, with_devices
+from helpers import (
+    free_port,
+    is_even_hierarchy,
+    logged,
+    tiny_discriminator,
+    with_devices,
+)
 from PIL import Image
 
 from configs import digits
@@ -257,6 +264,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
         return program._replace(step=step)
 
     monkeypatch.setattr(tokenizer, "make_program", watched)
+    monkeypatch.setattr(
+        tokenizer.TokenizerLossConfig,
+        "make_discriminator",
+        lambda config, dtype: tiny_discriminator(),
+    )
     config, whole = run_config(part=stage), workdir
     if stage == "generators":
         (tmp_path / "tokenizer").symlink_to(workdir / "tokenizer")
@@ -284,6 +296,55 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
     once, parts = logged(whole / stage), logged(tmp_path / stage)
     losses = {key for key in once if "loss" in key[0]}
     assert losses and {key: parts[key] for key in losses} == {key: once[key] for key in losses}
+
+
+def start(workdir, *arguments, processes: int = 2, devices: int = 2):
+    """The training command in several processes on this machine."""
+    command = [
+        sys.executable, "-m", "nvg_jax.train", "--config=configs/digits.py:runlocal",
+        f"--workdir={workdir}", f"--coordinator_address=127.0.0.1:{free_port()}",
+        f"--num_processes={processes}", *arguments,
+    ]  # fmt: skip
+    return [
+        subprocess.Popen(
+            [*command, f"--process_id={index}"],
+            cwd=ROOT,
+            env=with_devices(devices),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def test_two_processes_train_stop_on_a_signal_and_one_goes_on(workdir, tmp_path):
+    """Four devices of two processes; a SIGTERM to one saves in both; one device ends the run."""
+    running = start(tmp_path, "--config.generator_training.eval_every=2")
+    lines = []
+    for line in running[0].stderr:
+        lines.append(line)
+        if "generators: 4/" in line:
+            running[1].send_signal(signal.SIGTERM)
+            break
+    outputs = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [75, 75], (lines, outputs)
+    assert "loss" not in outputs[1]  # one process tells the progress
+    stopped = checkpoint.read_meta(tmp_path / "generators")["step"]
+    assert 4 <= stopped < 12 and f"saved at step {stopped} of 12" in outputs[0]
+    assert (tmp_path / "generators" / "pictures_0000002.png").is_file()
+
+    train(run_config(), tmp_path)
+    for run, tags in (
+        ("tokenizer", ("loss", "test_psnr")),
+        ("generators", ("content/loss", "structure/loss", "test_content/loss")),
+    ):
+        alone, found = logged(workdir / run), logged(tmp_path / run)
+        for tag in tags:
+            curve = {key: value for key, value in alone.items() if key[0] == tag}
+            assert len(curve) == (1 if tag.startswith("test") else 6)
+            for key, value in curve.items():
+                np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=str(key))
+        assert (tmp_path / run / "pictures_0000012.png").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path):
@@ -445,6 +506,10 @@ def test_an_unknown_setting_is_named(pipe):
         (lambda folder: train(run_config(dtype="bf16"), folder), "float32 or bfloat16"),
         (lambda folder: train(run_config(tokenizer_workdir="x"), folder), "Leave it empty"),
         (lambda folder: train(run_config(part="content"), folder), "need a trained tokenizer"),
+        (
+            lambda folder: train(run_config(tokenizer_training={"eval_images": -1}), folder),
+            r"tokenizer_training.eval_images must be 0 \(all\) or more, got -1",
+        ),
     ],
 )
 def test_wrong_use_of_a_folder_gets_a_sentence(tmp_path, call, message):
@@ -485,16 +550,17 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
         assert message in output and "Traceback" not in output
 
 
-def test_the_command_lines_write_pictures_arrays_and_metrics(workdir, tmp_path):
-    sample = ("nvg_jax.sample", f"--workdir={workdir}", "--classes=0,1", "--per_class=3")
-    python(*sample, f"--out={tmp_path / 'pictures'}")
+def test_the_command_lines_write_pictures_and_metrics(workdir, pipe, tmp_path):
+    python(
+        "nvg_jax.sample", f"--workdir={workdir}", "--classes=0,1", "--per_class=3",
+        f"--out={tmp_path / 'pictures'}",
+    )  # fmt: skip
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {"000000_class0.png", "000005_class1.png", "grid.png", "stages.png"} <= names
-    python(*sample, f"--out={tmp_path / 'all.npz'}", "--batch_size=4")
-    images = np.load(tmp_path / "all.npz")["arr_0"]
-    assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 3)
-    first = np.asarray(Image.open(tmp_path / "pictures" / "000003_class1.png"))
-    assert np.abs(first.astype(int) - images[3]).max() <= 1
+    images = to_uint8(pipe.sample([0, 0, 0, 1, 1, 1]).images)
+    for index, name in ((0, "000000_class0.png"), (3, "000003_class1.png")):
+        picture = np.asarray(Image.open(tmp_path / "pictures" / name))
+        assert np.abs(picture.astype(int) - images[index]).max() <= 1
     python("nvg_jax.evaluate", f"--workdir={workdir}", "--num_samples=20", f"--out={tmp_path}")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["samples"] == 20 and metrics["classifier_accuracy_on_real_test_images"] > 0.98

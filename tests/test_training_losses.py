@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import tiny_discriminator
 
 from configs import digits, imagenet256
 from nvg_jax import layers, models, pretrained
@@ -23,7 +24,7 @@ from nvg_jax.training.optimizers import OptimizerConfig
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
 MODEL = models.make_tokenizer(SIZES)
 LOSSES = tokenizer.TokenizerLossConfig("l1", 0.0, 0.3, 0.5, "small")
-DISCRIMINATOR = LOSSES.make_discriminator(jnp.float32)
+DISCRIMINATOR = tiny_discriminator()
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.D
     return _own_batches(examples.random_map(load.train).repeat(), source, options)
 
 
-def eval_batches(source: Source, options: LoaderOptions) -> "grain.DatasetIterator":
+def eval_batches(source: Source, options: LoaderOptions, count: int = 0) -> "grain.DatasetIterator":
     """Every example once over all processes, in the order of the source, with center crops.
 
     For cached sequences, the first stored crop is taken. The last batches are padded, so that every
@@ -119,6 +119,7 @@ def eval_batches(source: Source, options: LoaderOptions) -> "grain.DatasetIterat
     Args:
         source: any split.
         options: how to make examples and batches.
+        count: take only this number of examples, evenly spaced over the source; 0: all.
 
     Returns:
         An iterator over stacked examples with a "mask", bool (batch_size,). Where the mask is False
@@ -131,8 +132,10 @@ def eval_batches(source: Source, options: LoaderOptions) -> "grain.DatasetIterat
     import grain
 
     load = _Load.of(source, options)
-    padded = -(-len(source) // options.global_batch_size) * options.global_batch_size
-    return _own_batches(grain.MapDataset.range(padded).map(load.evaluate), source, options)
+    count = min(count or len(source), len(source))
+    padded = -(-count // options.global_batch_size) * options.global_batch_size
+    places = grain.MapDataset.range(padded).map(functools.partial(_place, len(source), count))
+    return _own_batches(places.map(load.evaluate), source, options)
 
 
 def crop_batches(
@@ -172,6 +175,11 @@ def crop_batches(
         examples[start:stop].batch(options.batch_size, batch_fn=_stack) for start, stop in ranges
     ]
     return _iterate(grain.MapDataset.concatenate(batches), source, options)
+
+
+def _place(length: int, count: int, index: int) -> int:
+    """The index in the source of one of `count` evenly spaced examples; `length` for padding."""
+    return index * length // count if index < count else length
 
 
 # Functions (item of a source, rng) -> arrays of one example, without its label. rng=None takes the

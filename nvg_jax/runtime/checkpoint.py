@@ -44,12 +44,16 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self._folder = storage_path(folder)
         self._lock = self._lock_folder()
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
-            ),
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                ),
+            )
+        except BaseException:
+            self._unlock()
+            raise
         # Orbax must not poll for preemption: a second caller would desynchronize the counter that
         # `preemption.noticed` relies on.
         self._manager.reached_preemption = lambda step: False
@@ -149,9 +153,12 @@ class Checkpoints:
             self.wait()
             self._manager.close()
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+            self._unlock()
+
+    def _unlock(self):
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -126,6 +126,7 @@ def sharded_init(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
         The jitted function, which returns a plain tree, and that tree's shapes, dtypes and
         shardings.
     """
+    init = jax.jit(init)  # traced once, for both of its results
     tree = jax.eval_shape(init, *args)
     placed = shardings(tree, mesh)
     return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), with_shardings(tree, placed)

@@ -36,8 +36,6 @@ from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import DISTILLATION, RunMetadata
 
-EVAL_IMAGES = 500  # held-out images per evaluation, which solves the teacher's flow for each
-
 
 def guided_velocity(model: StructureGenerator, params, class_ids, scales):
     """A flow's velocity (z (N, L, K), time () or (N,), structure embedding, canvas, stage (N,)) ->
@@ -400,11 +398,10 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
 
     def evaluate(state):
         metrics = run.test_metrics(
-            recipe.batch_size,
+            recipe,
             lambda batch: program.evaluate(
                 state.ema_params, teacher_params, tokenizer_params, batch
             ),
-            limit=EVAL_IMAGES,
         )
         student = model(state)
         return metrics, sampler.picture(student) if is_main() else None

@@ -373,7 +373,7 @@ def task(run: Run, part: str) -> Task:
 
     def evaluate(state):
         losses = run.test_metrics(
-            recipe.batch_size,
+            recipe,
             lambda batch: program.evaluate(state.ema_params, tokenizer_params, canvas_scale, batch),
         )
         picture = None

@@ -26,7 +26,7 @@ class Task(NamedTuple):
     """One trained part.
 
     name: the name of the part and of its folder in the workdir.
-    recipe: batch_size, log_every, eval_every, save_every, keep.
+    recipe: batch_size, log_every, eval_every, eval_images, save_every, keep.
     steps: the length of the training.
     state: the abstract state, with shardings.
     learning_rate: step -> learning rate.

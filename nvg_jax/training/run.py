@@ -117,16 +117,17 @@ class Run:
         """Endless training batches, this process's share of each."""
         return train_batches(self.train_source, self.loader_options(batch_size), seed=seed)
 
-    def test_batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """The global batches of the test split, each once.
+    def test_batches(self, recipe: ml_collections.ConfigDict) -> Iterator[dict[str, jax.Array]]:
+        """The global batches of the recipe's `eval_images` images of the test split, each once.
 
         Raises:
             Preempted: SIGTERM arrived. (An evaluation can take longer than the grace period.)
         """
         shards = sharding.batch_shards(self.mesh)
-        batch_size = min(batch_size, max(shards, len(self.test_source) // shards * shards))
+        batch_size = min(recipe.batch_size, max(shards, len(self.test_source) // shards * shards))
+        options = self.loader_options(batch_size)
         with contextlib.closing(
-            eval_batches(self.test_source, self.loader_options(batch_size))
+            eval_batches(self.test_source, options, recipe.eval_images)
         ) as batches:
             for batch in batches:
                 if preemption.noticed():
@@ -135,23 +136,16 @@ class Run:
 
     def test_metrics(
         self,
-        batch_size: int,
+        recipe: ml_collections.ConfigDict,
         evaluate: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
-        limit: int | None = None,
     ) -> dict[str, Any]:
-        """The means over the test split of the results of `evaluate` on each batch.
-
-        Args:
-            limit: stop after the batch that reaches this number of images.
-        """
+        """The means over the images of `test_batches` of the results of `evaluate` on a batch."""
         totals, count = {}, 0
-        for batch in self.test_batches(batch_size):
+        for batch in self.test_batches(recipe):
             metrics = jax.device_get(evaluate(batch))
             images = sharding.to_host(batch["mask"]).sum()
             totals = {name: totals.get(name, 0) + mean * images for name, mean in metrics.items()}
             count += images
-            if limit is not None and count >= limit:
-                break
         return {name: total / count for name, total in totals.items()}
 
 

@@ -367,7 +367,7 @@ def task(run: Run) -> Task:
 
     def evaluate(state):
         quality, counts, shown = {}, 0, None
-        for batch in run.test_batches(recipe.batch_size):
+        for batch in run.test_batches(recipe):
             out = program.evaluate(state.params, frozen, batch)
             mask = sharding.to_host(batch["mask"])
             for name in {"psnr", "lpips"} & out.keys():
@@ -418,19 +418,14 @@ def measure_canvas_scale(run: Run, params) -> tuple[float, ...]:
         FloatingPointError: the canvases after a stage are all equal.
     """
     model = models.make_tokenizer(run.tokenizer_config, run.config.dtype)
-
-    @functools.partial(jax.jit, out_shardings=run.replicated)
-    def moments(params, images):
-        canvases = model.apply({"params": params}, images, method="encode").canvases
-        return canvases.mean((0, 2, 3)), jnp.square(canvases).mean((0, 2, 3))
-
     batch_size = run.config.tokenizer_training.batch_size
     count = math.ceil(min(len(run.train_source), SCALE_IMAGES) / batch_size)
     batches = run.train_batches(batch_size, run.config.seed)
     totals = 0
     for _ in range(count):
         images = sharding.global_batch(next(batches), run.mesh)["image"]
-        totals = totals + np.asarray(jax.device_get(moments(params, images)), np.float64)
+        moments = jax.device_get(canvas_moments(model, params, images))
+        totals = totals + np.asarray(moments, np.float64)
     batches.close()
     mean, square = totals / count
     variance = square - mean**2
@@ -440,3 +435,10 @@ def measure_canvas_scale(run: Run, params) -> tuple[float, ...]:
             "has collapsed. Train it longer or with a lower learning rate."
         )
     return 1.0, *(1 / np.sqrt(variance)).tolist()
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def canvas_moments(model: Tokenizer, params, images):
+    """Mean and mean square of the canvases after each stage: float32 (2, S), unsharded."""
+    canvases = model.apply({"params": params}, images, method="encode").canvases
+    return unshard(jnp.stack([canvases.mean((0, 2, 3)), jnp.square(canvases).mean((0, 2, 3))]))
