@@ -286,6 +286,7 @@ def test_wrong_use_ends_in_a_sentence(pipe, files):
             call()
 
 
+@pytest.mark.slow
 def test_the_command_edits_an_image(pipe, files, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
 

@@ -187,6 +187,7 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(na
     np.testing.assert_allclose(*losses, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
     """Gradient descent with rate 1: a clipped step is the free one over the norm of both."""
     networks = {name: generator(name) for name in models.GENERATORS}
@@ -250,6 +251,7 @@ def test_the_velocity_in_parts_is_that_of_the_whole():
     assert np.abs(early[0] - late[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
     """A block has seven linear products and, on a CPU, two of attention to do again."""
     products, grads = {}, {}

@@ -68,6 +68,7 @@ def test_a_part_that_is_trained_later_is_checked_first(model, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_other_classes_with_the_tokenizer_of_an_export(model, tmp_path):
     """Generators on a folder with two classes, one of which the model knows, at rate zero."""
     folder, pipe = model

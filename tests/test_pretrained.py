@@ -111,6 +111,7 @@ def test_dino_agrees_with_timm(expected, tmp_path):
         assert relative_error(sample(np.asarray(ours)), reference) < CLOSE
 
 
+@pytest.mark.slow
 def test_dinov2_agrees_with_timm(expected, tmp_path):
     tensors = reference_weights(expected, "dinov2")
     tensors["mask_token"] = np.zeros((1, 768), np.float32)  # in the release, not in timm's file
@@ -289,6 +290,7 @@ def test_lpips_as_the_package_saves_the_whole_of_it(expected, lpips_cache, tmp_p
     jax.tree.map(np.testing.assert_array_equal, pretrained.load("lpips", tmp_path), expected_params)
 
 
+@pytest.mark.slow
 def test_positions_for_224_pixels_stay(expected, tmp_path):
     tensors = stand_ins(expected, "dinov2")
     tensors["pos_embed"] = seeded("pos_embed", (1, 257, 768))

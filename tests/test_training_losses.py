@@ -53,6 +53,7 @@ def close(a, b):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * scale)
 
 
+@pytest.mark.slow
 def test_one_step_has_the_gradients_of_two(state):
     """The combined loss against a step of the tokenizer alone, then one of the discriminator."""
     terms = functools.partial(
@@ -140,6 +141,7 @@ def test_what_the_heads_on_dino_see(monkeypatch):
         np.testing.assert_allclose(found, patches + 100 + 2000 * feature_block, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_moves_both_players_and_their_memory(state):
     step = jax.jit(
         functools.partial(
@@ -303,6 +305,7 @@ def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "content"])
+@pytest.mark.slow
 def test_the_published_presets_train_with_every_loss(stage):
     """Traced in full size, nothing is computed; the weights of the frozen networks are not here."""
     config = imagenet256.get_config("d16")
