@@ -15,7 +15,7 @@ from nvg_jax.layers import fast_dtype
 from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import DTYPES
+from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
 from nvg_jax.workdir import RunMetadata
 
@@ -52,8 +52,8 @@ class Pipeline:
             params: {"tokenizer": tree} and, to sample, "content" and "structure".
             dtype: "float32" or "bfloat16"; None chooses by device, see `from_pretrained`.
         """
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if dtype is not None:
+            check_dtype(dtype)
         self.dtype = dtype or fast_dtype()
         self.metadata = metadata
         self.class_names = metadata.class_names

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from nvg_jax import cli
-from nvg_jax.sampling.settings import DTYPES
+from nvg_jax.sampling.settings import check_dtype
 
 # --config.part -> the parts it trains, each in its own folder of the workdir.
 PARTS = {
@@ -55,6 +55,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
         # A run that has already started no longer needs this folder.
         if config.init_from and not any((run.workdir / part).exists() for part in parts):
             check_init(config, parts)
+        # Builds all programs, so that no setting of a later part is refused after days of training.
+        for part in parts:
+            if part == "tokenizer":
+                tokenizer.build_program(run)
+            else:
+                generators.build_program(run, part)
         scorers = make_scorers(config, parts, run.train_source.num_classes)
         for part in parts:
             task = tokenizer.task(run) if part == "tokenizer" else generators.task(run, part)
@@ -88,8 +94,7 @@ def check_config(config: ml_collections.ConfigDict):
 
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
     """Raises ValueError for invalid settings in the section `name`, which trains `parts`."""
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {config.dtype!r}.")
+    check_dtype(config.dtype)
     for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
         if config[name][key] < 1:
             raise ValueError(f"{name}.{key} must be at least 1, got {config[name][key]}.")

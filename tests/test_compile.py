@@ -448,6 +448,12 @@ def test_parts_are_single_programs():
         lowering.training_part(config)
 
 
+def test_an_unknown_dtype_is_refused():
+    config = type("Config", (), {"part": "all", "dtype": "half"})
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got 'half'"):
+        lowering.Compiler(config, None, "train")
+
+
 def test_the_remat_policy_with_the_shortest_step_that_fits(monkeypatch, caplog):
     times = {"none": 1.0, "linears": 2.0, "blocks": 3.0}
     used = {"none": None, "linears": 5.0, "blocks": 1.0}  # GiB; the first does not compile

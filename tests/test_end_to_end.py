@@ -517,6 +517,24 @@ def test_wrong_use_of_a_folder_gets_a_sentence(tmp_path, call, message):
         call(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(content=dict(width=100)), "width"),
+        (dict(sampling=dict(top_p=(2.0, 2.0))), "top_p must be"),
+        (dict(generator_training=dict(length="5")), "A training length is"),
+        (dict(generator_training=dict(optimizer=dict(schedule="cosin"))), "schedule 'cosin'"),
+        (dict(generator_training=dict(batch_size=2000)), "larger than the 1497 training"),
+    ],
+)
+def test_settings_of_a_later_part_are_checked_before_the_first_is_trained(
+    tmp_path, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        train(run_config(**changes), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_export_does_not_hide_a_run(pipe, workdir):
     with pytest.raises(ValueError, match="holds a training run"):
         pipe.save_pretrained(workdir)
@@ -587,5 +605,5 @@ def test_bfloat16_samples_and_decodes_but_encodes_in_float32(workdir, pipe, imag
     width = fast.metadata.structure.width
     products = re.findall(rf"dot_general.*tensor<{width}x4x{width}x(\w+)>\) ->", text)
     assert products and set(products) == {"bf16"}
-    with pytest.raises(ValueError, match="float32, bfloat16, got 'float16'"):
+    with pytest.raises(ValueError, match="float32 or bfloat16, got 'float16'"):
         Pipeline.from_pretrained(workdir, dtype="float16")

@@ -17,7 +17,7 @@ from nvg_jax.data import open_source
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import Settings
+from nvg_jax.sampling.settings import Settings, check_dtype
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.length import training_length
@@ -138,6 +138,7 @@ class Compiler:
     """Compiles one program ("train" or "sample") of a config for a target, at any batch size."""
 
     def __init__(self, config: ml_collections.ConfigDict, target: Target, program: str):
+        check_dtype(config.dtype)
         self.config, self.target, self.program = config, target, program
         self.part = training_part(config) if program == "train" else None
         self.images, self.num_classes = data_size(config.data)

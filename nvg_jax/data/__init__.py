@@ -1,6 +1,12 @@
 """Labeled images, or their granularity sequences, from a data set on disk to batches."""
 
-from nvg_jax.data.loader import LoaderOptions, crop_batches, eval_batches, train_batches
+from nvg_jax.data.loader import (
+    LoaderOptions,
+    check_batch_size,
+    crop_batches,
+    eval_batches,
+    train_batches,
+)
 from nvg_jax.data.sources import SequenceSource, Source, open_source
 from nvg_jax.data.transforms import Transform
 
@@ -9,6 +15,7 @@ __all__ = [
     "SequenceSource",
     "Source",
     "Transform",
+    "check_batch_size",
     "crop_batches",
     "eval_batches",
     "open_source",

@@ -76,6 +76,16 @@ class LoaderOptions:
         return self.batch_size * self.process_count
 
 
+def check_batch_size(source: Source, options: LoaderOptions):
+    """Raises ValueError if a training batch is larger than the data set."""
+    if options.global_batch_size > len(source):
+        raise ValueError(
+            f"A batch of {options.global_batch_size} ({options.batch_size} for each of "
+            f"{options.process_count} processes) is larger than the {len(source)} training "
+            "examples; make it smaller."
+        )
+
+
 def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.DatasetIterator":
     """Endless training batches with random crops, in a new order every epoch.
 
@@ -99,13 +109,8 @@ def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.D
     """
     import grain
 
+    check_batch_size(source, options)
     load = _Load.of(source, options)
-    if options.global_batch_size > len(source):
-        raise ValueError(
-            f"A batch of {options.global_batch_size} ({options.batch_size} for each of "
-            f"{options.process_count} processes) is larger than the {len(source)} training "
-            "examples; make it smaller."
-        )
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     return _own_batches(examples.random_map(load.train).repeat(), source, options)
 

@@ -1,8 +1,10 @@
 """The sampling settings. Each is fully defined by its field in `Settings`.
 
 Command-line flags, checks, `Pipeline.sample`, descriptions of samples and the arguments of the
-compiled sampler are derived from the fields, so a new setting is added here and read where it is
-used: as `plan.settings.NAME` if it shapes the program, as `values["NAME"]` if it is traced.
+compiled sampler are derived from the fields. A new setting is added here, to `sampling` in
+configs/common.py and to docs/sampling.md, and read where it is used: as `plan.settings.NAME` if it
+shapes the program (bool and str settings do: traced=False), as `values["NAME"]` if it is traced, or
+as `x["NAME"]` inside a stage if it has a value for each.
 """
 
 import dataclasses
@@ -14,6 +16,12 @@ import numpy as np
 from nvg_jax.structure.flow import SOLVERS
 
 DTYPES = ("float32", "bfloat16")  # of the computation, in training and sampling
+
+
+def check_dtype(dtype: str):
+    """Raises ValueError unless the computation can be in `dtype`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
 
 
 def top_p_range(start: float, end: float, num_stages: int) -> np.ndarray:

@@ -263,6 +263,25 @@ def pretrained_names(config: ml_collections.ConfigDict, names: Sequence[str]) ->
     return ("dinov2",) if "content" in names and repa_config(config) else ()
 
 
+def sampling_settings(config: ml_collections.ConfigDict) -> Settings:
+    """The settings that the trained model is sampled with by default."""
+    return Settings.from_dict(config.sampling.to_dict())
+
+
+def build_program(run: Run, part: str) -> programs.TrainProgram:
+    """The program of a part ("content", "structure", or "generators") of a run.
+
+    Raises:
+        ValueError: invalid settings, or a batch that does not fit the mesh or the data set.
+    """
+    config, recipe = run.config, run.config.generator_training
+    sizes = run.tokenizer_config
+    sampling_settings(config).expand(sizes.num_stages, sizes.codebook_size)
+    run.check_batch_size(recipe.batch_size)
+    steps, num_classes = run.num_steps(recipe), run.train_source.num_classes
+    return make_program(config, run.mesh, steps, parts_of(part), num_classes)
+
+
 @programs.shared
 def make_program(
     config: ml_collections.FrozenConfigDict,
@@ -350,11 +369,8 @@ def task(run: Run, part: str) -> Task:
     names = parts_of(part)
     config, recipe = run.config, run.config.generator_training
     tokenizer, tokenizer_params = load_tokenizer(run)
-    sampling = Settings.from_dict(config.sampling.to_dict())
-    # Raises before anything is compiled.
-    sampling.expand(tokenizer.tokenizer.num_stages, tokenizer.tokenizer.codebook_size)
     steps = run.num_steps(recipe)
-    program = make_program(config, run.mesh, steps, names, run.train_source.num_classes)
+    program = build_program(run, part)
     frozen = run.frozen(pretrained_names(config, names))
     canvas_scale = np.asarray(tokenizer.canvas_scale, np.float32)
     key = jax.random.fold_in(run.key, 2)
@@ -364,7 +380,7 @@ def task(run: Run, part: str) -> Task:
         fingerprint=tokenizer.fingerprint,
         canvas_scale=tokenizer.canvas_scale,
         **{name: TransformerConfig(**config[name]) for name in names},
-        sampling=sampling,
+        sampling=sampling_settings(config),
         tokenizer_workdir=str(run.tokenizer_workdir),
         config=run.config_json(),
         steps=steps,

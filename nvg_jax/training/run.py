@@ -18,6 +18,7 @@ from nvg_jax.data import (
     SequenceSource,
     Source,
     Transform,
+    check_batch_size,
     eval_batches,
     open_source,
     train_batches,
@@ -79,6 +80,10 @@ class Run:
         return training_length(recipe.length, len(self.train_source), recipe.batch_size)
 
     # Batches.
+
+    def check_batch_size(self, batch_size: int):
+        """Raises ValueError for a training batch that fits neither the mesh nor the data set."""
+        check_batch_size(self.train_source, self.loader_options(batch_size))
 
     def process_batch_size(self, batch_size: int) -> int:
         """This process's share of a global batch.

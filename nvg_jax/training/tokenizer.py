@@ -298,6 +298,17 @@ def loss_config(config: ml_collections.ConfigDict) -> TokenizerLossConfig:
     return TokenizerLossConfig(**{f.name: config.tokenizer_training[f.name] for f in fields})
 
 
+def build_program(run: Run) -> programs.TrainProgram:
+    """The program of a run.
+
+    Raises:
+        ValueError: invalid settings, or a batch that does not fit the mesh or the data set.
+    """
+    recipe = run.config.tokenizer_training
+    run.check_batch_size(recipe.batch_size)
+    return make_program(run.config, run.mesh, run.num_steps(recipe))
+
+
 @programs.shared
 def make_program(
     config: ml_collections.FrozenConfigDict, mesh: Mesh, steps: int
@@ -355,7 +366,7 @@ def task(run: Run) -> Task:
     recipe = run.config.tokenizer_training
     steps = run.num_steps(recipe)
     warmup = round(recipe.index_backprop_epochs * len(run.train_source) / recipe.batch_size)
-    program = make_program(run.config, run.mesh, steps)
+    program = build_program(run)
     frozen = run.frozen(loss_config(run.config).pretrained)
     key = jax.random.fold_in(run.key, 3)
     metadata = RunMetadata(
