@@ -41,11 +41,11 @@ if ((processes == 1)); then
 fi
 
 pids=()
-signalled=
+signaled=
 stop() {
     kill -TERM "${pids[@]}" 2>/dev/null || true
 }
-trap 'signalled=1; stop' TERM INT
+trap 'signaled=1; stop' TERM INT
 
 for ((id = 0; id < processes; id++)); do
     process=(
@@ -68,8 +68,8 @@ code=0
 while true; do
     ended=0
     wait -n || ended=$?
-    if [[ $signalled ]]; then # the signal interrupted wait; no process has ended
-        signalled=
+    if [[ $signaled ]]; then # the signal interrupted wait; no process has ended
+        signaled=
         continue
     fi
     ((ended != 127)) || break # no process is left

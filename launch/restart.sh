@@ -50,10 +50,10 @@ say() {
 
 child=
 stopping=
-signalled=
+signaled=
 pass_on() {
     stopping=1
-    signalled=1
+    signaled=1
     if [[ $child ]]; then
         kill -TERM "$child" 2>/dev/null || true
     fi
@@ -68,10 +68,10 @@ run_child() {
         pass_on
     fi
     while true; do
-        signalled=
+        signaled=
         code=0
         wait "$child" || code=$? # a signal interrupts this wait
-        [[ $signalled ]] || break
+        [[ $signaled ]] || break
     done
     child=
 }

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from nvg_jax import cli
-from nvg_jax.train import check_recipe
+from nvg_jax.training.checks import check_recipe
 
 FLAGS = flags.FLAGS
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import bundled, granularity, models, workdir
+from nvg_jax.evaluation.metrics import to_float
 from nvg_jax.layers import fast_dtype
 from nvg_jax.models import GENERATORS
 from nvg_jax.runtime.sharding import local_batch, make_mesh
@@ -270,7 +271,9 @@ class Pipeline:
 
     def _batch(self, class_ids, seed, structure_noise, first_index):
         """(ids, keys, noise) of a batch, checked."""
-        if isinstance(class_ids, str) or not hasattr(class_ids, "__iter__"):
+        if isinstance(class_ids, (np.ndarray, jax.Array)):
+            class_ids = class_ids.tolist()
+        if isinstance(class_ids, (str, bytes)) or not hasattr(class_ids, "__iter__"):
             raise ValueError(
                 f"class_ids must be a list of class ids or names, got {class_ids!r}; for one "
                 f"image give [{class_ids!r}]."
@@ -345,16 +348,7 @@ class Pipeline:
                 f"Images must have the shape (batch, {', '.join(map(str, expected))}), got "
                 f"{images.shape}."
             )
-        if images.dtype == np.uint8:
-            return jnp.asarray(images, jnp.float32) / 127.5 - 1
-        if not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"Images must be uint8, or float in [-1, 1]; got {images.dtype}.")
-        if not (np.abs(images) <= 1 + 1e-6).all():
-            raise ValueError(
-                "Float images must be in [-1, 1] (x / 127.5 - 1 of uint8 values), got values in "
-                f"[{images.min()}, {images.max()}]."
-            )
-        return jnp.asarray(images, jnp.float32)
+        return jnp.asarray(to_float(images))
 
     def _check_sequence(
         self,
@@ -365,6 +359,11 @@ class Pipeline:
         token_stages: int | None = None,
     ) -> GranularitySequence:
         """Checks a sequence of `count` images (any number but 0 if None), of its first stages."""
+        if not isinstance(sequence, (tuple, list)) or len(sequence) != 2:
+            raise ValueError(
+                f"{name} must be a GranularitySequence, (structure, tokens), got "
+                f"{type(sequence).__name__}."
+            )
         structure, tokens = (np.asarray(part) for part in sequence)
         config = self.tokenizer.config
         for field, part in (("structure", structure), ("tokens", tokens)):

@@ -24,6 +24,10 @@ from nvg_jax.tokenizer import TokenizerConfig
 EXPORT_FOLDER = "pipeline"
 DISTILLATION = "distillation"  # the folder of a student in training, which is then exported
 PARTS = ("tokenizer", "generators", *GENERATORS)  # "generators" holds both of them
+# The section of the config with the settings of a part's training.
+RECIPES = {"tokenizer": "tokenizer_training", DISTILLATION: "distillation"} | dict.fromkeys(
+    ("generators", *GENERATORS), "generator_training"
+)
 # What may change when a run is resumed: reporting, saving, where the same data is, how it is read.
 MAY_CHANGE = frozenset(
     ("log_every", "eval_every", "eval_images", "save_every", "keep", "fid_every", "fid_samples")
@@ -226,8 +230,8 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     metadata, params = tokenizer[0], {"tokenizer": tokenizer[1]}
     if found and metadata.fingerprint is None:
         raise ValueError(
-            f"The tokenizer in {place} stands at step {metadata.step}, before the end "
-            "of its training, and the generators need the finished one. Restore a copy of its "
+            f"The tokenizer in {place} is at step {metadata.step}, before the end of its "
+            "training, and the generators need the finished one. Restore a copy of its "
             "last checkpoint, or let `python -m nvg_jax.train` finish it."
         )
     if len({m.class_names for _, m in found.values()}) > 1:
@@ -314,8 +318,7 @@ def check_resume(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
     """
     if new.generators:
         check_tokenizer(stored, new, folder)
-    recipe = "generator_training" if new.generators else "tokenizer_training"
-    recipe = "distillation" if new.teacher else recipe
+    part = DISTILLATION if new.teacher else "generators" if new.generators else "tokenizer"
 
     def must_stay(metadata: RunMetadata) -> dict[str, Any]:
         content = metadata.to_json()
@@ -323,7 +326,7 @@ def check_resume(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
         settings = {name: content[name] for name in ("tokenizer", *GENERATORS, "teacher")}
         settings |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
         settings |= {name: content[name] for name in ("class_names", "steps")}
-        for section in ("data", recipe):
+        for section in ("data", RECIPES[part]):
             values = {k: v for k, v in config[section].items() if k not in MAY_CHANGE}
             settings |= {f"{section}.{k}": v for k, v in values.items()}
         return settings

@@ -46,6 +46,14 @@ def random_pipeline():
     return Pipeline(metadata, params)
 
 
+def optimizer_config(**changes):
+    """The published generators' optimizer, changed."""
+    from configs import common
+    from nvg_jax.training.optimizers import OptimizerConfig
+
+    return OptimizerConfig(**common.base().generator_training.optimizer.to_dict() | changes)
+
+
 def tiny_discriminator():
     """A discriminator of small images that compiles in a fraction of the time."""
     import flax.linen as nn
@@ -93,6 +101,14 @@ def on_eight_devices(script: str) -> dict:
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+def read_meta(folder):
+    """The metadata of a folder's newest undamaged checkpoint, with its "step"; None without one."""
+    from nvg_jax.runtime.checkpoint import read
+
+    found = read(folder, lambda meta: {})
+    return found and found[0]
 
 
 def logged(folder):

@@ -1,13 +1,10 @@
-"""Discriminator, DiffAug and adversarial losses; batch statistics over eight devices."""
-
-import json
+"""Discriminator, DiffAug and adversarial losses."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import on_eight_devices
 
 from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import diffaug, losses
@@ -325,50 +322,3 @@ def test_input_sizes():
     assert diffaug.discriminator_input(draw(10, 2, 6, 9, 3), KEY, 4).shape == (2, 4, 4, 3)
     with pytest.raises(ValueError, match="is 4 x 4 and cannot be cut from images of 3 x 8"):
         diffaug.discriminator_input(draw(10, 2, 3, 8, 3), KEY, 4)
-
-
-# On eight devices.
-
-
-def observe() -> dict:
-    """Largest differences between eight devices and one, after a discriminator's pass."""
-
-    def value(params, spectral, images):
-        logits, updated = SMALL.apply(
-            {"params": params, "spectral": spectral}, images, mutable=["spectral"]
-        )
-        return losses.discriminator_loss(logits[:8], logits[8:]), (logits, updated)
-
-    step = jax.value_and_grad(value, argnums=(0, 2), has_aux=True)
-    # Every device's images differ in brightness, so statistics of one device alone are others.
-    images = draw(11, 16, 8, 8, 3) + np.arange(16, dtype=np.float32)[:, None, None, None]
-    variables = drawn(SMALL, images)
-    alone = jax.jit(step)(variables["params"], variables["spectral"], images)
-
-    mesh = sharding.make_mesh(2, 2, 2)
-    abstract = jax.eval_shape(SMALL.init, KEY, images)
-    placed = jax.device_put(variables, sharding.shardings(abstract, mesh))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        together = jax.jit(step)(
-            placed["params"], placed["spectral"], sharding.global_batch(images, mesh)
-        )
-    kernel = placed["params"]["layers_0"]["block1"]["conv"]["kernel"]
-    biggest = lambda tree: jax.tree.map(lambda x: float(abs(x).max()), tree)
-    host = lambda tree: jax.tree.map(sharding.to_host, tree)
-    return {
-        "difference": paths(biggest(jax.tree.map(np.subtract, host(alone), host(together)))),
-        "size": paths(biggest(host(alone))),
-        "share": kernel.addressable_shards[0].data.shape,
-    }
-
-
-def test_eight_devices_agree_with_one():
-    seen = on_eight_devices(__file__)
-    assert seen["share"] == [3, 3, 4, 4]  # of 3, 3, 8, 8
-    assert seen["size"]["1/1"] > 1e-3
-    for path, size in seen["size"].items():
-        assert seen["difference"][path] < 1e-4 * size + 1e-6, path
-
-
-if __name__ == "__main__":
-    print(json.dumps(observe()))

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import read_meta
 from orbax.checkpoint import multihost
 
-from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read, read_meta
+from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read
 from nvg_jax.runtime.files import storage_path
 
 # After an error Orbax leaves coroutines behind, which Python warns about.

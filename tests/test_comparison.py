@@ -115,7 +115,7 @@ def test_a_reference_is_computed_once(reference, tmp_path):
 
 
 def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):
-    """Otherwise the others would wait for the features of this process for ever."""
+    """Otherwise the others would wait for the features of this process forever."""
     first = features.reference_features(reference, Judge())
     monkeypatch.setattr(features, "gather", lambda own, count: np.array([*own, False]))
     judge = Judge()

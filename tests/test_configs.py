@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import optimizer_config
 
 from nvg_jax import layers, models
 from nvg_jax.runtime.sharding import unbox
@@ -165,11 +166,11 @@ def test_published_tokenizer():
 def test_published_recipe():
     config = load("imagenet256", "d16")
     optimizer = OptimizerConfig(**config.generator_training.optimizer)
-    # The defaults, which tests/test_optimizers.py works out, but for the start of the decay: it is
-    # constant for 80% of the steps after the 1,000 of the warm-up (200 epochs at batch 768).
+    # The values of `base`, which tests/test_optimizers.py checks, except the start of the decay:
+    # the rate is constant for 80% of the steps after the warm-up (200 epochs at batch 768).
     steps = 200 * 1_281_167 / 768
     assert optimizer.decay_start * steps == pytest.approx(1000 + 0.8 * steps)
-    assert dataclasses.replace(optimizer, decay_start=0.8) == OptimizerConfig()
+    assert dataclasses.replace(optimizer, decay_start=0.8) == optimizer_config()
     assert config.class_dropout == 0.1 and config.dtype == "bfloat16"
     # Trained for more than 300 epochs: decay from epoch 200 of 350 to 0.01.
     long = load("imagenet256", "d24").generator_training.optimizer

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import read_meta
 from safetensors.numpy import load_file
 from test_checkpoint_files import ordered, storage, tensor, write_zip
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
@@ -17,7 +18,6 @@ from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from configs import common
 from nvg_jax import Pipeline
 from nvg_jax.jobs import conversion
-from nvg_jax.runtime import checkpoint
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
@@ -120,7 +120,7 @@ def test_there_and_back_on_the_command_line(files, folder, tmp_path):
 
 
 def test_the_folder_says_what_it_is(files, folder):
-    meta = checkpoint.read_meta(folder / "pipeline")
+    meta = read_meta(folder / "pipeline")
     expected = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
     assert meta["tokenizer"] == expected
     for name in ("content", "structure"):

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import tempfile
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,10 +19,9 @@ import optax
 import pytest
 from absl import flags
 from etils import epath
-from helpers import on_eight_devices
+from helpers import on_eight_devices, random_like, random_pipeline, tiny_config, tiny_discriminator
 from test_attention import arguments as attention_arguments
 
-from configs import digits
 from nvg_jax import attention, layers, models
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.pipeline import Pipeline
@@ -29,6 +29,7 @@ from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
+from nvg_jax.tokenizer.losses import discriminator_loss
 from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.run import open_run
 from nvg_jax.training.state import TrainState
@@ -45,7 +46,7 @@ MESHES = {
 
 
 def run_config():
-    config = digits.get_config("runlocal")
+    config = tiny_config()
     for training in (config.tokenizer_training, config.generator_training):
         training.update(length=f"{STEPS} steps", log_every=1, save_every=10, eval_every=STEPS)
     return config
@@ -56,7 +57,13 @@ def observe() -> dict:
     for name, sizes in MESHES.items():
         devices = jax.devices()[: math.prod(sizes)]
         curves[name] = train_on(sharding.make_mesh(*sizes, devices=devices), starts)
-    return {"training": curves, "placement": placement(), "attention": split_attention()}
+    return {
+        "training": curves,
+        "placement": placement(),
+        "attention": split_attention(),
+        "discriminator": split_discriminator(),
+        "samples": samples(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +284,71 @@ def split_attention() -> dict[str, float]:
 
 def test_the_attention_kernel_splits_images_and_heads(seen):
     assert max(seen["attention"].values()) < 1e-5, seen["attention"]
+
+
+# The discriminator's batch statistics.
+
+
+def split_discriminator() -> dict[str, Any]:
+    """Largest differences between eight devices and one, after a discriminator's pass."""
+    model = tiny_discriminator()
+    key = jax.random.key(0)
+
+    def value(params, spectral, images):
+        logits, updated = model.apply(
+            {"params": params, "spectral": spectral}, images, mutable=["spectral"]
+        )
+        return discriminator_loss(logits[:8], logits[8:]), (logits, updated)
+
+    step = jax.value_and_grad(value, argnums=(0, 2), has_aux=True)
+    # Every device's images differ in brightness, so statistics of one device alone are others.
+    images = np.random.default_rng(11).normal(size=(16, 8, 8, 3)).astype(np.float32)
+    images += np.arange(16, dtype=np.float32)[:, None, None, None]
+    abstract = jax.eval_shape(model.init, key, images)
+    variables = random_like(sharding.unbox(abstract), 1.0)
+    alone = jax.jit(step)(variables["params"], variables["spectral"], images)
+
+    mesh = sharding.make_mesh(2, 2, 2)
+    placed = jax.device_put(variables, sharding.shardings(abstract, mesh))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        together = jax.jit(step)(
+            placed["params"], placed["spectral"], sharding.global_batch(images, mesh)
+        )
+    kernel = placed["params"]["layers_0"]["block1"]["conv"]["kernel"]
+
+    def paths(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): float(x) for p, x in leaves}
+
+    biggest = lambda tree: paths(jax.tree.map(lambda x: abs(x).max(), tree))
+    host = lambda tree: jax.tree.map(sharding.to_host, tree)
+    return {
+        "difference": biggest(jax.tree.map(np.subtract, host(alone), host(together))),
+        "size": biggest(host(alone)),
+        "share": kernel.addressable_shards[0].data.shape,
+    }
+
+
+def test_a_discriminator_has_the_statistics_of_the_whole_batch(seen):
+    found = seen["discriminator"]
+    assert found["share"] == [3, 3, 8, 8]  # of 3, 3, 16, 16
+    assert found["size"]["1/1"] > 1e-3
+    for path, size in found["size"].items():
+        assert found["difference"][path] < 1e-4 * size + 1e-6, path
+
+
+# Sampling.
+
+
+def samples() -> dict[str, list]:
+    out = random_pipeline().sample([1, 2, 3], seed=4)
+    return {"images": out.images.tolist(), "tokens": out.sequence.tokens.tolist()}
+
+
+def test_eight_devices_give_the_same_samples(seen):
+    here = samples()
+    assert seen["samples"]["tokens"] == here["tokens"]
+    np.testing.assert_allclose(seen["samples"]["images"], here["images"], atol=1e-5)
 
 
 # Placement.

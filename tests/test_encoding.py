@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers import tiny_config
 from PIL import Image
 
-from configs import digits
 from nvg_jax import Pipeline
 from nvg_jax.data import (
     LoaderOptions,
@@ -29,7 +29,7 @@ from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import generators as steps
 from nvg_jax.workdir import RunMetadata
 
-SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)  # L = 16 of 8 x 8 pixels
+SIZES = TokenizerConfig(**tiny_config().tokenizer)  # L = 16 of 8 x 8 pixels
 TRAIN, TEST = 10, 5  # images
 BATCH = 16  # the same everywhere, as every other one would be compiled anew
 UNUSED = Transform((1, 1))  # sequences are not transformed
@@ -87,7 +87,7 @@ def hand_made(folder, images=6, crops=3):
     """A cache without a tokenizer: L = 2, the tokens of crop c of image i are 10 i + c."""
     tokenizer = {"latent_size": [1, 2], "codebook_size": 100}
     settings = {
-        "format": 1, "tokenizer": tokenizer, "tokenizer_hash": "abc", "class_names": ["a"] * images,
+        "format": 1, "tokenizer": tokenizer, "fingerprint": "abc", "class_names": ["a"] * images,
         "images": {"train": images, "test": images}, "shard_size": 4,
     }  # fmt: skip
     sequences.begin(folder, settings)
@@ -394,7 +394,7 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
 def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, data, tmp_path):
     data = {**data, "resize": 8}  # no random crop
     encode_data_set(pipeline, tmp_path / "cache", data, batch_size=BATCH)
-    config = digits.get_config("runlocal")
+    config = tiny_config()
     mesh = sharding.make_mesh()
     tokenizer = pipeline.params["tokenizer"]
     options = LoaderOptions(Transform((8, 8), resize=8), batch_size=4)

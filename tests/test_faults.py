@@ -11,8 +11,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
+from helpers import tiny_config
 
-from configs import digits
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
 
@@ -32,7 +32,7 @@ def run(workdir):
     """The work of a process."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["tests"])
-    config = digits.get_config("runlocal")
+    config = tiny_config()
     config.tokenizer_training.save_every = config.generator_training.save_every = 2
     train(config, workdir)
 

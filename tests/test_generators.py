@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny_config
+from helpers import optimizer_config, tiny_config
 
 from nvg_jax import layers, models
 from nvg_jax.content.losses import content_losses
@@ -16,7 +16,6 @@ from nvg_jax.runtime import sharding
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantized, TokenizerConfig
 from nvg_jax.training import generators as steps
-from nvg_jax.training.optimizers import OptimizerConfig
 from nvg_jax.training.state import TrainState
 
 CONFIG = TokenizerConfig(
@@ -203,7 +202,7 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
             steps.train_step,
             generators={name: model for name, (model, _) in networks.items()},
             optimizer=optimizer,
-            config=OptimizerConfig(),
+            config=optimizer_config(),
             tokenizer=tokenizer,
             class_dropout=0.0,
             repa=None,

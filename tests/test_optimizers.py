@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers import optimizer_config
 
 from nvg_jax import layers, models
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training.optimizers import (
-    OptimizerConfig,
     decay_mask,
     learning_rate_schedule,
     make_optimizer,
@@ -35,36 +35,36 @@ def test_the_published_schedule():
     # and down to 0.1 of it.
     at = (0, 500, 1000, 5000, 8000, 9000, 10_000, 12_000)
     expected = [1.5e-6, 3e-4 * (0.005 + 0.995 / 2), 3e-4, 3e-4, 3e-4, 3e-4 * 0.55, 3e-5, 3e-5]
-    np.testing.assert_allclose(rates(OptimizerConfig(), 768, 10_000, at), expected, rtol=1e-5)
+    np.testing.assert_allclose(rates(optimizer_config(), 768, 10_000, at), expected, rtol=1e-5)
 
 
 def test_a_run_shorter_than_its_warmup_only_warms_up():
-    got = rates(OptimizerConfig(), 256, 10, range(11))
+    got = rates(optimizer_config(), 256, 10, range(11))
     np.testing.assert_allclose(got, np.linspace(5e-7, 1e-4, 11), rtol=1e-5)
 
 
 def test_a_cosine_without_warmup():
-    config = OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_steps=0, final=0.0)
+    config = optimizer_config(learning_rate=2.0, schedule="cosine", warmup_steps=0, final=0.0)
     expected = [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0]
     got = rates(config, 256, 100, (0, 25, 50, 75, 100))
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_a_cosine_falls_to_its_final_rate_after_the_warmup():
-    config = OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_steps=20, final=0.1)
+    config = optimizer_config(learning_rate=2.0, schedule="cosine", warmup_steps=20, final=0.1)
     got = rates(config, 128, 120, (0, 10, 20, 70, 120))
     np.testing.assert_allclose(got, [0.005, 0.5025, 1, 0.55, 0.1], atol=1e-6)
 
 
 def test_a_constant_rate():
-    config = OptimizerConfig(learning_rate=2.0, schedule="constant", warmup_steps=2)
+    config = optimizer_config(learning_rate=2.0, schedule="constant", warmup_steps=2)
     got = rates(config, 256, 100, (0, 1, 2, 50, 1000))
     np.testing.assert_allclose(got, [0.01, 1.005, 2, 2, 2], rtol=1e-6)
 
 
 def test_an_unknown_schedule_gets_a_sentence():
     with pytest.raises(ValueError, match="schedule 'step'; choose one of .*linear.*cosine"):
-        OptimizerConfig(schedule="step")
+        optimizer_config(schedule="step")
 
 
 def init(name):
@@ -93,7 +93,7 @@ def test_what_a_generator_decays(name):
 
 def test_without_a_gradient_only_the_decay_moves_a_parameter():
     params = {"matrix": jnp.full((2, 2), 8.0), "bias": jnp.full(2, 8.0)}
-    config = OptimizerConfig(
+    config = optimizer_config(
         learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.25
     )
     optimizer = make_optimizer(config, batch_size=512, steps=10)  # a rate of 1
@@ -105,7 +105,7 @@ def test_without_a_gradient_only_the_decay_moves_a_parameter():
 
 def test_gradients_are_clipped_by_their_norm_over_all_parameters():
     # Without momentum and with b2 = 1/2 Adam's second step is g2 / sqrt((g1^2 + 2 g2^2) / 3).
-    config = OptimizerConfig(
+    config = optimizer_config(
         learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0, b1=0.0, b2=0.5
     )
     optimizer = make_optimizer(config, batch_size=256, steps=10)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers import optimizer_config
 
 from nvg_jax import clustering, granularity, layers, models
 from nvg_jax.content.losses import content_losses
@@ -25,7 +26,7 @@ from nvg_jax.structure import flow
 from nvg_jax.structure.losses import structure_losses
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.torch_interop import weight_names
-from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule
+from nvg_jax.training.optimizers import learning_rate_schedule
 
 NETWORK = 1e-4  # relative error of one network: largest difference / largest value
 IMAGE = 1e-3  # relative error of an image after all stages
@@ -260,7 +261,7 @@ def test_learning_rate(expected, name, decay_from, final):
     """Warm-up of 1000 steps, constant, linear decay; the key names the total number of steps."""
     (key,) = [key for key in expected if key.startswith(name + "_total")]
     steps = int(key.removeprefix(name + "_total"))
-    config = OptimizerConfig(decay_start=decay_from / steps, final=final)
+    config = optimizer_config(decay_start=decay_from / steps, final=final)
     schedule = learning_rate_schedule(config, 256, steps)
     close([float(schedule(int(step))) for step in expected["lr_steps"]], expected[key], 1e-6)
 

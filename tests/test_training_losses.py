@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import tiny_discriminator
+from helpers import optimizer_config, tiny_discriminator
 
 from configs import digits, imagenet256
 from nvg_jax import layers, models, pretrained
@@ -19,7 +19,6 @@ from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import LeCam
 from nvg_jax.training import generators, tokenizer
-from nvg_jax.training.optimizers import OptimizerConfig
 
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
 MODEL = models.make_tokenizer(SIZES)
@@ -147,7 +146,7 @@ def test_a_step_moves_both_players_and_their_memory(state):
         functools.partial(
             tokenizer.train_step, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
             optimizer=optax.sgd(0.1), discriminator_optimizer=optax.sgd(0.1), index_backprop=False,
-            config=OptimizerConfig(ema_decay=0.9),
+            config=optimizer_config(ema_decay=0.9),
         )
     )  # fmt: skip
     new, metrics = step(state, {}, {"image": IMAGES}, KEY)

@@ -4,7 +4,8 @@ import logging
 import math
 import time
 
-from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory, recipe_name
+from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory
+from nvg_jax.workdir import RECIPES
 
 SAMPLES = 64  # default batch of the sampler
 
@@ -26,7 +27,7 @@ def default_batch(compiler: Compiler) -> int:
     shards = compiler.target.batch_shards
     if compiler.part is None:
         return -(-SAMPLES // shards) * shards
-    recipe = recipe_name(compiler.part)
+    recipe = RECIPES[compiler.part]
     configured = compiler.config[recipe].batch_size
     batch_size = -(-configured // shards) * shards
     if batch_size != configured:

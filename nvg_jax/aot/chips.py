@@ -36,6 +36,7 @@ class Chip(NamedTuple):
 # TPUs: from the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of
 # https://cloud.google.com/tpu/docs. They list the interconnect bandwidth of both directions
 # together (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s; v4: 2400 Gbit/s each way); half is sending.
+# The names are those of the compiler's topologies; `tpu_devices` lists their valid sizes.
 TPUS = {
     "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),

@@ -21,7 +21,7 @@ from nvg_jax.sampling.settings import Settings, check_dtype
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.length import training_length
-from nvg_jax.workdir import DISTILLATION
+from nvg_jax.workdir import DISTILLATION, RECIPES
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # units in XLA's messages
@@ -58,11 +58,6 @@ def training_part(config: ml_collections.ConfigDict) -> str:
     return part
 
 
-def recipe_name(part: str) -> str:
-    """The config section that says how a part is trained."""
-    return {"tokenizer": "tokenizer_training", DISTILLATION: part}.get(part, "generator_training")
-
-
 def lower_training(
     config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, images: int, num_classes: int
 ):
@@ -71,7 +66,7 @@ def lower_training(
     For a tokenizer with a warm-up, the step of the warm-up, which is the larger program.
     """
     part, config = training_part(config), config.copy_and_resolve_references()
-    recipe = config[recipe_name(part)]
+    recipe = config[RECIPES[part]]
     recipe.batch_size = batch_size
     steps = training_length(recipe.length, images, batch_size)
     with sharding.in_mesh(mesh):  # run nothing eagerly inside: the devices do not exist

@@ -92,12 +92,13 @@ class ContentGenerator(nn.Module):
 
 
 class RepaProjector(nn.Module):
-    """Projects hidden states (..., C) to the width of DINOv2 features (..., 768); training only."""
+    """Projects hidden states (..., C) to DINOv2's features (..., width); in training only."""
 
+    width: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for name in ("hidden1", "hidden2"):
             x = nn.silu(layers.Dense(2048, ("embed", "mlp"), self.dtype, name=name)(x))
-        return layers.Dense(768, ("embed", "mlp"), self.dtype, name="out")(x)
+        return layers.Dense(self.width, ("embed", "mlp"), self.dtype, name="out")(x)

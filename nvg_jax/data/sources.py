@@ -128,7 +128,7 @@ class SequenceSource(Source):
 
     Attributes:
         tokenizer: the sizes of the tokenizer that made the sequences, a dictionary.
-        tokenizer_hash: a hash of its weights.
+        fingerprint: of its weights.
         crop_dtype: the structured dtype of one crop, see `sequences.crop_dtype`.
     """
 
@@ -137,7 +137,7 @@ class SequenceSource(Source):
 
         meta = sequences.read_meta(folder)
         super().__init__(meta["class_names"])
-        self.tokenizer, self.tokenizer_hash = meta["tokenizer"], meta["tokenizer_hash"]
+        self.tokenizer, self.fingerprint = meta["tokenizer"], meta["fingerprint"]
         self.crop_dtype = sequences.crop_dtype(self.tokenizer)
         self._folder, self._records = folder, sequences.Records(folder, split, meta)
 
@@ -148,12 +148,12 @@ class SequenceSource(Source):
         label, crops = self._records[index]
         return {"crops": crops, "label": label, "name": self._records.name(index)}
 
-    def check_tokenizer(self, tokenizer_hash: str):
+    def check_tokenizer(self, fingerprint: str):
         """Raises ValueError if another tokenizer made the sequences."""
-        if self.tokenizer_hash != tokenizer_hash:
+        if self.fingerprint != fingerprint:
             raise ValueError(
                 f"The sequences in {self._folder} were made by another tokenizer (weights "
-                f"{self.tokenizer_hash}) than the one of this run ({tokenizer_hash}). Make them "
+                f"{self.fingerprint}) than the one of this run ({fingerprint}). Make them "
                 "again with nvg_jax.encode, or train with the tokenizer that made them."
             )
 

@@ -87,7 +87,7 @@ def plan_encoding(
     return sources, {
         "format": sequences.FORMAT,
         "tokenizer": metadata.to_json()["tokenizer"],
-        "tokenizer_hash": metadata.fingerprint,
+        "fingerprint": metadata.fingerprint,
         "class_names": sources["train"].class_names,
         "data": {name: data[name] for name in ("name", "data_dir", "resize", "pad")},
         "crops": crops,

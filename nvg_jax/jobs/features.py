@@ -294,7 +294,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         with np.load(path) as archive:
             return dict(archive)
     except Exception as error:  # damage raises errors of many kinds
-        logger.warning("%s is damaged (%s); it is made again", path, error)
+        logger.warning("%s is damaged (%s); computing it again", path, error)
         return None
 
 

@@ -256,10 +256,10 @@ def write_array(job: SamplingJob, out: Path):
     if out.exists():
         if read_mark(out) != mark:
             raise ValueError(
-                f"{out} is there already and was made with other settings, or not by this "
-                "command. Give another --out, or move it away."
+                f"{out} already exists and was made with other settings, or not by this command. "
+                "Give another --out, or move it away."
             )
-        logger.info("%s is there already", out)
+        logger.info("%s already exists", out)
     else:
         open_folder(folder, "*.npz", description)
         for batch, output in job.sample_all(
@@ -308,7 +308,7 @@ def join_parts(job: SamplingJob, part, out: Path, mark: bytes):
             for batch in range(job.num_batches):
                 images = read_part(part(batch), (len(job.indices(batch)), *job.image_shape))
                 if images is None:
-                    logger.warning("%s is damaged or missing; it is made again", part(batch))
+                    logger.warning("%s is damaged or missing; generating it again", part(batch))
                     images = to_uint8(job.sample(batch).images)
                 member.write(images.tobytes())
 

@@ -19,7 +19,7 @@ from nvg_jax.runtime.processes import gather, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch, make_mesh
 from nvg_jax.visualize import to_uint8
-from nvg_jax.workdir import RunMetadata
+from nvg_jax.workdir import DISTILLATION, RECIPES, RunMetadata
 
 Statistics = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D)
 
@@ -115,11 +115,7 @@ def make_scorers(
     Raises:
         ValueError: a network, a file or data is missing.
     """
-    recipes = {
-        "tokenizer": config.tokenizer_training,
-        "generators": config.generator_training,
-        "distillation": config.distillation,
-    }
+    recipes = {p: config[RECIPES[p]] for p in ("tokenizer", "generators", DISTILLATION)}
     parts = [part for part in parts if part in recipes and recipes[part].fid_every]
     if not parts:
         return {}

@@ -30,7 +30,7 @@ from nvg_jax.pretrained.networks import (
     Lpips,
     VisionTransformer,
 )
-from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.files import atomic_write, fingerprint
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 
@@ -147,14 +147,10 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
         params = _vit_params(tensors, **SIZES[name])
     path = _path(name, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     flat = {key: np.ascontiguousarray(x) for key, x in flatten_dict(params, sep="/").items()}
     checksum = fingerprint(unflatten_dict(flat, sep="/"))
-    try:
-        unfinished.write_bytes(save(flat, {"checksum": checksum}))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(save(flat, {"checksum": checksum}))
     return path
 
 

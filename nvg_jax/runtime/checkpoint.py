@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from nvg_jax.runtime import processes
 from nvg_jax.runtime.files import digest, lock, storage_path
 
-with epy.lazy_imports():  # spares commands that only print an error the wait
+with epy.lazy_imports():  # slow to import, and not needed to print an error
     import orbax.checkpoint as ocp
 
 logger = logging.getLogger("nvg_jax")
@@ -173,15 +173,6 @@ class Checkpoints:
 
 
 # Reading.
-
-
-def read_meta(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The metadata of the newest undamaged checkpoint, with its "step"; None if there is none.
-
-    See `read` for damaged checkpoints.
-    """
-    found = read(folder, lambda meta: {})
-    return found and found[0]
 
 
 def read(

@@ -37,7 +37,6 @@ from nvg_jax.training.state import TrainState
 from nvg_jax.visualize import image_grid
 from nvg_jax.workdir import RunMetadata
 
-DINO_GRID = (16, 16)  # patches of DINOv2 ViT-B/14 on 224 x 224 pixels
 PICTURE_CLASSES, PICTURE_PER_CLASS = 10, 4  # samples in the picture
 
 
@@ -63,9 +62,10 @@ class RepaConfig:
                 f"generator_training.repa_block must be one of the content generator's {depth} "
                 f"blocks, 1 .. {depth}, got {self.block}."
             )
-        if self.weight and grid != DINO_GRID:
+        rows, columns = pretrained.DINOV2_GRID
+        if self.weight and grid != (rows, columns):
             raise ValueError(
-                f"REPA compares with the {DINO_GRID[0]} x {DINO_GRID[1]} patches of DINOv2 and "
+                f"REPA compares with the {rows} x {columns} patches of DINOv2 and "
                 f"needs a latent of that size, not {grid[0]} x {grid[1]}; turn it off with "
                 "--config.generator_training.repa_weight=0."
             )
@@ -133,7 +133,8 @@ def loss_terms(
     terms = content_losses(predict_canvas, token_logits, quantized, weights)
     losses = terms["canvas_loss"] + terms["token_loss"]
     if repa:
-        projected = RepaProjector(model.dtype).apply({"params": params["repa"]}, features[0])
+        projector = make_projector(model.dtype)
+        projected = projector.apply({"params": params["repa"]}, features[0])
         terms["repa_loss"] = alignment_loss(projected, targets)
         losses += repa.weight * terms["repa_loss"]
     return losses.mean(), terms
@@ -358,10 +359,14 @@ def make_program(
     )
 
 
+def make_projector(dtype) -> RepaProjector:
+    return RepaProjector(pretrained.DINOV2_WIDTH, dtype)
+
+
 def init_projector(model: Generator, key):
     """Initial parameters of the REPA projector, boxed with their logical axes."""
     features = jnp.zeros((1, 1, model.transformer.width))
-    return RepaProjector(model.dtype).init(key, features)["params"]
+    return make_projector(model.dtype).init(key, features)["params"]
 
 
 def task(run: Run, part: str) -> Task:

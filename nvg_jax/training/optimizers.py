@@ -10,7 +10,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer; the defaults are the published generators'.
+    """An optimizer; configs/common.py has the published values.
 
     learning_rate: the rate at batch size 256; it scales linearly with the batch size.
     schedule: after a linear warm-up from `warmup_start` of the rate, "linear" is constant until
@@ -18,17 +18,17 @@ class OptimizerConfig:
         to `final` along a cosine; "constant" stays.
     """
 
-    learning_rate: float = 1e-4
-    schedule: str = "linear"
-    warmup_steps: int = 1000
-    warmup_start: float = 0.005
-    decay_start: float = 0.8
-    final: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    ema_decay: float = 0.9999
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    warmup_start: float
+    decay_start: float
+    final: float
+    b1: float
+    b2: float
+    weight_decay: float
+    clip: float
+    ema_decay: float
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:

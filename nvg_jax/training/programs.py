@@ -17,11 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nvg_jax import models, pretrained
 from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.workdir import MAY_CHANGE
+from nvg_jax.workdir import MAY_CHANGE, RECIPES
 
-# The sections and settings of a config that shape programs.
+# The sections and settings of a config that shape programs, besides the recipes.
 MODEL = ("tokenizer", *models.GENERATORS, "dtype", "class_dropout")
-RECIPES = ("tokenizer_training", "generator_training", "distillation")
 
 
 class TrainProgram(NamedTuple):
@@ -50,7 +49,7 @@ class TrainProgram(NamedTuple):
 def shared(make_program: Callable[..., TrainProgram]) -> Callable[..., TrainProgram]:
     """Decorates `make_program(config, mesh, ...)`: equal settings give the same program.
 
-    A training that goes on in the same process, for example after an interrupt in a notebook, then
+    Training that is resumed in the same process, for example after an interrupt in a notebook, then
     does not compile again. `make_program` is called with a frozen config of the settings that may
     shape a program, and no others.
     """
@@ -59,7 +58,7 @@ def shared(make_program: Callable[..., TrainProgram]) -> Callable[..., TrainProg
     @functools.wraps(make_program)
     def shared_program(config: ml_collections.ConfigDict, mesh: Mesh, *arguments) -> TrainProgram:
         settings = {name: config[name] for name in MODEL}
-        for name in RECIPES:
+        for name in set(RECIPES.values()):
             settings[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
         return cached(ml_collections.FrozenConfigDict(settings), mesh, *arguments)
 

@@ -38,7 +38,6 @@ from nvg_jax.visualize import reconstruction_grid
 from nvg_jax.workdir import RunMetadata
 
 DISCRIMINATORS = ("dino", "small")
-DINO_FEATURES = (5, 14 * 14, 384)  # hidden states, their positions and channels
 SCALE_IMAGES = 10_000  # maximum number of images for measuring the canvas scales
 PICTURE_IMAGES = 16  # images in the picture of reconstructions
 
@@ -120,8 +119,8 @@ def init_state(
     if discriminator is None:
         return state
     if isinstance(discriminator, DiscriminatorHeads):
-        count, *shape = DINO_FEATURES
-        inputs = [jnp.zeros((1, *shape))] * count
+        shape = (1, math.prod(pretrained.DINO_GRID), pretrained.DINO_WIDTH)
+        inputs = [jnp.zeros(shape)] * pretrained.DINO_FEATURES
     else:
         inputs = jnp.zeros((1, *model.config.image_size, 3))
     variables = discriminator.init(jax.random.fold_in(key, 1), inputs)
