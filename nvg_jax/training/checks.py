@@ -41,6 +41,17 @@ def check_config(config: ml_collections.ConfigDict):
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."
             )
+    check_sizes(config)
+
+
+def check_sizes(config: ml_collections.ConfigDict):
+    """Raises ValueError for invalid sizes of a network."""
+    from nvg_jax.layers import TransformerConfig
+    from nvg_jax.tokenizer import TokenizerConfig
+
+    TokenizerConfig(**config.tokenizer)
+    for name in ("content", "structure"):
+        TransformerConfig(**config[name])
 
 
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
