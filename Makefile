@@ -1,4 +1,4 @@
-# `make demo`: set-up, samples of the bundled model, training of all stages on handwritten digits,
+# `make demo`: set-up, samples of the bundled model, training of all parts on handwritten digits,
 # samples and their figures.
 # `make test`: set-up and all tests. `make check`: style and the tests that are not slow.
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-"""What needs many devices, looked at in one process with eight of them.
+"""Everything that needs several devices, in one process with eight of them.
 
 Run as a script, this file is that process: it prints what the tests below check, as JSON.
 """
@@ -242,7 +242,7 @@ def test_only_parameters_and_gradients_travel(seen, stage, name):
         assert any(kind == "all-gather" for kind, _, _ in found)
 
 
-def test_sampling_on_many_devices_needs_no_word_between_them(seen):
+def test_sampling_on_many_devices_needs_no_communication(seen):
     assert seen["training"]["data 8"]["sampling"] == []
 
 

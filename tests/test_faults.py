@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment end with the weights of a run that was left alone."""
+"""Runs that are killed at any moment end with the weights of an uninterrupted run."""
 
 import multiprocessing
 import os
@@ -59,7 +59,7 @@ def spawn():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing happened to."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     run(folder)
     return folder
@@ -84,18 +84,18 @@ def assert_same_run(folder, whole):
 
 
 def progress(folder) -> tuple[int, ...]:
-    """The steps of both runs' finished checkpoints, as the names of the folders tell."""
+    """The latest finished checkpoint of each part, read off the names of the folders."""
     steps = lambda run: [int(path.name) for path in run.glob("*") if path.name.isdigit()]
     return tuple(max(steps(folder / run), default=0) for run in ("tokenizer", "generators"))
 
 
 def saves(folder) -> set[str]:
-    """Unfinished saves, which come and go while one looks (os.walk takes that)."""
+    """Folders of unfinished saves. They may vanish during the search, which os.walk tolerates."""
     return {name for _, names, _ in os.walk(folder) for name in names if "tmp" in name}
 
 
 def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path):
-    """At any moment, after the start of a save, or after its end, so that the run gets on."""
+    """Kills at any moment, during a save, or after one, so that the run makes progress."""
     rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
     reached = []
     for kill in range(KILLS):

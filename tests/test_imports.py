@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom, read from the source."""
+"""The layers of the package: who may import whom, read from the source."""
 
 import ast
 from pathlib import Path

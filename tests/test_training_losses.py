@@ -198,7 +198,7 @@ def test_alignment_is_one_minus_the_cosine_of_each_stage():
     np.testing.assert_allclose(both, [0.5, 1, 0.5], atol=1e-6)
 
 
-def test_the_tap_is_what_a_transformer_of_so_many_blocks_gives():
+def test_the_feature_block_is_the_output_of_a_transformer_of_so_many_blocks():
     rng = np.random.default_rng(0)
     x, vec = rng.normal(size=(2, 5, 32)), rng.normal(size=(2, 32))
     angles = rng.normal(size=(2, 5, 8))
@@ -261,7 +261,7 @@ def test_the_gradient_of_one_image_does_not_depend_on_what_is_recomputed():
         assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_repa_reaches_the_blocks_before_its_tap_and_no_later_one():
+def test_repa_reaches_the_blocks_up_to_its_own_and_no_later_one():
     sizes = TokenizerConfig(
         image_size=(32, 32), latent_size=(16, 16), latent_dim=4, codebook_size=16,
         base_channels=32, channel_multipliers=(1, 1), blocks_per_level=1,
