@@ -9,7 +9,7 @@ import jax
 import pytest
 from helpers import optimizer_config
 
-from nvg_jax import layers, models
+from nvg_jax import Pipeline, layers, models
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
@@ -161,6 +161,13 @@ def test_published_tokenizer():
         "decoder": 65_092_355,
         "quantizer": 214_304,
     }
+
+
+def test_the_documentation_names_every_sampling_setting():
+    page = (FOLDER.parent / "docs" / "sampling.md").read_text()
+    for name in Settings.specs():
+        assert f"`{name}`" in page
+        assert name in Pipeline.sample.__doc__
 
 
 def test_published_recipe():

@@ -1,6 +1,8 @@
 """The frozen networks against PyTorch's (tests/reference/pretrained.py), their files and errors."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import jax
@@ -331,17 +333,18 @@ def test_a_flipped_bit_is_an_error(lpips_cache, tmp_path, place):
         pretrained.load("lpips", tmp_path)
 
 
-def test_an_interrupted_conversion_leaves_the_old_file(expected, tmp_path, monkeypatch):
-    def full(self, data):
-        with self.open("wb") as file:
-            file.write(data[:4])
-        raise OSError("no space left")
-
+def test_an_interrupted_conversion_leaves_the_old_file(expected, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "lpips.safetensors").write_bytes(b"old")
     vgg = save_stand_ins(tmp_path / "vgg16.pth", stand_ins(expected, "lpips"))
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space left"):
-        pretrained.convert("lpips", [vgg, HEADS], tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="lpips.safetensors cannot be written: File too large"):
+            pretrained.convert("lpips", [vgg, HEADS], tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     (file,) = (tmp_path / "cache").iterdir()
     assert file.read_bytes() == b"old"
