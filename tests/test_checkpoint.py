@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import read_meta
+from helpers import flip_bit, read_meta
 from orbax.checkpoint import multihost
 
 from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read
@@ -121,12 +121,6 @@ def test_every_single_bit_counts(dtype):
     assert int(checksum(jnp.asarray(swapped))) != first
 
 
-def flip(path, position, bit):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
-
-
 def test_a_flipped_bit_anywhere_never_gives_wrong_numbers(two, tmp_path, caplog):
     """Training and readers get the newest checkpoint or the one before it, exactly."""
     rng = np.random.default_rng(0)
@@ -140,7 +134,7 @@ def test_a_flipped_bit_anywhere_never_gives_wrong_numbers(two, tmp_path, caplog)
         for trial in range(6 if file == largest else 1):
             copy = tmp_path / f"copy_{file.name}_{trial}"
             shutil.copytree(two, copy)
-            flip(copy / file.relative_to(two), int(rng.integers(file.stat().st_size)), trial)
+            flip_bit(copy / file.relative_to(two), int(rng.integers(file.stat().st_size)), trial)
             meta, part = read(copy, lambda meta: {"params": abstract(make_state(0)["params"])})
             assert meta["of"] == meta["step"]
             assert same(part, {"params": make_state(meta["step"])["params"]})

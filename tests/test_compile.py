@@ -6,17 +6,15 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import ROOT
 
 from configs import digits
 from nvg_jax.aot import batch, chips, hlo, lowering, report
 from nvg_jax.runtime import sharding
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # A loop with five trips. Each reads one row of a stack of five in a fusion, multiplies 8 x 16 by
 # 16 x 32, and sums the product over 4 devices.

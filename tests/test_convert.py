@@ -9,11 +9,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import read_meta
+from helpers import ROOT, read_meta
 from safetensors.numpy import load_file
-from test_checkpoint_files import ordered, storage, tensor, write_zip
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
+from torch_files import ordered, storage, tensor, write_zip
 
 from configs import common
 from nvg_jax import Pipeline

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import tiny_config
+from helpers import ROOT, tiny_config
 from PIL import Image
 
 from nvg_jax import Pipeline

@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
-from conftest import ROOT
 from helpers import (
+    ROOT,
     free_port,
     is_even_hierarchy,
     logged,

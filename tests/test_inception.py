@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 from reference.evaluation import RESIZED, thinned
 from reference.pretrained import FOLDER, images, seeded
-from test_checkpoint_files import write_legacy
 from test_pretrained import CLOSE, relative_error, save_torch
+from torch_files import write_legacy
 
 from nvg_jax import pretrained
 

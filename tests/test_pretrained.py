@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from reference.pretrained import FOLDER, images, sample, seeded
 from safetensors.numpy import save_file
-from test_checkpoint_files import ordered, storage, tensor, write_legacy, write_zip
+from torch_files import ordered, storage, tensor, write_legacy, write_zip
 
 from nvg_jax import pretrained
 from nvg_jax.pretrained.networks import layer_norm, unit_channels

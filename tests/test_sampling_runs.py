@@ -13,8 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
-from helpers import random_pipeline
+from helpers import ROOT, random_pipeline
 from PIL import Image
 from test_comparison import Judge
 

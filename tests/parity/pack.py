@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from test_checkpoint_files import ordered, storage, tensor, write_legacy, write_zip
+from torch_files import ordered, storage, tensor, write_legacy, write_zip
 
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
