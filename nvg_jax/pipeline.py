@@ -348,7 +348,7 @@ class Pipeline:
                 f"Images must have the shape (batch, {', '.join(map(str, expected))}), got "
                 f"{images.shape}."
             )
-        return jnp.asarray(to_float(images))
+        return jnp.asarray(to_float(images, slack=1e-6))
 
     def _check_sequence(
         self,

@@ -43,7 +43,7 @@ LONG = (
     "test_eight_devices",
     "test_parity",
     "test_training_losses",
-    "test_faults",  # starts when test_end_to_end ends: in its process, with its compiled programs
+    "test_faults",  # about when test_end_to_end ends: it shares the programs compiled there
     "test_control",
     "test_generators",
     "test_distillation",

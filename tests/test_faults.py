@@ -24,7 +24,7 @@ IMPORTED_LATE = [
     "nvg_jax.training.tokenizer",
     "sklearn.datasets",
 ]
-KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "6"))
 pytestmark = pytest.mark.slow
 
 

@@ -17,7 +17,7 @@ from nvg_jax.data import open_source
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import Settings, check_dtype
+from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.length import training_length
@@ -79,7 +79,7 @@ def lower_training(
                 networks["discriminator"] = program.state.discriminator.params
             return lowered, networks | program.arguments[1]
         if part == DISTILLATION:
-            teacher = Settings.from_dict(config.sampling.to_dict())
+            teacher = generators.sampling_settings(config)
             teacher = distillation.teacher_settings(config, teacher)
             program = distillation.make_program(config, mesh, steps, num_classes, teacher)
             lowered = program.step.lower(*program.arguments)
@@ -101,7 +101,7 @@ def lower_sampling(
         num_classes=num_classes,
         dtype=config.dtype,
     )
-    plan, values = program.plan(Settings.from_dict(config.sampling.to_dict()))
+    plan, values = program.plan(generators.sampling_settings(config))
     with jax.set_mesh(mesh):
         arguments = program.arguments(batch_size, values, mesh)
         return program.sample.lower(*arguments, plan=plan), arguments[0]

@@ -16,8 +16,11 @@ ROWS = 4096  # features converted to float64 at once
 MAX_DISTANCES = 2**26  # distances in memory at once, 256 MiB
 
 
-def to_float(images) -> np.ndarray:
+def to_float(images, slack: float = 0.0) -> np.ndarray:
     """Converts images of either kind to float32 (B, H, W, 3) in [-1, 1].
+
+    Args:
+        slack: how far float values may lie outside, after a resize for example.
 
     Raises:
         ValueError: another shape or dtype, an empty array, or values outside [-1, 1] or not finite.
@@ -31,7 +34,7 @@ def to_float(images) -> np.ndarray:
         raise ValueError(f"Expected images in uint8, or float in [-1, 1], got {images.dtype}.")
     images = images.astype(np.float32, copy=False)
     low, high = images.min(), images.max()
-    if not (low >= -1 and high <= 1):  # also true for NaN
+    if not (low >= -1 - slack and high <= 1 + slack):  # also true for NaN
         raise ValueError(
             f"Expected float images in [-1, 1], got values from {low} to {high}. Clip a decoder's "
             "output; rescale images in another range."

@@ -47,10 +47,11 @@ def check_config(config: ml_collections.ConfigDict):
 def check_sizes(config: ml_collections.ConfigDict):
     """Raises ValueError for invalid sizes of a network."""
     from nvg_jax.layers import TransformerConfig
+    from nvg_jax.models import GENERATORS
     from nvg_jax.tokenizer import TokenizerConfig
 
     TokenizerConfig(**config.tokenizer)
-    for name in ("content", "structure"):
+    for name in GENERATORS:
         TransformerConfig(**config[name])
 
 
