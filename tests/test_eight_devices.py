@@ -23,8 +23,6 @@ from helpers import on_eight_devices, random_like, random_pipeline, tiny_config,
 from test_attention import arguments as attention_arguments
 
 from nvg_jax import attention, layers, models
-from nvg_jax.layers import TransformerConfig
-from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.sampling.settings import Settings
@@ -33,7 +31,6 @@ from nvg_jax.tokenizer.losses import discriminator_loss
 from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.run import open_run
 from nvg_jax.training.state import TrainState
-from nvg_jax.workdir import RunMetadata
 
 pytestmark = pytest.mark.slow
 STEPS = 12  # those of the other tests, whose compiled programs are shared
@@ -62,7 +59,7 @@ def observe() -> dict:
         "placement": placement(),
         "attention": split_attention(),
         "discriminator": split_discriminator(),
-        "samples": samples(),
+        "sampling": sampling(),
     }
 
 
@@ -128,31 +125,7 @@ def train_on(mesh, starts: dict[str, TrainState]) -> dict[str, dict]:
             teacher = {"structure": state.params["structure"]}  # a student knows nothing yet
             student = start("distillation", program, jax.random.fold_in(run.key, 1))
             steps("distillation", program, student, teacher, params)
-    if dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}:
-        found["sampling"] = sampling_collectives(config, {"tokenizer": params, **state.ema_params})
     return found
-
-
-def sampling_collectives(config, params) -> list[tuple[str, int, str]]:
-    """The collectives of the program that eight devices sample with."""
-    metadata = RunMetadata(
-        tokenizer=TokenizerConfig(**config.tokenizer),
-        class_names=tuple("0123456789"),
-        canvas_scale=(1.0,) * 6,
-        **{name: TransformerConfig(**config[name]) for name in models.GENERATORS},
-    )
-    pipe = Pipeline(metadata, params)
-    program, seen = pipe.program, []
-
-    def look(*args, **static):
-        compiled = program.sample.lower(*args, **static).compile()
-        seen.append(collectives(compiled))
-        return compiled(*args)
-
-    pipe.program = program._replace(sample=look)
-    out = pipe.sample(range(8), flow_steps=2, content_guidance=2.0, structure_guidance=2.0)
-    assert out.images.shape == (8, 8, 8, 3)
-    return seen[0]
 
 
 def collectives(compiled) -> list[tuple[str, int, str]]:
@@ -240,10 +213,6 @@ def test_only_parameters_and_gradients_travel(seen, stage, name):
             raise AssertionError(f"{kind} of {size} elements: {operation}")
     if fsdp > 1:
         assert any(kind == "all-gather" for kind, _, _ in found)
-
-
-def test_sampling_on_many_devices_needs_no_communication(seen):
-    assert seen["training"]["data 8"]["sampling"] == []
 
 
 def test_heads_that_do_not_split_are_refused():
@@ -340,15 +309,39 @@ def test_a_discriminator_has_the_statistics_of_the_whole_batch(seen):
 # Sampling.
 
 
-def samples() -> dict[str, list]:
-    out = random_pipeline().sample([1, 2, 3], seed=4)
-    return {"images": out.images.tolist(), "tokens": out.sequence.tokens.tolist()}
+def sample(pipe):
+    guidance = dict(content_guidance=2.0, structure_guidance=2.0)
+    return pipe.sample(range(8), seed=4, flow_steps=2, **guidance)
+
+
+def sampling() -> dict[str, list]:
+    """Samples of all devices, and the collectives of the program that drew them."""
+    pipe, found = random_pipeline(), []
+    program = pipe.program
+
+    def look(*args, **static):
+        compiled = program.sample.lower(*args, **static).compile()
+        found.append(collectives(compiled))
+        return compiled(*args)
+
+    pipe.program = program._replace(sample=look)
+    out = sample(pipe)
+    assert out.images.shape == (8, 8, 8, 3)
+    return {
+        "collectives": found[0],
+        "images": out.images.tolist(),
+        "tokens": out.sequence.tokens.tolist(),
+    }
+
+
+def test_sampling_on_many_devices_needs_no_communication(seen):
+    assert seen["sampling"]["collectives"] == []
 
 
 def test_eight_devices_give_the_same_samples(seen):
-    here = samples()
-    assert seen["samples"]["tokens"] == here["tokens"]
-    np.testing.assert_allclose(seen["samples"]["images"], here["images"], atol=1e-5)
+    here = sample(random_pipeline())
+    np.testing.assert_array_equal(seen["sampling"]["tokens"], here.sequence.tokens)
+    np.testing.assert_allclose(seen["sampling"]["images"], here.images, atol=1e-5)
 
 
 # Placement.
