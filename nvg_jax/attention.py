@@ -69,19 +69,25 @@ def attention(
         mesh = jax.sharding.get_abstract_mesh()
         by_head = q.shape[1] >= LENGTH_BY_HEAD and mesh.size <= 1  # 0: no mesh
         return folded_attention(q, k, v, by_head)
-    return jax.nn.dot_product_attention(
+    count = q.shape[1]
+    padding = padded_length(count, q.dtype, q.shape[-1]) - count
+    if padding:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+        length = length or count
+    out = jax.nn.dot_product_attention(
         q,
         k,
         v,
         key_value_seq_lengths=None if length is None else jnp.full(len(q), length, jnp.int32),
         implementation="cudnn" if fits_cudnn(q.dtype, q.shape[-1]) else None,
     )
+    return out[:, :count]
 
 
 def padded_length(length: int, dtype: jnp.dtype, head_dim: int) -> int:
-    """The length to which sequences are padded once, before all blocks.
+    """The length to which `attention` pads sequences: cuDNN's gradient needs an even one.
 
-    cuDNN's gradient needs an even length. Padding q, k and v in every block would copy all of them.
+    Padding q, k and v copies them, so a transformer pads its tokens once, before all blocks.
     """
     return length + length % 2 if fits_cudnn(dtype, head_dim) else length
 

@@ -113,6 +113,29 @@ def test_the_kernel_takes_blocks_of_whole_heads():
         assert not attention.fits_kernel(arguments(9, 4, 48)[0])  # a head across two blocks
 
 
+def test_sequences_of_odd_length_are_padded_for_cudnn(monkeypatch):
+    """Its gradient does not support them; the discriminator's DINO has 197 tokens."""
+    *inputs, rotary = arguments(5, 2, 16)
+    grad = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
+    library, lengths = jax.nn.dot_product_attention, []
+
+    def cudnn(q, k, v, implementation, **options):
+        assert implementation == "cudnn"
+        lengths.append(q.shape[1])
+        return library(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "fits_cudnn", lambda *_: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    results = []
+    for function in (attention.attention, expected):
+        out, backward = jax.vjp(lambda *args: function(*args, rotary), *inputs)  # noqa: B023
+        results.append((out, *backward(grad)))
+    assert lengths == [6]
+    for name, found, exact in zip(("out", "q", "k", "v"), *results):
+        assert found.shape == exact.shape and relative_error(found, exact) < 1e-5, name
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_rotation_turns_each_pair_of_channels(monkeypatch, platform):
     """Two heads with the same angles: a quarter turn of the first pair, none of the second."""

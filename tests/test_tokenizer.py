@@ -9,6 +9,7 @@ from helpers import is_even_hierarchy
 from nvg_jax import granularity, models
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantizer, Tokenizer, TokenizerConfig
+from nvg_jax.tokenizer.autoencoder import Upsample
 from nvg_jax.training import tokenizer as steps
 
 TINY = dict(base_channels=32, blocks_per_level=1, latent_dim=4, codebook_size=8)
@@ -26,6 +27,21 @@ def quantizer(grid, codebook, kernel=None):
         "smooth_bias": jnp.zeros((stages, dim)),
     }
     return Quantizer(grid, size, dim).bind({"params": params})
+
+
+def test_upsampling_is_nearest_neighbor_and_a_convolution():
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.normal(size=n).astype("f4") for n in ((2, 3, 2, 5), (3, 3, 5, 4), 4))
+    large = np.zeros((2, 8, 6, 5))  # with a margin of zeros
+    large[:, 1:-1, 1:-1] = x.repeat(2, axis=1).repeat(2, axis=2)
+    windows = np.lib.stride_tricks.sliding_window_view(large, (3, 3), axis=(1, 2))
+    expected = np.einsum("bhwirc,rcio->bhwo", windows, kernel) + bias
+    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
+        upsample = Upsample(4, dtype).bind({"params": {"kernel": kernel, "bias": bias}})
+        found = upsample(x)
+        assert found.dtype == dtype
+        error = np.abs(found.astype(jnp.float32) - expected).max()
+        assert error < tolerance * np.abs(expected).max()
 
 
 def test_residual_quantization_of_a_row_of_two():

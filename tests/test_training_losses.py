@@ -218,8 +218,8 @@ def test_the_feature_block_is_the_output_of_a_transformer_of_so_many_blocks():
         assert (count == 3) == bool(np.allclose(tapped, last, atol=1e-4))
 
 
-def test_what_is_arranged_for_gpus_changes_neither_results_nor_gradients(monkeypatch):
-    """Padding for a kernel, and hidden channels as one axis."""
+def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monkeypatch):
+    """Hidden channels as one axis or two, and padding for a kernel."""
     rng = np.random.default_rng(0)
     x, vec, grad = (rng.normal(size=shape) for shape in ((2, 5, 32), (2, 32), (2, 5, 32)))
     angles = rng.normal(size=(2, 5, 8))
@@ -233,13 +233,14 @@ def test_what_is_arranged_for_gpus_changes_neither_results_nor_gradients(monkeyp
     )
     variables = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape), variables)
     results = []
-    for device, extra in (("cpu", 0), ("gpu", 3)):
+    for device, extra in (("tpu", 0), ("cpu", 0), ("gpu", 3)):
         monkeypatch.setattr(layers, "platform", lambda: device)  # noqa: B023
         monkeypatch.setattr(layers, "padded_length", lambda length, *_: length + extra)  # noqa: B023
         out, backward = jax.vjp(apply, variables, x)
         results.append((out, backward((grad, grad))))
-    for expected, found in zip(*map(jax.tree.leaves, results)):
-        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    for expected, *others in zip(*map(jax.tree.leaves, results)):
+        for found in others:
+            assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_the_gradient_of_one_image_does_not_depend_on_what_is_recomputed():

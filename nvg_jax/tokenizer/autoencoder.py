@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -22,15 +23,20 @@ def group_count(channels: int) -> int:
     )
 
 
+KERNEL_INIT = nn.with_logical_partitioning(
+    nn.initializers.lecun_normal(), (None, None, "conv_in", "conv_out")
+)
+BIAS_INIT = nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",))
+
+
 def conv(features: int, size: int, dtype, name: str, **kwargs) -> nn.Conv:
     """A convolution with bias; zero padding keeps the size unless `padding` is given."""
-    axes = (None, None, "conv_in", "conv_out")
     return nn.Conv(
         features,
         (size, size),
         dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
+        kernel_init=KERNEL_INIT,
+        bias_init=BIAS_INIT,
         name=name,
         **kwargs,
     )
@@ -63,6 +69,51 @@ class ResidualBlock(nn.Module):
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.dtype, "shortcut")(x)
         return nn.with_logical_constraint(x + h, ("batch", "height", "width", None))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width (nearest neighbor), followed by a 3x3 convolution.
+
+    The enlarged image is never computed. An output pixel sees only 2x2 pixels of the input, because
+    two of the three rows of the kernel fall on the same row of the input, and so do two of its
+    columns. Adding the weights that meet gives a 2x2 kernel for each of the four pixels into which
+    an input pixel is divided, and 4/9 of the arithmetic.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (B, H, W, C) -> (B, 2H, 2W, features)."""
+        batch, height, width, channels = x.shape
+        kernel = self.param("kernel", KERNEL_INIT, (3, 3, channels, self.features))
+        bias = self.param("bias", BIAS_INIT, (self.features,))
+        x = x.astype(self.dtype)
+
+        def halves(weights, axis):
+            """The weights of two taps, for even and for odd positions along an axis."""
+            first, middle, last = jnp.split(weights, 3, axis)
+            return (
+                jnp.concatenate([first, middle + last], axis),
+                jnp.concatenate([first + middle, last], axis),
+            )
+
+        rows = []
+        for row, weights in enumerate(halves(kernel, axis=0)):
+            pixels = [
+                jax.lax.conv_general_dilated(
+                    x,
+                    window.astype(self.dtype),
+                    window_strides=(1, 1),
+                    padding=((1 - row, row), (1 - column, column)),
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                )
+                for column, window in enumerate(halves(weights, axis=1))
+            ]
+            rows.append(jnp.stack(pixels, axis=3))
+        out = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, self.features)
+        return out + bias.astype(self.dtype)
 
 
 class Encoder(nn.Module):
@@ -111,7 +162,6 @@ class Decoder(nn.Module):
                     self.widths[level], self.dtype, name=f"level{level}_block{block}"
                 )(x)
             if 1 <= level <= self.num_downsamples:  # mirrors the encoder's level - 1
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv(self.widths[level], 3, self.dtype, f"level{level}_upsample")(x)
+                x = Upsample(self.widths[level], self.dtype, name=f"level{level}_upsample")(x)
         x = nn.silu(group_norm(x.shape[-1], self.dtype, "norm_out")(x))
         return conv(3, 3, self.dtype, "conv_out")(x).astype(jnp.float32)
