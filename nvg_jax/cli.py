@@ -200,6 +200,10 @@ def parse_flags(argv):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in text else " ".join(lines)
         exit_with_error(message)
+    for name in flags.FLAGS:  # such as --edit=$FILE without a FILE; config values may be empty
+        flag = flags.FLAGS[name]
+        if flag.present and flag.value in ("", []) and not name.startswith("config"):
+            exit_with_error(f"--{name} is empty: give a value, or leave the flag out.")
     if not flags.FLAGS["verbosity"].present:  # of absl, which Orbax and Grain write to
         absl.logging.set_verbosity(absl.logging.WARNING)
     return rest

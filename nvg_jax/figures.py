@@ -20,12 +20,13 @@ FIGURES = ("sequence", "binary", "drawings", "stages")
 
 def main(_):
     unknown = [name for name in FLAGS.figures if name not in FIGURES]
-    if unknown or not FLAGS.figures:
-        raise ValueError(
-            f"--figures takes names of {', '.join(FIGURES)}; got {', '.join(unknown) or 'none'}."
-        )
+    if unknown:
+        raise ValueError(f"--figures takes {', '.join(FIGURES)}; got {', '.join(unknown)}.")
+    if FLAGS.image and "sequence" not in FLAGS.figures:
+        raise ValueError("--image is shown by the figure sequence; add it to --figures.")
     from nvg_jax.jobs import editing, figures
     from nvg_jax.pipeline import Pipeline
+    from nvg_jax.runtime.files import make_folder
     from nvg_jax.visualize import save_png
 
     pipe = Pipeline.from_pretrained(FLAGS.workdir)
@@ -34,7 +35,7 @@ def main(_):
     names = FLAGS.classes or range(min(len(pipe.class_names), 8))
     classes = [pipe.class_id(name) for name in names]
     out = Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
 
     def draw(name: str) -> np.ndarray:
         if name == "sequence" and FLAGS.image:

@@ -219,8 +219,8 @@ class Pipeline:
         Args:
             class_ids: ids in 0 .. number of classes - 1, or class names.
             seed: 0 .. 2**32 - 1.
-            structure_noise: float32 (B, L, K), where the flow of every stage starts; drawn from
-                the seed if None.
+            structure_noise: float32 (B, L, K), where the flow of every stage starts; if None, that
+                of the seed, see the method `structure_noise`.
             first_index: the index of the first sample.
             prefix: a sequence (B, S, L). The maps of its first `structure_stages` stages and the
                 tokens of its first `token_stages` stages are kept; the rest is sampled.
@@ -281,16 +281,23 @@ class Pipeline:
         ids = np.array([self.class_id(c) for c in class_ids], np.int32)
         if ids.size == 0:
             raise ValueError("class_ids is empty; give at least one class.")
+        noise, keys = self._randomness(seed, first_index, len(ids))
+        if structure_noise is not None:
+            noise = as_finite(structure_noise, "structure_noise", noise.shape)
+        return ids, keys, noise
+
+    def structure_noise(self, seed: int = 0, count: int = 1, first_index: int = 0) -> np.ndarray:
+        """The noise from which `sample` starts the structure flows: float32 (count, L, K)."""
+        return np.asarray(self._randomness(seed, first_index, count)[0])
+
+    def _randomness(self, seed: int, first_index: int, count: int):
+        """(structure noise, keys of the tokens) of `count` samples."""
         check_integer("seed", seed, 0, MAX_SEED)
-        check_integer("first_index", first_index, 0, MAX_SEED - len(ids))
-        keys = sample_keys(seed, first_index + np.arange(len(ids)))
+        check_integer("first_index", first_index, 0, MAX_SEED - count)
+        keys = sample_keys(seed, first_index + np.arange(count))
         noise_keys, keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         shape = self.tokenizer.config.num_positions, self.tokenizer.config.num_stages - 1
-        if structure_noise is None:
-            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys)
-        else:
-            noise = as_finite(structure_noise, "structure_noise", (len(ids), *shape))
-        return ids, keys, noise
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys), keys
 
     def _check_prefix(
         self,

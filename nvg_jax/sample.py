@@ -9,6 +9,9 @@ Samples can keep parts of an image or follow a drawing (docs/control.md):
     --structure_from=cat.png --structure_stages=4 --token_stages=2
     --structure_map=drawing.png     or a ready-made one: --structure_map=circle_left
     --edit=cat.png --mask=mask.png --edit_from=2 --paste
+
+With --walk_to=SEED, the samples of each class are a walk from the structure of --seed to that of
+another seed.
 """
 
 from pathlib import Path
@@ -34,7 +37,14 @@ def main(_):
     classes = [pipeline.class_id(name) for name in names]
     batch_size = min(FLAGS.batch_size, len(classes) * FLAGS.per_class)
     job = sampling.SamplingJob(
-        pipeline, classes, FLAGS.per_class, batch_size, FLAGS.seed, settings, given(pipeline)
+        pipeline,
+        classes,
+        FLAGS.per_class,
+        batch_size,
+        FLAGS.seed,
+        settings,
+        given(pipeline),
+        FLAGS.walk_to,
     )
     out = Path(FLAGS.out)
     if out.suffix == ".npz":
@@ -78,6 +88,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for the pictures, or a file ending in .npz.")
     flags.DEFINE_list("classes", None, "Class names or ids; all classes by default.")
     flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
+    flags.DEFINE_integer("walk_to", None, "The seed to which the samples of each class walk.")
     flags.DEFINE_string("structure_from", None, "An image whose first stages are kept.")
     flags.DEFINE_integer("structure_stages", 4, "With --structure_from: maps to keep.", 1)
     flags.DEFINE_integer("token_stages", 0, "With --structure_from: stages of tokens to keep.", 0)

@@ -1,5 +1,6 @@
 """Keeping parts of an image: regions, drawings, what is pasted back, and the command."""
 
+import itertools
 import subprocess
 import sys
 
@@ -179,6 +180,29 @@ def test_four_quarters_and_three_regions():
     np.testing.assert_array_equal(structure[2][:, 2:], np.kron([[2], [3]], np.ones((2, 2))))
 
 
+def test_the_halves_of_quarters_are_adjacent_whatever_their_colors():
+    for colors in itertools.permutations(range(4)):
+        structure, _ = hierarchy(np.kron(np.reshape(colors, (2, 2)), np.ones((2, 2), int)))
+        first = structure[1, ::3, ::3]  # the corners
+        assert (first[0] == first[1]).all() or (first[:, 0] == first[:, 1]).all(), colors
+
+
+def test_of_four_rings_the_inner_two_are_a_half():
+    drawing = control.ready_made("rings", 64)
+    structure, _ = hierarchy(drawing, (16, 16))
+    inner = control.regions_of_positions(drawing, (16, 16)).reshape(16, 16) < 2
+    assert (structure[1] == ~inner).mean() > 0.95 and structure[1, 8, 8] == 0
+
+
+def test_many_stripes_are_cut_across():
+    drawing = np.repeat(np.random.default_rng(0).permutation(20), 2)[None].repeat(4, axis=0)
+    first = hierarchy(drawing[:, :32], (4, 16))[0][1]  # 16 stripes
+    assert (first == first[:, :1]).all() ^ (np.abs(np.diff(first[0])).sum() == 1)
+    many = np.random.default_rng(1).permutation(128).reshape(8, 16)  # a region per position
+    first = hierarchy(many, (8, 16))[0][1]
+    assert (first == first[:1]).all() and np.abs(np.diff(first[0])).sum() == 1
+
+
 def test_any_drawing_gives_an_even_hierarchy():
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -267,6 +291,27 @@ def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
         assert (found[:, :stages] == kept[:stages]).all()
 
 
+def test_a_walk_begins_and_ends_at_the_structure_of_a_seed(pipe):
+    job = sampling.SamplingJob(pipe, [1, 2], 3, 4, 5, {}, walk_to=9)
+    parts = [job.sample(batch) for batch in range(2)]
+    walk = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    free = pipe.sample([2], seed=5, first_index=3)
+    end = pipe.sample([2], 5, pipe.structure_noise(9, first_index=3), first_index=3)
+    for index, expected in ((3, free), (5, end)):
+        for found, exact in zip(walk.sequence, expected.sequence):
+            np.testing.assert_array_equal(found[index], exact[0])
+    assert (walk.sequence.structure[3] != walk.sequence.structure[5]).any()
+    assert job.describe() != sampling.SamplingJob(pipe, [1, 2], 3, 4, 5, {}).describe()
+
+
+def test_what_is_transparent_in_a_mask_is_not_white(pipe, files, tmp_path):
+    painted = np.full((8, 8, 4), 255, np.uint8)
+    painted[:, :4, 3] = 0
+    Image.fromarray(painted).save(tmp_path / "mask.png")
+    given = editing.edit_region(pipe, files / "image.png", tmp_path / "mask.png", 0, None)
+    assert (given.region.reshape(4, 4) == [0, 0, 1, 1]).all()
+
+
 def test_wrong_use_ends_in_a_sentence(pipe, files):
     image, mask = files / "image.png", files / "mask.png"
     for call, message in (
@@ -281,6 +326,13 @@ def test_wrong_use_ends_in_a_sentence(pipe, files):
         (lambda: pipe.sample([1], region=np.ones(16, bool)), "need a `prefix`"),
         (lambda: pipe.sample([1], region=np.ones(15, bool)), r"bool of shape \(16,\)"),
         (lambda: pipe.sample([1], region=np.ones(16)), "got float64"),
+        (lambda: sampling.SamplingJob(pipe, [1], 2, 2, -1, {}), "seed must be .*, got -1"),
+        (lambda: sampling.SamplingJob(pipe, [1], 1, 1, 0, {}, walk_to=3), "walk needs two"),
+        (lambda: sampling.SamplingJob(pipe, [1], 2, 2, 0, {}, walk_to=-3), "walk_to must be"),
+        (
+            lambda: sampling.write_pictures(sampling.SamplingJob(pipe, [1], 2, 2, 0, {}), image, 2),
+            "image.png is a file, so it cannot be a folder",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -306,5 +358,7 @@ def test_the_command_edits_an_image(pipe, files, tmp_path):
     assert both.returncode == 2 and "only one of --structure_map, --edit" in both.stderr
     again = sample("--structure_map=left_right")  # in the same folder
     assert again.returncode == 2 and "samples made with other settings: given was" in again.stderr
+    empty = sample(f"--edit={image}", "--mask=")
+    assert empty.returncode == 2 and "--mask is empty: give a value" in empty.stderr
     alone = sample("--token_stages=2")
     assert alone.returncode == 2 and "--token_stages needs --structure_from" in alone.stderr

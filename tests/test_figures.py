@@ -50,12 +50,14 @@ def test_a_sample_is_its_two_halves(pipe):
 
 
 def test_an_unknown_figure_gets_the_known_ones(tmp_path):
-    command = [sys.executable, "-m", "nvg_jax.figures", "--workdir=fashion_mnist"]
-    run = subprocess.run(
-        [*command, f"--out={tmp_path}", "--figures=sequence,map"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert "--figures takes names of sequence, binary, drawings, stages; got map" in run.stderr
+    def run(*args):
+        command = [sys.executable, "-m", "nvg_jax.figures", "--workdir=fashion_mnist"]
+        return subprocess.run(
+            [*command, f"--out={tmp_path}", *args], cwd=ROOT, capture_output=True, text=True
+        )
+
+    unknown = run("--figures=sequence,map")
+    assert unknown.returncode == 2
+    assert "--figures takes sequence, binary, drawings, stages; got map" in unknown.stderr
+    unused = run("--figures=binary", "--image=cat.png")
+    assert unused.returncode == 2 and "--image is shown by the figure sequence" in unused.stderr

@@ -7,12 +7,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 
-def decode(image: bytes | np.ndarray) -> Image.Image:
+def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
     """Returns an 8-bit RGB image.
 
-    Grayscale is repeated to RGB, 16 bits are scaled to 8, transparency is composited on white, CMYK
-    and palettes are converted, and an animation is reduced to its first frame. EXIF orientation is
-    not applied.
+    Grayscale is repeated to RGB, 16 bits are scaled to 8, transparency is composited on the
+    background, CMYK and palettes are converted, and an animation is reduced to its first frame.
+    EXIF orientation is not applied.
 
     Args:
         image: content of an image file, or uint8 (H, W) or (H, W, 3).
@@ -31,9 +31,9 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
                 raise ValueError("floating-point values have no fixed range")
             if opened.has_transparency_data:
                 rgba = opened.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert(
-                    "RGB"
-                )
+                return Image.alpha_composite(
+                    Image.new("RGBA", rgba.size, background), rgba
+                ).convert("RGB")
             return opened.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError("not an image of a known format") from error

@@ -16,11 +16,14 @@ from nvg_jax.tokenizer import GranularitySequence
 MAX_REGIONS = 64  # regions of a drawing; more colors mean that its edges are smoothed
 
 
-def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_picture(
+    path: str | os.PathLike, size: tuple[int, int] | None = None, background: str = "white"
+) -> np.ndarray:
     """The pixels of a picture, uint8 (H, W, 3).
 
     Args:
         size: the height and width that it must have.
+        background: what shows through where it is transparent.
 
     Raises:
         ValueError: the file does not exist, is not a picture, or has another size.
@@ -28,7 +31,7 @@ def read_picture(path: str | os.PathLike, size: tuple[int, int] | None = None) -
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}.")
     try:
-        pixels = np.asarray(decode(Path(path).read_bytes()))
+        pixels = np.asarray(decode(Path(path).read_bytes(), background))
     except ValueError as error:
         raise ValueError(f"{path} is {error}.") from error
     if size is not None and pixels.shape[:2] != size:
@@ -96,7 +99,7 @@ def edit_region(
     start: int,
     feather: int | None,
 ) -> Given:
-    """An image to be resampled where a mask is white.
+    """An image to be resampled where a mask is white, and not transparent.
 
     Args:
         start: the first stage to resample.
@@ -111,7 +114,7 @@ def edit_region(
     if mask is None:
         raise ValueError("--edit needs --mask, a PNG that is white where the image may change.")
     pixels = read_picture(image)
-    inside = fit(pipeline, read_picture(mask, pixels.shape[:2])).mean(-1) > 0
+    inside = fit(pipeline, read_picture(mask, pixels.shape[:2], "black")).mean(-1) > 0
     original = fit(pipeline, pixels)
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
     sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))

@@ -16,8 +16,8 @@ import numpy as np
 
 from nvg_jax.data.transforms import decode
 from nvg_jax.models import GENERATORS
-from nvg_jax.pipeline import Pipeline, SampleOutput
-from nvg_jax.runtime.files import atomic_write, digest, fingerprint
+from nvg_jax.pipeline import MAX_SEED, Pipeline, SampleOutput, check_integer
+from nvg_jax.runtime.files import atomic_write, digest, fingerprint, make_folder
 from nvg_jax.runtime.processes import barrier, is_main, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.sampling import control
@@ -59,6 +59,11 @@ class SamplingJob:
         classes: class ids.
         settings: sampling settings for `Pipeline.sample`.
         given: what the samples keep from a reference.
+        walk_to: None, or the seed at which the samples of each class end. They then differ only in
+            their structure noise, which is interpolated on a sphere, and begin at `seed`.
+
+    Raises:
+        ValueError: an invalid seed, or a walk of fewer than two samples.
     """
 
     pipeline: Pipeline
@@ -68,6 +73,16 @@ class SamplingJob:
     seed: int
     settings: dict[str, Any]
     given: Given | None = None
+    walk_to: int | None = None
+
+    def __post_init__(self):
+        check_integer("seed", self.seed, 0, MAX_SEED)
+        if self.walk_to is not None:
+            check_integer("walk_to", self.walk_to, 0, MAX_SEED)
+            if self.per_class < 2:
+                raise ValueError(
+                    f"A walk needs two samples or more, got per_class={self.per_class}."
+                )
 
     def __len__(self) -> int:
         return len(self.classes) * self.per_class
@@ -101,21 +116,36 @@ class SamplingJob:
         return range(first, min(first + self.batch_size, len(self)))
 
     def sample(self, batch: int) -> SampleOutput:
-        indices = self.indices(batch)
+        indices, given = self.indices(batch), self.given
         ids = [self.classes[index // self.per_class] for index in indices]
-        filled = ids + ids[-1:] * (self.batch_size - len(ids))  # one program for all batches
-        kept, given = {}, self.given
-        if given:
-            repeat = lambda x: np.broadcast_to(x, (len(filled), *x.shape))
-            kept["prefix"] = jax.tree.map(repeat, given.sequence)
-            kept |= {n: getattr(given, n) for n in ("structure_stages", "token_stages", "region")}
-        out = self.pipeline.sample(
-            filled, self.seed, first_index=indices.start, **kept, **self.settings
-        )
+        if self.walk_to is None:
+            filled = ids + ids[-1:] * (self.batch_size - len(ids))  # one program for all batches
+            out = self._sample(filled, indices.start)
+        else:
+            frames = [self._frame(index) for index in indices]
+            out = jax.tree.map(lambda *parts: np.concatenate(parts), *frames)
         if given and given.image is not None:
             images = control.paste(given.image, out.images, given.mask, given.feather)
             out = out._replace(images=images)
         return jax.tree.map(lambda x: x[: len(ids)], out)
+
+    def _sample(self, ids: Sequence[int], first_index: int, noise=None) -> SampleOutput:
+        kept, given = {}, self.given
+        if given:
+            repeat = lambda x: np.broadcast_to(x, (len(ids), *x.shape))
+            kept["prefix"] = jax.tree.map(repeat, given.sequence)
+            kept |= {n: getattr(given, n) for n in ("structure_stages", "token_stages", "region")}
+        return self.pipeline.sample(
+            ids, self.seed, noise, first_index=first_index, **kept, **self.settings
+        )
+
+    def _frame(self, index: int) -> SampleOutput:
+        """A sample of a walk, as a batch of one."""
+        number, step = divmod(index, self.per_class)
+        first = number * self.per_class
+        ends = (self.pipeline.structure_noise(s, 1, first) for s in (self.seed, self.walk_to))
+        noise = control.between(*ends, step / (self.per_class - 1))
+        return self._sample([self.classes[number]], first, noise)
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields the batches with the given numbers as uint8 (B, H, W, 3)."""
@@ -158,6 +188,7 @@ class SamplingJob:
             "classes": self.classes,
             "per_class": self.per_class,
             "seed": self.seed,
+            "walk_to": self.walk_to,
             "batch_size": self.batch_size,
             "given": self.given and fingerprint(jax.tree.map(np.asarray, self.given)),
             **dataclasses.asdict(self.expanded_settings()),
@@ -219,7 +250,7 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
             "another --out, or move them away."
         )
     elif is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with atomic_write(path) as file:
             file.write(json.dumps(description).encode())
     barrier(f"{path} is there")

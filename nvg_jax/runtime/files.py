@@ -78,6 +78,20 @@ def lock(folder: epath.Path) -> int | None:
 # Fingerprints.
 
 
+def make_folder(folder: Path):
+    """Creates a folder and those above it.
+
+    Raises:
+        ValueError: a file has the name of one of them.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{place} is a file, so it cannot be a folder; give another name.")
+            break
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def digest(content: dict[str, Any]) -> str:
     """The SHA-256 of JSON-serializable content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,8 @@ import numpy as np
 
 from nvg_jax import granularity
 
+MAX_DIVIDED = 16  # regions whose divisions are all compared
+
 
 def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
     """The positions of the latent in which any pixel of a mask is set, row by row.
@@ -46,8 +48,10 @@ def structure_of_drawing(
     """The structure maps determined by a drawing of regions.
 
     The positions are halved repeatedly. Each time, the regions are divided between the two children
-    so that the halves are as equal as possible; then the excess of the larger half moves to the
-    other, nearest positions first. A drawing of two equal regions is exactly the first map.
+    so that the halves are as equal as possible and, of the equally good divisions, the border
+    between them is as short as possible. Then the excess positions of the larger half move to the
+    other one, beginning with those nearest to it. A drawing of two equal regions is exactly the
+    first map.
 
     Args:
         drawing: int (H, W), the region of every pixel; a position belongs to the region of most of
@@ -76,7 +80,7 @@ def structure_of_drawing(
         if len(positions) == 1:
             finest[positions] = label
             return
-        first = half_of(positions, regions[positions], places[positions])
+        first = half_of(regions[positions], places[positions])
         halve(positions[first], 2 * label)
         halve(positions[~first], 2 * label + 1)
 
@@ -100,17 +104,16 @@ def regions_of_positions(drawing: np.ndarray, latent_size: tuple[int, int]) -> n
     return votes.argmax(-1).ravel()
 
 
-def half_of(positions: np.ndarray, regions: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """bool (n,): True for the positions that form the first half."""
-    size = len(positions) // 2
-    names, counts = np.unique(regions, return_counts=True)
-    if len(names) == 1:  # not decided by the drawing: halves along the longer axis
+def half_of(regions: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """bool (n,): True for the positions that form the first half; see `divide`."""
+    size = len(regions) // 2
+    if len(np.unique(regions)) == 1:  # not decided by the drawing: halves along the longer axis
         axis = np.ptp(places, axis=0).argmax()
         order = np.lexsort((places[:, 1 - axis], places[:, axis]))
-        first = np.zeros(len(positions), bool)
+        first = np.zeros(len(regions), bool)
         first[order[:size]] = True
         return first
-    chosen = np.isin(regions, names[closest_to_half(counts)])
+    chosen = np.isin(regions, divide(regions, places))
     if not chosen[np.argmin(regions)]:  # the region with the smallest number comes first
         chosen = ~chosen
     smaller = chosen if chosen.sum() <= size else ~chosen
@@ -118,18 +121,37 @@ def half_of(positions: np.ndarray, regions: np.ndarray, places: np.ndarray) -> n
     distance = np.square(places[:, None] - places[smaller]).sum(-1).min(1)
     middle = np.square(places - places[smaller].mean(0)).sum(-1)
     order = np.lexsort((middle, distance, ~smaller))
-    filled = np.zeros(len(positions), bool)
+    filled = np.zeros(len(regions), bool)
     filled[order[:size]] = True
     return filled if smaller is chosen else ~filled
 
 
-def closest_to_half(counts: np.ndarray) -> np.ndarray:
-    """Indices of a non-empty proper subset of counts whose sum is closest to half of the total."""
-    sums = {0: ()}  # sum -> one subset
-    for index, count in enumerate(counts):
-        sums |= {s + count: (*chosen, index) for s, chosen in sums.items() if s + count not in sums}
-    proper = {s: chosen for s, chosen in sums.items() if 0 < s < counts.sum()}
-    return np.array(proper[min(proper, key=lambda s: abs(2 * s - counts.sum()))])
+def divide(regions: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The regions that form one part when they are divided into two parts of nearly equal size.
+
+    Of the divisions with the smallest difference in size, this takes one with the shortest border.
+    With more than `MAX_DIVIDED` regions, only cuts across the longer axis are considered.
+
+    Args:
+        regions: int (n,), the region of each position. places: float (n, 2), row and column.
+
+    Returns:
+        The numbers of the regions, a non-empty proper subset.
+    """
+    names, own, counts = np.unique(regions, return_inverse=True, return_counts=True)
+    member = own[:, None] == np.arange(len(names))
+    if len(names) > MAX_DIVIDED:
+        centers = member.T @ places / counts[:, None]
+        order = np.argsort(centers[:, np.ptp(places, axis=0).argmax()], kind="stable")
+        difference = np.abs(2 * np.cumsum(counts[order])[:-1] - len(regions))
+        return names[order[: 1 + difference.argmin()]]
+    # Every division once: the last region is never in the first part.
+    first = np.arange(1, 2 ** (len(names) - 1))[:, None] >> np.arange(len(names)) & 1
+    difference = np.abs(2 * first @ counts - len(regions))
+    neighbors = np.abs(places[:, None] - places).sum(-1) == 1
+    borders = member.T.astype(int) @ neighbors @ member  # pairs of neighbors of two regions
+    border = (first @ borders * (1 - first)).sum(-1)
+    return names[first[np.lexsort((border, difference))[0]] == 1]
 
 
 def circle(center: float, size: int) -> np.ndarray:
@@ -197,7 +219,8 @@ def paste(original: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: i
 def between(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
     """Spherical interpolation of two noise arrays of the same shape: `start` at 0, `end` at 1.
 
-    Unlike a weighted mean, it keeps the norm that the sampler expects.
+    Unlike a weighted mean, it keeps the norm that the sampler expects. `Pipeline.structure_noise`
+    gives the noise of a seed.
     """
     lengths = np.linalg.norm(start), np.linalg.norm(end)
     angle = np.arccos(np.clip(np.vdot(start, end) / (lengths[0] * lengths[1]), -1, 1))

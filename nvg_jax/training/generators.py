@@ -468,7 +468,8 @@ def load_tokenizer(run: Run):
     if found is None or found[0].fingerprint is None:
         raise ValueError(
             f"The generators need a trained tokenizer, and {folder} has none that has finished. "
-            "Run with --config.part=tokenizer (or all) first."
+            "Run with --config.part=tokenizer (or all) first, or give a folder that has one with "
+            "--config.tokenizer_workdir."
         )
     metadata, params = found
     if metadata.tokenizer != run.tokenizer_config:

@@ -53,7 +53,10 @@ def check_model(folder: str, sizes: dict[str, Any]):
     Args:
         sizes: {"tokenizer" or a generator: its abstract parameters}.
     """
-    _, params = bundled.read_model(folder)
+    try:
+        _, params = bundled.read_model(folder)
+    except ValueError as error:
+        raise ValueError(f"init_from={folder}: {error}") from error
     check_names(folder, sizes, params)
     for name, wanted in sizes.items():
         wanted, found = flatten_dict(wanted), flatten_dict(params[name])
