@@ -1,5 +1,7 @@
 """The web page of `nvg_jax.app`: sampling, structure control and editing in a browser (Gradio)."""
 
+import dataclasses
+import io
 import shutil
 import tempfile
 import time
@@ -15,16 +17,19 @@ from nvg_jax.jobs.figures import picture_of
 from nvg_jax.jobs.sampling import Given, SamplingJob, stage_images
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
+from nvg_jax.sampling.generate import SamplingPlan
 from nvg_jax.sampling.settings import Settings, text_of
 from nvg_jax.visualize import image_grid, to_uint8
 
-SAMPLES = 4  # drawn at once; fixed, since every batch size compiles a new program
+SAMPLES = 4  # made at once; fixed, since every batch size compiles a new program
+COLUMNS = 2  # of the samples, and of their maps beside them
 CANVAS = 320  # side of the painting canvas in pixels
-SHOWN = 800  # maximum width of the samples in pixels
+SHOWN = 400  # maximum width of the samples in pixels
 COLORS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (220, 40, 40)}
 COLORS |= {"green": (40, 160, 60), "blue": (50, 90, 220), "yellow": (240, 200, 40)}
 SHOW_STAGE = 0.4  # seconds that each stage is shown
 MAX_UPLOAD = "10mb"
+MAX_MEGAPIXELS = 25  # of an upload; a small file can hold a picture that fills the memory
 KEEP_FILES = 3600  # seconds for which uploads and downloads are kept
 
 
@@ -37,6 +42,50 @@ class Kept(NamedTuple):
 
 
 # Reading what was painted or uploaded.
+
+
+def check_size(file: str | io.BytesIO):
+    """Checks the size of a picture without decoding it; other faults are left to its reader.
+
+    Raises:
+        ValueError: a picture of more than `MAX_MEGAPIXELS`.
+    """
+    try:
+        with Image.open(file) as opened:
+            fits = opened.width * opened.height <= MAX_MEGAPIXELS * 10**6
+    except Image.DecompressionBombError:  # so large that Pillow does not even open it
+        fits = False
+    except Exception:  # files that are not pictures raise errors of many kinds
+        return
+    if not fits:
+        raise ValueError(f"The picture has more than {MAX_MEGAPIXELS} megapixels; make it smaller.")
+
+
+def raw_upload(image: gr.Image) -> gr.Image:
+    """Makes a field pass on the path of its upload; by itself, Gradio first decodes the file."""
+    image.preprocess = lambda payload: payload and payload.path
+    return image
+
+
+def checked_uploads(editor: gr.ImageEditor) -> gr.ImageEditor:
+    """Makes an editor say in a sentence what is wrong with an upload."""
+    convert = editor.convert_and_format_image
+
+    def checked(file: gr.FileData | bytes | None, *args, **kwargs):
+        if file is None:
+            return None
+        content = Path(file.path).read_bytes() if isinstance(file, gr.FileData) else file
+        try:
+            check_size(io.BytesIO(content))
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        try:
+            return convert(content, *args, **kwargs)
+        except Exception:
+            raise gr.Error("The picture is not a readable image.") from None
+
+    editor.convert_and_format_image = checked
+    return editor
 
 
 def hex_color(color: tuple[int, int, int]) -> str:
@@ -54,25 +103,29 @@ def drawing_of(painted: dict[str, Any] | None) -> np.ndarray:
     pixels = np.asarray(Image.fromarray(painted["composite"]).convert("RGBA"), np.float32)
     opaque = pixels[..., 3:] / 255
     pixels = pixels[..., :3] * opaque + 255 * (1 - opaque)
-    colors = np.array(list(COLORS.values()))
-    return colors[np.square(pixels[:, :, None] - colors).sum(-1).argmin(-1)].astype(np.uint8)
+    colors = np.array(list(COLORS.values()), np.uint8)
+    distances = [np.square(pixels - color).sum(-1) for color in colors]
+    return colors[np.argmin(distances, axis=0)]
 
 
 def picture_and_mask_of(painted: dict[str, Any] | None) -> tuple[np.ndarray, np.ndarray]:
     """The uploaded picture, and the area painted over it in white: uint8 (H, W, 3) each.
 
     Raises:
-        ValueError: there is no picture, or nothing was painted.
+        ValueError: there is no picture, it is blank, or nothing was painted.
     """
     if not painted or painted["background"] is None or not painted["background"][..., 3].any():
         raise ValueError("Upload a picture first, or take the first sample.")
-    marked = np.zeros(painted["background"].shape[:2], bool)
+    picture = painted["background"][..., :3]
+    if (picture == picture[0, 0]).all():  # what the editor shows for a file that is not a picture
+        raise ValueError("The picture is blank; perhaps the browser could not read the file.")
+    marked = np.zeros(picture.shape[:2], bool)
     for layer in painted["layers"]:
         marked |= layer[..., 3] > 127
     if not marked.any():
         raise ValueError("Paint over the part of the picture that is to change.")
     mask = np.repeat(255 * marked[..., None].astype(np.uint8), 3, axis=-1)
-    return painted["background"][..., :3], mask
+    return picture, mask
 
 
 class Page:
@@ -85,6 +138,7 @@ class Page:
     def __init__(self, pipe: Pipeline, name: str):
         self.pipe, self.name = pipe, name
         self._folder = Path(tempfile.mkdtemp(prefix="nvg_jax_"))
+        self._compiled = set()  # the plans that were already sampled with
 
     def _save(self, name: str, pixels: np.ndarray) -> Path:
         for old in self._folder.iterdir():
@@ -114,7 +168,12 @@ class Page:
         stages = int(structure_stages), int(token_stages)
         if stages[1] > stages[0]:
             raise ValueError("Tokens need their maps: keep at least as many maps as tokens.")
-        path = self._save("picture.png", editing.read_picture(path))
+        check_size(path)
+        try:
+            pixels = editing.read_picture(path)
+        except ValueError as error:  # without the folders of this machine
+            raise ValueError(str(error).replace(path, Path(path).name)) from None
+        path = self._save("picture.png", pixels)
         given = editing.keep_stages(self.pipe, path, *stages)
         line = 'given = editing.keep_stages(pipe, "picture.png", {}, {})'.format(*stages)
         return Kept(given, line, (path,))
@@ -145,8 +204,14 @@ class Page:
         self.pipe.settings.updated(changes).expand(config.num_stages, config.codebook_size)
         return changes
 
+    def plan(self, given: Given | None, settings: dict[str, Any]) -> SamplingPlan:
+        """Says which program samples; each is compiled when it is first needed."""
+        stages = (given.structure_stages, given.token_stages) if given else (0, 0)
+        region = given is not None and given.region is not None
+        return self.pipe.program.plan(self.pipe.settings.updated(settings), *stages, region)[0]
+
     def lines(self, kept: Kept, label: str, seed: int, settings: dict[str, Any]) -> str:
-        """The lines of Python that draw the same samples."""
+        """The lines of Python that make the same samples."""
         imports = ["from nvg_jax import Pipeline"]
         imports += ["from nvg_jax.jobs import editing"] * bool(kept.line)
         return "\n".join(
@@ -159,7 +224,7 @@ class Page:
                 *([kept.line] if kept.line else []),
                 f"job = SamplingJob(pipe, [pipe.class_id({label!r})], {SAMPLES}, {SAMPLES}, "
                 f"seed={seed}, settings={settings!r}{', given=given' if kept.line else ''})",
-                f'save_png("samples.png", image_grid(job.sample(0).images, columns={SAMPLES}))',
+                f'save_png("samples.png", image_grid(job.sample(0).images, columns={COLUMNS}))',
             ]
         )
 
@@ -174,16 +239,23 @@ class Page:
             (canvases, maps, their caption, lines of Python, files, the first sample to edit).
         """
         inputs, (label, seed, *settings) = values[:num_inputs], values[num_inputs:]
+        progress = gr.Progress()
         try:
+            progress((0, 3), desc="Preparing")
             kept = keep(*inputs)
             changes = self.settings(tuple(settings))
-            if seed is None or seed != int(seed):
+            if not isinstance(seed, int | float) or seed % 1 != 0:
                 raise ValueError("The seed is a whole number.")
             classes = [self.pipe.class_id(label)]
             job = SamplingJob(self.pipe, classes, SAMPLES, SAMPLES, int(seed), changes, kept.given)
+            plan = self.plan(kept.given, changes)
+            compiled = plan in self._compiled
+            progress((1, 3), desc="Sampling" if compiled else "Compiling (first time only)")
             out = job.sample(0)
+            self._compiled.add(plan)
         except ValueError as error:
             raise gr.Error(str(error)) from None
+        progress((2, 3), desc="Decoding the stages")
         config = self.pipe.tokenizer.config
         frames = stage_images(self.pipe, out.sequence)[:, :-1]
         frames = np.concatenate([frames, out.images[:, None]], axis=1)  # pasted, if asked for
@@ -193,8 +265,8 @@ class Page:
             maps = [picture_of(self.pipe, m, stage) for m in out.sequence.structure[:, stage]]
             text = f"Stage {stage} of {config.num_stages - 1}: {2**stage} tokens per image"
             yield (
-                enlarged(image_grid(frames[:, stage], SAMPLES)),
-                enlarged(image_grid(np.stack(maps), SAMPLES)),
+                enlarged(image_grid(frames[:, stage], COLUMNS)),
+                enlarged(image_grid(np.stack(maps), COLUMNS)),
                 text,
                 code,
                 files,
@@ -212,7 +284,7 @@ def enlarged(image: np.ndarray, width: int = SHOWN) -> np.ndarray:
 def to_canvas(image: np.ndarray | None) -> np.ndarray:
     """A sample, enlarged to be painted on."""
     if image is None:
-        raise gr.Error("Draw samples first.")
+        raise gr.Error("Sample first.")
     return enlarged(image, CANVAS)
 
 
@@ -240,6 +312,7 @@ def build(page: Page) -> gr.Blocks:
         default_color=hex_color(COLORS["black"]),
         color_mode="fixed",
     )
+    white = dataclasses.replace(brush, colors=["#ffffff"], default_color="#ffffff")
     eraser = gr.Eraser(default_size=CANVAS // 8)
     canvas = dict(
         eraser=eraser, transforms=(), layers=False, type="numpy", image_mode="RGBA", format="png"
@@ -250,7 +323,8 @@ def build(page: Page) -> gr.Blocks:
         gr.Markdown(
             f"# Next Visual Granularity: {page.name}\n"
             "An image grows in stages, each with twice as many tokens. The structure says which "
-            "places share a token; it can be drawn, or taken from a picture."
+            "positions share a token; it can be drawn, or taken from a picture. The first request "
+            "of each kind takes longer, up to a minute on a CPU, because it compiles."
         )
         with gr.Row():
             with gr.Column(scale=2):
@@ -258,18 +332,20 @@ def build(page: Page) -> gr.Blocks:
                     label = gr.Dropdown(
                         list(pipe.class_names), value=pipe.class_names[0], label="Class"
                     )
-                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+                    seed = gr.Number(0, label="Seed", elem_id="seed")
                 with gr.Tab("Sample"):
-                    free = gr.Button("Draw samples", variant="primary", elem_id="free")
+                    free = gr.Button("Sample", variant="primary", elem_id="free")
                 with gr.Tab("Draw a structure"):
-                    painted = gr.ImageEditor(
-                        label="Choose the brush and paint; every color is a region",
-                        sources=(),
-                        brush=brush,
-                        canvas_size=(CANVAS, CANVAS),
-                        fixed_canvas=True,
-                        elem_id="drawing",
-                        **canvas,
+                    painted = checked_uploads(
+                        gr.ImageEditor(
+                            label="Choose the brush and paint; every color is a region",
+                            sources=(),
+                            brush=brush,
+                            canvas_size=(CANVAS, CANVAS),
+                            fixed_canvas=True,
+                            elem_id="drawing",
+                            **canvas,
+                        )
                     )
                     draw = gr.Button("Follow the drawing", variant="primary", elem_id="draw")
                     ready = gr.Dropdown(
@@ -277,39 +353,39 @@ def build(page: Page) -> gr.Blocks:
                     )
                     follow = gr.Button("Follow the ready-made drawing", elem_id="follow")
                 with gr.Tab("Structure of a picture"):
-                    reference = gr.Image(
-                        label="Picture",
-                        type="filepath",
-                        sources=["upload", "clipboard"],
-                        elem_id="reference",
+                    reference = raw_upload(
+                        gr.Image(
+                            label="Picture",
+                            type="filepath",
+                            sources=["upload", "clipboard"],
+                            elem_id="reference",
+                        )
                     )
                     keep_maps = gr.Slider(1, stages, min(3, stages), step=1, label="Maps to keep")
                     keep_tokens = gr.Slider(0, stages, 0, step=1, label="Stages of tokens to keep")
                     keep = gr.Button("Keep its structure", variant="primary", elem_id="keep")
                 with gr.Tab("Edit a picture"):
-                    masked = gr.ImageEditor(
-                        label="Upload a picture and paint over what is to change",
-                        sources=["upload", "clipboard"],
-                        brush=gr.Brush(
-                            default_size=CANVAS // 8,
-                            colors=["#ffffff"],
-                            default_color="#ffffff",
-                            color_mode="fixed",
-                        ),
-                        canvas_size=(CANVAS, CANVAS),
-                        elem_id="mask",
-                        **canvas,
+                    masked = checked_uploads(
+                        gr.ImageEditor(
+                            label="Upload a picture and paint over what is to change",
+                            sources=["upload", "clipboard"],
+                            brush=white,
+                            canvas_size=(CANVAS, CANVAS),
+                            elem_id="mask",
+                            **canvas,
+                        )
                     )
                     take = gr.Button("Take the first sample", elem_id="take")
                     start = gr.Slider(0, stages - 1, 0, step=1, label="Resample from stage")
                     paste = gr.Checkbox(True, label="Put the original pixels back outside")
-                    edit = gr.Button("Renew the painted part", variant="primary", elem_id="edit")
+                    edit = gr.Button("Resample the painted part", variant="primary", elem_id="edit")
                 with gr.Accordion("Settings", open=False):
                     fields = settings_fields(pipe.settings)
             with gr.Column(scale=3):
                 text = gr.Markdown("", elem_id="stage")
-                images = gr.Image(label="Samples", format="png", elem_id="samples")
-                maps = gr.Image(label="Structure", format="png", elem_id="maps")
+                with gr.Row():
+                    images = gr.Image(label="Samples", format="png", elem_id="samples")
+                    maps = gr.Image(label="Structure", format="png", elem_id="maps")
                 with gr.Accordion("Python lines that make this picture", open=False):
                     code = gr.Code(language="python", elem_id="code")
                     files = gr.Files(label="The files that they read", interactive=False)

@@ -8,6 +8,8 @@ import time
 import gradio
 import numpy as np
 import pytest
+from gradio.components.image_editor import EditorData, EditorDataBlobs
+from gradio.data_classes import ImageData
 from helpers import free_port, random_pipeline
 from PIL import Image
 
@@ -28,6 +30,7 @@ def layer(part, color):
 
 
 LEFT = np.mgrid[:SIZE, :SIZE][1] < SIZE // 2
+HALVES = np.where(LEFT[..., None], 255, layer(~LEFT, (0, 0, 0)))  # white and black
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def test_a_drawing_is_followed_and_its_lines_make_the_same_samples(opened, tmp_p
     assert (structure[:, :, 2:] != structure[:, :1, :1]).all()
 
 
-def test_a_part_of_a_picture_is_renewed(opened):
+def test_a_part_of_a_picture_is_resampled(opened):
     picture = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
     painted = {
         "background": np.concatenate([picture, np.full((SIZE, SIZE, 1), 255, np.uint8)], -1),
@@ -94,12 +97,10 @@ def test_a_part_of_a_picture_is_renewed(opened):
     np.testing.assert_array_equal(kept.given.region.reshape(4, 4)[:, 2:], False)
     assert kept.given.region.reshape(4, 4)[:, 0].all() and kept.given.structure_stages == 1
     *_, last = opened.sample(opened.edit, 3, painted, 1.0, True, "0", 0, *DEFAULTS)
-    shown = page.enlarged(image_grid(kept.given.image[None], 1), 64)
-    # The right columns are the picture's pixels: what is shown is an enlarged row of samples.
-    scale = last[0].shape[0] // 8
-    np.testing.assert_allclose(
-        last[0][::scale, ::scale][:, 6:8].astype(int), shown[::8, ::8][:, 6:8].astype(int), atol=2
-    )
+    # The right columns of every sample are the picture's pixels.
+    shown = page.enlarged(image_grid(kept.given.image[None].repeat(4, axis=0), 2))
+    right = slice(-shown.shape[1] // 10, None)
+    np.testing.assert_allclose(last[0][:, right].astype(int), shown[:, right].astype(int), atol=2)
 
 
 @pytest.mark.parametrize(
@@ -109,16 +110,20 @@ def test_a_part_of_a_picture_is_renewed(opened):
         ("drawing", [{"layers": [np.zeros((4, 4, 4), np.uint8)]}], {}, "Paint a drawing first"),
         ("picture", [None, 1, 0], {}, "Upload a picture first"),
         ("picture", ["x.png", 1, 2], {}, "keep at least as many maps"),
-        ("picture", ["/nothing.png", 2, 1], {}, "There is no file /nothing.png"),
+        ("picture", ["/nothing.png", 2, 1], {}, "^'There is no file nothing.png.'$"),
         ("edit", [None, 0, True], {}, "Upload a picture first"),
         (
             "edit",
             [{"background": np.full((4, 4, 4), 255, np.uint8), "layers": []}, 0, True],
             {},
-            "Paint over the part",
+            "The picture is blank",
         ),
+        ("edit", [{"background": HALVES, "layers": []}, 0, True], {}, "Paint over the part"),
         ("nothing", [], {0: "11"}, "Unknown class 11"),
         ("nothing", [], {1: None}, "The seed is a whole number"),
+        ("nothing", [], {1: 1.5}, "The seed is a whole number"),
+        ("nothing", [], {1: float("inf")}, "The seed is a whole number"),
+        ("nothing", [], {1: "one"}, "The seed is a whole number"),
         ("nothing", [], {1: -1}, "seed must be a whole number in 0"),
         ("nothing", [], {2: "warm"}, "temperature takes numbers, got 'warm'"),
         ("nothing", [], {4: "2"}, "top_p must be above 0 and at most 1, got 2.0"),
@@ -130,6 +135,70 @@ def test_what_is_wrong_is_said_in_a_sentence(opened, keep, inputs, values, messa
         arguments[index] = value
     with pytest.raises(gradio.Error, match=message):
         next(opened.sample(getattr(opened, keep), len(inputs), *inputs, *arguments))
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    """Files that are not pictures, or too large ones of a few kilobytes."""
+    folder = tmp_path_factory.mktemp("uploads")
+    (folder / "text.png").write_text("Not a picture.")
+    Image.effect_noise((64, 64), 50).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:1000])
+    Image.new("1", (20_000, 4_000)).save(folder / "wide.png")
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # too large for Pillow to open
+    return folder
+
+
+LARGE = "The picture has more than 25 megapixels; make it smaller."
+FAULTS = {
+    "text.png": "text.png is not an image of a known format.",
+    "cut.png": "cut.png is not a readable image (image file is truncated).",
+    "wide.png": LARGE,
+    "bomb.png": LARGE,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_wrong_with_an_upload_is_said_in_a_sentence(opened, uploads, name):
+    """Through the fields, whose own decoding would fail without a sentence."""
+    path = str(uploads / name)
+    reference = page.raw_upload(gradio.Image()).preprocess(ImageData(path=path))
+    with pytest.raises(gradio.Error) as error:
+        next(opened.sample(opened.picture, 3, reference, 1, 0, "0", 0, *DEFAULTS))
+    assert error.value.message == FAULTS[name]  # without the folder
+    fault = LARGE if FAULTS[name] == LARGE else "The picture is not a readable image."
+    editor = page.checked_uploads(gradio.ImageEditor())
+    content = (uploads / name).read_bytes()  # which the editor can have sent before
+    editor.blob_storage["sent"] = EditorDataBlobs(background=content, layers=[], composite=None)
+    for sent in (EditorData(background=gradio.FileData(path=path)), EditorData(id="sent")):
+        with pytest.raises(gradio.Error) as error:
+            editor.preprocess(sent)
+        assert error.value.message == fault
+
+
+def test_a_readable_upload_passes_the_fields(opened, tmp_path):
+    Image.fromarray(HALVES.astype(np.uint8)).save(tmp_path / "halves.png")
+    path = str(tmp_path / "halves.png")
+    reference = page.raw_upload(gradio.Image())
+    assert reference.preprocess(None) is None
+    kept = opened.picture(reference.preprocess(ImageData(path=path)), 1, 0)
+    assert kept.given.structure_stages == 1
+    editor = page.checked_uploads(gradio.ImageEditor())
+    painted = editor.preprocess(EditorData(background=gradio.FileData(path=path)))
+    np.testing.assert_array_equal(painted["background"], HALVES)
+    assert painted["layers"] == [] and painted["composite"] is None
+
+
+def test_progress_says_when_it_compiles(opened, monkeypatch):
+    said = []
+    monkeypatch.setattr(gradio.Progress, "__call__", lambda _, step, desc: said.append(desc))
+    monkeypatch.setattr(opened, "_compiled", set())
+    for temperature in ("1", "0.5"):  # the same program
+        next(opened.sample(opened.nothing, 0, "0", 0, temperature, *DEFAULTS[1:]))
+    assert said == [
+        *("Preparing", "Compiling (first time only)", "Decoding the stages"),
+        *("Preparing", "Sampling", "Decoding the stages"),
+    ]
 
 
 def chromium():
@@ -153,7 +222,7 @@ def test_a_visit(tmp_path):
     ):
         try:
             browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-            tab = browser.new_page(viewport=dict(width=1300, height=1000))
+            tab = browser.new_page(viewport=dict(width=1300, height=1030))
             try:
                 visit(tab, f"http://127.0.0.1:{port}", tmp_path)
             finally:
@@ -164,7 +233,7 @@ def test_a_visit(tmp_path):
 
 
 def visit(tab, url, folder):
-    """A click, a painted stroke, an uploaded picture and a mask, as a visitor makes them."""
+    """Clicks, a painted stroke, an uploaded picture and a mask, as a visitor makes them."""
     for _ in range(60):
         try:
             tab.goto(url)
@@ -191,7 +260,12 @@ def visit(tab, url, folder):
         tab.mouse.up()
         time.sleep(1)
 
+    tab.fill("#seed input", "1.5")
     tab.click("#free")
+    tab.get_by_text("The seed is a whole number.").first.wait_for()
+    tab.fill("#seed input", "0")
+    tab.click("#free")
+    tab.get_by_text("Compiling (first time only)").first.wait_for()
     wait_for_samples()
     tab.get_by_role("tab", name="Draw a structure").click()
     tab.click("#draw")
@@ -200,6 +274,12 @@ def visit(tab, url, folder):
     tab.click("#draw")
     wait_for_samples()
     tab.get_by_role("tab", name="Structure of a picture").click()
+    (folder / "text.png").write_text("Not a picture.")
+    tab.locator("#reference input[type=file]").set_input_files(folder / "text.png")
+    tab.wait_for_timeout(2000)
+    tab.click("#keep")
+    tab.get_by_text("text.png is not an image of a known format.").first.wait_for()
+    tab.locator("#reference button[aria-label='Remove Image']").click()
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
     tab.locator("#reference input[type=file]").set_input_files(folder / "red.png")
     tab.wait_for_timeout(2000)
