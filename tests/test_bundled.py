@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from helpers import random_pipeline
+from helpers import ROOT, random_pipeline
 
 from nvg_jax import Pipeline, bundled
+from nvg_jax.jobs import editing
 from nvg_jax.runtime.files import fingerprint
+from nvg_jax.sampling import control
 
 
 def test_the_bundled_model_draws_the_class_that_is_asked_for():
@@ -19,6 +21,23 @@ def test_the_bundled_model_draws_the_class_that_is_asked_for():
     )
     likeness = np.corrcoef(first, second)[: len(names), len(names) :]
     assert (likeness.argmax(1) == np.arange(len(names))).all() and likeness.diagonal().min() > 0.8
+
+
+def test_a_local_change_reaches_far_pixels_and_pasting_restores_them():
+    pipe = Pipeline.from_pretrained("fashion_mnist")
+    boot = editing.fit(pipe, editing.read_picture(ROOT / "docs" / "control" / "boot.png"))
+    canvas = pipe.canvases(pipe.encode(boot[None]))[0, -1]
+    changed = canvas.copy()
+    changed[15] = canvas[0]  # the lower right corner becomes background
+    before, after = pipe.decode_canvas([canvas, changed])
+    rows, columns = np.mgrid[:32, :32]
+    away = np.maximum(24 - rows, 0) + np.maximum(24 - columns, 0)
+    change = np.abs(after - before).max(-1)
+    assert change[away == 0].mean() > 2 * change[away > 8].mean()
+    assert (change[away > 16] > 0.01).any()
+    pasted = control.paste(boot, after, away == 0, feather=2)
+    np.testing.assert_array_equal(pasted[away > 2], boot[away > 2])
+    np.testing.assert_array_equal(pasted[away == 0], after[away == 0])
 
 
 def test_what_is_bundled_is_listed_with_its_license_and_is_small():

@@ -9,10 +9,11 @@ from PIL import Image
 from nvg_jax import Pipeline, models
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import sharding
-from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.files import fingerprint, storage_path
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.train import train
-from nvg_jax.training import initial
+from nvg_jax.training import initial, tokenizer
+from nvg_jax.training.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,18 @@ def test_classes_are_found_by_name_and_new_ones_start_from_the_mean(model):
     np.testing.assert_allclose(found["class_embed"]["embedding"], expected, rtol=1e-6)
     rest = lambda tree: {k: v for k, v in tree.items() if k != "class_embed"}
     jax.tree.map(np.testing.assert_array_equal, rest(jax.device_get(found)), rest(old))
+
+
+def test_a_tokenizer_starts_from_the_weights_of_the_model(model, tmp_path):
+    folder, pipe = model
+    config, mesh = tiny_config(part="tokenizer", init_from=str(folder)), sharding.make_mesh()
+    with sharding.in_mesh(mesh):
+        run = open_run(config, storage_path(tmp_path / "run"), mesh, ())
+        state = jax.device_get(tokenizer.task(run).init())
+    old = jax.device_get(pipe.params["tokenizer"])
+    for found in (state.params, state.ema_params):
+        jax.tree.map(np.testing.assert_array_equal, found, old)
+    assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))  # nothing was learned yet
 
 
 def test_what_does_not_fit_is_named(model):
