@@ -588,7 +588,7 @@ def test_bfloat16_samples_and_decodes_but_encodes_in_float32(workdir, pipe, imag
         arguments = fast.program.arguments(2, values, sharding.make_mesh())
         text = fast.program.sample.lower(*arguments, plan=plan).as_text()
     width = fast.metadata.structure.width
-    products = re.findall(rf"dot_general.*tensor<{width}x4x{width}x(\w+)>\) ->", text)
+    products = re.findall(rf"dot_general.*tensor<{width}x{4 * width}x(\w+)>\) ->", text)
     assert products and set(products) == {"bf16"}
     with pytest.raises(ValueError, match="float32 or bfloat16, got 'float16'"):
         Pipeline.from_pretrained(workdir, dtype="float16")
