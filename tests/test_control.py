@@ -194,13 +194,12 @@ def test_of_four_rings_the_inner_two_are_a_half():
     assert (structure[1] == ~inner).mean() > 0.95 and structure[1, 8, 8] == 0
 
 
-def test_many_stripes_are_cut_across():
-    drawing = np.repeat(np.random.default_rng(0).permutation(20), 2)[None].repeat(4, axis=0)
-    first = hierarchy(drawing[:, :32], (4, 16))[0][1]  # 16 stripes
-    assert (first == first[:, :1]).all() ^ (np.abs(np.diff(first[0])).sum() == 1)
-    many = np.random.default_rng(1).permutation(128).reshape(8, 16)  # a region per position
-    first = hierarchy(many, (8, 16))[0][1]
-    assert (first == first[:1]).all() and np.abs(np.diff(first[0])).sum() == 1
+@pytest.mark.parametrize("per_stripe", [1, 4])
+def test_the_halves_of_many_regions_are_left_and_right(per_stripe):
+    """Whatever their colors: sixteen stripes, or 64 regions of one position each."""
+    colors = np.random.default_rng(0).permutation(16 * per_stripe).reshape(per_stripe, 16)
+    first = hierarchy(colors.repeat(4 // per_stripe, axis=0), (4, 16))[0][1]
+    assert (first[:, :8] == first[0, 0]).all() and (first[:, 8:] == 1 - first[0, 0]).all()
 
 
 def test_any_drawing_gives_an_even_hierarchy():
