@@ -75,9 +75,6 @@ def lock(folder: epath.Path) -> int | None:
     return descriptor
 
 
-# Fingerprints.
-
-
 def make_folder(folder: Path):
     """Creates a folder and those above it.
 
@@ -90,6 +87,9 @@ def make_folder(folder: Path):
                 raise ValueError(f"{place} is a file, so it cannot be a folder; give another name.")
             break
     folder.mkdir(parents=True, exist_ok=True)
+
+
+# Fingerprints.
 
 
 def digest(content: dict[str, Any]) -> str:
