@@ -25,8 +25,8 @@ CALLS = 20  # in a row, so that the time to start them is hidden
 
 
 def ours(q, k, v):
-    length = q.shape[1]
-    padding = padded_length(length, q.dtype, q.shape[-1]) - length
+    batch, length, _, head_dim = q.shape
+    padding = padded_length(batch, length, q.dtype, head_dim) - length
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     return attention(q, k, v, length=length if padding else None)[:, :length]
 

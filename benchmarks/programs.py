@@ -4,10 +4,10 @@
     python -m benchmarks.programs --config=configs/imagenet256.py:d16 --batch_size=64 \\
         --program=sample
 
-Runs the program that `train` (of both generators) or `sample` runs, on all devices of this machine,
-with random weights and images. With the same --config, --program and --batch_size, `compile`
-estimates the same program. Prints the median time of a call and the peak memory of the first
-device.
+Runs the program that `train` (of `config.part`, by default both generators) or `sample` runs, on
+all devices of this machine, with random weights and images. With the same --config, --program and
+--batch_size, `compile` estimates the same program. Prints the median time of a call and the peak
+memory of the first device.
 """
 
 import time
@@ -20,43 +20,56 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from benchmarks.sampling import CLASSES, random_params, random_weights, read_config
-from nvg_jax import models
+from nvg_jax.aot.lowering import training_part
 from nvg_jax.pipeline import sample_keys
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.training import generators
+from nvg_jax.training import generators, tokenizer
+from nvg_jax.workdir import DISTILLATION, RECIPES
 
 FLAGS = flags.FLAGS
 STEPS = 1000  # of the training, which only shapes the schedule
 
 
 def training(config, mesh):
-    """The compiled training step -> function that runs it and returns its metrics."""
+    """The compiled training step of `config.part` -> function that runs it, returns its metrics."""
     sizes, _, _ = read_config(config)
-    config.generator_training.batch_size = batch = FLAGS.batch_size
-    names = models.GENERATORS
-    tokenizer = random_params(sizes, {})["tokenizer"]
+    part = training_part(config)
+    if part == DISTILLATION:
+        raise app.UsageError("Distillation needs a teacher; choose another --config.part.")
+    config[RECIPES[part]].batch_size = batch = FLAGS.batch_size
     replicated = NamedSharding(mesh, PartitionSpec())
-    with sharding.in_mesh(mesh):
-        program = generators.make_program(config, mesh, STEPS, names, CLASSES)
-        _, _, frozen, _, images, _ = program.arguments
-        rng = np.random.default_rng(0)
-        images = {
-            "image": rng.uniform(-1, 1, images["image"].shape).astype(np.float32),
-            "label": rng.integers(0, CLASSES, batch, np.int32),
-        }
-        rest = (
-            *jax.device_put((tokenizer, random_weights(frozen)), replicated),
-            jnp.ones(sizes.num_stages + 1),
-            jax.device_put(images, NamedSharding(mesh, sharding.BATCH_SPEC)),
-            jax.random.key(0),
+    rng = np.random.default_rng(0)
+
+    def random_batch(abstract):
+        images = rng.uniform(-1, 1, abstract["image"].shape).astype(np.float32)
+        labels = rng.integers(0, CLASSES, batch, np.int32)
+        return jax.device_put(
+            {"image": images, "label": labels}, NamedSharding(mesh, sharding.BATCH_SPEC)
         )
-        state = program.init(jax.random.key(0), tokenizer["quantizer"]["codebook"])
-        step = program.step.lower(state, *rest).compile()
+
+    with sharding.in_mesh(mesh):
+        if part == "tokenizer":
+            program = tokenizer.make_program(config, mesh, STEPS)
+            _, frozen, abstract, _ = program.arguments
+            shared = (jax.device_put(random_weights(frozen), replicated),)
+            static = {"index_backprop": config.tokenizer_training.index_backprop_epochs > 0}
+            state = program.init(jax.random.key(0))
+        else:
+            names = generators.parts_of(part)
+            program = generators.make_program(config, mesh, STEPS, names, CLASSES)
+            _, _, frozen, _, abstract, _ = program.arguments
+            encoder = random_params(sizes, {})["tokenizer"]
+            scale = jnp.ones(sizes.num_stages + 1)
+            shared = (*jax.device_put((encoder, random_weights(frozen)), replicated), scale)
+            static = {}
+            state = program.init(jax.random.key(0), encoder["quantizer"]["codebook"])
+        arguments = (*shared, random_batch(abstract), jax.random.key(0))
+        step = program.step.lower(state, *arguments, **static).compile()
 
     def run():
         nonlocal state
-        state, metrics = step(state, *rest)
+        state, metrics = step(state, *arguments)
         return metrics
 
     return run

@@ -6,6 +6,7 @@ chip: the TPU kernel needs no online softmax, and its backward pass recomputes t
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,11 @@ def platform() -> str:
     """The platform being compiled for: "cpu", "gpu" or "tpu"."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def is_rocm() -> bool:
+    """Whether this machine's devices are AMD GPUs."""
+    return "rocm" in jax.local_devices()[0].client.platform_version.lower()
 
 
 class Rotary(NamedTuple):
@@ -70,7 +76,7 @@ def attention(
         by_head = q.shape[1] >= LENGTH_BY_HEAD and mesh.size <= 1  # 0: no mesh
         return folded_attention(q, k, v, by_head)
     count = q.shape[1]
-    padding = padded_length(count, q.dtype, q.shape[-1]) - count
+    padding = padded_length(len(q), count, q.dtype, q.shape[-1]) - count
     if padding:
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         length = length or count
@@ -84,12 +90,16 @@ def attention(
     return out[:, :count]
 
 
-def padded_length(length: int, dtype: jnp.dtype, head_dim: int) -> int:
-    """The length to which `attention` pads sequences: cuDNN's gradient needs an even one.
+def padded_length(batch: int, length: int, dtype: jnp.dtype, head_dim: int) -> int:
+    """The length to which `attention` pads sequences on NVIDIA GPUs.
 
-    Padding q, k and v copies them, so a transformer pads its tokens once, before all blocks.
+    cuDNN's gradient needs an even length, and XLA would pad the operands of every matrix product to
+    a multiple of eight tokens. Padding q, k and v copies them, so a transformer pads its tokens
+    once, before all blocks.
     """
-    return length + length % 2 if fits_cudnn(dtype, head_dim) else length
+    if not fits_cudnn(dtype, head_dim):
+        return length
+    return length + -length % (8 // math.gcd(batch, 4))
 
 
 def rms_norm(x: Array, scale: Array) -> Array:
@@ -172,8 +182,7 @@ def fits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
     if platform() != "gpu":
         return False
     half = dtype in (jnp.bfloat16, jnp.float16)
-    rocm = "rocm" in jax.local_devices()[0].client.platform_version.lower()
-    return half and not rocm and head_dim % 8 == 0 and head_dim <= 128
+    return half and not is_rocm() and head_dim % 8 == 0 and head_dim <= 128
 
 
 # The TPU kernel. One program handles all rows of one image and the heads that share LANES channels.

@@ -14,9 +14,10 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from nvg_jax.attention import Rotary, attention, padded_length, platform
+from nvg_jax.attention import Rotary, attention, is_rocm, padded_length, platform
 from nvg_jax.runtime.sharding import tensor_shards
 
+CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False}
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros
@@ -27,6 +28,7 @@ _LINEARS = jax.checkpoint_policies.save_from_both_policies(
 )
 REMAT = {"none": None, "linears": _LINEARS, "blocks": None}
 ACTIVATION_AXES = ("batch", "length", None)
+LinearLayers = tuple[tuple[Array, Array], tuple[Array, Array]]  # (kernel, bias) of both in a block
 
 
 def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
@@ -108,6 +110,15 @@ def fast_dtype() -> str:
         # AMD GPUs have names like gfx90a and support it since gfx908.
         return "float32" if major.isdecimal() and int(major) < 8 else "bfloat16"
     return "bfloat16" if device.platform == "tpu" else "float32"
+
+
+def compiler_options() -> dict[str, bool] | None:
+    """XLA's options for the sampler on this machine's devices.
+
+    On NVIDIA GPUs, cuBLAS computes all matrix products. XLA's autotuner would choose kernels of its
+    own for some, with which sampling takes a tenth longer (docs/performance.md).
+    """
+    return CUBLAS_ONLY if jax.default_backend() == "gpu" and not is_rocm() else None
 
 
 def cast_blocks(params, dtype):
@@ -192,6 +203,15 @@ class HeadScale(nn.Module):
         return self.param("scale", init, (head_dim,))
 
 
+def joint_products(tokens: int, width: int) -> bool:
+    """Whether a block computes one product per linear layer instead of separate ones.
+
+    For few tokens on a GPU, starting kernels and moving weights takes longer than the arithmetic,
+    and XLA would join separate products itself, with a copy of their weights.
+    """
+    return platform() == "gpu" and tensor_shards() == 1 and tokens <= 4 * width
+
+
 class Block(nn.Module):
     """Parallel attention and MLP, modulated by a conditioning vector (paper, Section 3.3).
 
@@ -225,21 +245,53 @@ class Block(nn.Module):
             modulation = dense(nn.silu(vec))
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
 
-        # q, k, v and the hidden channels are parts (P) of equal width, so that the "tensor" mesh
-        # axis shards within each part, and attention by whole heads.
-        parts = 3 + self.mlp_ratio
-        linear1 = Dense(parts * width, ("embed", "mlp"), self.dtype, name="linear1")
-        kernel, bias = linear1.parameters(width)
+        linear1 = Dense((3 + self.mlp_ratio) * width, ("embed", "mlp"), self.dtype, name="linear1")
+        linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
+        weights = linear1.parameters(width), linear2.parameters((1 + self.mlp_ratio) * width)
+        head_dim = width // self.num_heads
+        scales = (HeadScale(name=name)(head_dim) for name in ("query_norm", "key_norm"))
+        rotary = Rotary(*scales, cos, sin)
+        normal, gate = modulate(layer_norm(x), shift, scale), gate[:, None]
+        form = self.joint if joint_products(batch * length, width) else self.separate
+        out = form(normal, gate, weights, rotary)
+        if not deterministic:
+            keep = 1 - drop_rate
+            kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch, 1, 1))
+            out = jnp.where(kept, out / keep.astype(out.dtype), 0)
+        return nn.with_logical_constraint(x + out, ACTIVATION_AXES)
+
+    def attend(self, q: Array, k: Array, v: Array, rotary: Rotary) -> Array:
+        """Attention; all arrays are (B, N, C)."""
+        q, k, v = (x.reshape(*x.shape[:2], self.num_heads, -1) for x in (q, k, v))
+        attended = attention(q, k, v, rotary, self.length)
+        return checkpoint_name(attended, "attention").reshape(*attended.shape[:2], -1)
+
+    def joint(self, normal: Array, gate: Array, weights: LinearLayers, rotary: Rotary) -> Array:
+        """The gated output from one product per linear layer: the fewest kernels."""
+        width = normal.shape[-1]
+        (kernel1, bias1), (kernel2, bias2) = weights
+        joined = normal @ kernel1 + bias1
+        q, k, v, hidden = jnp.split(joined, (width, 2 * width, 3 * width), axis=-1)
+        attended = self.attend(q, k, v, rotary)
+        joined = jnp.concatenate([attended, nn.gelu(hidden, approximate=True)], axis=-1)
+        return gate * (joined @ kernel2 + bias2)
+
+    def separate(self, normal: Array, gate: Array, weights: LinearLayers, rotary: Rotary) -> Array:
+        """The gated output from separate products for queries, keys, values and hidden channels.
+
+        They are parts (P) of equal width, so that the "tensor" mesh axis shards within each part,
+        and attention by whole heads. Slicing a joint result and concatenating the next input would
+        be a third of the memory traffic on a TPU.
+        """
+        width, parts = normal.shape[-1], 3 + self.mlp_ratio
+        (kernel, bias), (kernel2, bias2) = weights
         kernel = unshard(kernel.reshape(width, parts, width), (None, None, "mlp"))
         bias = unshard(bias.reshape(parts, width), (None, "mlp"))
-        # Separate products for queries, keys, values and hidden channels: slicing a joint result
-        # and concatenating the next input would be a third of the memory traffic on a TPU.
-        normal = modulate(layer_norm(x), shift, scale)
         q, k, v = (
             nn.with_logical_constraint(
                 jnp.einsum("bnc,cd->bnd", normal, kernel[:, part]) + bias[part],
                 ("batch", "length", "mlp"),
-            ).reshape(batch, length, self.num_heads, -1)
+            )
             for part in range(3)
         )
         if platform() != "tpu" and tensor_shards() == 1:
@@ -254,25 +306,14 @@ class Block(nn.Module):
         hidden = jnp.einsum(widen, normal, kernel[:, 3:].reshape(width, *shape))
         hidden = hidden + bias[3:].reshape(shape)
         hidden = nn.with_logical_constraint(hidden, ("batch", "length", *axes))
-        scales = (HeadScale(name=name)(q.shape[-1]) for name in ("query_norm", "key_norm"))
-        attended = attention(q, k, v, Rotary(*scales, cos, sin), self.length)
-        attended = checkpoint_name(attended, "attention")
-        attended = attended.reshape(batch, length, width)
+        attended = self.attend(q, k, v, rotary)
         hidden = nn.gelu(hidden, approximate=True)
-        linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
-        kernel, bias = linear2.parameters((1 + self.mlp_ratio) * width)
-        kernel = unshard(kernel.reshape(-1, width, width), (None, "mlp", None))
+        kernel2 = unshard(kernel2.reshape(-1, width, width), (None, "mlp", None))
         # Each product is gated by itself: for a batch of one, XLA on CPUs (jax 0.10) fuses the sum
         # of both with the sum over positions of the gate's gradient, which is then wrong.
-        gate = gate[:, None]
-        out = gate * jnp.einsum("bnd,dc->bnc", attended, kernel[0])
-        kernel = kernel[1:].reshape(*shape, width)
-        out = out + gate * (jnp.einsum(narrow, hidden, kernel) + bias)
-        if not deterministic:
-            keep = 1 - drop_rate
-            kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch, 1, 1))
-            out = jnp.where(kept, out / keep.astype(out.dtype), 0)
-        return nn.with_logical_constraint(x + out, ACTIVATION_AXES)
+        out = gate * jnp.einsum("bnd,dc->bnc", attended, kernel2[0])
+        kernel2 = kernel2[1:].reshape(*shape, width)
+        return out + gate * (jnp.einsum(narrow, hidden, kernel2) + bias2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,8 +400,8 @@ class Transformer(nn.Module):
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        length = x.shape[1]
-        padding = padded_length(length, self.dtype, c.head_dim) - length
+        batch, length = x.shape[:2]
+        padding = padded_length(batch, length, self.dtype, c.head_dim) - length
         if padding:
             x, cos, sin = (jnp.pad(y, ((0, 0), (0, padding), (0, 0))) for y in (x, cos, sin))
         sizes = c.width // c.head_dim, c.mlp_ratio, self.dtype, length if padding else None

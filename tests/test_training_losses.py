@@ -219,7 +219,7 @@ def test_the_feature_block_is_the_output_of_a_transformer_of_so_many_blocks():
 
 
 def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monkeypatch):
-    """Hidden channels as one axis or two, and padding for a kernel."""
+    """One product or several, hidden channels as one axis or two, and padding for a kernel."""
     rng = np.random.default_rng(0)
     x, vec, grad = (rng.normal(size=shape) for shape in ((2, 5, 32), (2, 32), (2, 5, 32)))
     angles = rng.normal(size=(2, 5, 8))
@@ -233,9 +233,10 @@ def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monk
     )
     variables = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape), variables)
     results = []
-    for device, extra in (("tpu", 0), ("cpu", 0), ("gpu", 3)):
+    for device, extra, joint in (("tpu", 0, False), ("gpu", 3, False), ("gpu", 3, True)):
         monkeypatch.setattr(layers, "platform", lambda: device)  # noqa: B023
-        monkeypatch.setattr(layers, "padded_length", lambda length, *_: length + extra)  # noqa: B023
+        monkeypatch.setattr(layers, "padded_length", lambda _, length, *__: length + extra)  # noqa: B023
+        monkeypatch.setattr(layers, "joint_products", lambda *_: joint)  # noqa: B023
         out, backward = jax.vjp(apply, variables, x)
         results.append((out, backward((grad, grad))))
     for expected, *others in zip(*map(jax.tree.leaves, results)):

@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from nvg_jax.layers import CUBLAS_ONLY
 from nvg_jax.runtime import sharding
 
 GIB = 2**30
@@ -113,8 +114,8 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         if hosts > 1:  # the slowest link limits a collective
             device = device._replace(link_bandwidth=device.network_bandwidth)
         # Without a GPU, Triton's kernels for matrix products cannot be tuned.
-        options = {"xla_gpu_enable_triton_gemm": False}
-        return Target(topology, sharding.make_mesh(**mesh, devices=devices), device, options)
+        mesh = sharding.make_mesh(**mesh, devices=devices)
+        return Target(topology, mesh, device, CUBLAS_ONLY)
     raise ValueError(
         f"Unknown topology {topology!r}: expected CHIP:SHAPE. For a TPU ({', '.join(TPUS)}), SHAPE "
         "is the number of chips along each axis, such as v5e:16x16, v5p:4x4x4 or v6e:8x8; for a "

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import granularity, models
 from nvg_jax.content.model import ContentGenerator
-from nvg_jax.layers import TransformerConfig, cast_blocks
+from nvg_jax.layers import TransformerConfig, cast_blocks, compiler_options
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.generate import Networks, SamplingPlan, generate, make_plan
 from nvg_jax.sampling.settings import Settings
@@ -98,7 +98,8 @@ def sampling_program(
         name: models.abstract_params(name, tokenizer, transformers.get(name), num_classes)
         for name in ("tokenizer", *models.GENERATORS)
     }
-    return SamplingProgram(jax.jit(sample, static_argnames="plan"), tokenizer, params)
+    sample = jax.jit(sample, static_argnames="plan", compiler_options=compiler_options())
+    return SamplingProgram(sample, tokenizer, params)
 
 
 def sample_batch(
