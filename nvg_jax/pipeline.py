@@ -317,6 +317,7 @@ class Pipeline:
             return GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
         if region:  # every stage is kept outside of it
             structure_stages = token_stages = config.num_stages
+        structure_stages = max(structure_stages, 1)  # sampling always starts from the first map
         return self._check_sequence(prefix, "prefix", count, structure_stages, token_stages)
 
     def _check_region(self, region, count: int) -> np.ndarray:

@@ -443,6 +443,15 @@ def moved(array, index, value):
             lambda pipe: pipe.sample([0], prefix=pipe.known, structure_stages=1),
             r"prefix.structure must be integers of shape \(1, 5, 16\), got int32 \(3, 5, 16\)",
         ),
+        (
+            lambda pipe: pipe.sample(
+                [0, 1, 2],
+                prefix=changed(
+                    pipe.known, structure=moved(pipe.known.structure, np.s_[:, 0, :2], 1)
+                ),
+            ),
+            "map of stage 0",
+        ),
         (lambda pipe: pipe.encode(np.zeros((8, 8, 3), np.uint8)), "must have the shape"),
         (lambda pipe: pipe.encode(np.full((1, 8, 8, 3), 2.0)), r"\[-1, 1\]"),
         (lambda pipe: pipe.encode(np.full((1, 8, 8, 3), np.nan)), r"\[-1, 1\]"),

@@ -113,7 +113,8 @@ def generate(
         noise: float32 (B, L, K), the noise that every stage's flow starts from.
         plan: what each stage runs; static.
         values: `Settings.traced()`; "temperature" is a scalar, the others are (S,).
-        prefix: maps and tokens int32 (B, S, L), read where the plan says "prefix" or "region".
+        prefix: maps and tokens int32 (B, S, L), read where the plan says "prefix" or "region". The
+            first map is always read, and must be zero.
         region: bool (B, L), read if the plan says so. Positions outside keep all maps and tokens of
             `prefix`, and a cluster that contains such a position keeps its token.
 
@@ -196,10 +197,9 @@ def generate(
         "next_structure": jnp.roll(stage_first(prefix.structure), -1, axis=0),
         **{name: value for name, value in values.items() if jnp.ndim(value)},  # one per stage
     }
-    carry = (
-        jnp.zeros((batch, length, networks.latent_dim)),
-        jnp.zeros((batch, length), jnp.int32),
-    )
+    # The first map is zero everywhere, but libtpu 0.0.52 aborts for a v5p if it is a constant: it
+    # cannot divide the counts of a constant map, which need no operand, between two cores.
+    carry = jnp.zeros((batch, length, networks.latent_dim)), prefix.structure[:, 0]
     outputs, start = [], 0
     for stage_plan, group in itertools.groupby(plan.stages):
         end = start + len(list(group))
