@@ -233,7 +233,8 @@ def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monk
     )
     variables = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape), variables)
     results = []
-    for device, extra, joint in (("tpu", 0, False), ("gpu", 3, False), ("gpu", 3, True)):
+    cases = ("tpu", 0, False), ("cpu", 0, False), ("gpu", 3, False), ("gpu", 3, True)
+    for device, extra, joint in cases:
         monkeypatch.setattr(layers, "platform", lambda: device)  # noqa: B023
         monkeypatch.setattr(layers, "padded_length", lambda _, length, *__: length + extra)  # noqa: B023
         monkeypatch.setattr(layers, "joint_products", lambda *_: joint)  # noqa: B023
