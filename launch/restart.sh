@@ -5,7 +5,7 @@
 #
 #     exit code of the command
 #     0        done: exits with 0
-#     2        a user error or a non-finite loss: exits with 2
+#     2        a mistake that a restart cannot mend, or a loss that is not finite: exits with 2
 #     75       preempted, state saved: restarts the command at once
 #     other    crashed or killed: restarts the command after a pause; exits with 1 after too
 #              many crashes in a row

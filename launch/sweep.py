@@ -29,6 +29,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from nvg_jax.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 NAME_LENGTH = 180  # file systems allow 255, and the scheduler may add to a job name
 
@@ -37,7 +39,7 @@ def main():
     try:
         options, extra = parse_arguments(sys.argv[1:])
         commands = sweep_commands(options, extra)
-    except (ValueError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if not options.submit:
@@ -95,15 +97,15 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
         where = f"run {number} of {options.sweep}"
         try:
             if both := fixed.keys() & overrides.keys():
-                raise ValueError(f"{min(both)} is also in FIXED; set it in one place only.")
+                raise UserError(f"{min(both)} is also in FIXED; set it in one place only.")
             every = typed_overrides(config, {**fixed, **overrides})
             arguments = [f"--config.{key}={as_text(value)}" for key, value in every.items()]
             check_parsed(parse_config(config_name, arguments + list(extra)), every)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         name = run_name({key: every[key] for key in overrides})
         if name in names:
-            raise ValueError(
+            raise UserError(
                 f"{where} is {name}, the same as run {names[name]}; remove one of them."
             )
         names[name] = number
@@ -120,7 +122,7 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
     """CONFIG, FIXED and get_sweep() of a sweep file."""
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"there is no sweep file {file}.")
+        raise UserError(f"there is no sweep file {file}.")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # sweeps import configs
     spec = importlib.util.spec_from_file_location("sweep_definition", path)
@@ -129,20 +131,18 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
         spec.loader.exec_module(module)
         config_name, sweep = module.CONFIG, module.get_sweep()
     except Exception as error:  # anything that the user's file raises
-        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     if not (
         isinstance(sweep, list) and sweep and all(isinstance(entry, Mapping) for entry in sweep)
     ):
-        raise ValueError(
-            f"get_sweep() of {file} must return a list of dictionaries, not {sweep!r}."
-        )
+        raise UserError(f"get_sweep() of {file} must return a list of dictionaries, not {sweep!r}.")
     return config_name, getattr(module, "FIXED", {}), sweep
 
 
 def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The configuration as training would parse it."""
     if not (ROOT / config_name.split(":")[0]).is_file():
-        raise ValueError(f"there is no configuration file {config_name} in {ROOT}.")
+        raise UserError(f"there is no configuration file {config_name} in {ROOT}.")
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
     argv = ["sweep", f"--config={ROOT / config_name}", *overrides]
     values = flags.FlagValues()
@@ -150,10 +150,10 @@ def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.C
     try:
         values(argv)
         return values.config
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        message = str(error).strip().splitlines()[-1].strip()
+    except Exception as error:  # a wrong flag, or anything that the user's config file raises
+        message = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         arguments = shlex.join([f"--config={config_name}", *overrides])
-        raise ValueError(f"{arguments}: {message}") from error
+        raise UserError(f"{arguments}: {message}") from error
 
 
 def typed_overrides(
@@ -170,18 +170,18 @@ def typed_overrides(
         if key not in settings:
             inside = [name for name in settings if name.startswith(f"{key}.")]
             if inside:
-                raise ValueError(
+                raise UserError(
                     f"{key} is a section; name one of its settings, such as {inside[0]}."
                 )
             near = difflib.get_close_matches(key, settings, 1, 0) or ["?"]
-            raise ValueError(f"there is no setting {key}; did you mean {near[0]}?")
+            raise UserError(f"there is no setting {key}; did you mean {near[0]}?")
         wanted = type(settings[key])
         if wanted is float and type(value) is int:
             value = float(value)
         elif wanted is tuple and type(value) is list:
             value = tuple(value)
         if type(value) is not wanted:
-            raise ValueError(
+            raise UserError(
                 f"{key} has type {wanted.__name__} (default {settings[key]!r}), "
                 f"but {value!r} has type {type(value).__name__}."
             )
@@ -208,7 +208,7 @@ def check_parsed(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
     settings = dict(leaves(config))
     for key, value in overrides.items():
         if settings[key] != value or type(settings[key]) is not type(value):
-            raise ValueError(
+            raise UserError(
                 f"{key} would be {settings[key]!r} instead of {value!r}; do not set after -- what "
                 "the sweep sets."
             )

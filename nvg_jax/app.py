@@ -7,6 +7,7 @@ Without --workdir it shows the bundled Fashion-MNIST model. Only this machine ca
 from absl import flags
 
 from nvg_jax import cli
+from nvg_jax.errors import UserError
 from nvg_jax.sampling.settings import DTYPES
 
 FLAGS = flags.FLAGS
@@ -16,7 +17,7 @@ def main(_):
     try:
         from nvg_jax import page
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f'The page needs Gradio, which is not installed ({error}). pip install -e ".[app]"'
         ) from error
     from nvg_jax.pipeline import Pipeline

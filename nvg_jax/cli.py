@@ -1,7 +1,8 @@
 """Shared by all commands: multi-process start-up, logging, flags, and user errors as one line.
 
-Exit codes: 0 done; 2 a user error that a restart cannot fix (`error: ...`); 75 preempted, with all
-work saved (see `runtime.preemption`); anything else is a crash.
+Exit codes: 0 done; 2 a `UserError` (`error: ...`), which a restart cannot mend; 75 preempted, with
+all work saved (see `runtime.preemption`); anything else is a failure, with its traceback, after
+which launchers run the command again.
 """
 
 import difflib
@@ -14,6 +15,7 @@ import absl.logging
 import jax
 from absl import app, flags
 
+from nvg_jax.errors import UserError, is_failure
 from nvg_jax.runtime import preemption
 from nvg_jax.sampling.settings import DTYPES, Settings
 
@@ -54,6 +56,7 @@ def main(command, set_up=lambda: None):
     def start(argv):
         set_up()
         join_processes()
+        find_devices()
         if jax.process_index():  # one process reports the progress
             logger.setLevel(logging.WARNING)
         command(argv)
@@ -71,13 +74,10 @@ def main(command, set_up=lambda: None):
             "batch, more devices, or in training a larger --config.mesh.fsdp; python -m "
             "nvg_jax.compile reports the memory that a step needs."
         )
-    except (ValueError, OSError, FloatingPointError) as error:
+    except UserError as error:
         if flags.FLAGS.verbosity > 0:
             raise
-        # For a missing --config file, the reason comes last, after a list of what was tried.
-        exit_with_error(
-            str(error).strip().splitlines()[-1].strip() if isinstance(error, OSError) else error
-        )
+        exit_with_error(error)
 
 
 def compile_fast():
@@ -104,7 +104,7 @@ def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
     """The `data` section of a training config, overridden by the flags that were given.
 
     Raises:
-        ValueError: there is neither a config nor --data_name.
+        UserError: there is neither a config nor --data_name.
     """
     given = {"name": flags.FLAGS.data_name}
     given |= {name: flags.FLAGS[name].value for name in ("data_dir", "resize", "pad")}
@@ -112,7 +112,7 @@ def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
     if "name" in given:
         return {"data_dir": "", "resize": 0, "pad": 0} | given
     if config is None:
-        raise ValueError(
+        raise UserError(
             "This folder does not say what data it was trained on (converted weights do not); "
             "give --data_name, for example tfds:imagenet2012, and --data_dir."
         )
@@ -144,7 +144,7 @@ def sampling_settings() -> dict[str, Any]:
     """The sampling settings given as flags, as arguments of `Pipeline.sample`.
 
     Raises:
-        ValueError: a value is not a number.
+        UserError: a value is not a number.
     """
     given = {}
     for name, spec in Settings.specs().items():
@@ -153,7 +153,7 @@ def sampling_settings() -> dict[str, Any]:
             try:
                 value = spec.parse(",".join(value))
             except ValueError:
-                raise ValueError(f"--{name} takes numbers, got {','.join(value)!r}.") from None
+                raise UserError(f"--{name} takes numbers, got {','.join(value)!r}.") from None
         if value is not None:
             given[name] = value
     return given
@@ -168,7 +168,7 @@ def join_processes():
     """Joins the other processes of a run, according to the flags.
 
     Raises:
-        ValueError: inconsistent flags, or no cluster.
+        UserError: inconsistent flags, or no cluster.
     """
     address, count, index = (
         flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")
@@ -176,7 +176,7 @@ def join_processes():
     given = [value is not None for value in (address, count, index)]
     if any(given):
         if not all(given) or not 0 <= index < count:
-            raise ValueError(
+            raise UserError(
                 "--coordinator_address, --num_processes and --process_id belong together, with "
                 f"process_id in 0 .. num_processes - 1; got {address}, {count} and {index}."
             )
@@ -185,18 +185,40 @@ def join_processes():
         try:
             jax.distributed.initialize()
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"JAX finds no cluster here ({error}). Omit --distributed for a single process, "
                 "or give --coordinator_address, --num_processes and --process_id."
             ) from error
+
+
+def find_devices():
+    """Starts JAX on the devices of this machine.
+
+    Raises:
+        UserError: JAX_PLATFORMS asks for a platform that JAX cannot use here.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without its plugin
+        platforms = jax.config.jax_platforms
+        if not platforms or is_failure(error) or "already in use" in str(error):
+            raise
+        raise UserError(
+            f"JAX cannot use JAX_PLATFORMS={platforms} on this machine"
+            f"{str(error) and f' ({str(error).splitlines()[0]})'}. Unset it to use what is there, "
+            "or install JAX for that platform (README.md)."
+        ) from error
 
 
 def parse_flags(argv):
     """Parses the flags; an error in a config file or an override is cut down to its message."""
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ImportError) as error:
-        text = unknown_key(argv) if is_unknown_key(error) else str(error.args[0])
+    except Exception as error:  # a wrong flag, or anything that the user's config file raises
+        if is_unknown_key(error):
+            text = unknown_key(argv)
+        else:
+            text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in text else " ".join(lines)
         exit_with_error(message)

@@ -35,7 +35,7 @@ def greedy_hierarchy(points: Array) -> Array:
         int32 (..., S, L): labels of stage i = 0..K in 0..2**i-1, each used L / 2**i times.
 
     Raises:
-        ValueError: L is not a power of two, or is less than 2.
+        UserError: L is not a power of two, or is less than 2.
     """
     *batch, length, dim = points.shape
     stages = num_stages(length)

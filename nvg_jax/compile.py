@@ -22,6 +22,7 @@ from nvg_jax.aot import batch
 from nvg_jax.aot.chips import find_target, hide_accelerators
 from nvg_jax.aot.lowering import Compiler
 from nvg_jax.aot.report import best_remat, format_report, make_report
+from nvg_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -29,9 +30,9 @@ FLAGS = flags.FLAGS
 def main(_):
     file = Path(FLAGS.json) if FLAGS.json else None
     if file and not file.absolute().parent.is_dir():
-        raise ValueError(f"The folder of --json={file} does not exist; create it first.")
+        raise UserError(f"The folder of --json={file} does not exist; create it first.")
     if FLAGS.find_remat and (FLAGS.program == "sample" or FLAGS.config.part == "tokenizer"):
-        raise ValueError("--find_remat is for the training of generators, which have blocks.")
+        raise UserError("--find_remat is for the training of generators, which have blocks.")
     target = find_target(FLAGS.topology, FLAGS.config.mesh.to_dict())
     compiler = Compiler(FLAGS.config, target, FLAGS.program)
     if FLAGS.find_batch:

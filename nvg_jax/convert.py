@@ -9,6 +9,7 @@ network for the training losses or for evaluation (docs/pretrained_features.md).
 from absl import flags
 
 from nvg_jax import cli, pretrained
+from nvg_jax.errors import UserError
 from nvg_jax.torch_interop import weight_names
 
 FLAGS = flags.FLAGS
@@ -18,23 +19,23 @@ def main(_):
     given = {name for name in ("autoencoder", "generator", "workdir", "out") if FLAGS[name].value}
     if FLAGS.pretrained:
         if given or FLAGS.to_safetensors or not FLAGS["from"].value:
-            raise ValueError("--pretrained takes --from (and --pretrained_dir), and nothing else.")
+            raise UserError("--pretrained takes --from (and --pretrained_dir), and nothing else.")
         files = [file for files in FLAGS["from"].value for file in files.split(",")]
         written = pretrained.convert(FLAGS.pretrained, files, FLAGS.pretrained_dir)
         print(f"written: {written}")
         return
     if "out" not in given:
-        raise ValueError("Give --out, a new folder to write.")
+        raise UserError("Give --out, a new folder to write.")
     given.remove("out")
     from nvg_jax.jobs import conversion
 
     if FLAGS.to_safetensors:
         if given != {"workdir"}:
-            raise ValueError("--to-safetensors takes --workdir and --out, and no checkpoints.")
+            raise UserError("--to-safetensors takes --workdir and --out, and no checkpoints.")
         conversion.to_safetensors(FLAGS.workdir, FLAGS.out)
     else:
         if "workdir" in given or "autoencoder" not in given:
-            raise ValueError(
+            raise UserError(
                 "Give --autoencoder (and --generator) to convert published checkpoints, or "
                 "--workdir with --to-safetensors for the way back."
             )

@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from nvg_jax import cli
+from nvg_jax.errors import UserError
 from nvg_jax.training.checks import check_recipe
 
 FLAGS = flags.FLAGS
@@ -24,8 +25,8 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     """Trains a student of `teacher` and writes the complete model to `workdir`; resumes.
 
     Raises:
-        ValueError: an invalid setting, teacher or data set; the message names a valid one.
-        FloatingPointError: a metric is not finite; the message names the step and the metric.
+        UserError: an invalid setting, teacher or data set; the message names a valid one.
+        UserError: a metric is not finite; the message names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
     """
     check_recipe(config, "distillation", ("distillation",))
@@ -40,7 +41,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     workdir = storage_path(workdir)
     folders.check_export(workdir)
     if (workdir / folders.EXPORT_FOLDER).exists() and not (workdir / folders.DISTILLATION).exists():
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a model already, which its student would replace; give another "
             "--workdir."
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from nvg_jax import cli
+from nvg_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -35,22 +36,22 @@ def main(_):
 
 
 def check_flags(judge: str):
-    """Raises ValueError for flags that contradict each other."""
+    """Raises UserError for flags that contradict each other."""
     if bool(FLAGS.samples) == bool(FLAGS.workdir):
-        raise ValueError("Give either --samples=FILE.npz, or --workdir of a model.")
+        raise UserError("Give either --samples=FILE.npz, or --workdir of a model.")
     if FLAGS.samples and not FLAGS.reference:
-        raise ValueError("--samples needs --reference=FILE.npz to compare with.")
+        raise UserError("--samples needs --reference=FILE.npz to compare with.")
     if FLAGS.samples and (FLAGS.reconstruction or FLAGS.sweep or judge == "classifier"):
-        raise ValueError(
+        raise UserError(
             "--reconstruction, --sweep and --judge=classifier need a model; give --workdir."
         )
     if judge == "inception" and not (FLAGS.reference or FLAGS.reconstruction):
-        raise ValueError(
+        raise UserError(
             "--judge=inception needs --reference (train, test or an .npz file) for samples, or "
             "--reconstruction."
         )
     if FLAGS.sweep and not FLAGS.reference:
-        raise ValueError("--sweep needs --reference (train, test or an .npz file).")
+        raise UserError("--sweep needs --reference (train, test or an .npz file).")
 
 
 def out_folder() -> Path:
@@ -76,12 +77,13 @@ def evaluate_model(judge: str, settings):
     """(results, table or None) for a model."""
     from nvg_jax.data.sources import SPLITS
     from nvg_jax.pipeline import Pipeline
+    from nvg_jax.runtime.files import make_folder
 
     pipeline = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
     data = cli.data_section(pipeline.metadata.config) if needs_data else None
     out = out_folder()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if FLAGS.reconstruction:
         from nvg_jax.jobs import comparison
 

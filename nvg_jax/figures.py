@@ -13,6 +13,7 @@ import numpy as np
 from absl import flags
 
 from nvg_jax import cli
+from nvg_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 FIGURES = ("sequence", "binary", "drawings", "stages")
@@ -21,9 +22,9 @@ FIGURES = ("sequence", "binary", "drawings", "stages")
 def main(_):
     unknown = [name for name in FLAGS.figures if name not in FIGURES]
     if unknown:
-        raise ValueError(f"--figures takes {', '.join(FIGURES)}; got {', '.join(unknown)}.")
+        raise UserError(f"--figures takes {', '.join(FIGURES)}; got {', '.join(unknown)}.")
     if FLAGS.image and "sequence" not in FLAGS.figures:
-        raise ValueError("--image is shown by the figure sequence; add it to --figures.")
+        raise UserError("--image is shown by the figure sequence; add it to --figures.")
     from nvg_jax.jobs import editing, figures
     from nvg_jax.pipeline import Pipeline
     from nvg_jax.runtime.files import make_folder

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nvg_jax.errors import UserError
+
 
 def num_stages(num_positions: int) -> int:
     """The number of stages S = K + 1 = log2(L) + 1 of a latent with L positions.
 
     Raises:
-        ValueError: L is not a power of two, or is less than 2.
+        UserError: L is not a power of two, or is less than 2.
     """
     if num_positions < 2 or num_positions & (num_positions - 1):
-        raise ValueError(
+        raise UserError(
             f"A latent with {num_positions} positions cannot be halved down to single positions: "
             "the number of positions (height x width of the latent) must be a power of two and at "
             "least 2, such as 4x4, 8x16 or 16x16. Choose another image size or number of "
@@ -133,7 +135,7 @@ def check_structure(structure: np.ndarray):
         structure: int (B, stages, L), the maps of the first stages.
 
     Raises:
-        ValueError: a map does not split every cluster j of the previous stage evenly into 2j and
+        UserError: a map does not split every cluster j of the previous stage evenly into 2j and
             2j+1; the message names the stage.
     """
     length = structure.shape[2]
@@ -142,7 +144,7 @@ def check_structure(structure: np.ndarray):
         even = np.sort(structure[:, stage]) == np.arange(length) // size
         split = stage == 0 or (structure[:, stage] // 2 == structure[:, stage - 1]).all()
         if not (even.all() and split):
-            raise ValueError(
+            raise UserError(
                 f"The structure map of stage {stage} must use each label 0 .. {2**stage - 1} at "
                 f"exactly {size} positions and split every cluster j of the stage before into 2j "
                 "and 2j+1."
@@ -156,10 +158,10 @@ def check_tokens(structure: np.ndarray, tokens: np.ndarray, codebook_size: int):
         structure, tokens: int (B, stages, L), for the first stages; the maps are valid.
 
     Raises:
-        ValueError: ids outside the codebook, or ids that differ within a cluster.
+        UserError: ids outside the codebook, or ids that differ within a cluster.
     """
     if tokens.size and not (0 <= tokens.min() and tokens.max() < codebook_size):
-        raise ValueError(
+        raise UserError(
             f"Token ids must be in 0 .. {codebook_size - 1}, got {tokens.min()} .. {tokens.max()}."
         )
     for stage in range(tokens.shape[1]):
@@ -167,7 +169,7 @@ def check_tokens(structure: np.ndarray, tokens: np.ndarray, codebook_size: int):
         np.put_along_axis(first, structure[:, stage], tokens[:, stage], axis=1)
         shared = np.take_along_axis(first, structure[:, stage], axis=1)
         if (shared != tokens[:, stage]).any():
-            raise ValueError(
+            raise UserError(
                 f"The tokens of stage {stage} differ within a cluster; all positions of a cluster "
                 "must hold the same token id."
             )

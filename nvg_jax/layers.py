@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from nvg_jax.attention import Rotary, attention, is_rocm, padded_length, platform
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.sharding import tensor_shards
 
 CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False}
@@ -38,11 +39,11 @@ def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
     equal and scale with the head; the kind takes the remaining channels.
 
     Raises:
-        ValueError: head_dim is odd or too small for the number of bits.
+        UserError: head_dim is odd or too small for the number of bits.
     """
     spatial = min(20 * head_dim // 64, (head_dim - 2 * num_bits - 2) // 2) // 2 * 2
     if spatial < 2 or head_dim % 2:
-        raise ValueError(
+        raise UserError(
             f"A head of {head_dim} channels cannot hold the rotary embedding of {num_bits} "
             "structure bits, row, column and kind: head_dim must be even and at least "
             f"{2 * num_bits + 6}. Use a larger head_dim."
@@ -325,7 +326,7 @@ class TransformerConfig:
     results of linear layers and of attention; "blocks": everything but the inputs of the blocks.
 
     Raises:
-        ValueError: a size below 1, a width that is not a multiple of head_dim, or unknown remat.
+        UserError: a size below 1, a width that is not a multiple of head_dim, or unknown remat.
     """
 
     width: int
@@ -339,14 +340,14 @@ class TransformerConfig:
         if self.drop_path < 0:
             object.__setattr__(self, "drop_path", 0.1 * self.depth / 24)
         if min(self.width, self.depth, self.head_dim, self.mlp_ratio) < 1:
-            raise ValueError(f"All sizes of a transformer must be at least 1, got {self}.")
+            raise UserError(f"All sizes of a transformer must be at least 1, got {self}.")
         if self.width % self.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"The width of a transformer must be a multiple of its head_dim; {self.width} is "
                 f"not a multiple of {self.head_dim}."
             )
         if self.remat not in REMAT:
-            raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {self.remat!r}.")
+            raise UserError(f"remat must be one of {', '.join(REMAT)}, got {self.remat!r}.")
 
 
 class Transformer(nn.Module):

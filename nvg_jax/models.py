@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
+from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.structure.model import StructureGenerator
@@ -30,7 +31,7 @@ def make_generator(
     """The "content" or "structure" generator for a tokenizer's latents.
 
     Raises:
-        ValueError: the latent is too small for a structure generator.
+        UserError: the latent is too small for a structure generator.
     """
     shared = dict(
         grid=tokenizer.latent_size,
@@ -42,7 +43,7 @@ def make_generator(
     if name == "content":
         return ContentGenerator(codebook_size=tokenizer.codebook_size, **shared)
     if tokenizer.num_stages < 3:
-        raise ValueError(
+        raise UserError(
             f"A latent of {tokenizer.num_positions} positions leaves the structure generator "
             "nothing to learn; use a latent of at least 4 positions."
         )

@@ -12,6 +12,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
 from nvg_jax.jobs.figures import picture_of
 from nvg_jax.jobs.sampling import Given, SamplingJob, stage_images
@@ -48,7 +49,7 @@ def check_size(file: str | io.BytesIO):
     """Checks the size of a picture without decoding it; other faults are left to its reader.
 
     Raises:
-        ValueError: a picture of more than `MAX_MEGAPIXELS`.
+        UserError: a picture of more than `MAX_MEGAPIXELS`.
     """
     try:
         with Image.open(file) as opened:
@@ -58,7 +59,7 @@ def check_size(file: str | io.BytesIO):
     except Exception:  # files that are not pictures raise errors of many kinds
         return
     if not fits:
-        raise ValueError(f"The picture has more than {MAX_MEGAPIXELS} megapixels; make it smaller.")
+        raise UserError(f"The picture has more than {MAX_MEGAPIXELS} megapixels; make it smaller.")
 
 
 def raw_upload(image: gr.Image) -> gr.Image:
@@ -77,7 +78,7 @@ def checked_uploads(editor: gr.ImageEditor) -> gr.ImageEditor:
         content = Path(file.path).read_bytes() if isinstance(file, gr.FileData) else file
         try:
             check_size(io.BytesIO(content))
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(str(error)) from None
         try:
             return convert(content, *args, **kwargs)
@@ -96,10 +97,10 @@ def drawing_of(painted: dict[str, Any] | None) -> np.ndarray:
     """The painted drawing, each pixel in the nearest brush color: uint8 (H, W, 3).
 
     Raises:
-        ValueError: nothing was painted.
+        UserError: nothing was painted.
     """
     if not painted or not any(layer[..., 3].any() for layer in painted["layers"]):
-        raise ValueError("Paint a drawing first: every color is a region.")
+        raise UserError("Paint a drawing first: every color is a region.")
     pixels = np.asarray(Image.fromarray(painted["composite"]).convert("RGBA"), np.float32)
     opaque = pixels[..., 3:] / 255
     pixels = pixels[..., :3] * opaque + 255 * (1 - opaque)
@@ -112,18 +113,18 @@ def picture_and_mask_of(painted: dict[str, Any] | None) -> tuple[np.ndarray, np.
     """The uploaded picture, and the area painted over it in white: uint8 (H, W, 3) each.
 
     Raises:
-        ValueError: there is no picture, it is blank, or nothing was painted.
+        UserError: there is no picture, it is blank, or nothing was painted.
     """
     if not painted or painted["background"] is None or not painted["background"][..., 3].any():
-        raise ValueError("Upload a picture first, or take the first sample.")
+        raise UserError("Upload a picture first, or take the first sample.")
     picture = painted["background"][..., :3]
     if (picture == picture[0, 0]).all():  # what the editor shows for a file that is not a picture
-        raise ValueError("The picture is blank; perhaps the browser could not read the file.")
+        raise UserError("The picture is blank; perhaps the browser could not read the file.")
     marked = np.zeros(picture.shape[:2], bool)
     for layer in painted["layers"]:
         marked |= layer[..., 3] > 127
     if not marked.any():
-        raise ValueError("Paint over the part of the picture that is to change.")
+        raise UserError("Paint over the part of the picture that is to change.")
     mask = np.repeat(255 * marked[..., None].astype(np.uint8), 3, axis=-1)
     return picture, mask
 
@@ -164,15 +165,15 @@ class Page:
 
     def picture(self, path: str | None, structure_stages: float, token_stages: float) -> Kept:
         if not path:
-            raise ValueError("Upload a picture first: its structure is kept.")
+            raise UserError("Upload a picture first: its structure is kept.")
         stages = int(structure_stages), int(token_stages)
         if stages[1] > stages[0]:
-            raise ValueError("Tokens need their maps: keep at least as many maps as tokens.")
+            raise UserError("Tokens need their maps: keep at least as many maps as tokens.")
         check_size(path)
         try:
             pixels = editing.read_picture(path)
-        except ValueError as error:  # without the folders of this machine
-            raise ValueError(str(error).replace(path, Path(path).name)) from None
+        except UserError as error:  # without the folders of this machine
+            raise UserError(str(error).replace(path, Path(path).name)) from None
         path = self._save("picture.png", pixels)
         given = editing.keep_stages(self.pipe, path, *stages)
         line = 'given = editing.keep_stages(pipe, "picture.png", {}, {})'.format(*stages)
@@ -198,7 +199,7 @@ class Page:
                 try:
                     value = spec.parse(value.replace(" ", ""))
                 except ValueError:
-                    raise ValueError(f"{name} takes numbers, got {value!r}.") from None
+                    raise UserError(f"{name} takes numbers, got {value!r}.") from None
             if value != getattr(self.pipe.settings, name):
                 changes[name] = value
         self.pipe.settings.updated(changes).expand(config.num_stages, config.codebook_size)
@@ -245,7 +246,7 @@ class Page:
             kept = keep(*inputs)
             changes = self.settings(tuple(settings))
             if not isinstance(seed, int | float) or seed % 1 != 0:
-                raise ValueError("The seed is a whole number.")
+                raise UserError("The seed is a whole number.")
             classes = [self.pipe.class_id(label)]
             job = SamplingJob(self.pipe, classes, SAMPLES, SAMPLES, int(seed), changes, kept.given)
             plan = self.plan(kept.given, changes)
@@ -253,7 +254,7 @@ class Page:
             progress((1, 3), desc="Sampling" if compiled else "Compiling (first time only)")
             out = job.sample(0)
             self._compiled.add(plan)
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(str(error)) from None
         progress((2, 3), desc="Decoding the stages")
         config = self.pipe.tokenizer.config

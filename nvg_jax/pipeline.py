@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import bundled, granularity, models, workdir
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation.metrics import to_float
 from nvg_jax.layers import fast_dtype
 from nvg_jax.models import GENERATORS
@@ -86,10 +87,10 @@ class Pipeline:
         return all(name in self.params for name in GENERATORS)
 
     def check_can_sample(self):
-        """Raises ValueError if the folder lacks a generator."""
+        """Raises UserError if the folder lacks a generator."""
         if not self.can_sample:
             missing = [name for name in GENERATORS if name not in self.params]
-            raise ValueError(
+            raise UserError(
                 f"This folder has no {' and no '.join(missing)} generator yet, so it cannot "
                 "sample; train with --config.part=generators (or all), or convert one."
             )
@@ -98,7 +99,7 @@ class Pipeline:
         """The id of a class given by its name or by its id, which may be a string.
 
         Raises:
-            ValueError: there is no such class.
+            UserError: there is no such class.
         """
         count = len(self.class_names)
         if isinstance(name, str) and name in self.class_names:
@@ -107,7 +108,7 @@ class Pipeline:
             name = int(name)
         if is_integer(name) and 0 <= name < count:
             return int(name)
-        raise ValueError(
+        raise UserError(
             f"Unknown class {name!r}: this model has the classes 0 to {count - 1} "
             f"({', '.join(self.class_names[:10])}{', ...' if count > 10 else ''})."
         )
@@ -129,7 +130,7 @@ class Pipeline:
                 all of encoding are float32 in either case.
 
         Raises:
-            ValueError: the folder does not exist or holds no model, its parts do not belong
+            UserError: the folder does not exist or holds no model, its parts do not belong
                 together, or the dtype is invalid.
         """
         return cls(*bundled.read_model(folder), dtype)
@@ -143,7 +144,7 @@ class Pipeline:
         """Writes the model to a folder for `from_pretrained`; replaces an earlier export.
 
         Raises:
-            ValueError: the folder is a training run's.
+            UserError: the folder is a training run's.
         """
         workdir.write_export(folder, self.metadata, self.params)
 
@@ -160,7 +161,7 @@ class Pipeline:
             token id of every position in every stage.
 
         Raises:
-            ValueError: images of another shape, type or range.
+            UserError: images of another shape, type or range.
         """
         return self._tokenize(self._check_images(images), method="encode")
 
@@ -168,7 +169,7 @@ class Pipeline:
         """The images of sequences, float32 (B, H, W, 3) in [-1, 1].
 
         Raises:
-            ValueError: maps that do not split every parent in half, token ids outside the
+            UserError: maps that do not split every parent in half, token ids outside the
                 codebook, tokens that differ within a cluster, or other shapes.
         """
         return self.decode_canvas(self.canvases(sequence)[:, -1])
@@ -177,7 +178,7 @@ class Pipeline:
         """The canvases of sequences after each stage, float32 (B, S, L, D).
 
         Raises:
-            ValueError: same as for `decode`.
+            UserError: same as for `decode`.
         """
         return self._tokenize(self._check_sequence(sequence, "sequence"), method="canvases")
 
@@ -185,7 +186,7 @@ class Pipeline:
         """The images of canvases (B, L, D) after any stage, float32 (B, H, W, 3) in [-1, 1].
 
         Raises:
-            ValueError: another shape, or values that are not finite.
+            UserError: another shape, or values that are not finite.
         """
         config = self.tokenizer.config
         canvas = as_finite(canvas, "canvas", (None, config.num_positions, config.latent_dim))
@@ -233,7 +234,7 @@ class Pipeline:
                 setting that is missing or None takes the folder's recommended value.
 
         Raises:
-            ValueError: an invalid argument; the message says what is valid.
+            UserError: an invalid argument; the message says what is valid.
             TypeError: an unknown setting.
         """
         self.check_can_sample()
@@ -261,7 +262,7 @@ class Pipeline:
         ):
             check_integer(name, value, 0, stages)
         if token_stages > max(structure_stages, 1):
-            raise ValueError(
+            raise UserError(
                 f"The tokens of {token_stages} stages need their maps: give at least "
                 f"structure_stages={token_stages}."
             )
@@ -274,13 +275,13 @@ class Pipeline:
         if isinstance(class_ids, (np.ndarray, jax.Array)):
             class_ids = class_ids.tolist()
         if isinstance(class_ids, (str, bytes)) or not hasattr(class_ids, "__iter__"):
-            raise ValueError(
+            raise UserError(
                 f"class_ids must be a list of class ids or names, got {class_ids!r}; for one "
                 f"image give [{class_ids!r}]."
             )
         ids = np.array([self.class_id(c) for c in class_ids], np.int32)
         if ids.size == 0:
-            raise ValueError("class_ids is empty; give at least one class.")
+            raise UserError("class_ids is empty; give at least one class.")
         noise, keys = self._randomness(seed, first_index, len(ids))
         if structure_noise is not None:
             noise = as_finite(structure_noise, "structure_noise", noise.shape)
@@ -311,7 +312,7 @@ class Pipeline:
         shape = (count, config.num_stages, config.num_positions)
         if prefix is None:
             if token_stages or structure_stages or region:
-                raise ValueError(
+                raise UserError(
                     "structure_stages, token_stages and region need a `prefix` sequence."
                 )
             return GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
@@ -326,7 +327,7 @@ class Pipeline:
             return np.zeros(shape, bool)
         region = np.asarray(region)
         if region.dtype != bool or region.shape not in (shape, shape[1:]):
-            raise ValueError(
+            raise UserError(
                 f"region must be bool of shape ({shape[1]},) or {shape}, True where to sample; got "
                 f"{region.dtype} {region.shape}."
             )
@@ -352,7 +353,7 @@ class Pipeline:
         images = np.asarray(images)
         expected = (*self.tokenizer.config.image_size, 3)
         if images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
-            raise ValueError(
+            raise UserError(
                 f"Images must have the shape (batch, {', '.join(map(str, expected))}), got "
                 f"{images.shape}."
             )
@@ -368,7 +369,7 @@ class Pipeline:
     ) -> GranularitySequence:
         """Checks a sequence of `count` images (any number but 0 if None), of its first stages."""
         if not isinstance(sequence, (tuple, list)) or len(sequence) != 2:
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a GranularitySequence, (structure, tokens), got "
                 f"{type(sequence).__name__}."
             )
@@ -377,7 +378,7 @@ class Pipeline:
         for field, part in (("structure", structure), ("tokens", tokens)):
             expected = (count or len(structure), config.num_stages, config.num_positions)
             if part.shape != expected or 0 in expected or part.dtype.kind not in "iu":
-                raise ValueError(
+                raise UserError(
                     f"{name}.{field} must be integers of shape ({count or 'batch'}, "
                     f"{expected[1]}, {expected[2]}), got {part.dtype} {part.shape}."
                 )
@@ -405,27 +406,27 @@ def is_integer(value) -> bool:
 
 
 def check_integer(name: str, value, low: int, high: int):
-    """Raises ValueError if a value is not an integer in low .. high."""
+    """Raises UserError if a value is not an integer in low .. high."""
     if not is_integer(value) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
+        raise UserError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
 
 
 def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:
     """Values as float32 of the given shape, in which None stands for any size but 0.
 
     Raises:
-        ValueError: another shape, or values that are not numbers or not finite.
+        UserError: another shape, or values that are not numbers or not finite.
     """
     expected = f"({', '.join('batch' if n is None else str(n) for n in shape)})"
     try:
         values = np.asarray(values, np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be numbers of shape {expected} ({error}).") from error
+        raise UserError(f"{name} must be numbers of shape {expected} ({error}).") from error
     fits = values.ndim == len(shape) and all(
         size == wanted or (wanted is None and size) for size, wanted in zip(values.shape, shape)
     )
     if not fits:
-        raise ValueError(f"{name} must have the shape {expected}, got {values.shape}.")
+        raise UserError(f"{name} must have the shape {expected}, got {values.shape}.")
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} must be finite, and has NaN or infinite values.")
+        raise UserError(f"{name} must be finite, and has NaN or infinite values.")
     return jnp.asarray(values)

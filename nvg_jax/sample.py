@@ -19,6 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from nvg_jax import cli
+from nvg_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 MAX_COLUMNS = 20  # columns of the grid
@@ -59,18 +60,18 @@ def given(pipeline):
     """What samples keep according to the flags, or None.
 
     Raises:
-        ValueError: flags that contradict each other, or a file that cannot be read.
+        UserError: flags that contradict each other, or a file that cannot be read.
     """
     from nvg_jax.jobs import editing
 
     chosen = [name for name in ("structure_from", "structure_map", "edit") if FLAGS[name].value]
     if len(chosen) > 1:
-        raise ValueError(f"Give only one of {', '.join(f'--{name}' for name in chosen)}.")
+        raise UserError(f"Give only one of {', '.join(f'--{name}' for name in chosen)}.")
     needs = {"structure_stages": "structure_from", "token_stages": "structure_from"}
     needs |= {"mask": "edit", "edit_from": "edit", "paste": "edit", "feather": "paste"}
     for name, other in needs.items():
         if FLAGS[name].present and not FLAGS[other].value:
-            raise ValueError(f"--{name} needs --{other}.")
+            raise UserError(f"--{name} needs --{other}.")
     if FLAGS.structure_from:
         stages = FLAGS.structure_stages, FLAGS.token_stages
         return editing.keep_stages(pipeline, FLAGS.structure_from, *stages)

@@ -21,8 +21,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     """Trains the parts that `config.part` names, resuming from `workdir`.
 
     Raises:
-        ValueError: an invalid setting or data set; the message names a valid one.
-        FloatingPointError: a metric is not finite; the message names the step and the metric.
+        UserError: an invalid setting or data set; the message names a valid one.
+        UserError: a metric is not finite; the message names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
     """
     check_config(config)

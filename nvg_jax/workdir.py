@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from nvg_jax import models
+from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import GENERATORS
 from nvg_jax.runtime import checkpoint, files
@@ -83,7 +84,7 @@ class RunMetadata:
         return len(self.class_names)
 
     def check_settings(self, settings: Settings):
-        """Raises ValueError for settings that a distilled structure generator does not support.
+        """Raises UserError for settings that a distilled structure generator does not support.
 
         Its guidance is built in. If it learned its teacher's solutions (reflow), it knows only the
         times of its own steps, which include those of any divisor of their number.
@@ -91,7 +92,7 @@ class RunMetadata:
         if self.teacher is None:
             return
         if (np.asarray(settings.structure_guidance) != 1).any():
-            raise ValueError(
+            raise UserError(
                 "This model's structure generator was distilled and has its guidance inside; "
                 f"structure_guidance must be 1, got {settings.structure_guidance}."
             )
@@ -99,7 +100,7 @@ class RunMetadata:
         known = [n for n in range(1, own.flow_steps + 1) if own.flow_steps % n == 0]
         same = (settings.solver, settings.flow_shift) == (own.solver, own.flow_shift)
         if self.config["distillation"]["reflow"] and not (same and settings.flow_steps in known):
-            raise ValueError(
+            raise UserError(
                 f"This model's structure generator was distilled for {own.flow_steps} steps and "
                 f"knows no other times: give solver={own.solver!r}, flow_shift={own.flow_shift:g} "
                 f"and flow_steps={' or '.join(map(str, known))}; got {settings.solver!r}, "
@@ -120,7 +121,7 @@ class RunMetadata:
         """The inverse of `to_json`, from a dictionary that may also hold "step".
 
         Raises:
-            ValueError: keys that are missing or unknown, or sizes that are invalid.
+            UserError: keys that are missing or unknown, or sizes that are invalid.
         """
         try:
             metadata = cls(**content)
@@ -134,7 +135,7 @@ class RunMetadata:
                 sampling=Settings.from_dict(metadata.sampling),
             )
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"The metadata is not what this version of nvg_jax writes ({error}). Read the "
                 "folder with the version that wrote it."
             ) from error
@@ -158,7 +159,7 @@ def read(
         (metadata, tree of NumPy arrays), or None if the folder has no checkpoint.
 
     Raises:
-        ValueError: all checkpoints are damaged, or hold other leaves.
+        UserError: all checkpoints are damaged, or hold other leaves.
     """
     found = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)))
     return found and (RunMetadata.from_json(found[0]), found[1])
@@ -177,7 +178,7 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, parameters) of an exported or converted folder, or of a training run's workdir.
 
     Raises:
-        ValueError: there is no such folder, or no model in it.
+        UserError: there is no such folder, or no model in it.
     """
     folder = files.storage_path(folder)
     found = read(
@@ -195,11 +196,11 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     The tokenizer is the workdir's own, or the one that its generators name.
 
     Raises:
-        ValueError: there is no such folder, no tokenizer, or a generator that was trained with
+        UserError: there is no such folder, no tokenizer, or a generator that was trained with
             another tokenizer.
     """
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"There is no folder {folder}. Give the --workdir of a training run, a folder that "
             "was exported or converted, or the name of a bundled model, such as fashion_mnist."
         )
@@ -208,7 +209,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         metadata = read_metadata(folder / part)
         for name in metadata.generators if metadata else ():
             if name in found:
-                raise ValueError(
+                raise UserError(
                     f"{folder} holds two {name} generators, in {found[name][0].name}/ and in "
                     f"{part}/. Move the one you do not want to another folder."
                 )
@@ -219,23 +220,23 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             break
     else:
         if (folder / DISTILLATION).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"The distillation in {folder} has not finished; run `python -m nvg_jax.distill` "
                 "with the same flags again."
             )
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
             f"--config=... --workdir={folder}`."
         )
     metadata, params = tokenizer[0], {"tokenizer": tokenizer[1]}
     if found and metadata.fingerprint is None:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer in {place} is at step {metadata.step}, before the end of its "
             "training, and the generators need the finished one. Restore a copy of its "
             "last checkpoint, or let `python -m nvg_jax.train` finish it."
         )
     if len({m.class_names for _, m in found.values()}) > 1:
-        raise ValueError(
+        raise UserError(
             f"The generators in {folder} were trained on data with different classes; train one of "
             "them again."
         )
@@ -258,7 +259,7 @@ def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
         (metadata, raw parameters), or None if the folder holds no tokenizer.
 
     Raises:
-        ValueError: all its checkpoints are damaged.
+        UserError: all its checkpoints are damaged.
     """
     folder = files.storage_path(folder)
     for place, key in ((folder / EXPORT_FOLDER, "tokenizer"), (folder / "tokenizer", "params")):
@@ -278,7 +279,7 @@ def write_export(
         step: the training step. An export of a lower step stays until the new one is complete.
 
     Raises:
-        ValueError: the folder is a training run's, whose checkpoints the export would hide.
+        UserError: the folder is a training run's, whose checkpoints the export would hide.
     """
     folder = files.storage_path(folder)
     check_export(folder)
@@ -293,18 +294,18 @@ def write_export(
 
 
 def check_export(folder: epath.Path):
-    """Raises ValueError for a training run's folder, whose checkpoints an export would hide."""
+    """Raises UserError for a training run's folder, whose checkpoints an export would hide."""
     if any((folder / part).is_dir() for part in PARTS):
-        raise ValueError(f"{folder} holds a training run; export to another folder.")
+        raise UserError(f"{folder} holds a training run; export to another folder.")
 
 
 # Runs to resume or to build on.
 
 
 def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: epath.Path):
-    """Raises ValueError if the generator in `folder` was trained with another tokenizer."""
+    """Raises UserError if the generator in `folder` was trained with another tokenizer."""
     if generator.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"The generator in {folder} was trained with another tokenizer (weights "
             f"{generator.fingerprint}) than this model's ({tokenizer.fingerprint}). Train it "
             "again with this tokenizer, or restore its own tokenizer."
@@ -312,7 +313,7 @@ def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: epat
 
 
 def check_resume(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
-    """Raises ValueError if the config differs from the one that the run in `folder` started with.
+    """Raises UserError if the config differs from the one that the run in `folder` started with.
 
     Settings in `MAY_CHANGE` may differ.
     """
@@ -334,7 +335,7 @@ def check_resume(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
     stored_settings = must_stay(stored)
     for key, value in must_stay(new).items():
         if stored_settings.get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds a run with {key} = {stored_settings.get(key)}, which cannot be "
                 f"resumed with {value}. Use the settings it was started with, or another workdir."
             )

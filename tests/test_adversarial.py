@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import diffaug, losses
 from nvg_jax.tokenizer.discriminator import (
@@ -198,7 +199,7 @@ def test_batch_norm_by_hand():
 
 def test_patches_must_fit():
     features = SmallFeatures()
-    with pytest.raises(ValueError, match="input of 30 x 32 is not a multiple"):
+    with pytest.raises(UserError, match="input of 30 x 32 is not a multiple"):
         features.init(KEY, jnp.zeros((1, 30, 32, 3)))
 
 
@@ -320,5 +321,5 @@ def test_input_sizes():
     images = draw(10, 2, 4, 4, 3)
     assert diffaug.discriminator_input(images, KEY, 4) is images
     assert diffaug.discriminator_input(draw(10, 2, 6, 9, 3), KEY, 4).shape == (2, 4, 4, 3)
-    with pytest.raises(ValueError, match="is 4 x 4 and cannot be cut from images of 3 x 8"):
+    with pytest.raises(UserError, match="is 4 x 4 and cannot be cut from images of 3 x 8"):
         diffaug.discriminator_input(draw(10, 2, 3, 8, 3), KEY, 4)

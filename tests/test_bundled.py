@@ -6,6 +6,7 @@ import pytest
 from helpers import ROOT, random_pipeline
 
 from nvg_jax import Pipeline, bundled
+from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.sampling import control
@@ -62,10 +63,10 @@ def test_a_bundled_file_keeps_float16_weights_and_refuses_damage(tmp_path, monke
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="SHA-256 differs"):
+    with pytest.raises(UserError, match="SHA-256 differs"):
         Pipeline.from_pretrained("fashion_mnist")
     path.unlink()
-    with pytest.raises(ValueError, match="install nvg_jax again"):
+    with pytest.raises(UserError, match="install nvg_jax again"):
         Pipeline.from_pretrained("fashion_mnist")
 
 

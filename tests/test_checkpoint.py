@@ -16,6 +16,7 @@ import pytest
 from helpers import flip_bit, read_meta
 from orbax.checkpoint import multihost
 
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read
 from nvg_jax.runtime.files import storage_path
 
@@ -176,15 +177,15 @@ def test_when_all_are_damaged_nothing_starts_over(two):
     for step in ("1", "2"):
         largest = max((two / step).rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
         os.truncate(largest, 10)
-    with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"Every checkpoint in .* is damaged"):
         restore(two)
-    with pytest.raises(ValueError, match=r"Every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"Every checkpoint in .* is damaged"):
         read(two, lambda meta: abstract(make_state(0)))
     assert (two / "1").is_dir() and (two / "2").is_dir()
 
 
 def test_one_process_at_a_time_writes_to_a_folder(two):
-    with Checkpoints(two), pytest.raises(ValueError, match=f"Another process is writing to {two}"):
+    with Checkpoints(two), pytest.raises(UserError, match=f"Another process is writing to {two}"):
         Checkpoints(two)
     assert restore(two)[2] == 2
 
@@ -192,10 +193,10 @@ def test_one_process_at_a_time_writes_to_a_folder(two):
 def test_another_model_is_not_reported_as_damage(two):
     other = make_state(0)
     other["params"]["kernel"] = jnp.zeros((64, 47))
-    with pytest.raises(ValueError, match=r"params/kernel should be float32 \(64, 47\)"):
+    with pytest.raises(UserError, match=r"params/kernel should be float32 \(64, 47\)"):
         read(two, lambda meta: abstract(other))
     checkpoints = Checkpoints(two)
-    with pytest.raises(ValueError, match="are of another model"):
+    with pytest.raises(UserError, match="are of another model"):
         checkpoints.restore(abstract(other), lambda meta: None)
     checkpoints.close()
     assert restore(two)[2] == 2
@@ -242,7 +243,7 @@ def fill_disk(folder):
     try:
         checkpoints.save(3, big, META)
         checkpoints.wait()
-    except OSError as error:
+    except UserError as error:
         print(error, flush=True)
     os._exit(0)  # skips the cleanup, in which Orbax would raise
 

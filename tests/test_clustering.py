@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvg_jax.clustering import greedy_hierarchy
+from nvg_jax.errors import UserError
 
 
 def sequential(points: np.ndarray) -> np.ndarray:
@@ -129,5 +130,5 @@ def test_passes_no_gradient():
 
 @pytest.mark.parametrize("length", [0, 1, 12, 255])
 def test_length_must_be_a_power_of_two(length):
-    with pytest.raises(ValueError, match=f"{length} positions.*power of two"):
+    with pytest.raises(UserError, match=f"{length} positions.*power of two"):
         greedy_hierarchy(jnp.zeros((2, length, 4)))

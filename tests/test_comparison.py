@@ -11,6 +11,7 @@ import pytest
 
 from nvg_jax import pretrained
 from nvg_jax.data import Transform, open_source
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation import metrics
 from nvg_jax.jobs import comparison, features
 from nvg_jax.pretrained import ImageFeatures
@@ -98,7 +99,7 @@ def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
 
 def test_parts_of_other_images_are_refused(samples, reference, tmp_path):
     features.extract(samples, Judge(), tmp_path / "parts")
-    with pytest.raises(ValueError, match="holds samples made with other settings"):
+    with pytest.raises(UserError, match="holds samples made with other settings"):
         features.extract(reference, Judge(), tmp_path / "parts")
 
 
@@ -163,7 +164,7 @@ def test_a_split_is_every_image_once_and_keeps_the_first_features(monkeypatch, t
 )
 def test_archives_with_other_contents(tmp_path, content, message):
     np.savez(tmp_path / "x.npz", **content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         features.Archive(tmp_path / "x.npz", 5)
 
 
@@ -171,12 +172,12 @@ def test_truncated_and_damaged_archives(tmp_path):
     path = save(tmp_path / "x.npz", IMAGES)
     whole = path.read_bytes()
     path.write_bytes(whole[:2000])
-    with pytest.raises(ValueError, match="is damaged, incomplete or not an .npz file"):
+    with pytest.raises(UserError, match="is damaged, incomplete or not an .npz file"):
         features.Archive(path, 5)
     path.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         list(features.Archive(path, 5).batches(range(5)))
-    with pytest.raises(ValueError, match="There is no file"):
+    with pytest.raises(UserError, match="There is no file"):
         features.Archive(tmp_path / "y.npz", 5)
 
 
@@ -199,9 +200,9 @@ def test_other_sizes_and_too_few_images_are_said(samples, reference, tmp_path, w
 
 
 def test_what_a_reference_may_be(tmp_path):
-    with pytest.raises(ValueError, match="must be train, test or an .npz file, got 'val'"):
+    with pytest.raises(UserError, match="must be train, test or an .npz file, got 'val'"):
         comparison.open_reference("val", 4, None, None)
-    with pytest.raises(ValueError, match="is a split of a data set"):
+    with pytest.raises(UserError, match="is a split of a data set"):
         comparison.open_reference("train", 4, None, None)
 
 
@@ -218,7 +219,7 @@ def test_a_sweep_is_every_combination():
         ("top_p=1,x", "top_p takes numbers"),
         ("gumbel=maybe", "gumbel takes"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             comparison.parse_sweep(text)
 
 

@@ -14,6 +14,7 @@ from helpers import ROOT
 
 from configs import digits
 from nvg_jax.aot import batch, chips, hlo, lowering, report
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
 
 # A loop with five trips. Each reads one row of a stack of five in a fusion, multiplies 8 x 16 by
@@ -274,7 +275,7 @@ def test_flops_of_the_kernels_of_libraries_and_of_our_own():
 
 
 def test_text_that_is_not_hlo():
-    with pytest.raises(ValueError, match="no ENTRY"):
+    with pytest.raises(UserError, match="no ENTRY"):
         hlo.parse("module @jit_f {\n}\n")
 
 
@@ -413,28 +414,28 @@ def run(*args: str, env=None, **kwargs):
 
 
 def test_error_messages():
-    with pytest.raises(ValueError, match="Unknown topology 'v5p'.*v5e:16x16"):
+    with pytest.raises(UserError, match="Unknown topology 'v5p'.*v5e:16x16"):
         chips.find_target("v5p", {})
-    with pytest.raises(ValueError, match="Unknown topology 'v9:2x2'"):
+    with pytest.raises(UserError, match="Unknown topology 'v9:2x2'"):
         chips.find_target("v9:2x2", {})
     for wrong in ("h100:9", "h100:2x9", "h100", "h100:0", "v5e:8"):
-        with pytest.raises(ValueError, match="h100:4x8"):
+        with pytest.raises(UserError, match="h100:4x8"):
             chips.find_target(wrong, {})
     result = run("--config=configs/digits.py:runlocal", "--topology=v5e")
     assert result.returncode == 2 and result.stderr.startswith("error: Unknown topology 'v5e'")
     assert result.stderr.count("\n") == 1
-    with pytest.raises(ValueError, match="A batch of 0 does not split .* such as 4"):
+    with pytest.raises(UserError, match="A batch of 0 does not split .* such as 4"):
         batch.check_batch(0, 4)
-    with pytest.raises(ValueError, match="multiple of 4, such as 8"):
+    with pytest.raises(UserError, match="multiple of 4, such as 8"):
         batch.check_batch(11, 4)
     batch.check_batch(12, 4)
 
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
+    with pytest.raises(UserError, match=r'pip install "jax\[tpu\]"'):
         chips.find_target("v5e:2x2", {})
-    with pytest.raises(ValueError, match=r'pip install "jax\[cuda13\]"'):
+    with pytest.raises(UserError, match=r'pip install "jax\[cuda13\]"'):
         chips.find_target("h100:8", {})
 
 
@@ -442,13 +443,13 @@ def test_parts_are_single_programs():
     config = type("Config", (), {"part": "all"})
     assert lowering.training_part(config) == "generators"
     config.part = "separate"
-    with pytest.raises(ValueError, match="part=separate is not a single program"):
+    with pytest.raises(UserError, match="part=separate is not a single program"):
         lowering.training_part(config)
 
 
 def test_an_unknown_dtype_is_refused():
     config = type("Config", (), {"part": "all", "dtype": "half"})
-    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got 'half'"):
+    with pytest.raises(UserError, match="dtype must be float32 or bfloat16, got 'half'"):
         lowering.Compiler(config, None, "train")
 
 

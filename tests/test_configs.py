@@ -10,6 +10,7 @@ import pytest
 from helpers import optimizer_config
 
 from nvg_jax import Pipeline, layers, models
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
@@ -220,5 +221,5 @@ def test_an_fid_that_cannot_be_measured_is_refused_at_once(changes, message):
     config.generator_training.fid_every = 5
     check_config(config)
     config.update(changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         check_config(config)

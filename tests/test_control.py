@@ -12,6 +12,7 @@ from helpers import ROOT, is_even_hierarchy, random_pipeline
 from PIL import Image
 
 from nvg_jax import granularity
+from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing, sampling
 from nvg_jax.sampling import control
 from nvg_jax.structure import flow
@@ -138,7 +139,7 @@ def test_a_mask_over_pixels_takes_every_patch_it_touches():
         (np.ones((9, 8), bool), "multiples of 4 and 4"),
         (np.ones((8, 8)), "must be bool"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             control.region_of_mask(wrong, (4, 4))
 
 
@@ -218,7 +219,7 @@ def test_ready_made_drawings_halve_the_image(name):
     if stages == 2:
         agree = structure[1] == control.regions_of_positions(drawing, (16, 16)).reshape(16, 16)
         assert agree.mean() > 0.93
-    with pytest.raises(ValueError, match="circle_left"):
+    with pytest.raises(UserError, match="circle_left"):
         control.ready_made("cricle")
 
 
@@ -333,7 +334,7 @@ def test_wrong_use_ends_in_a_sentence(pipe, files):
             "image.png is a file, so it cannot be a folder",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             call()
 
 

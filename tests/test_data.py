@@ -16,6 +16,7 @@ from PIL import Image
 from nvg_jax.data import LoaderOptions, Transform, eval_batches, open_source, train_batches
 from nvg_jax.data.sources import ArraySource
 from nvg_jax.data.transforms import decode
+from nvg_jax.errors import UserError
 
 
 def numbered(count, size=4):
@@ -74,20 +75,20 @@ def test_fashion_mnist_idx_files(tmp_path):
     assert (np.stack([item["image"] for item in items(source)]) == images).all()
     assert source.class_names[9] == "Ankle boot"
 
-    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.*apt-get install"):
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte.*apt-get install"):
         open_source("fashion_mnist", "test", data_dir=str(tmp_path))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0]))
-    with pytest.raises(ValueError, match="3 train images but 2 labels"):
+    with pytest.raises(UserError, match="3 train images but 2 labels"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0, 10]))
-    with pytest.raises(ValueError, match="go up to 10"):
+    with pytest.raises(UserError, match="go up to 10"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1]))
-    with pytest.raises(ValueError, match="train-labels-idx1-ubyte' is not a complete IDX file"):
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte' is not a complete IDX file"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
     packed = tmp_path / "train-images-idx3-ubyte.gz"
     packed.write_bytes(packed.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"ubyte.gz' cannot be unpacked"):
+    with pytest.raises(UserError, match=r"ubyte.gz' cannot be unpacked"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
 
 
@@ -106,7 +107,7 @@ def test_image_folder_with_split_folders(tmp_path):
     assert [item["label"] for item in items(train)] == [0, 0, 0, 1, 1, 1]
     assert [item["name"] for item in items(test)][1] == str(tmp_path / "val" / "ant" / "1.png")
     save(tmp_path / "val" / "bee" / "0.png", [[0]])
-    with pytest.raises(ValueError, match=r"\['bee'\] are in only one of them"):
+    with pytest.raises(UserError, match=r"\['bee'\] are in only one of them"):
         open_source("image_folder", "test", data_dir=str(tmp_path))
 
 
@@ -138,32 +139,32 @@ def test_image_folder_errors(tmp_path):
     def open_(split="train", **options):
         return open_source("image_folder", split, data_dir=str(tmp_path), **options)
 
-    with pytest.raises(ValueError, match="needs data_dir"):
+    with pytest.raises(UserError, match="needs data_dir"):
         open_source("image_folder", "train")
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         open_source("image_folder", "train", data_dir=str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="has no subfolders"):
+    with pytest.raises(UserError, match="has no subfolders"):
         open_()
     (tmp_path / "ant").mkdir()
     (tmp_path / "ant" / ".hidden").touch()
-    with pytest.raises(ValueError, match="ant' has no images"):
+    with pytest.raises(UserError, match="ant' has no images"):
         open_()
     make_folder(tmp_path)
-    with pytest.raises(ValueError, match="falls into the test split"):
+    with pytest.raises(UserError, match="falls into the test split"):
         open_("test")
-    with pytest.raises(ValueError, match=r"1 classes .ant., but .* has 2 classes .ant, zebra."):
+    with pytest.raises(UserError, match=r"1 classes .ant., but .* has 2 classes .ant, zebra."):
         open_(class_names=["ant"])
     (tmp_path / "ant" / "deeper").mkdir()
-    with pytest.raises(ValueError, match="has a folder 'deeper' inside"):
+    with pytest.raises(UserError, match="has a folder 'deeper' inside"):
         open_()
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="no data set 'mnist'"):
+    with pytest.raises(UserError, match="no data set 'mnist'"):
         open_source("mnist", "train")
-    with pytest.raises(ValueError, match="no split 'val'"):
+    with pytest.raises(UserError, match="no split 'val'"):
         open_source("digits", "val")
-    with pytest.raises(ValueError, match="leave data_dir empty"):
+    with pytest.raises(UserError, match="leave data_dir empty"):
         open_source("digits", "train", data_dir="/data")
 
 
@@ -207,7 +208,7 @@ def test_tfds_array_record(tmp_path):
             assert f"{split}_{item['label']}.png" in item["name"]
             color = np.asarray(decode(item["image"]))[0, 0]
             assert color.tolist() == ([0, 0, 255] if item["label"] else [255, 0, 0])
-    with pytest.raises(ValueError, match="no version folder with a data set prepared"):
+    with pytest.raises(UserError, match="no version folder with a data set prepared"):
         open_source("tfds:mnist", "train", data_dir=str(tmp_path))
 
     version = tmp_path / "imagenet2012" / "1.10.0"
@@ -217,7 +218,7 @@ def test_tfds_array_record(tmp_path):
     info = json.loads((version / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
     (version / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match="not in ArrayRecord"):
+    with pytest.raises(UserError, match="not in ArrayRecord"):
         open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))
 
 
@@ -256,11 +257,11 @@ def test_decode_gives_rgb(content, expected):
 def test_decode_refuses_what_it_cannot_show():
     whole = encoded(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
     for broken in (b"", b"text", whole[: len(whole) // 2]):
-        with pytest.raises(ValueError, match=r"not an? (readable )?image"):
+        with pytest.raises(UserError, match=r"not an? (readable )?image"):
             decode(broken)
-    with pytest.raises(ValueError, match="no fixed range"):
+    with pytest.raises(UserError, match="no fixed range"):
         decode(encoded(np.ones((2, 2), np.float32), format="TIFF"))
-    with pytest.raises(ValueError, match="do not fit in 16 bits"):
+    with pytest.raises(UserError, match="do not fit in 16 bits"):
         decode(encoded(np.array([[70000]], np.int32), format="TIFF"))
 
 
@@ -311,7 +312,7 @@ def test_resize_covers_and_range():
     crop = Transform((8, 16), resize=8)(image)
     assert crop.shape == (8, 16, 3) and crop.max() < -0.9
     assert Transform((32, 16), resize=16)(image).max() == 1
-    with pytest.raises(ValueError, match=r"resized to 8 pixels .* at least 16"):
+    with pytest.raises(UserError, match=r"resized to 8 pixels .* at least 16"):
         Transform((16, 16), resize=8)
 
 
@@ -446,12 +447,12 @@ def broken_folder(root):
 def test_unreadable_files_are_named(tmp_path):
     broken_folder(tmp_path)
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"train/(ant/1|zebra/2).png: not an? "):
+    with pytest.raises(UserError, match=r"train/(ant/1|zebra/2).png: not an? "):
         take(train_batches(source, options(2), seed=0), 4)
-    with pytest.raises(ValueError, match=r"train/ant/1.png: not an image"):
+    with pytest.raises(UserError, match=r"train/ant/1.png: not an image"):
         list(eval_batches(source, options(2)))
     (tmp_path / "train" / "ant" / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"ant/0.png"):
+    with pytest.raises(UserError, match=r"ant/0.png"):
         list(eval_batches(source, options(2)))
 
 
@@ -491,7 +492,7 @@ def test_a_broken_data_set_stops(tmp_path):
         for i in range(9):
             (tmp_path / name / f"{i}.png").write_bytes(b"")
     source = open_source("image_folder", "train", data_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="10 records drawn in a row are unreadable"):
+    with pytest.raises(UserError, match="10 records drawn in a row are unreadable"):
         next(train_batches(source, options(2, on_bad="skip"), seed=0))
 
 
@@ -502,5 +503,5 @@ def test_loader_errors():
         (dict(batch_size=1, process_index=2, process_count=2), "process_index 2"),
         (dict(batch_size=1, on_bad="ignore"), "'error' or 'skip'"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             train_batches(numbered(7), options(**settings), seed=0)

@@ -12,6 +12,7 @@ from helpers import random_pipeline, tiny_config
 
 from nvg_jax import Pipeline, workdir
 from nvg_jax.distill import distill
+from nvg_jax.errors import UserError
 from nvg_jax.jobs.sampling import SamplingJob
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import Teacher, structure_losses
@@ -186,12 +187,12 @@ def test_the_student_is_a_whole_model_with_its_own_recommended_steps(teacher, st
     plan, _ = few._plan({}, 0, 0, False)
     assert {stage.split for stage in plan.stages} == {"plain", "noise", "none"}  # no null branch
     assert few.sample([0, 1]).images.shape == (2, 8, 8, 3)
-    with pytest.raises(ValueError, match="has its guidance inside; structure_guidance must be 1"):
+    with pytest.raises(UserError, match="has its guidance inside; structure_guidance must be 1"):
         few.sample([0], structure_guidance=2.0)
     # Trained on with its tokenizer, new generators are not distilled ones.
     assert few.metadata.teacher and workdir.read_tokenizer(student)[0].teacher is None
     job = SamplingJob(few, [0], 1, 1, 0, {"structure_guidance": 2.0})
-    with pytest.raises(ValueError, match="has its guidance inside"):
+    with pytest.raises(UserError, match="has its guidance inside"):
         job.describe()  # before a folder is written
 
 
@@ -202,7 +203,7 @@ def test_a_student_is_sampled_at_the_times_that_it_knows():
     for steps in (1, 2, 4):
         metadata.check_settings(own.updated({"flow_steps": steps}))
     for change in ({"flow_steps": 3}, {"flow_steps": 8}, {"solver": "heun"}, {"flow_shift": 1.0}):
-        with pytest.raises(ValueError, match="flow_steps=1 or 2 or 4; got"):
+        with pytest.raises(UserError, match="flow_steps=1 or 2 or 4; got"):
             metadata.check_settings(own.updated(change))
     config["distillation"]["reflow"] = False  # learned at all times
     metadata.replace(config=config).check_settings(own.updated({"flow_steps": 3}))
@@ -255,28 +256,28 @@ def test_the_same_command_again_resumes(teacher, student, tmp_path):
     ],
 )
 def test_wrong_settings_end_in_a_sentence(teacher, student, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         distill(short_config(**changes), str(teacher), student)
 
 
 @pytest.mark.slow
 def test_wrong_folders_and_data_end_in_a_sentence(teacher, student, tmp_path):
-    with pytest.raises(ValueError, match="There is no folder"):
+    with pytest.raises(UserError, match="There is no folder"):
         distill(short_config(), str(tmp_path / "nothing"), tmp_path / "out")
     (tmp_path / "run" / "generators").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds a training run"):
+    with pytest.raises(UserError, match="holds a training run"):
         distill(short_config(), str(teacher), tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a model already, which its student would replace"):
+    with pytest.raises(UserError, match="holds a model already, which its student would replace"):
         distill(short_config(), str(teacher), teacher)
     (tmp_path / "begun" / "distillation").mkdir(parents=True)
-    with pytest.raises(ValueError, match="distillation in .*begun has not finished"):
+    with pytest.raises(UserError, match="distillation in .*begun has not finished"):
         Pipeline.from_pretrained(tmp_path / "begun")
     pipeline = random_pipeline()
     pipeline.metadata = pipeline.metadata.replace(class_names=tuple("abcdefghij"))
     pipeline.save_pretrained(tmp_path / "letters")
-    with pytest.raises(ValueError, match=r"10 classes \(a, b, c, ...\) and the data have 10 \(0"):
+    with pytest.raises(UserError, match=r"10 classes \(a, b, c, ...\) and the data have 10 \(0"):
         distill(short_config(), str(tmp_path / "letters"), tmp_path / "out")
-    with pytest.raises(ValueError, match="holds a run with teacher = "):
+    with pytest.raises(UserError, match="holds a run with teacher = "):
         other = random_pipeline()
         other.params = jax.tree.map(lambda x: x * 0.9, other.params)
         other.metadata = other.metadata.replace(

@@ -23,6 +23,7 @@ from helpers import on_eight_devices, random_like, random_pipeline, tiny_config,
 from test_attention import arguments as attention_arguments
 
 from nvg_jax import attention, layers, models
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.sampling.settings import Settings
@@ -218,9 +219,9 @@ def test_only_parameters_and_gradients_travel(seen, stage, name):
 def test_heads_that_do_not_split_are_refused():
     config = run_config()
     mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.MESH_AXES)
-    with pytest.raises(ValueError, match="2 attention heads .* do not split over mesh.tensor=3"):
+    with pytest.raises(UserError, match="2 attention heads .* do not split over mesh.tensor=3"):
         generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
-    with pytest.raises(ValueError, match="2 attention heads of the structure generator"):
+    with pytest.raises(UserError, match="2 attention heads of the structure generator"):
         distillation.make_program(config, mesh, STEPS, 10, Settings())
 
 
@@ -390,7 +391,7 @@ def placement() -> dict:
         seen["meshes"][str(sizes)] = list(sharding.make_mesh(*sizes).shape.values())
     try:
         sharding.make_mesh(-1, 3, 1)
-    except ValueError as error:
+    except UserError as error:
         seen["sentence"] = str(error)
 
     mesh = sharding.make_mesh(2, 2, 2)

@@ -22,6 +22,7 @@ from nvg_jax.data import (
     sequences,
     train_batches,
 )
+from nvg_jax.errors import UserError
 from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
 from nvg_jax.runtime import files, sharding
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
@@ -214,10 +215,10 @@ def test_a_flipped_bit_is_named_and_the_rest_can_be_read(tmp_path):
     record = np.array([[51]] * 3, np.uint8).tobytes()  # the tokens of image 5, crop 1
     flip(folder / "train-00001-of-00002.array_record", record)
     source = open_source("sequences", "train", data_dir=str(folder))
-    with pytest.raises(ValueError, match=r"train-00001-of-00002.array_record record 1 is damaged"):
+    with pytest.raises(UserError, match=r"train-00001-of-00002.array_record record 1 is damaged"):
         source[5]
     assert [source[i]["label"] for i in range(5)] == list(range(5))
-    with pytest.raises(ValueError, match=r"train-00001-of-00002.array_record record 1 is damaged"):
+    with pytest.raises(UserError, match=r"train-00001-of-00002.array_record record 1 is damaged"):
         list(eval_batches(source, LoaderOptions(UNUSED, batch_size=6)))
     (batch,) = eval_batches(source, LoaderOptions(UNUSED, batch_size=6, on_bad="skip"))
     assert batch["mask"].tolist() == [True] * 5 + [False] and len(source.unreadable) == 1
@@ -230,7 +231,7 @@ def test_a_record_has_a_checksum_of_its_own():
     for at in range(len(record)):
         wrong = bytearray(record)
         wrong[at] ^= 1
-        with pytest.raises(ValueError, match="checksum"):
+        with pytest.raises(UserError, match="checksum"):
             sequences.unpack(bytes(wrong), dtype)
 
 
@@ -244,24 +245,24 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
 
     for damage in (lambda: file.write_bytes(content[:-1]), file.unlink):
         damage()
-        with pytest.raises(ValueError, match="00001-of-00002.array_record is missing or damaged"):
+        with pytest.raises(UserError, match="00001-of-00002.array_record is missing or damaged"):
             open_()
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"1 classes .* has 6 classes"):
+    with pytest.raises(UserError, match=r"1 classes .* has 6 classes"):
         open_(class_names=["b"])
     flip(folder / "meta.json", b"abc")
-    with pytest.raises(ValueError, match="meta.json is damaged"):
+    with pytest.raises(UserError, match="meta.json is damaged"):
         open_()
     (folder / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match="meta.json is damaged"):
+    with pytest.raises(UserError, match="meta.json is damaged"):
         open_()
     (folder / "meta.json").unlink()
-    with pytest.raises(ValueError, match="no cached sequences"):
+    with pytest.raises(UserError, match="no cached sequences"):
         open_()
     files.write_json(folder / "meta.json", {"format": 2})
-    with pytest.raises(ValueError, match="are in format 2"):
+    with pytest.raises(UserError, match="are in format 2"):
         open_()
-    with pytest.raises(ValueError, match="needs data_dir"):
+    with pytest.raises(UserError, match="needs data_dir"):
         open_(data_dir=None)
 
 
@@ -269,7 +270,7 @@ def test_another_tokenizer_is_refused(pipeline, whole):
     source = open_source("sequences", "train", data_dir=str(whole))
     source.check_tokenizer(pipeline.metadata.fingerprint)
     assert TokenizerConfig(**source.tokenizer) == SIZES
-    with pytest.raises(ValueError, match=r"another tokenizer \(weights .*than the one of this run"):
+    with pytest.raises(UserError, match=r"another tokenizer \(weights .*than the one of this run"):
         source.check_tokenizer("0123456789abcdef")
 
 
@@ -294,13 +295,13 @@ def test_an_interrupted_run_goes_on_with_the_missing_files(
         encode_data_set(pipeline, folder, data, crops=8, batch_size=BATCH)
     monkeypatch.undo()
     monkeypatch.setattr(sequences, "SHARD_SIZE", 4)  # undone as well
-    with pytest.raises(ValueError, match="is not finished"):
+    with pytest.raises(UserError, match="is not finished"):
         open_source("sequences", "train", data_dir=str(folder))
     for other, message in (
         (dict(crops=7), "crops = 8, and cannot be resumed with 7"),
         (dict(crops=8, seed=1), "seed = 0, and cannot be resumed with 1"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             encode_data_set(pipeline, folder, data, **other)
     before = [path.stat().st_mtime_ns for path in written]
     encode_data_set(pipeline, folder, data, crops=8, batch_size=BATCH)
@@ -362,7 +363,7 @@ def test_unreadable_images_stop_or_are_named_and_left_out(pipeline, data, tmp_pa
     broken = root / "train" / "ant" / "1.png"
     broken.write_bytes(b"no image")
     data = {**data, "data_dir": str(root)}
-    with pytest.raises(ValueError, match=r"ant/1.png: not an image"):
+    with pytest.raises(UserError, match=r"ant/1.png: not an image"):
         encode_data_set(pipeline, tmp_path / "cache", data, batch_size=BATCH)
     meta = encode_data_set(pipeline, tmp_path / "cache", data, on_bad="skip", batch_size=BATCH)
     assert list(meta["unreadable"]["train"]) == [str(broken)] and not meta["unreadable"]["test"]
@@ -378,12 +379,12 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
         ((tmp_path, data), "exists and holds no cached sequences"),
         ((tmp_path / "something", data), "exists and holds no cached sequences"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             encode_data_set(pipeline, *arguments)
-    with pytest.raises(ValueError, match="crops must be at least 1"):
+    with pytest.raises(UserError, match="crops must be at least 1"):
         encode_data_set(pipeline, tmp_path / "new", data, crops=0)
     (tmp_path / "new.array_record.tmp").mkdir()
-    with pytest.raises(OSError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         sequences.write_shard(tmp_path / "new.array_record", [], {})
 
 

@@ -28,6 +28,7 @@ from helpers import (
 from PIL import Image
 
 from nvg_jax import GranularitySequence, Pipeline, cli
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation import frechet_distance
 from nvg_jax.evaluation.classifiers import DigitClassifier
 from nvg_jax.jobs.comparison import split_images
@@ -334,27 +335,27 @@ def test_two_processes_train_stop_on_a_signal_and_one_goes_on(workdir, tmp_path)
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_path):
     config = tiny_config(part="tokenizer")
     config.tokenizer_training.optimizer.update(learning_rate=1e30, clip=1e30, warmup_steps=0)
-    with pytest.raises(FloatingPointError, match=r"_loss.* is (nan|inf) at step \d+"):
+    with pytest.raises(UserError, match=r"_loss.* is (nan|inf) at step \d+"):
         train(config, tmp_path)
 
 
 def test_generators_refuse_another_tokenizer(workdir, tmp_path):
     train(tiny_config(part="tokenizer", seed=1), tmp_path)
     (tmp_path / "generators").symlink_to(workdir / "generators")
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(UserError, match="another tokenizer"):
         Pipeline.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(UserError, match="another tokenizer"):
         train(tiny_config(part="generators", seed=1), tmp_path)
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "tokenizer").symlink_to(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="no content and no structure generator yet"):
+    with pytest.raises(UserError, match="no content and no structure generator yet"):
         Pipeline.from_pretrained(alone).sample([0])
-    with pytest.raises(ValueError, match="seed = 0, which cannot be resumed with 5"):
+    with pytest.raises(UserError, match="seed = 0, which cannot be resumed with 5"):
         train(tiny_config(part="tokenizer", seed=5), workdir)
     other_sizes = tiny_config(part="generators")
     other_sizes.tokenizer.codebook_size = 32
-    with pytest.raises(ValueError, match="other sizes"):
+    with pytest.raises(UserError, match="other sizes"):
         train(other_sizes, tmp_path)
 
 
@@ -365,10 +366,10 @@ def test_weights_and_metadata_come_from_one_checkpoint(workdir, tmp_path):
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     for path in (tmp_path / "tokenizer" / "12" / "state").rglob("d/*"):  # the metadata are in meta/
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ValueError, match="has none that has finished"):
+    with pytest.raises(UserError, match="has none that has finished"):
         train(tiny_config(part="generators"), tmp_path)
     shutil.copytree(workdir / "generators", tmp_path / "generators")
-    with pytest.raises(ValueError, match="is at step 8, before the end of its training"):
+    with pytest.raises(UserError, match="is at step 8, before the end of its training"):
         Pipeline.from_pretrained(tmp_path)
     gc.collect()  # the complaints come here, where they are ignored
 
@@ -485,7 +486,7 @@ def moved(array, index, value):
 )
 def test_wrong_use_of_a_pipeline_gets_a_sentence(pipe, images, call, message):
     pipe.known = pipe.encode(images)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         call(pipe)
 
 
@@ -510,7 +511,7 @@ def test_an_unknown_setting_is_named(pipe):
     ],
 )
 def test_wrong_use_of_a_folder_gets_a_sentence(tmp_path, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         call(tmp_path)
 
 
@@ -527,13 +528,13 @@ def test_wrong_use_of_a_folder_gets_a_sentence(tmp_path, call, message):
 def test_settings_of_a_later_part_are_checked_before_the_first_is_trained(
     tmp_path, changes, message
 ):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         train(tiny_config(**changes), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 def test_an_export_does_not_hide_a_run(pipe, workdir):
-    with pytest.raises(ValueError, match="holds a training run"):
+    with pytest.raises(UserError, match="holds a training run"):
         pipe.save_pretrained(workdir)
 
 
@@ -599,5 +600,5 @@ def test_bfloat16_samples_and_decodes_but_encodes_in_float32(workdir, pipe, imag
     width = fast.metadata.structure.width
     products = re.findall(rf"dot_general.*tensor<{width}x{4 * width}x(\w+)>\) ->", text)
     assert products and set(products) == {"bf16"}
-    with pytest.raises(ValueError, match="float32 or bfloat16, got 'float16'"):
+    with pytest.raises(UserError, match="float32 or bfloat16, got 'float16'"):
         Pipeline.from_pretrained(workdir, dtype="float16")

@@ -6,6 +6,7 @@ import pytest
 
 from nvg_jax.data import open_source
 from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, area_resize, train_classifier
 
@@ -56,12 +57,12 @@ def test_image_kinds():
     ],
 )
 def test_arrays_that_are_no_images(images, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         metrics.to_float(images)
 
 
 def test_psnr_of_other_sizes():
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(UserError, match="same shape"):
         metrics.psnr(flat(0), flat(0, 0))
 
 
@@ -113,7 +114,7 @@ def test_frechet_distance_with_fewer_samples_than_features():
     ],
 )
 def test_features_that_cannot_be_compared(features, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         metrics.frechet_distance(np.zeros((3, 4)), features)
 
 
@@ -122,7 +123,7 @@ def test_nearest_distances_of_three_points():
     distances = metrics.nearest_distances(flat(-0.9, 0.25, 0.6, 1), references)
     np.testing.assert_allclose(distances, [0.1, 0.25, 0.4, 0], atol=1e-6)
     assert distances[3] == 0
-    with pytest.raises(ValueError, match="size"):
+    with pytest.raises(UserError, match="size"):
         metrics.nearest_distances(flat(0), flat(0, size=(3, 2)))
 
 
@@ -158,7 +159,7 @@ def test_class_agreement():
     assert overall == pytest.approx(3 / 5)
     assert per_class == {3: pytest.approx(2 / 3), 5: pytest.approx(1 / 2)}
     for predicted, asked in [([1], [1, 2]), ([], []), ([[1]], [[1]])]:
-        with pytest.raises(ValueError, match="same length"):
+        with pytest.raises(UserError, match="same length"):
             metrics.class_agreement(predicted, asked)
 
 
@@ -196,9 +197,9 @@ def test_digit_classifier_knows_held_out_digits(size):
 
 
 def test_digit_classifier_of_wrong_labels():
-    with pytest.raises(ValueError, match="0 to 9"):
+    with pytest.raises(UserError, match="0 to 9"):
         DigitClassifier(flat(0, 1), [9, 10])
-    with pytest.raises(ValueError, match="as many integer labels"):
+    with pytest.raises(UserError, match="as many integer labels"):
         DigitClassifier(flat(0, 1), [9])
 
 
@@ -248,7 +249,7 @@ def test_train_classifier_sees_color_where_there_is_color():
 
 
 def test_train_classifier_of_wrong_labels():
-    with pytest.raises(ValueError, match="0 to 2"):
+    with pytest.raises(UserError, match="0 to 2"):
         train_classifier(flat(0, 1), [0, 3], num_classes=3)
-    with pytest.raises(ValueError, match="as many integer labels"):
+    with pytest.raises(UserError, match="as many integer labels"):
         train_classifier(flat(0, 1), [0.0, 1.0], num_classes=3)

@@ -12,6 +12,7 @@ from helpers import optimizer_config, tiny_config
 
 from nvg_jax import layers, models
 from nvg_jax.content.losses import content_losses
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantized, TokenizerConfig
@@ -164,7 +165,7 @@ def test_the_rotary_split_is_the_published_one_and_a_small_head_gets_a_sentence(
         split = layers.rope_split(head_dim, bits)
         assert sum(split) == head_dim and split[-1] == split[-2] >= 2 and split[0] >= 2
         assert all(share % 2 == 0 for share in split)
-    with pytest.raises(ValueError, match="larger head_dim"):
+    with pytest.raises(UserError, match="larger head_dim"):
         layers.rope_split(16, 8)
 
 
@@ -266,7 +267,7 @@ def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     for remat in ("linears", "blocks"):
         jax.tree.map(close, grads[remat], grads["none"])
-    with pytest.raises(ValueError, match="none, linears, blocks, got 'all'"):
+    with pytest.raises(UserError, match="none, linears, blocks, got 'all'"):
         dataclasses.replace(SIZES, remat="all")
 
 

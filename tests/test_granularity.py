@@ -8,6 +8,7 @@ from helpers import is_even_hierarchy, labels_from_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvg_jax.errors import UserError
 from nvg_jax.granularity import cluster_means, num_stages, split, structure_embedding
 
 
@@ -19,7 +20,7 @@ def random_hierarchy(rng: np.random.Generator, length: int) -> np.ndarray:
 def test_number_of_stages():
     assert [num_stages(length) for length in (2, 4, 16, 256, 1024)] == [2, 3, 5, 9, 11]
     for length in (-4, 0, 1, 3, 12, 255):
-        with pytest.raises(ValueError, match=f"{length} positions.*power of two"):
+        with pytest.raises(UserError, match=f"{length} positions.*power of two"):
             num_stages(length)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nvg_jax.errors import UserError
 from nvg_jax.sampling.generate import StagePlan, make_plan
 from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.settings import Settings
@@ -137,7 +138,7 @@ def test_one_value_a_stage_is_taken_as_it_is():
     ],
 )
 def test_wrong_settings_get_a_sentence(wrong, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         Settings(**wrong).expand(5, 16)
 
 

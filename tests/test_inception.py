@@ -14,6 +14,7 @@ from test_pretrained import CLOSE, relative_error, save_torch
 from torch_files import write_legacy
 
 from nvg_jax import pretrained
+from nvg_jax.errors import UserError
 
 HEADS = FOLDER / "lpips_alex.pth"
 
@@ -56,7 +57,7 @@ def test_inception_agrees_with_pytorch_fid(expected, inception_params):
 
 def test_inception_takes_images_of_its_size():
     for x in (np.zeros((1, 256, 256, 3), np.float32), np.zeros((1, 299, 299, 3), np.uint8)):
-        with pytest.raises(ValueError, match="Resize with tf1_inception_input"):
+        with pytest.raises(UserError, match="Resize with tf1_inception_input"):
             pretrained.inception({}, x)
 
 
@@ -89,7 +90,7 @@ def test_antialiased_input_agrees_with_pytorch(expected, name):
 
 
 def test_antialiased_input_takes_floats():
-    with pytest.raises(ValueError, match="float images"):
+    with pytest.raises(UserError, match="float images"):
         pretrained.antialiased_inception_input(np.zeros((1, 256, 256, 3), np.uint8))
 
 
@@ -114,13 +115,13 @@ def test_lpips_alex_at_its_smallest_images(tmp_path):
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), pretrained.abstract("lpips_alex"))
     x = np.zeros((1, 31, 40, 3), np.float32)
     assert np.isfinite(pretrained.lpips_alex(params, x, x + 1)).all()
-    with pytest.raises(ValueError, match="at least 31 x 31 pixels"):
+    with pytest.raises(UserError, match="at least 31 x 31 pixels"):
         pretrained.lpips_alex(params, x[:, :30], x[:, :30])
 
 
 def test_lpips_of_the_other_network_is_refused(expected, tmp_path):
     alex = save_torch(tmp_path / "alexnet.pth", reference_weights(expected, "lpips_alex"))
-    with pytest.raises(ValueError, match="are not those of lpips.\n") as error:
+    with pytest.raises(UserError, match="are not those of lpips.\n") as error:
         pretrained.convert("lpips", [alex, HEADS], Path(tmp_path))
     assert "features.0.weight (64, 3, 11, 11), expected (64, 3, 3, 3)" in str(error.value)
 
@@ -131,7 +132,7 @@ def test_inception_of_torchvision_is_refused(expected, tmp_path):
     tensors["fc.weight"] = np.zeros((1000, 2048), np.float32)
     tensors["AuxLogits.fc.weight"] = np.zeros((1000, 768), np.float32)
     file = save_torch(tmp_path / "inception_v3_google.pth", tensors)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         pretrained.convert("inception", [file], tmp_path)
     assert "unexpected (1): AuxLogits.fc.weight" in str(error.value)
     assert "fc.weight (1000, 2048), expected (1008, 2048)" in str(error.value)

@@ -7,6 +7,7 @@ from helpers import random_pipeline, tiny_config
 from PIL import Image
 
 from nvg_jax import Pipeline, models
+from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.files import fingerprint, storage_path
@@ -65,18 +66,18 @@ def test_a_tokenizer_starts_from_the_weights_of_the_model(model, tmp_path):
 def test_what_does_not_fit_is_named(model):
     folder, _ = model
     wrong = r"init_from=.*: content/\S+ is \(.*\), and the config needs \(2, 448\)"
-    with pytest.raises(ValueError, match=wrong):
+    with pytest.raises(UserError, match=wrong):
         initial.start_from(str(folder), fresh(width=64), ("7", "8", "9"))
-    with pytest.raises(ValueError, match="has no judge; it has content, structure, tokenizer"):
+    with pytest.raises(UserError, match="has no judge; it has content, structure, tokenizer"):
         initial.start_from(str(folder), {"judge": {}}, ())
-    with pytest.raises(ValueError, match="There is no folder .*nowhere"):
+    with pytest.raises(UserError, match="There is no folder .*nowhere"):
         initial.start_from(str(folder / "nowhere"), fresh(), ())
 
 
 def test_a_part_that_is_trained_later_is_checked_first(model, tmp_path):
     config = tiny_config(part="all", init_from=str(model[0]))
     config.structure.width = 64
-    with pytest.raises(ValueError, match=r"structure/\S+ is \(.*, and the config needs \("):
+    with pytest.raises(UserError, match=r"structure/\S+ is \(.*, and the config needs \("):
         train(config, tmp_path)
     assert not any(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nvg_jax.errors import UserError
 from nvg_jax.training.length import training_length
 
 
@@ -32,6 +33,6 @@ def test_published_length():
     + ["1e3 steps", "2 epochs 5 steps", "nan epochs", 800, None],
 )
 def test_anything_else_gets_a_sentence(length):
-    with pytest.raises(ValueError, match='write for example "800 steps" or "200 epochs"') as error:
+    with pytest.raises(UserError, match='write for example "800 steps" or "200 epochs"') as error:
         training_length(length, num_images=100, batch_size=10)
     assert f"got {length!r};" in str(error.value)

@@ -10,6 +10,7 @@ import scipy.linalg
 import skimage.metrics
 
 from nvg_jax import evaluation
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation import Moments, metrics
 
 
@@ -78,7 +79,7 @@ def test_frechet_distance_from_statistics():
     ],
 )
 def test_statistics_that_do_not_fit(statistics, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluation.frechet_distance(np.eye(3), statistics)
 
 
@@ -110,7 +111,7 @@ def test_moments_survive_a_large_mean():
 
 
 def test_moments_of_too_few():
-    with pytest.raises(ValueError, match="at least two features, got 1"):
+    with pytest.raises(UserError, match="at least two features, got 1"):
         _ = Moments.of(np.zeros((1, 3))).statistics
 
 
@@ -156,9 +157,9 @@ def test_inception_score_by_hand():
     ],
 )
 def test_arrays_that_are_no_probabilities(probabilities, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluation.inception_score(probabilities)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(UserError, match="at least 1, got 0"):
         evaluation.inception_score(np.eye(2), 0)
 
 
@@ -219,7 +220,7 @@ def test_precision_recall_by_hand():
     ],
 )
 def test_features_without_precision_and_recall(reference, samples, k, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluation.precision_recall(reference, samples, k)
 
 
@@ -261,7 +262,7 @@ def test_structural_similarity_agrees_with_scikit_image(size):
     ],
 )
 def test_images_without_structural_similarity(a, b, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluation.structural_similarity(a, b)
 
 

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from helpers import optimizer_config
 
 from nvg_jax import layers, models
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training.optimizers import (
@@ -63,7 +64,7 @@ def test_a_constant_rate():
 
 
 def test_an_unknown_schedule_gets_a_sentence():
-    with pytest.raises(ValueError, match="schedule 'step'; choose one of .*linear.*cosine"):
+    with pytest.raises(UserError, match="schedule 'step'; choose one of .*linear.*cosine"):
         optimizer_config(schedule="step")
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from torch_files import ordered, storage, tensor, write_legacy, write_zip
 
 from nvg_jax import pretrained
+from nvg_jax.errors import UserError
 from nvg_jax.pretrained.networks import layer_norm, unit_channels
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
@@ -341,7 +342,7 @@ def test_an_interrupted_conversion_leaves_the_old_file(expected, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="lpips.safetensors cannot be written: File too large"):
+        with pytest.raises(UserError, match="lpips.safetensors cannot be written: File too large"):
             pretrained.convert("lpips", [vgg, HEADS], tmp_path / "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

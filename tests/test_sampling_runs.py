@@ -20,6 +20,7 @@ from test_comparison import Judge
 from nvg_jax import Pipeline
 from nvg_jax.data.sources import FolderSource
 from nvg_jax.data.transforms import Transform
+from nvg_jax.errors import UserError
 from nvg_jax.jobs import comparison, features, sampling
 from nvg_jax.jobs.evaluation import evaluate, load_images
 from nvg_jax.runtime.processes import own_share
@@ -176,10 +177,10 @@ def test_other_settings_are_refused(pipe, whole, tmp_path, changes, message):
     parts = interrupted(pipe, out, 1)
     before = sorted(path.name for path in parts.iterdir())
     message = f"all.npz.parts holds samples made with other settings: {message}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         sampling.write_array(samples_of(pipe, **changes), out)
     assert sorted(path.name for path in parts.iterdir()) == before and not out.exists()
-    with pytest.raises(ValueError, match="all.npz already exists and was made with other"):
+    with pytest.raises(UserError, match="all.npz already exists and was made with other"):
         sampling.write_array(samples_of(pipe, **changes), whole)
 
 
@@ -189,16 +190,16 @@ def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
     leaves, tree = jax.tree.flatten(pipe.params)
     leaves[-1] = np.asarray(leaves[-1]) + np.float32(1e-3)
     other = Pipeline(pipe.metadata, jax.tree.unflatten(tree, leaves))
-    with pytest.raises(ValueError, match="model was '.*' and is '.*' now"):
+    with pytest.raises(UserError, match="model was '.*' and is '.*' now"):
         sampling.write_array(samples_of(other), out)
     # Settings given by hand that are those of the folder are the same settings.
     same = dict(flow_steps=2, top_p=0.5)
     assert samples_of(pipe, settings=same).describe() == samples_of(pipe).describe()
     (parts / "settings.json").unlink()
-    with pytest.raises(ValueError, match="no settings.json that says how they were made"):
+    with pytest.raises(UserError, match="no settings.json that says how they were made"):
         sampling.write_array(samples_of(pipe), out)
     out.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="or not by this command"):
+    with pytest.raises(UserError, match="or not by this command"):
         sampling.write_array(samples_of(pipe), out)
     assert out.read_bytes() == b"something else"
 
@@ -229,10 +230,10 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
     assert {path.name for path in out.iterdir()} == {*names, *others}
     images = np.stack([np.asarray(Image.open(out / name)) for name in names])
     np.testing.assert_array_equal(images, np.load(whole)["arr_0"])
-    with pytest.raises(ValueError, match="seed was 4 and is 5 now"):
+    with pytest.raises(UserError, match="seed was 4 and is 5 now"):
         sampling.write_pictures(samples_of(pipe, seed=5), out, columns=5)
     (out / names[3]).write_bytes((out / names[3]).read_bytes()[:60])
-    with pytest.raises(ValueError, match="000003_class7.png is not a readable image.*Delete it"):
+    with pytest.raises(UserError, match="000003_class7.png is not a readable image.*Delete it"):
         sampling.write_pictures(samples_of(pipe), out, columns=5)
 
 
@@ -245,7 +246,7 @@ def test_a_full_disk_and_missing_rights_end_in_a_sentence(pipe, whole, tmp_path)
     for path in (parts / "000003.npz", out):
         temporary = path.with_name(path.name + ".tmp")
         temporary.symlink_to("/dev/full")
-        with pytest.raises(OSError, match=message.format(path)):
+        with pytest.raises(UserError, match=message.format(path)):
             sampling.write_array(samples_of(pipe), out)
         assert not temporary.is_symlink() and not out.exists()
     sampling.write_array(samples_of(pipe), out)
@@ -345,11 +346,11 @@ def test_an_unreadable_image_is_named_or_left_out(tmp_path, caplog):
     Image.new("RGB", (8, 8), (0, 0, 0)).save(tmp_path / "cat" / "c.png")
     source = FolderSource(tmp_path, ["cat/a.png", "cat/b.png", "cat/c.png"], ["cat"])
     transform = Transform((8, 8), 8)
-    with pytest.raises(ValueError, match="b.png: not an image of a known format. Repair it"):
+    with pytest.raises(UserError, match="b.png: not an image of a known format. Repair it"):
         load_images(source, transform, 3)
     images, labels = load_images(source, transform, 3, on_bad="skip")
     np.testing.assert_array_equal(images[:, 0, 0], [[1, -1, -1], [-1, -1, -1]])
     assert labels.tolist() == [0, 0] and "b.png" in caplog.text
     source = FolderSource(tmp_path, ["cat/b.png"], ["cat"])
-    with pytest.raises(ValueError, match="None of the 1 images"):
+    with pytest.raises(UserError, match="None of the 1 images"):
         load_images(source, transform, 3, on_bad="skip")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
 
 
@@ -16,7 +17,7 @@ def test_sizes_of_a_mesh():
         assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     for sizes in ((2, 1, 1), (-1, 2, 1), (-1, -1, 1), (0, 1, 1), (1, 0, -1), (-2, 1, 1)):
         sentence = "data={}, fsdp={}, tensor={} does not fit 1 devices".format(*sizes)
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             sharding.make_mesh(*sizes, devices=device)
 
 
@@ -38,7 +39,7 @@ def test_between_slices_lies_the_data_axis():
     assert slices.shape == (4, 2, 2) and (np.ptp(slices, axis=(1, 2)) == 0).all()
     assert sorted(slices[:, 0, 0]) == [0, 0, 1, 1]
     with pytest.raises(
-        ValueError, match=r"mesh.data=1 must be a multiple of the number of slices, 2"
+        UserError, match=r"mesh.data=1 must be a multiple of the number of slices, 2"
     ):
         sharding.make_mesh(1, 16, 1, devices=chips)
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import is_even_hierarchy
 
 from nvg_jax import granularity, models
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantizer, Tokenizer, TokenizerConfig
 from nvg_jax.tokenizer.autoencoder import Upsample
@@ -121,7 +122,7 @@ def test_code_counts():
     ],
 )
 def test_impossible_sizes_get_a_sentence(sizes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         TokenizerConfig(**sizes)
 
 

@@ -14,6 +14,7 @@ from helpers import optimizer_config, tiny_discriminator
 from configs import digits, imagenet256
 from nvg_jax import layers, models, pretrained
 from nvg_jax.content.losses import alignment_loss
+from nvg_jax.errors import UserError
 from nvg_jax.layers import Transformer, TransformerConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
@@ -168,7 +169,7 @@ def test_wrong_losses_get_a_sentence():
     ):
         changed = config.copy_and_resolve_references()
         changed.tokenizer_training.update(change)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             tokenizer.loss_config(changed)
     for change, message in (
         (dict(repa_weight=1.0, repa_block=3), r"one of the content generator's 2 blocks, .* got 3"),
@@ -177,7 +178,7 @@ def test_wrong_losses_get_a_sentence():
     ):
         changed = config.copy_and_resolve_references()
         changed.generator_training.update(change)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             generators.repa_config(changed)
 
 

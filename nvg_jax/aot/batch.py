@@ -5,6 +5,7 @@ import math
 import time
 
 from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory
+from nvg_jax.errors import UserError
 from nvg_jax.workdir import RECIPES
 
 SAMPLES = 64  # default batch of the sampler
@@ -13,10 +14,10 @@ logger = logging.getLogger("nvg_jax")
 
 
 def check_batch(batch_size: int, shards: int):
-    """Raises ValueError if a batch does not split evenly over the shards of a mesh."""
+    """Raises UserError if a batch does not split evenly over the shards of a mesh."""
     if batch_size < 1 or batch_size % shards:
         near = max(1, batch_size // shards) * shards
-        raise ValueError(
+        raise UserError(
             f"A batch of {batch_size} does not split over the data x fsdp = {shards} shards of the "
             f"mesh; use a multiple of {shards}, such as {near}, or another --config.mesh."
         )

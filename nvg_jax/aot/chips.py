@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from nvg_jax.errors import UserError
 from nvg_jax.layers import CUBLAS_ONLY
 from nvg_jax.runtime import sharding
 
@@ -99,7 +100,7 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
     """Arranges the devices of a topology such as v5p:4x4x4 or h100:8 in a mesh of the given sizes.
 
     Raises:
-        ValueError: unknown topology, no compiler for it, or sizes that do not fit its devices.
+        UserError: unknown topology, no compiler for it, or sizes that do not fit its devices.
     """
     name, _, shape = topology.partition(":")
     if name in TPUS and re.fullmatch(r"\d+x\d+(x\d+)?", shape):
@@ -116,7 +117,7 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         # Without a GPU, Triton's kernels for matrix products cannot be tuned.
         mesh = sharding.make_mesh(**mesh, devices=devices)
         return Target(topology, mesh, device, CUBLAS_ONLY)
-    raise ValueError(
+    raise UserError(
         f"Unknown topology {topology!r}: expected CHIP:SHAPE. For a TPU ({', '.join(TPUS)}), SHAPE "
         "is the number of chips along each axis, such as v5e:16x16, v5p:4x4x4 or v6e:8x8; for a "
         f"GPU ({', '.join(GPUS)}), the number of GPUs, 1 to 8 on a host, such as h100:8, or hosts "
@@ -127,14 +128,14 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
 def tpu_devices(topology: str) -> list:
     """Descriptions of the TPU devices of a topology, for the compiler only."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UserError(
             "The TPU compiler is not installed. It needs no TPU and about 600 MB: "
             'pip install "jax[tpu]"'
         )
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"There is no topology {topology!r} ({str(error).splitlines()[0]}). Valid sizes: "
             "v5e and v6e from 2x2 to 16x16; v4 and v5p 2x2x1, 2x2x2, 2x2x4, 4x4x4, 8x8x8 and so on."
         ) from error
@@ -143,7 +144,7 @@ def tpu_devices(topology: str) -> list:
 def gpu_devices(name: str, hosts: int, per_host: int) -> list:
     """Descriptions of GPUs, for the compiler only."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise ValueError(
+        raise UserError(
             "The GPU compiler is not installed. It needs no GPU and about 5 GB: "
             'pip install "jax[cuda13]"'
         )

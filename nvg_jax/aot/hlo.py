@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from nvg_jax.errors import UserError
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -179,7 +181,7 @@ def parse(text: str) -> Module:
     """Parses a module from `lowered.as_text("hlo")` or `compiled.as_text()`.
 
     Raises:
-        ValueError: the text has no entry computation.
+        UserError: the text has no entry computation.
     """
     computations, entry, lines, name = {}, None, None, ""
     for line in text.splitlines():
@@ -192,7 +194,7 @@ def parse(text: str) -> Module:
         elif lines is not None and " = " in line:
             lines.append(parse_instruction(line))
     if entry is None:
-        raise ValueError("Not the text of an HLO module: it has no ENTRY computation.")
+        raise UserError("Not the text of an HLO module: it has no ENTRY computation.")
     return Module(computations, entry)
 
 
@@ -227,7 +229,7 @@ def closing(text: str) -> int:
         depth += (character == "(") - (character == ")")
         if depth == 0:
             return index
-    raise ValueError(f"Unbalanced parentheses in {text[:80]!r}.")
+    raise UserError(f"Unbalanced parentheses in {text[:80]!r}.")
 
 
 def parse_arrays(text: str) -> list[Array]:

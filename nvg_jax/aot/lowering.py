@@ -14,6 +14,7 @@ from nvg_jax import models
 from nvg_jax.aot import hlo
 from nvg_jax.aot.chips import Target
 from nvg_jax.data import open_source
+from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
@@ -27,7 +28,7 @@ IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # units in XLA's messages
 
 
-class DoesNotFitError(ValueError):
+class DoesNotFitError(UserError):
     """The program needs more memory than a device has.
 
     missing: the number of bytes missing, if the compiler reports it; else infinite.
@@ -51,7 +52,7 @@ def training_part(config: ml_collections.ConfigDict) -> str:
     parts = ("tokenizer", *models.GENERATORS, "generators", DISTILLATION)
     part = "generators" if config.part == "all" else config.part
     if part not in parts:
-        raise ValueError(
+        raise UserError(
             f"--config.part={config.part} is not a single program; choose one of "
             f"{', '.join(parts)}."
         )

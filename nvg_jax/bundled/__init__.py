@@ -15,6 +15,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax import workdir
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.files import atomic_write, fingerprint
 from nvg_jax.workdir import RunMetadata
 
@@ -45,14 +46,14 @@ def read(name: str) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, float32 parameters) of a bundled model.
 
     Raises:
-        ValueError: the file is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     path = FOLDER / f"{name}.safetensors"
     if not path.is_file():
-        raise ValueError(f"The installation lacks {path}; install nvg_jax again.")
+        raise UserError(f"The installation lacks {path}; install nvg_jax again.")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != MODELS[name].sha256:
-        raise ValueError(f"{path} is damaged (its SHA-256 differs); install nvg_jax again.")
+        raise UserError(f"{path} is damaged (its SHA-256 differs); install nvg_jax again.")
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata = RunMetadata.from_json(json.loads(header["__metadata__"]["nvg_jax"]))
     leaves = safetensors.numpy.load(content)
@@ -66,7 +67,7 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     A folder takes precedence over a bundled model of the same name.
 
     Raises:
-        ValueError: there is no such folder, no model in it, or its parts do not belong together.
+        UserError: there is no such folder, no model in it, or its parts do not belong together.
     """
     if folder in MODELS and not os.path.exists(folder):
         return read(folder)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from nvg_jax.errors import UserError
+
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 LIST = "/usr/share/unicode/emoji/emoji-test.txt"
 FONT_SIZE = 109  # the only size of the font's bitmaps
@@ -74,16 +76,16 @@ def write_folder(out: Path, font_file: str, list_file: str) -> int:
     """Writes OUT/SPLIT/GROUP/NAME.png for every emoji; returns the number of pictures.
 
     Raises:
-        ValueError: the font or the list is missing, or `out` holds something else.
+        UserError: the font or the list is missing, or `out` holds something else.
     """
     for file in (font_file, list_file):
         if not Path(file).is_file():
-            raise ValueError(
+            raise UserError(
                 f"There is no {file}: apt-get install fonts-noto-color-emoji unicode-data, or give "
                 "--font and --list."
             )
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give another folder.")
+        raise UserError(f"{out} is not empty; give another folder.")
     font, count = ImageFont.truetype(font_file, FONT_SIZE), 0
     for emoji in read_list(Path(list_file).read_text(encoding="utf-8")):
         image = draw(emoji.text, font)

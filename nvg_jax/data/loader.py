@@ -20,6 +20,7 @@ import numpy as np
 
 from nvg_jax.data.sources import SequenceSource, Source
 from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.errors import UserError
 
 # Grain takes seconds to import, so it is imported where batches are made: a command that only
 # reports an invalid setting does not need it.
@@ -48,7 +49,7 @@ class LoaderOptions:
         prefetch: batches made ahead, per worker.
 
     Raises:
-        ValueError: an invalid setting.
+        UserError: an invalid setting.
     """
 
     transform: Transform
@@ -62,11 +63,11 @@ class LoaderOptions:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}.")
+            raise UserError(f"batch_size must be at least 1, not {self.batch_size}.")
         if self.on_bad not in ("error", "skip"):
-            raise ValueError(f"on_bad must be 'error' or 'skip', not '{self.on_bad}'.")
+            raise UserError(f"on_bad must be 'error' or 'skip', not '{self.on_bad}'.")
         if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
+            raise UserError(
                 f"process_index {self.process_index} must be in 0 to process_count - 1 "
                 f"(process_count {self.process_count})."
             )
@@ -77,9 +78,9 @@ class LoaderOptions:
 
 
 def check_batch_size(source: Source, options: LoaderOptions):
-    """Raises ValueError if a training batch is larger than the data set."""
+    """Raises UserError if a training batch is larger than the data set."""
     if options.global_batch_size > len(source):
-        raise ValueError(
+        raise UserError(
             f"A batch of {options.global_batch_size} ({options.batch_size} for each of "
             f"{options.process_count} processes) is larger than the {len(source)} training "
             "examples; make it smaller."
@@ -104,7 +105,7 @@ def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.D
         `CheckpointRestore` accept the iterator.
 
     Raises:
-        ValueError: the batch is larger than the data set; later, on iteration, an unreadable
+        UserError: the batch is larger than the data set; later, on iteration, an unreadable
             record.
     """
     import grain
@@ -132,7 +133,7 @@ def eval_batches(source: Source, options: LoaderOptions, count: int = 0) -> "gra
         counted.
 
     Raises:
-        ValueError: the source is empty; later, on iteration, an unreadable record.
+        UserError: the source is empty; later, on iteration, an unreadable record.
     """
     import grain
 
@@ -168,7 +169,7 @@ def crop_batches(
         the "mask" of `eval_batches`.
 
     Raises:
-        ValueError: the source is empty; later, on iteration, an unreadable record.
+        UserError: the source is empty; later, on iteration, an unreadable record.
     """
     import grain
 
@@ -210,7 +211,7 @@ def _draw(item: dict[str, Any], rng: np.random.Generator | None) -> Arrays:
     return {name: crop[name] for name in crop.dtype.names}
 
 
-class _UnreadableError(ValueError):
+class _UnreadableError(UserError):
     """A record of the source cannot be read; the arguments are its name and the reason."""
 
     def __str__(self) -> str:
@@ -233,7 +234,7 @@ class _Load:
 
     def __post_init__(self):
         if len(self.source) == 0:
-            raise ValueError("The data source is empty.")
+            raise UserError("The data source is empty.")
 
     @classmethod
     def of(cls, source: Source, options: LoaderOptions) -> "_Load":
@@ -252,7 +253,7 @@ class _Load:
             item = self.source[index]
             name = item["name"]
             arrays = self.make(item, rng)
-        except Exception as error:  # readers of damaged files raise errors of many kinds
+        except UserError as error:
             raise _UnreadableError(name, str(error)) from error
         return arrays | {"label": np.int32(item["label"])}
 
@@ -266,7 +267,7 @@ class _Load:
                     raise
                 unreadable.append(error.args)
                 if len(unreadable) == MAX_DRAWS:
-                    raise ValueError(
+                    raise UserError(
                         f"{MAX_DRAWS} records drawn in a row are unreadable: too much of this data "
                         f"set is damaged. Repair it or get it again. The last one is {error}"
                     ) from error

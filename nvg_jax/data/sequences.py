@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from etils import epy
 
-from nvg_jax.runtime.files import atomic_path, read_json, write_json
+from nvg_jax.errors import UserError, is_failure, is_mistake
+from nvg_jax.runtime.files import atomic_path, make_folder, read_json, write_json
 
 with epy.lazy_imports():  # slow
     import grain
@@ -82,11 +83,11 @@ def unpack(record: bytes, dtype: np.dtype) -> tuple[int, np.ndarray]:
     """The label and the crops of a record.
 
     Raises:
-        ValueError: the record is damaged.
+        UserError: the record is damaged.
     """
     checksum, content = record[:4], record[4:]
     if zlib.crc32(content) != int.from_bytes(checksum, "little"):
-        raise ValueError("its checksum does not match")
+        raise UserError("its checksum does not match")
     return int.from_bytes(content[:4], "little"), np.frombuffer(content, dtype, offset=4)
 
 
@@ -124,7 +125,7 @@ def begin(folder: Path, settings: dict[str, Any]):
     """Creates a folder for sequences, or checks that it was created with the same settings.
 
     Raises:
-        ValueError: other settings, or the folder holds something else.
+        UserError: other settings, or the folder holds something else.
     """
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     stored = read_json(folder / META) or read_json(folder / UNFINISHED)
@@ -132,13 +133,13 @@ def begin(folder: Path, settings: dict[str, Any]):
         # If this function was killed earlier, the temporary file of the settings remains.
         names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
         if folder.is_file() or names - {f"{UNFINISHED}.tmp"}:
-            raise ValueError(f"{folder} exists and holds no cached sequences. Give a new folder.")
-        folder.mkdir(parents=True, exist_ok=True)
+            raise UserError(f"{folder} exists and holds no cached sequences. Give a new folder.")
+        make_folder(folder)
         write_json(folder / UNFINISHED, settings)
         return
     for key, value in settings.items():
         if stored.get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds sequences made with {key} = {stored.get(key)}, and cannot be "
                 f"resumed with {value}. Use the same settings, or another folder."
             )
@@ -148,7 +149,7 @@ def write_shard(path: Path, records: list[bytes], unreadable: dict[str, str]):
     """Writes a file of records, atomically.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
         try:
@@ -159,7 +160,11 @@ def write_shard(path: Path, records: list[bytes], unreadable: dict[str, str]):
             finally:
                 writer.close()
         except RuntimeError as error:  # what the writer raises for any failure
-            raise OSError(str(error)) from error
+            if not is_mistake(error):
+                raise
+            raise UserError(
+                f"{path} cannot be written: {error}. Fix the cause and run the same command again."
+            ) from error
 
 
 def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     "unreadable": {name: reason}.
 
     Raises:
-        ValueError: a file is damaged, or all images of a split are unreadable.
+        UserError: a file is damaged, or all images of a split are unreadable.
     """
     shards = {split: {} for split in settings["images"]}
     unreadable = {split: {} for split in settings["images"]}
@@ -180,12 +185,14 @@ def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             records = len(content) - 1
             names = json.loads(content[records])
         except Exception as error:  # damage comes as errors of many kinds
-            raise ValueError(f"{_damaged(path)} ({error})") from error
+            if is_failure(error):
+                raise
+            raise UserError(f"{_damaged(path)} ({error})") from error
         unreadable[shard.split] |= names
         shards[shard.split][shard.file] = {"records": records, "bytes": path.stat().st_size}
     for split, files in shards.items():
         if not any(file["records"] for file in files.values()):
-            raise ValueError(f"All images of the {split} split are unreadable.")
+            raise UserError(f"All images of the {split} split are unreadable.")
     meta = {**settings, "shards": shards, "unreadable": unreadable}
     write_json(folder / META, meta)
     (folder / UNFINISHED).unlink(missing_ok=True)
@@ -204,14 +211,14 @@ class Records:
             meta: the result of `read_meta`.
 
         Raises:
-            ValueError: a file is missing, or its size is not the one recorded in `meta`.
+            UserError: a file is missing, or its size is not the one recorded in `meta`.
         """
         self._dtype = crop_dtype(meta["tokenizer"])
         self._paths = [folder / file for file in meta["shards"][split]]
         shards = meta["shards"][split].values()
         for path, shard in zip(self._paths, shards):
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise ValueError(_damaged(path))
+                raise UserError(_damaged(path))
         self._ends = np.cumsum([shard["records"] for shard in shards])
         self._files = grain.sources.ArrayRecordDataSource([str(path) for path in self._paths])
 
@@ -227,14 +234,16 @@ class Records:
         """The label and the crops (of `crop_dtype`) of an image.
 
         Raises:
-            ValueError: the record is damaged.
+            UserError: the record is damaged.
         """
         shard = self._shard(index)
         try:  # each file before this one has one more record, the JSON
             return unpack(self._files[index + shard], self._dtype)
         except Exception as error:  # damage comes as errors of many kinds
+            if is_failure(error):
+                raise
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"{self.name(index)} is damaged ({reason}). Delete the file and run "
                 "nvg_jax.encode again with the same settings to rewrite it."
             ) from error
@@ -247,21 +256,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """The metadata of a folder of sequences.
 
     Raises:
-        ValueError: the folder has none, is unfinished, or has another format.
+        UserError: the folder has none, is unfinished, or has another format.
     """
     meta = read_json(folder / META)
     if meta is None:
         if (folder / UNFINISHED).exists():
-            raise ValueError(
+            raise UserError(
                 f"The encoding into {folder} is not finished. Run nvg_jax.encode again with the "
                 "same settings to resume it."
             )
-        raise ValueError(
+        raise UserError(
             f"{folder} has no cached sequences (no {META}). Make them with `python -m "
             "nvg_jax.encode`."
         )
     if meta["format"] != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"The sequences in {folder} are in format {meta['format']}, but this version reads "
             f"format {FORMAT}. Make them again with nvg_jax.encode."
         )

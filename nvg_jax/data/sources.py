@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from nvg_jax.errors import UserError, is_failure, reported
+
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -96,11 +98,9 @@ class FolderSource(Source):
     def __getitem__(self, index: int) -> dict[str, Any]:
         file = self._files[index]
         path = self._root / file
-        return {
-            "image": path.read_bytes(),
-            "label": self._labels[file.split("/")[0]],
-            "name": str(path),
-        }
+        with reported(f"{path} cannot be read"):
+            image = path.read_bytes()
+        return {"image": image, "label": self._labels[file.split("/")[0]], "name": str(path)}
 
 
 class TfdsSource(Source):
@@ -114,8 +114,13 @@ class TfdsSource(Source):
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
         name = f"{self._name} record {index}"
+        try:
+            record = self._records[index]
+        except Exception as error:  # damage comes as errors of many kinds
+            if is_failure(error):
+                raise
+            raise UserError(f"{name} is damaged ({error}). Prepare the data set again.") from error
         if "file_name" in record:
             name += f" ({record['file_name'].decode()})"
         return {"image": record["image"], "label": int(record["label"]), "name": name}
@@ -149,9 +154,9 @@ class SequenceSource(Source):
         return {"crops": crops, "label": label, "name": self._records.name(index)}
 
     def check_tokenizer(self, fingerprint: str):
-        """Raises ValueError if another tokenizer made the sequences."""
+        """Raises UserError if another tokenizer made the sequences."""
         if self.fingerprint != fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"The sequences in {self._folder} were made by another tokenizer (weights "
                 f"{self.fingerprint}) than the one of this run ({fingerprint}). Make them "
                 "again with nvg_jax.encode, or train with the tokenizer that made them."
@@ -176,19 +181,19 @@ def open_source(
             classes in the same order. None accepts any.
 
     Raises:
-        ValueError: an unknown name or split, a missing or malformed folder or file, or other
+        UserError: an unknown name or split, a missing or malformed folder or file, or other
             classes than `class_names`.
     """
     if split not in SPLITS:
-        raise ValueError(f"There is no split '{split}'; choose one of {', '.join(SPLITS)}.")
+        raise UserError(f"There is no split '{split}'; choose one of {', '.join(SPLITS)}.")
     if data_dir and "://" in data_dir:
-        raise ValueError(
+        raise UserError(
             f"data_dir '{data_dir}' is a URL, but data sets are read from folders. Mount the "
             "bucket on every machine (gcsfuse; docs/launch.md) and give the mounted folder."
         )
     if name == "digits":
         if data_dir:
-            raise ValueError(
+            raise UserError(
                 f"The digits come with scikit-learn, not from '{data_dir}'; leave data_dir empty, "
                 "or choose another data set."
             )
@@ -201,17 +206,17 @@ def open_source(
         source = _tfds(name.removeprefix("tfds:"), split, data_dir or TFDS_DIR)
     elif name == "sequences":
         if not data_dir:
-            raise ValueError(
+            raise UserError(
                 "The data set sequences needs data_dir, the folder that nvg_jax.encode wrote."
             )
         source = SequenceSource(pathlib.Path(data_dir), split)
     else:
-        raise ValueError(
+        raise UserError(
             f"There is no data set '{name}'; choose digits, fashion_mnist, image_folder, "
             "tfds:NAME or sequences."
         )
     if class_names is not None and tuple(class_names) != source.class_names:
-        raise ValueError(
+        raise UserError(
             f"The model was trained with {_count_classes(class_names)}, but the data set "
             f"'{name}' has {_count_classes(source.class_names)}; give the data set that the model "
             "was trained with."
@@ -252,12 +257,12 @@ def _fashion_mnist(split: str, data_dir: str | None) -> Source:
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
     if len(images) != len(labels):
-        raise ValueError(
+        raise UserError(
             f"'{folder}' has {len(images)} {split} images but {len(labels)} labels: these IDX "
             "files do not belong together. Download them again."
         )
     if labels.max() >= len(FASHION_MNIST_CLASSES):
-        raise ValueError(
+        raise UserError(
             f"The {split} labels in '{folder}' go up to {labels.max()}, but Fashion-MNIST has "
             f"classes 0 to {len(FASHION_MNIST_CLASSES) - 1}. Download the files again."
         )
@@ -278,11 +283,11 @@ def _read_idx(folder: pathlib.Path, file: str, dimensions: int) -> np.ndarray:
         try:
             content = gzip.decompress(packed.read_bytes())
         except (OSError, EOFError) as error:
-            raise ValueError(
+            raise UserError(
                 f"'{packed}' cannot be unpacked ({error}). Download it again."
             ) from error
     else:
-        raise ValueError(
+        raise UserError(
             f"'{folder}' has no file '{file}' or '{file}.gz'. On Debian and Ubuntu `apt-get "
             f"install dataset-fashion-mnist` puts the files into {FASHION_MNIST_DIR}; elsewhere, "
             "download the four .gz files from https://github.com/zalandoresearch/fashion-mnist "
@@ -291,12 +296,12 @@ def _read_idx(folder: pathlib.Path, file: str, dimensions: int) -> np.ndarray:
     header = 4 + 4 * dimensions
     shape = np.frombuffer(content[4:header], ">u4").astype(int)
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + np.prod(shape):
-        raise ValueError(
+        raise UserError(
             f"'{path}' is not a complete IDX file of bytes with {dimensions} dimensions. Download "
             "it again."
         )
     if not np.prod(shape):
-        raise ValueError(f"'{path}' has no values. Download it again.")
+        raise UserError(f"'{path}' has no values. Download it again.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -308,24 +313,24 @@ def _image_folder(split: str, data_dir: str | None) -> Source:
     split, so that a file stays in its split when others are added or removed.
     """
     if not data_dir:
-        raise ValueError("The data set image_folder needs data_dir, a folder of class folders.")
+        raise UserError("The data set image_folder needs data_dir, a folder of class folders.")
     root = pathlib.Path(data_dir)
     if not root.is_dir():
-        raise ValueError(f"The data_dir '{root}' is not a folder.")
+        raise UserError(f"The data_dir '{root}' is not a folder.")
     held_out = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if (root / "train").is_dir() and held_out:
         folder = {"train": root / "train", "test": held_out[0]}[split]
         files = _list_images(folder)
         class_names = _subfolders(root / "train")
         if _subfolders(folder) != class_names:
-            raise ValueError(
+            raise UserError(
                 f"'{folder}' and '{root / 'train'}' must have the same class folders; "
                 f"{sorted(set(class_names) ^ set(_subfolders(folder)))} are in only one of them."
             )
         return FolderSource(folder, files, class_names)
     files = [file for file in _list_images(root) if _in_test(file) == (split == "test")]
     if not files:
-        raise ValueError(
+        raise UserError(
             f"No image of '{root}' falls into the {split} split, which is chosen by a hash of the "
             "file names; add images, or make folders train and test with the class folders inside."
         )
@@ -346,7 +351,7 @@ def _list_images(root: pathlib.Path) -> list[str]:
     """All files in the class folders of `root`, as "class/file name", except hidden ones."""
     classes = _subfolders(root)
     if not classes:
-        raise ValueError(
+        raise UserError(
             f"'{root}' has no subfolders; image_folder expects one subfolder of images per class."
         )
     files = []
@@ -355,14 +360,14 @@ def _list_images(root: pathlib.Path) -> list[str]:
             found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
         for file, is_folder in found:
             if is_folder:
-                raise ValueError(
+                raise UserError(
                     f"The class folder '{root / name}' has a folder '{file}' inside; images must "
                     "lie directly in their class folder. (For your own splits, name the folders "
                     "train and test, or train and val.)"
                 )
             files.append(f"{name}/{file}")
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"The class folder '{root / name}' has no images; fill it or remove it."
             )
     return files
@@ -375,7 +380,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
     root = pathlib.Path(data_dir).expanduser() / name
     versions = [path.parent for path in root.glob("*.*.*/dataset_info.json")]
     if not versions:
-        raise ValueError(
+        raise UserError(
             f"'{root}' has no version folder with a data set prepared by TFDS; docs/data.md shows "
             "how to prepare one. (The name is tfds:NAME, or tfds:NAME/CONFIG for a data set with "
             "configurations.)"
@@ -384,7 +389,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
     builder = tfds.builder_from_directory(str(newest))
     features = dict(builder.info.features)
     if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
-        raise ValueError(
+        raise UserError(
             f"The data set in '{newest}' lacks the features image and label (a class label)."
         )
     wanted = [split]
@@ -392,7 +397,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
         wanted = ["validation"] if builder.name == "imagenet2012" else ["test", "validation"]
     available = [s for s in wanted if s in builder.info.splits]
     if not available:
-        raise ValueError(
+        raise UserError(
             f"The data set in '{newest}' has no split {' or '.join(wanted)}, only "
             f"{', '.join(builder.info.splits)}."
         )
@@ -401,7 +406,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
             available[0], decoders={"image": tfds.decode.SkipDecoding()}
         )
     except NotImplementedError as error:
-        raise ValueError(
+        raise UserError(
             f"The data set in '{newest}' is not in ArrayRecord format; prepare it with "
             "file_format='array_record', as docs/data.md shows."
         ) from error

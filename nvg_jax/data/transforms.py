@@ -6,6 +6,8 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from nvg_jax.errors import UserError
+
 
 def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
     """Returns an 8-bit RGB image.
@@ -18,7 +20,7 @@ def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
         image: content of an image file, or uint8 (H, W) or (H, W, 3).
 
     Raises:
-        ValueError: not an image, a damaged one, or one that cannot be converted to RGB.
+        UserError: not an image, a damaged one, or one that cannot be converted to RGB.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image).convert("RGB")
@@ -28,7 +30,7 @@ def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
             if opened.mode.startswith("I"):
                 return Image.fromarray(_to_8_bits(np.asarray(opened))).convert("RGB")
             if opened.mode == "F":
-                raise ValueError("floating-point values have no fixed range")
+                raise UserError("floating-point values have no fixed range")
             if opened.has_transparency_data:
                 rgba = opened.convert("RGBA")
                 return Image.alpha_composite(
@@ -36,15 +38,15 @@ def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
                 ).convert("RGB")
             return opened.convert("RGB")
     except UnidentifiedImageError as error:
-        raise ValueError("not an image of a known format") from error
+        raise UserError("not an image of a known format") from error
     except Exception as error:  # damaged files raise errors of many kinds inside Pillow
-        raise ValueError(f"not a readable image ({error})") from error
+        raise UserError(f"not a readable image ({error})") from error
 
 
 def _to_8_bits(gray: np.ndarray) -> np.ndarray:
     """Scales 0..65535 to uint8 0..255."""
     if gray.min() < 0 or gray.max() > 65535:
-        raise ValueError(f"gray values of {gray.min()} to {gray.max()} do not fit in 16 bits")
+        raise UserError(f"gray values of {gray.min()} to {gray.max()} do not fit in 16 bits")
     return np.round(gray / 257).astype(np.uint8)
 
 
@@ -65,7 +67,7 @@ class Transform:
             the image by up to `pad` pixels.
 
     Raises:
-        ValueError: a size that is not positive, or `resize` smaller than the crop.
+        UserError: a size that is not positive, or `resize` smaller than the crop.
     """
 
     image_size: tuple[int, int]
@@ -74,12 +76,12 @@ class Transform:
 
     def __post_init__(self):
         if min(self.image_size) < 1 or self.pad < 0:
-            raise ValueError(
+            raise UserError(
                 f"image_size must be positive and pad not negative, got {self.image_size} and "
                 f"{self.pad}."
             )
         if self.resize is not None and self.resize < min(self.image_size):
-            raise ValueError(
+            raise UserError(
                 f"Images resized to {self.resize} pixels cannot be cropped to image_size "
                 f"{self.image_size}; resize must be at least {min(self.image_size)}."
             )

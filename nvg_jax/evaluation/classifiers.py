@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation.metrics import to_float
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
 
@@ -47,12 +48,12 @@ def _area_weights(old: int, new: int) -> np.ndarray:
 def _labels(labels, images: np.ndarray, num_classes: int) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
+        raise UserError(
             f"{len(images)} images need as many integer labels, not {labels.dtype} of shape "
             f"{labels.shape}."
         )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
+        raise UserError(
             f"Labels of {num_classes} classes are 0 to {num_classes - 1}, these reach from "
             f"{labels.min()} to {labels.max()}."
         )
@@ -70,7 +71,7 @@ class DigitClassifier:
         labels: int (N,), 0 to 9.
 
     Raises:
-        ValueError: arrays that are not images, or labels that do not fit.
+        UserError: arrays that are not images, or labels that do not fit.
     """
 
     def __init__(self, images, labels):
@@ -176,7 +177,7 @@ def train_classifier(
         seed: seed of the initial weights and the order of the images.
 
     Raises:
-        ValueError: arrays that are not images, or labels that do not fit.
+        UserError: arrays that are not images, or labels that do not fit.
     """
     images = to_float(images)
     labels = _labels(labels, images, num_classes).astype(np.int32)

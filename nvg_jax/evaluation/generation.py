@@ -44,7 +44,7 @@ def generation_metrics(reference: FeatureSet, samples: FeatureSet) -> dict[str, 
         {"fid", "sfid", "inception_score", "precision", "recall"}.
 
     Raises:
-        ValueError: too few images, or features of another network.
+        UserError: too few images, or features of another network.
     """
     for name, images in (("samples", samples), ("reference images", reference)):
         width = len(images.pool_statistics[0])

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvg_jax.errors import UserError
+
 LOW_QUANTILE = 0.05  # of held-out distances; smaller distances are unusually small
 SSIM_WINDOW = 7  # pixels of the square window
 ROWS = 4096  # features converted to float64 at once
@@ -23,19 +25,19 @@ def to_float(images, slack: float = 0.0) -> np.ndarray:
         slack: how far float values may lie outside, after a resize for example.
 
     Raises:
-        ValueError: another shape or dtype, an empty array, or values outside [-1, 1] or not finite.
+        UserError: another shape or dtype, an empty array, or values outside [-1, 1] or not finite.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise ValueError(f"Expected images of shape (B, H, W, 3), not empty, got {images.shape}.")
+        raise UserError(f"Expected images of shape (B, H, W, 3), not empty, got {images.shape}.")
     if images.dtype == np.uint8:
         return images.astype(np.float32) / 127.5 - 1
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"Expected images in uint8, or float in [-1, 1], got {images.dtype}.")
+        raise UserError(f"Expected images in uint8, or float in [-1, 1], got {images.dtype}.")
     images = images.astype(np.float32, copy=False)
     low, high = images.min(), images.max()
     if not (low >= -1 - slack and high <= 1 + slack):  # also true for NaN
-        raise ValueError(
+        raise UserError(
             f"Expected float images in [-1, 1], got values from {low} to {high}. Clip a decoder's "
             "output; rescale images in another range."
         )
@@ -53,7 +55,7 @@ def psnr(images, reconstructions) -> np.ndarray:
         the mean over its images.
 
     Raises:
-        ValueError: different shapes, or arrays that are not images.
+        UserError: different shapes, or arrays that are not images.
     """
     images, reconstructions = to_float(images), to_float(reconstructions)
     _check_same_shape(images, reconstructions)
@@ -75,7 +77,7 @@ def structural_similarity(images_a, images_b) -> jax.Array:
         float32 (B,), 1 for equal images. A data set's SSIM is the mean over its images.
 
     Raises:
-        ValueError: different shapes, other dtypes, or images that are too small.
+        UserError: different shapes, other dtypes, or images that are too small.
     """
     for images in (images_a, images_b):
         if (
@@ -84,7 +86,7 @@ def structural_similarity(images_a, images_b) -> jax.Array:
             or images.shape[-1] != 3
             or min(images.shape[1:3]) < SSIM_WINDOW
         ):
-            raise ValueError(
+            raise UserError(
                 f"Expected uint8 images (B, H, W, 3) of at least {SSIM_WINDOW} x {SSIM_WINDOW} "
                 f"pixels, got {images.dtype} {images.shape}."
             )
@@ -124,7 +126,7 @@ def codebook_usage(counts) -> dict[str, np.ndarray]:
 
 def _check_same_shape(images_a, images_b):
     if images_a.shape != images_b.shape:
-        raise ValueError(
+        raise UserError(
             f"Expected two batches of the same shape, got {images_a.shape} and {images_b.shape}."
         )
 
@@ -152,7 +154,7 @@ class Moments:
         """The moments of features (N, D).
 
         Raises:
-            ValueError: features of another shape or not finite.
+            UserError: features of another shape or not finite.
         """
         features, moments = _check_features(features), cls()
         for start in range(0, len(features), ROWS):
@@ -175,10 +177,10 @@ class Moments:
         """Mean (D,) and unbiased covariance (D, D).
 
         Raises:
-            ValueError: fewer than two features.
+            UserError: fewer than two features.
         """
         if self.count < 2:
-            raise ValueError(f"A covariance needs at least two features, got {self.count}.")
+            raise UserError(f"A covariance needs at least two features, got {self.count}.")
         return self.mean, self.scatter / (self.count - 1)
 
 
@@ -195,11 +197,11 @@ def frechet_distance(a, b) -> float:
             (mean (D,), covariance (D, D)) such as `Moments.statistics`.
 
     Raises:
-        ValueError: features or statistics of other shapes, of different D, or not finite.
+        UserError: features or statistics of other shapes, of different D, or not finite.
     """
     (mean_a, covariance_a), (mean_b, covariance_b) = _statistics(a), _statistics(b)
     if mean_a.shape != mean_b.shape:
-        raise ValueError(
+        raise UserError(
             f"Expected features with the same D, got D = {len(mean_a)} and D = {len(mean_b)}."
         )
     # The last trace is the sum of the singular values of S_a^1/2 S_b^1/2.
@@ -214,21 +216,21 @@ def _statistics(features) -> tuple[np.ndarray, np.ndarray]:
         return Moments.of(features).statistics
     mean, covariance = (np.asarray(x, np.float64) for x in features)
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-        raise ValueError(
+        raise UserError(
             "Expected statistics (mean, covariance) of shapes (D,) and (D, D), got "
             f"{mean.shape} and {covariance.shape}."
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("Expected finite statistics, got NaN or infinite values.")
+        raise UserError("Expected finite statistics, got NaN or infinite values.")
     return mean, covariance
 
 
 def _check_features(features) -> np.ndarray:
     features = np.asarray(features)
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"Expected features of shape (N, D), not empty, got {features.shape}.")
+        raise UserError(f"Expected features of shape (N, D), not empty, got {features.shape}.")
     if not np.isfinite(features).all():
-        raise ValueError("Expected finite features, got NaN or infinite values.")
+        raise UserError("Expected finite features, got NaN or infinite values.")
     return features
 
 
@@ -255,16 +257,16 @@ def inception_score(probabilities, split_size: int = 5000) -> float:
         The score, from 1 to C.
 
     Raises:
-        ValueError: another shape, rows that are not probabilities, or a split size below 1.
+        UserError: another shape, rows that are not probabilities, or a split size below 1.
     """
     probabilities = _check_features(probabilities)
     if split_size < 1:
-        raise ValueError(f"Expected a split size of at least 1, got {split_size}.")
+        raise UserError(f"Expected a split size of at least 1, got {split_size}.")
     scores = []
     for start in range(0, len(probabilities), split_size):
         p = probabilities[start : start + split_size].astype(np.float64)
         if p.min() < 0 or np.abs(p.sum(1) - 1).max() > 1e-2:
-            raise ValueError(
+            raise UserError(
                 "Expected class probabilities, at least 0 and with rows that sum to 1, got values "
                 f"from {p.min()} to {p.max()} and sums from {p.sum(1).min()} to {p.sum(1).max()}."
             )
@@ -292,16 +294,16 @@ def precision_recall(reference, samples, k: int = 3) -> tuple[float, float]:
         Precision and recall, 0 to 1.
 
     Raises:
-        ValueError: features of other shapes, of different D, or not finite; too few for k.
+        UserError: features of other shapes, of different D, or not finite; too few for k.
     """
     reference, samples = _check_features(reference), _check_features(samples)
     if reference.shape[1] != samples.shape[1]:
-        raise ValueError(
+        raise UserError(
             "Expected features with the same D, got "
             f"D = {reference.shape[1]} and D = {samples.shape[1]}."
         )
     if not 1 <= k < min(len(reference), len(samples)):
-        raise ValueError(
+        raise UserError(
             f"Expected k from 1 to below the number of features, got k = {k} for "
             f"{len(reference)} reference features and {len(samples)} samples."
         )
@@ -382,13 +384,13 @@ def nearest_distances(queries, references) -> np.ndarray:
         float64 (B,).
 
     Raises:
-        ValueError: images of different sizes, or arrays that are not images.
+        UserError: images of different sizes, or arrays that are not images.
     """
     from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import
 
     queries, references = to_float(queries), to_float(references)
     if queries.shape[1:] != references.shape[1:]:
-        raise ValueError(
+        raise UserError(
             f"Cannot compare images of size {queries.shape[1:3]} with images of size "
             f"{references.shape[1:3]}; resize all to one size."
         )
@@ -422,7 +424,7 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
         not_nearer: the verdict.
 
     Raises:
-        ValueError: images of different sizes, or arrays that are not images.
+        UserError: images of different sizes, or arrays that are not images.
     """
     sampled, real = nearest_distances(samples, train), nearest_distances(held_out, train)
     low = np.quantile(real, LOW_QUANTILE)
@@ -450,11 +452,11 @@ def class_agreement(predicted, requested) -> tuple[float, dict[int, float]]:
         The share among all images, and the share within each requested class, both 0 to 1.
 
     Raises:
-        ValueError: arrays that are empty, not one-dimensional or of different lengths.
+        UserError: arrays that are empty, not one-dimensional or of different lengths.
     """
     predicted, requested = np.asarray(predicted), np.asarray(requested)
     if predicted.shape != requested.shape or requested.ndim != 1 or not len(requested):
-        raise ValueError(
+        raise UserError(
             "Expected predicted and requested classes as two lists of the same length, not empty, "
             f"got shapes {predicted.shape} and {requested.shape}."
         )

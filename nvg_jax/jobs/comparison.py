@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nvg_jax import pretrained
 from nvg_jax.data import Source, Transform, open_source
 from nvg_jax.data.sources import SPLITS
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
 from nvg_jax.jobs import features
@@ -59,7 +60,7 @@ def compare(
         the others.
 
     Raises:
-        ValueError: images that cannot be read, or too few of them.
+        UserError: images that cannot be read, or too few of them.
     """
     found = features.extract(images, judge, out / "features")
     if not is_main():
@@ -94,13 +95,13 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
     """All combinations of "NAME=VALUE;VALUE NAME=VALUE;..."; a value may be START,END.
 
     Raises:
-        ValueError: an unknown setting, or a value that is not a number.
+        UserError: an unknown setting, or a value that is not a number.
     """
     specs, choices = Settings.specs(), {}
     for item in text.split():
         name, _, values = item.partition("=")
         if name not in specs or not values:
-            raise ValueError(
+            raise UserError(
                 f"--sweep takes NAME=VALUE;VALUE, for example content_guidance=1,3.5;1,4.5, with "
                 f"the names {', '.join(specs)}; got {item!r}."
             )
@@ -108,7 +109,7 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
             choices[name] = [specs[name].parse(value) for value in values.split(";")]
         except ValueError:
             kind = "true or false" if specs[name].kind is bool else "numbers"
-            raise ValueError(f"--sweep: {name} takes {kind}, got {values!r}.") from None
+            raise UserError(f"--sweep: {name} takes {kind}, got {values!r}.") from None
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
 
 
@@ -187,7 +188,7 @@ def reconstruction(pipeline: Pipeline, images: Split, out: Path) -> dict[str, An
         The metrics on process 0, {} on the others.
 
     Raises:
-        ValueError: a network's weights are missing, or an image cannot be read.
+        UserError: a network's weights are missing, or an image cannot be read.
     """
     judge = Inception(pretrained.antialiased_inception_input)
     mesh = make_mesh(devices=jax.local_devices())
@@ -279,15 +280,15 @@ def open_reference(
         image_size, data: the model's image size, and `data` as in a config; only for a split.
 
     Raises:
-        ValueError: `text` is neither, or `data` is missing.
+        UserError: `text` is neither, or `data` is missing.
     """
     if text in SPLITS:
         if data is None:
-            raise ValueError(
+            raise UserError(
                 f"--reference={text} is a split of a data set, cropped to a model's image size; "
                 "give --workdir, or a reference file."
             )
         return split_images(data, text, image_size, batch_size)
     if not text.endswith(".npz"):
-        raise ValueError(f"--reference must be train, test or an .npz file, got {text!r}.")
+        raise UserError(f"--reference must be train, test or an .npz file, got {text!r}.")
     return Archive(text, batch_size)

@@ -11,10 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from nvg_jax.data.sources import default_class_names
+from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import GENERATORS
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.files import fingerprint, make_folder
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
@@ -39,7 +40,7 @@ def read_published(
             published generators were trained with, and sample with, the defaults.
 
     Raises:
-        ValueError: a file is missing, is not a checkpoint, lacks these weights or has other tensors
+        UserError: a file is missing, is not a checkpoint, lacks these weights or has other tensors
             than the published model; or the generator belongs to another autoencoder.
     """
     files = {"autoencoder": (autoencoder, autoencoder_weights)}
@@ -47,9 +48,7 @@ def read_published(
         files["generator"] = generator, generator_weights
     for file in (Path(file) for file, _ in files.values()):
         if not file.is_file():
-            raise ValueError(
-                f"There is no file {file}. Give a checkpoint that the authors publish."
-            )
+            raise UserError(f"There is no file {file}. Give a checkpoint that the authors publish.")
     sizes = {}
     if generator is not None:
         generator_tensors = weight_names.read(generator, generator_weights)
@@ -74,7 +73,7 @@ def read_published(
         return metadata, params
     for size in ("latent_dim", "codebook_size"):
         if sizes[size] != own[size]:
-            raise ValueError(
+            raise UserError(
                 f"{generator} was made for another autoencoder than {autoencoder}: its {size} is "
                 f"{sizes[size]}, the autoencoder's {own[size]}. Give the two that belong together."
             )
@@ -99,7 +98,7 @@ def convert(
     """Writes a folder for `Pipeline.from_pretrained`; see `read_published` for the arguments.
 
     Raises:
-        ValueError: as for `read_published`, or `out` exists and is not empty.
+        UserError: as for `read_published`, or `out` exists and is not empty.
     """
     _check_new(out)
     # Passed on without a name, so that the arrays are freed once the pipeline has its own.
@@ -120,7 +119,7 @@ def to_safetensors(workdir: str | Path, out: str | Path):
             or converted one.
 
     Raises:
-        ValueError: the folder holds no model or only one of the generators, or `out` exists and is
+        UserError: the folder holds no model or only one of the generators, or `out` exists and is
             not empty.
     """
     _check_new(out)
@@ -130,11 +129,11 @@ def to_safetensors(workdir: str | Path, out: str | Path):
     }
     generators = [name for name in GENERATORS if name in params]
     if len(generators) == 1:
-        raise ValueError(
+        raise UserError(
             f"{workdir} has only the {generators[0]} generator, and the published layout holds "
             "both in one file. Train the other one first."
         )
-    Path(out).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(out))
     tensors = weight_names.to_published(params["tokenizer"])
     save_file(tensors, Path(out) / "autoencoder.safetensors")
     if generators:
@@ -146,11 +145,11 @@ def to_safetensors(workdir: str | Path, out: str | Path):
 
 @contextlib.contextmanager
 def _naming(file: str | Path):
-    """Adds the name of the file to a ValueError."""
+    """Adds the name of the file to a UserError."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"Cannot convert {file}. {error}") from error
+    except UserError as error:
+        raise UserError(f"Cannot convert {file}. {error}") from error
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -165,4 +164,4 @@ def _sha256(file: Path) -> str:
 def _check_new(folder: str | Path):
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty. Give --out a new folder.")
+        raise UserError(f"{folder} exists and is not empty. Give --out a new folder.")

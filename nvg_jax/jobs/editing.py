@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.errors import UserError
 from nvg_jax.jobs.features import image_to_uint8
 from nvg_jax.jobs.sampling import Given
 from nvg_jax.pipeline import Pipeline, check_integer
@@ -26,16 +27,16 @@ def read_picture(
         background: what shows through where it is transparent.
 
     Raises:
-        ValueError: the file does not exist, is not a picture, or has another size.
+        UserError: the file does not exist, is not a picture, or has another size.
     """
     if not Path(path).is_file():
-        raise ValueError(f"There is no file {path}.")
+        raise UserError(f"There is no file {path}.")
     try:
         pixels = np.asarray(decode(Path(path).read_bytes(), background))
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}.") from error
+    except UserError as error:
+        raise UserError(f"{path} is {error}.") from error
     if size is not None and pixels.shape[:2] != size:
-        raise ValueError(
+        raise UserError(
             f"{path} has {pixels.shape[0]} x {pixels.shape[1]} pixels and the image "
             f"{size[0]} x {size[1]}; the mask must have the size of the image."
         )
@@ -54,7 +55,7 @@ def keep_stages(
     """The maps and tokens of the first stages of an image.
 
     Raises:
-        ValueError: a file that cannot be read, or stages that the model does not have.
+        UserError: a file that cannot be read, or stages that the model does not have.
     """
     check_integer("--structure_stages", structure_stages, 1, pipeline.tokenizer.config.num_stages)
     check_integer("--token_stages", token_stages, 0, structure_stages)
@@ -67,14 +68,14 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Given:
     """The maps of a drawing: a PNG whose colors are regions, or the name of a ready-made one.
 
     Raises:
-        ValueError: it is neither, or a picture with one color or too many.
+        UserError: it is neither, or a picture with one color or too many.
     """
     config = pipeline.tokenizer.config
     height, width = config.image_size
     if drawing in control.DRAWINGS:
         regions = control.ready_made(drawing, min(height, width))
     elif not Path(drawing).is_file():
-        raise ValueError(
+        raise UserError(
             f"--structure_map must be a file or one of {', '.join(control.DRAWINGS)}, got "
             f"{str(drawing)!r}."
         )
@@ -83,7 +84,7 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Given:
         colors = np.asarray(pixels).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
         count = len(np.unique(colors))
         if count > MAX_REGIONS:
-            raise ValueError(
+            raise UserError(
                 f"{drawing} has {count} colors, and each is a region; draw at most {MAX_REGIONS}, "
                 "without smooth edges."
             )
@@ -107,12 +108,12 @@ def edit_region(
             blended back in; None does not paste them.
 
     Raises:
-        ValueError: a file that cannot be read, a mask of another size or without white, or a stage
+        UserError: a file that cannot be read, a mask of another size or without white, or a stage
             that the model does not have.
     """
     check_integer("--edit_from", start, 0, pipeline.tokenizer.config.num_stages - 1)
     if mask is None:
-        raise ValueError("--edit needs --mask, a PNG that is white where the image may change.")
+        raise UserError("--edit needs --mask, a PNG that is white where the image may change.")
     pixels = read_picture(image)
     inside = fit(pipeline, read_picture(mask, pixels.shape[:2], "black")).mean(-1) > 0
     original = fit(pipeline, pixels)

@@ -18,6 +18,7 @@ from nvg_jax.data import (
     sequences,
 )
 from nvg_jax.data.sources import SPLITS
+from nvg_jax.errors import UserError
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
@@ -45,9 +46,9 @@ def encode_data_set(
         The metadata (see `sequences.finish`) on process 0, {} on the others.
 
     Raises:
-        ValueError: the data has no images or other classes, `out` holds something else, or an image
+        UserError: the data has no images or other classes, `out` holds something else, or an image
             is unreadable (on_bad="error").
-        OSError: a file cannot be written.
+        UserError: a file cannot be written.
     """
     out = Path(out)
     sources, settings = plan_encoding(pipeline, data, crops, seed)
@@ -68,12 +69,12 @@ def plan_encoding(
     """The splits of the data, and the settings that determine the contents of the files."""
     metadata = pipeline.metadata
     if metadata.fingerprint is None:
-        raise ValueError(
+        raise UserError(
             "The training of this tokenizer has not finished, and generators only train on a "
             "finished one. Let `python -m nvg_jax.train` finish it first."
         )
     if crops < 1:
-        raise ValueError(f"crops must be at least 1, got {crops}.")
+        raise UserError(f"crops must be at least 1, got {crops}.")
     # Converted weights know at most the number of their classes; then the names come from the data.
     class_names = pipeline.class_names if metadata.config else None
     sources = {
@@ -83,7 +84,7 @@ def plan_encoding(
         for split in SPLITS
     }
     if isinstance(sources["train"], SequenceSource):
-        raise ValueError("The data set holds cached sequences already; give one of images.")
+        raise UserError("The data set holds cached sequences already; give one of images.")
     return sources, {
         "format": sequences.FORMAT,
         "tokenizer": metadata.to_json()["tokenizer"],

@@ -12,6 +12,7 @@ import numpy as np
 
 from nvg_jax.data import Source
 from nvg_jax.data.transforms import Transform
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation import metrics
 from nvg_jax.evaluation.classifiers import DigitClassifier, train_classifier
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
@@ -57,12 +58,12 @@ def evaluate(
         The metrics on process 0, None on the others.
 
     Raises:
-        ValueError: the data is not what the model was trained on, or an image cannot be read.
+        UserError: the data is not what the model was trained on, or an image cannot be read.
     """
     size = pipeline.tokenizer.config.image_size
     num_classes = open_split(data, "train").num_classes
     if num_classes != pipeline.metadata.num_classes:
-        raise ValueError(
+        raise UserError(
             f"The model has {pipeline.metadata.num_classes} classes and the data set "
             f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
         )
@@ -110,7 +111,7 @@ def load_split(data: dict[str, Any], split: str, image_size: tuple[int, int]) ->
     """The images of a split, cropped to one size; `data` as for `evaluate`.
 
     Raises:
-        ValueError: an unreadable image, unless data["on_bad"] is "skip".
+        UserError: an unreadable image, unless data["on_bad"] is "skip".
     """
     transform = Transform(image_size, data["resize"] or None)
     on_bad = data.get("on_bad", "error")
@@ -124,7 +125,7 @@ def load_images(source: Source, transform: Transform, limit: int, on_bad: str = 
         on_bad: for an unreadable image, "error" stops and "skip" leaves it out with a warning.
 
     Raises:
-        ValueError: an image is unreadable; the message names it.
+        UserError: an image is unreadable; the message names it.
     """
     height, width = transform.image_size
     limit = min(limit, len(source), MAX_BYTES // (height * width * 3 * 4))
@@ -134,14 +135,14 @@ def load_images(source: Source, transform: Transform, limit: int, on_bad: str = 
     for index in indices:
         try:
             images[count], labels[count] = read_image(source, index, transform)
-        except ValueError as error:
+        except UserError as error:
             if on_bad != "skip":
                 raise
             logger.warning("left out %s", error)
             continue
         count += 1
     if count == 0:
-        raise ValueError(f"None of the {limit} images to evaluate with can be read.")
+        raise UserError(f"None of the {limit} images to evaluate with can be read.")
     return Images(images[:count], labels[:count])
 
 

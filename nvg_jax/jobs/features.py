@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nvg_jax import pretrained
 from nvg_jax.data import Source, Transform
 from nvg_jax.data.transforms import decode
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation.generation import FeatureSet
 from nvg_jax.evaluation.metrics import Moments
 from nvg_jax.jobs.sampling import open_folder, own_missing
@@ -63,18 +64,18 @@ class Archive:
     """The images in an .npz file, "arr_0", uint8 (N, H, W, 3), read one batch at a time.
 
     Raises:
-        ValueError: the file does not exist, is damaged or has other contents.
+        UserError: the file does not exist, is damaged or has other contents.
     """
 
     def __init__(self, path: str | os.PathLike, batch_size: int):
         self.path, self.batch_size = Path(path), batch_size
         if not self.path.is_file():
-            raise ValueError(f"There is no file {path}.")
+            raise UserError(f"There is no file {path}.")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
                 if "arr_0" not in names:
-                    raise ValueError(
+                    raise UserError(
                         f"{path} has the arrays {', '.join(names) or '(none)'}; expected "
                         'the images as "arr_0", which is what np.savez and `nvg_jax.sample` write.'
                     )
@@ -84,7 +85,7 @@ class Archive:
         except (zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise self._damaged(error) from error
         if len(self.shape) != 4 or self.shape[-1] != 3 or dtype != np.uint8 or fortran:
-            raise ValueError(
+            raise UserError(
                 f"The images in {path} must be uint8 of shape (N, H, W, 3), got {dtype} "
                 f"{self.shape}{' in Fortran order' if fortran else ''}."
             )
@@ -125,8 +126,8 @@ class Archive:
     def describe(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "crc32": self._checksum}
 
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
             f"{self.path} is damaged, incomplete or not an .npz file ({error}). Copy or make it "
             "again."
         )
@@ -175,15 +176,15 @@ def read_image(source: Source, index: int, transform: Transform) -> tuple[np.nda
     """(image float32 (H, W, 3) in [-1, 1], label) of a record.
 
     Raises:
-        ValueError: the image is unreadable; the message names it.
+        UserError: the image is unreadable; the message names it.
     """
     name = f"record {index}"
     try:
         item = source[int(index)]
         name = item["name"]
         return transform(decode(item["image"])), item["label"]
-    except Exception as error:  # readers of damaged files raise errors of many kinds
-        raise ValueError(
+    except UserError as error:
+        raise UserError(
             f"{name}: {error}. Repair it or remove it from the data set to evaluate."
         ) from error
 
@@ -201,7 +202,7 @@ class Inception:
             reconstruction.
 
     Raises:
-        ValueError: the network's weights are missing; the message says how to import them.
+        UserError: the network's weights are missing; the message says how to import them.
     """
 
     name = "inception"
@@ -231,7 +232,7 @@ def extract(
         keep: the number of images, from the first on, whose features are kept; None keeps all.
 
     Raises:
-        ValueError: an image cannot be read, or `folder` holds features of other images.
+        UserError: an image cannot be read, or `folder` holds features of other images.
     """
     size, count = images.batch_size, len(images)
     description = {"network": judge.fingerprint, "batch_size": size, **images.describe()}

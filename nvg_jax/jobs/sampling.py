@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from nvg_jax.data.transforms import decode
+from nvg_jax.errors import UserError
 from nvg_jax.models import GENERATORS
 from nvg_jax.pipeline import MAX_SEED, Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint, make_folder
@@ -63,7 +64,7 @@ class SamplingJob:
             their structure noise, which is interpolated on a sphere, and begin at `seed`.
 
     Raises:
-        ValueError: an invalid seed, or a walk of fewer than two samples.
+        UserError: an invalid seed, or a walk of fewer than two samples.
     """
 
     pipeline: Pipeline
@@ -80,7 +81,7 @@ class SamplingJob:
         if self.walk_to is not None:
             check_integer("walk_to", self.walk_to, 0, MAX_SEED)
             if self.per_class < 2:
-                raise ValueError(
+                raise UserError(
                     f"A walk needs two samples or more, got per_class={self.per_class}."
                 )
 
@@ -103,7 +104,7 @@ class SamplingJob:
         """The settings of every stage; a setting that is not given takes the folder's value.
 
         Raises:
-            ValueError: a setting is out of range.
+            UserError: a setting is out of range.
         """
         config = self.pipeline.tokenizer.config
         settings = self.pipeline.settings.updated(self.settings)
@@ -177,7 +178,7 @@ class SamplingJob:
         """Everything the samples depend on, JSON-serializable, with settings expanded per stage.
 
         Raises:
-            ValueError: a setting is out of range.
+            UserError: a setting is out of range.
         """
         metadata = self.pipeline.metadata.to_json()
         model = {name: metadata[name] for name in ("tokenizer", "canvas_scale", *GENERATORS)}
@@ -221,7 +222,7 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
         description: see `SamplingJob.describe`; stored in the folder.
 
     Raises:
-        ValueError: the folder holds samples with other or unknown settings, or not all processes
+        UserError: the folder holds samples with other or unknown settings, or not all processes
             see the same folder.
     """
     path = folder / SETTINGS_FILE
@@ -229,7 +230,7 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
         try:
             stored = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}, which says how the samples there were made, is damaged ({error}). Give "
                 "another --out, or delete that folder to start over."
             ) from error
@@ -239,13 +240,13 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
             if stored.get(name) != value
         ]
         if differ:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds samples made with other settings: {'; '.join(differ)}. Give the "
                 "same settings to resume, or another --out; or delete that folder to start over. "
                 "(Another model: a run that was trained further has other weights.)"
             )
     elif folder.is_dir() and any(folder.glob(pattern)):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds samples but no {SETTINGS_FILE} that says how they were made. Give "
             "another --out, or move them away."
         )
@@ -255,7 +256,7 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
             file.write(json.dumps(description).encode())
     barrier(f"{path} is there")
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"Process {jax.process_index()} does not see {path}, which process 0 wrote: --out "
             "must be in a file system that all processes share."
         )
@@ -277,8 +278,8 @@ def write_array(job: SamplingJob, out: Path):
     joined and removed.
 
     Raises:
-        ValueError: `out`, or the folder of parts, was made with other settings.
-        OSError: a file cannot be written.
+        UserError: `out`, or the folder of parts, was made with other settings.
+        UserError: a file cannot be written.
     """
     description = job.describe()
     mark = digest(description).encode()  # the comment of the finished archive
@@ -286,7 +287,7 @@ def write_array(job: SamplingJob, out: Path):
     part = lambda batch: folder / f"{batch:06d}.npz"
     if out.exists():
         if read_mark(out) != mark:
-            raise ValueError(
+            raise UserError(
                 f"{out} already exists and was made with other settings, or not by this command. "
                 "Give another --out, or move it away."
             )
@@ -348,8 +349,8 @@ def write_pictures(job: SamplingJob, out: Path, columns: int):
     """Writes a PNG per sample, grid.png and, for the first batch, stages.png into a folder.
 
     Raises:
-        ValueError: the folder holds pictures with other settings, or a damaged one.
-        OSError: a file cannot be written.
+        UserError: the folder holds pictures with other settings, or a damaged one.
+        UserError: a file cannot be written.
     """
     classes = np.repeat(job.classes, job.per_class)
     pictures = [out / f"{index:06d}_class{label}.png" for index, label in enumerate(classes)]
@@ -368,8 +369,8 @@ def write_pictures(job: SamplingJob, out: Path, columns: int):
         for path in pictures[:GRID_LIMIT]:
             try:
                 shown.append(np.asarray(decode(path.read_bytes())))
-            except ValueError as error:
-                raise ValueError(
+            except UserError as error:
+                raise UserError(
                     f"{path} is {error}. Delete it and run the same command again."
                 ) from error
         save_png(out / "grid.png", image_grid(np.stack(shown), columns))

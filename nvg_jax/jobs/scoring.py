@@ -113,7 +113,7 @@ def make_scorers(
         parts: only "tokenizer", "generators" and "distillation" have scorers.
 
     Raises:
-        ValueError: a network, a file or data is missing.
+        UserError: a network, a file or data is missing.
     """
     recipes = {p: config[RECIPES[p]] for p in ("tokenizer", "generators", DISTILLATION)}
     parts = [part for part in parts if part in recipes and recipes[part].fid_every]

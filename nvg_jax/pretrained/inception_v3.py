@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvg_jax.errors import UserError
+
 IMAGE_SIZE = 299  # pixels of the square input
 NUM_LOGITS = 1008
 POOL_WIDTH = 2048
@@ -48,10 +50,10 @@ def inception(params, images) -> ImageFeatures:
         without the bias, as the Inception Score is defined.
 
     Raises:
-        ValueError: images of another shape or type.
+        UserError: images of another shape or type.
     """
     if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or not _floating(images):
-        raise ValueError(
+        raise UserError(
             f"Expected float images (B, {IMAGE_SIZE}, {IMAGE_SIZE}, 3) in [-1, 1], got "
             f"{images.dtype} {images.shape}. Resize with tf1_inception_input or "
             "antialiased_inception_input."
@@ -93,10 +95,10 @@ def antialiased_inception_input(images):
         float32 (B, 299, 299, 3) in [-1, 1]; pixel centers are at half positions.
 
     Raises:
-        ValueError: images that are not float and would thus have another range.
+        UserError: images that are not float and would thus have another range.
     """
     if not _floating(images):
-        raise ValueError(f"Expected float images in [-1, 1], got {images.dtype}.")
+        raise UserError(f"Expected float images in [-1, 1], got {images.dtype}.")
     shape = (images.shape[0], IMAGE_SIZE, IMAGE_SIZE, 3)
     return jax.image.resize(images.astype(jnp.float32), shape, "linear", antialias=True)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvg_jax.errors import UserError
 from nvg_jax.layers import attention
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
@@ -46,7 +47,7 @@ def lpips(params, images_a, images_b, dtype=jnp.float32):
         float32 (B,), nonnegative, and 0 for equal images.
 
     Raises:
-        ValueError: images of another shape or type.
+        UserError: images of another shape or type.
     """
     _check_pair(images_a, images_b, 16)
     return Lpips("vgg", dtype).apply({"params": params}, images_a, images_b)
@@ -76,7 +77,7 @@ def dino(params, images, dtype=jnp.float32):
         first, then the 14 x 14 patches row by row.
 
     Raises:
-        ValueError: images of another shape or type.
+        UserError: images of another shape or type.
     """
     size = (VIT_IMAGE, VIT_IMAGE)
     _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
@@ -98,7 +99,7 @@ def dinov2(params, images, dtype=jnp.float32):
         token.
 
     Raises:
-        ValueError: images of another shape or type.
+        UserError: images of another shape or type.
     """
     _check(images, True, "any number of pixels")
     shape = (images.shape[0], VIT_IMAGE, VIT_IMAGE, 3)
@@ -111,7 +112,7 @@ def dinov2(params, images, dtype=jnp.float32):
 def _check(images, size_fits: bool, size: str):
     floating = jnp.issubdtype(images.dtype, jnp.floating)
     if not (images.ndim == 4 and images.shape[-1] == 3 and floating and size_fits):
-        raise ValueError(
+        raise UserError(
             f"Expected float images (B, H, W, 3) in [-1, 1] of {size}, got {images.dtype} "
             f"{images.shape}."
         )
@@ -122,7 +123,7 @@ def _check_pair(images_a, images_b, smallest: int):
         fits = min(images.shape[1:3], default=0) >= smallest
         _check(images, fits, f"at least {smallest} x {smallest} pixels")
     if images_a.shape != images_b.shape:
-        raise ValueError(
+        raise UserError(
             f"LPIPS compares images of one shape, got {images_a.shape} and {images_b.shape}."
         )
 

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
+from nvg_jax.errors import UserError
 from nvg_jax.pretrained.inception_v3 import IMAGE_SIZE, NUM_LOGITS, POOL_WIDTH, Inception
 from nvg_jax.pretrained.networks import (
     DEPTH,
@@ -30,7 +31,7 @@ from nvg_jax.pretrained.networks import (
     Lpips,
     VisionTransformer,
 )
-from nvg_jax.runtime.files import atomic_write, fingerprint
+from nvg_jax.runtime.files import atomic_write, fingerprint, make_folder
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 
@@ -125,7 +126,7 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
         The written file, which is written atomically.
 
     Raises:
-        ValueError: an unknown name; files that are missing or cannot be read; tensors that are
+        UserError: an unknown name; files that are missing or cannot be read; tensors that are
             missing, unexpected, or of another shape or type, which the message lists.
     """
     source = SOURCES[_known(name)]
@@ -135,7 +136,7 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
         # lpips keeps torchvision's layer numbers, but divides the layers into five slices.
         found = {re.sub(r"^net\.slice\d\.", "features.", key): x for key, x in found.items()}
         if twice := [key for key in found if key in tensors]:
-            raise ValueError(f"{file} repeats tensors of another file: {_listed(twice)}.")
+            raise UserError(f"{file} repeats tensors of another file: {_listed(twice)}.")
         tensors |= found
     _check(name, files, tensors)
     tensors = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
@@ -146,7 +147,7 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
     else:
         params = _vit_params(tensors, **SIZES[name])
     path = _path(name, cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     flat = {key: np.ascontiguousarray(x) for key, x in flatten_dict(params, sep="/").items()}
     checksum = fingerprint(unflatten_dict(flat, sep="/"))
     with atomic_write(path) as file:
@@ -162,7 +163,7 @@ def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
         cache: the folder given to `convert`.
 
     Raises:
-        ValueError: an unknown name; a network that was not imported, with the commands to run; a
+        UserError: an unknown name; a network that was not imported, with the commands to run; a
             file that does not match its checksum.
     """
     source, path = SOURCES[_known(name)], _path(name, cache)
@@ -170,7 +171,7 @@ def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
     command = f"{own}python -m nvg_jax.convert --pretrained={name} --from={','.join(source.files)}"
     if not path.is_file():
         without = f" Or train without: --config.{source.without}." if source.without else ""
-        raise ValueError(
+        raise UserError(
             f"The weights of {name} are missing ({path}). Download {_files(source)}, and run "
             f"`{command}`.{without}"
         )
@@ -179,12 +180,12 @@ def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
             checksum = (file.metadata() or {}).get("checksum")
             flat = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}). Import it again: `{command}`.") from error
+        raise UserError(f"{path} is damaged ({error}). Import it again: `{command}`.") from error
     params = unflatten_dict(flat, sep="/")
     expected = {key: leaf.shape for key, leaf in flatten_dict(abstract(name), sep="/").items()}
     shapes = {key: x.shape for key, x in flat.items()}
     if shapes != expected or fingerprint(params) != checksum:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged (its contents and its checksum differ). Import it again: "
             f"`{command}`."
         )
@@ -193,7 +194,7 @@ def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
 
 def _known(name: str) -> str:
     if name not in SOURCES:
-        raise ValueError(f"There is no pretrained network {name!r}; choose {', '.join(NAMES)}.")
+        raise UserError(f"There is no pretrained network {name!r}; choose {', '.join(NAMES)}.")
     return name
 
 
@@ -201,15 +202,21 @@ def cache_folder(cache: str | Path | None = None) -> Path:
     """The folder for cached results and imports: `cache`, $NVG_CACHE or ~/.cache/nvg_jax.
 
     Raises:
-        ValueError: the folder is in a bucket.
+        UserError: the folder is in a bucket, or there is no home folder.
     """
     folder = cache or os.environ.get("NVG_CACHE") or "~/.cache/nvg_jax"
     if "://" in str(folder):
-        raise ValueError(
+        raise UserError(
             f"The cache must be a folder, not {folder}. Mount the bucket on "
             "every machine (gcsfuse; docs/launch.md) and give the mount point."
         )
-    return Path(folder).expanduser().absolute()
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(
+            f"The cache {folder} needs a home folder, and this user has none. Set HOME, or set "
+            "NVG_CACHE or --pretrained_dir to a folder."
+        ) from error
 
 
 def _path(name: str, cache: str | Path | None) -> Path:
@@ -228,18 +235,18 @@ def _listed(items: Sequence[str]) -> str:
 
 def _read(file: Path, unneeded: str) -> dict[str, np.ndarray]:
     if not file.is_file():
-        raise ValueError(f"There is no file {file}.")
+        raise UserError(f"There is no file {file}.")
     keep = lambda key: not re.fullmatch(unneeded, key)
     if file.suffix != ".safetensors":
         return read_state_dict(file, keep)
     try:
         return {key: tensor for key, tensor in load_file(file).items() if keep(key)}
     except SafetensorError as error:
-        raise ValueError(f"Cannot read {file}, it is not a safetensors file: {error}.") from error
+        raise UserError(f"Cannot read {file}, it is not a safetensors file: {error}.") from error
 
 
 def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray]):
-    """Raises ValueError unless the tensors are those of the published files."""
+    """Raises UserError unless the tensors are those of the published files."""
     if name in LPIPS_NETWORKS:
         shapes = _lpips_shapes(name)
     elif name == "inception":
@@ -270,7 +277,7 @@ def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray
             for problem, keys in problems.items()
             if keys
         ]
-        raise ValueError(
+        raise UserError(
             f"The tensors in {', '.join(map(str, files))} are not those of {name}.\n"
             + "\n".join(lists)
             + f"\nGive {_files(SOURCES[name])}."

@@ -7,7 +7,6 @@ metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +16,14 @@ import numpy as np
 from etils import epath, epy
 from jax.experimental import multihost_utils
 
+from nvg_jax.errors import UserError, is_failure, is_mistake, reported
 from nvg_jax.runtime import processes
-from nvg_jax.runtime.files import digest, lock, storage_path
+from nvg_jax.runtime.files import digest, lock, make_folder, storage_path
 
 with epy.lazy_imports():  # slow to import, and not needed to print an error
     import orbax.checkpoint as ocp
 
 logger = logging.getLogger("nvg_jax")
-
-# Failures that the user must fix; the underlying libraries report them only as text.
-UNWRITABLE = re.compile(
-    "no space left|quota|file too large|permission.denied|not permitted|read-only", re.IGNORECASE
-)
 
 
 class Checkpoints:
@@ -38,7 +33,7 @@ class Checkpoints:
     process of the run must call them.
 
     Raises:
-        ValueError: another run is writing to this folder.
+        UserError: another run is writing to this folder.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
@@ -61,13 +56,13 @@ class Checkpoints:
     def _lock_folder(self) -> int | None:
         descriptor, free = None, True
         if processes.is_main():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             try:
                 descriptor = lock(self._folder)
             except BlockingIOError:
                 free = False
         if not multihost_utils.broadcast_one_to_all(np.array(free)):
-            raise ValueError(
+            raise UserError(
                 f"Another process is writing to {self._folder}. Wait until it has ended, or choose "
                 "another folder."
             )
@@ -81,7 +76,7 @@ class Checkpoints:
         """Starts saving a state, JSON-serializable metadata and the data iterator's position.
 
         Raises:
-            OSError: no space or no permission to write this checkpoint or the previous one.
+            UserError: no space or no permission to write this checkpoint or the previous one.
                 Other failures (a network, another process) are raised unchanged.
         """
         content = {"meta": meta, "position": position, "leaves": describe(state)}
@@ -100,16 +95,16 @@ class Checkpoints:
             (state, data position, step).
 
         Raises:
-            ValueError: all checkpoints are damaged, or they hold a state of other sizes.
+            UserError: all checkpoints are damaged, or they hold a state of other sizes.
         """
 
         def wanted(meta):
             check(meta)
             return state
 
-        found, damaged = newest(self._manager, self._folder, wanted, restore_state)
+        found, damaged = newest(self._manager, self._folder, wanted, ocp.args.StandardRestore)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"Every checkpoint in {self._folder} is damaged (steps {sorted(damaged)}). Put "
                 "back a copy, or delete the folder to start over."
             )
@@ -135,9 +130,9 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # writing threads and libraries raise errors of many kinds
-            if not UNWRITABLE.search(str(error)):
+            if not is_mistake(error):
                 raise
-            raise OSError(
+            raise UserError(
                 f"A checkpoint could not be written to {self._folder} "
                 f"({short(error)}). Earlier checkpoints are intact; free some space or fix the "
                 "permissions, then run the same command again to resume from the last one."
@@ -189,18 +184,18 @@ def read(
         (metadata with "step", tree of NumPy arrays), or None if the folder has no checkpoint.
 
     Raises:
-        ValueError: all checkpoints are damaged, or they lack a leaf or hold it in another size.
+        UserError: all checkpoints are damaged, or they lack a leaf or hold it in another size.
     """
     folder = storage_path(folder)
     if not folder.is_dir():
         return None
     with ocp.CheckpointManager(folder) as manager:
-        found, damaged = newest(manager, folder, part, restore_part)
+        found, damaged = newest(manager, folder, part, partial_restore)
     if found is not None:
         step, content, state = found
         return {**content["meta"], "step": step}, state
     if damaged:
-        raise ValueError(f"Every checkpoint in {folder} is damaged (steps {damaged}).")
+        raise UserError(f"Every checkpoint in {folder} is damaged (steps {damaged}).")
     return None
 
 
@@ -208,13 +203,13 @@ def newest(
     manager: "ocp.CheckpointManager",
     folder: epath.Path,
     wanted: Callable[[dict[str, Any]], Any],
-    restore: Callable[["ocp.CheckpointManager", int, Any], Any],
+    restore: Callable[[Any], "ocp.args.CheckpointArgs"],
 ) -> tuple[tuple[int, dict[str, Any], Any] | None, list[int]]:
     """Finds and restores the newest undamaged checkpoint.
 
     Args:
         wanted: maps the metadata to the abstract tree to restore.
-        restore: (manager, step, abstract tree) -> tree.
+        restore: how to restore an abstract tree.
 
     Returns:
         (step, content, restored tree) of the checkpoint, or None; and the steps of newer, damaged
@@ -222,13 +217,14 @@ def newest(
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
-        content, reason = attempt(lambda: read_content(manager, step))
+        content, reason = attempt(manager, folder, step, meta=ocp.args.JsonRestore())
+        reason = reason or damage(content)
         if reason is None:
-            abstract = wanted(content["meta"])
+            state = abstract = wanted(content["meta"])
             check_leaves(content["leaves"], abstract, folder)
-            state, reason = attempt(lambda: restore(manager, step, abstract))
-            if reason is None:
-                reason = difference(content["leaves"], state)
+            if jax.tree.leaves(abstract):
+                state, reason = attempt(manager, folder, step, state=restore(abstract))
+            reason = reason or difference(content["leaves"], state)
         if reason is None:
             return (step, content, state), damaged
         warn(folder, step, reason)
@@ -236,44 +232,38 @@ def newest(
     return None, damaged
 
 
-def read_content(manager: "ocp.CheckpointManager", step: int) -> dict[str, Any]:
-    """The JSON of a checkpoint: "meta", "position" and "leaves". Raises if it is damaged."""
-    items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    content = manager.restore(step, args=items)["meta"]
-    if "digest" not in content:
-        raise ValueError("it has no checksums")
-    if content.pop("digest") != digest(content):
-        raise ValueError("the checksum of its metadata does not match")
-    return content
+def partial_restore(part) -> "ocp.args.PyTreeRestore":
+    """Restores some leaves of a state as NumPy arrays."""
+    numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+    return ocp.args.PyTreeRestore(part, restore_args=numpy, partial_restore=True)
 
 
-def restore_state(manager: "ocp.CheckpointManager", step: int, state) -> Any:
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(state))
-    return manager.restore(step, args=items)["state"]
+def attempt(
+    manager: "ocp.CheckpointManager", folder: epath.Path, step: int, **item
+) -> tuple[Any, str | None]:
+    """Restores an item of a checkpoint on every process: (it, None), or a reason if it is damaged.
 
-
-def restore_part(manager: "ocp.CheckpointManager", step: int, part) -> Any:
-    if not jax.tree.leaves(part):
-        return part
-    restore = ocp.args.PyTreeRestore(
-        part,
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part),
-        partial_restore=True,
-    )
-    return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
-
-
-def attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Calls `read` on every process: (its result, None), or a reason if it failed on any."""
-    result, reason = None, None
+    Raises:
+        UserError: no permission to read it.
+        Exception: a failure that says nothing about the checkpoint, such as a network's.
+    """
+    result, reason, failure = None, None, None
     try:
-        result = read()
+        (result,) = manager.restore(step, args=ocp.args.Composite(**item)).values()
     except Exception as error:  # damage comes as errors of many kinds
-        reason = short(error)
+        if is_failure(error) or isinstance(error, PermissionError):
+            failure = error
+        else:
+            reason = short(error)
+    failed, damaged = failure is not None, reason is not None
     if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(reason is not None))
-        if failed.any():
-            reason = reason or "another process cannot read it"
+        states = multihost_utils.process_allgather(np.array([failed, damaged]))
+        failed, damaged = states.reshape(-1, 2).any(0)
+    if failed:
+        with reported(f"The checkpoint of step {step} in {folder} cannot be read"):
+            raise failure or RuntimeError(f"Another process cannot read {folder}/{step}.")
+    if damaged:
+        reason = reason or "another process cannot read it"
     return result, reason
 
 
@@ -312,15 +302,24 @@ def describe(state) -> dict[str, list]:
 
 
 def check_leaves(stored: dict[str, list], wanted, folder: epath.Path):
-    """Raises ValueError if a leaf of the abstract tree is missing or has another size or dtype."""
+    """Raises UserError if a leaf of the abstract tree is missing or has another size or dtype."""
     for name, leaf in leaf_names(wanted).items():
         found = stored.get(name)
         if found is None or found[:2] != [list(leaf.shape), str(leaf.dtype)]:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoints in {folder} are of another model: {name} should be "
                 f"{leaf.dtype} {tuple(leaf.shape)}, but there it is "
                 f"{f'{found[1]} {tuple(found[0])}' if found else 'missing'}."
             )
+
+
+def damage(content: Any) -> str | None:
+    """What is wrong with the JSON of a checkpoint, or None; takes out its checksum."""
+    if not isinstance(content, dict) or "digest" not in content:
+        return "it has no checksums"
+    if content.pop("digest") != digest(content):
+        return "the checksum of its metadata does not match"
+    return None
 
 
 def difference(stored: dict[str, list], state) -> str | None:

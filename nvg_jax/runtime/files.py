@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from nvg_jax.errors import UserError, reported
+
 
 def storage_path(folder: str | os.PathLike) -> epath.Path:
     """The absolute path of a folder on a disk or in a bucket (gs://...)."""
@@ -27,7 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     After an interruption at any moment, `path` is either complete or as it was before.
 
     Raises:
-        OSError: the file cannot be written; the message names `path`.
+        UserError: there is no space or no permission; the message names `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -40,10 +42,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
         if error.filename not in (None, str(temporary)):  # an error about another file
             raise
-        raise OSError(
-            f"{path} cannot be written: {error.strerror or error}. Fix the cause and run the same "
-            "command again."
-        ) from error
+        with reported(f"{path} cannot be written"):
+            raise
 
 
 @contextlib.contextmanager
@@ -79,14 +79,15 @@ def make_folder(folder: Path):
     """Creates a folder and those above it.
 
     Raises:
-        ValueError: a file has the name of one of them.
+        UserError: a file has the name of one of them, or there is no permission.
     """
     for place in (folder, *folder.parents):
         if place.exists():
             if not place.is_dir():
-                raise ValueError(f"{place} is a file, so it cannot be a folder; give another name.")
+                raise UserError(f"{place} is a file, so it cannot be a folder; give another name.")
             break
-    folder.mkdir(parents=True, exist_ok=True)
+    with reported(f"{folder} cannot be created"):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 # Fingerprints.
@@ -121,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Reads what `write_json` wrote; None if there is no such file.
 
     Raises:
-        ValueError: the file is damaged.
+        UserError: the file is damaged.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -131,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, AttributeError):
         content = stored = None
     if content is None or stored != digest(content):
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged. Restore a copy, or delete {path.parent} and start over."
         )
     return content

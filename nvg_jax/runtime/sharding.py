@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nvg_jax.errors import UserError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 RULES = (
@@ -37,7 +39,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     One size may be -1, which takes all remaining devices.
 
     Raises:
-        ValueError: the product of the sizes is not the number of devices, or "data" is not a
+        UserError: the product of the sizes is not the number of devices, or "data" is not a
             multiple of the number of TPU slices (tori without a fast link between them).
     """
     devices = jax.devices() if devices is None else devices
@@ -46,7 +48,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         rest = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = count // rest if rest > 0 else -1
     if math.prod(sizes) != count or min(sizes) < 1:
-        raise ValueError(
+        raise UserError(
             f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} devices: "
             "their product must be that number. One size may be -1, which takes the rest."
         )
@@ -57,7 +59,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % slices:
-        raise ValueError(
+        raise UserError(
             f"mesh.data={sizes[0]} must be a multiple of the number of slices, {slices}, so that "
             "only gradients travel between slices. Use a smaller mesh.fsdp or mesh.tensor."
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nvg_jax import granularity
+from nvg_jax.errors import UserError
 
 MAX_DIVIDED = 16  # regions whose divisions are all compared
 
@@ -20,19 +21,19 @@ def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray
         bool (h * w,).
 
     Raises:
-        ValueError: another shape or type, or a mask that covers no position or all of them.
+        UserError: another shape or type, or a mask that covers no position or all of them.
     """
     mask = np.asarray(mask)
     height, width = latent_size
     if mask.ndim != 2 or mask.dtype != bool or mask.shape[0] % height or mask.shape[1] % width:
-        raise ValueError(
+        raise UserError(
             f"A mask must be bool (H, W) with multiples of {height} and {width}, got {mask.dtype} "
             f"{mask.shape}."
         )
     patches = mask.reshape(height, mask.shape[0] // height, width, mask.shape[1] // width)
     region = patches.any((1, 3)).ravel()
     if region.all() or not region.any():
-        raise ValueError(
+        raise UserError(
             f"The mask {'touches every patch of the image' if region.all() else 'covers nothing'}: "
             "sample without a mask, or mark the part that is to change."
         )
@@ -63,12 +64,12 @@ def structure_of_drawing(
         `Pipeline.sample` as the prefix's structure and structure_stages.
 
     Raises:
-        ValueError: a drawing of another shape, or with only one region.
+        UserError: a drawing of another shape, or with only one region.
     """
     regions = regions_of_positions(drawing, latent_size)
     count = len(np.unique(regions))
     if count < 2:
-        raise ValueError(
+        raise UserError(
             f"On the {latent_size[0]} x {latent_size[1]} positions of the latent the drawing has "
             "one region only; draw at least two, each as large as a few positions."
         )
@@ -94,7 +95,7 @@ def regions_of_positions(drawing: np.ndarray, latent_size: tuple[int, int]) -> n
     drawing = np.asarray(drawing)
     (height, width), shape = latent_size, drawing.shape
     if drawing.ndim != 2 or drawing.dtype.kind not in "iu" or shape[0] % height or shape[1] % width:
-        raise ValueError(
+        raise UserError(
             f"A drawing must be integers (H, W) with multiples of {height} and {width}, got "
             f"{drawing.dtype} {shape}."
         )
@@ -189,10 +190,10 @@ def ready_made(name: str, size: int = 256) -> np.ndarray:
     """A drawing by its name in `DRAWINGS`, int (size, size).
 
     Raises:
-        ValueError: there is no such drawing.
+        UserError: there is no such drawing.
     """
     if name not in DRAWINGS:
-        raise ValueError(f"Unknown drawing {name!r}; choose one of {', '.join(DRAWINGS)}.")
+        raise UserError(f"Unknown drawing {name!r}; choose one of {', '.join(DRAWINGS)}.")
     return DRAWINGS[name](size).astype(np.int32)
 
 

@@ -41,7 +41,7 @@ class SamplingProgram(NamedTuple):
         """The static and the traced halves of the settings: (plan, values).
 
         Raises:
-            ValueError: an invalid setting.
+            UserError: an invalid setting.
         """
         settings = settings.expand(self.tokenizer.num_stages, self.tokenizer.codebook_size)
         return make_plan(settings, structure_stages, token_stages, region), settings.traced()

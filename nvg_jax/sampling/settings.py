@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from nvg_jax.errors import UserError
 from nvg_jax.structure.flow import SOLVERS
 
 DTYPES = ("float32", "bfloat16")  # of the computation, in training and sampling
 
 
 def check_dtype(dtype: str):
-    """Raises ValueError unless the computation can be in `dtype`."""
+    """Raises UserError unless the computation can be in `dtype`."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
+        raise UserError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
 
 
 def top_p_range(start: float, end: float, num_stages: int) -> np.ndarray:
@@ -62,11 +63,11 @@ class Spec:
         """Parses a text such as "8", "1,3.5" (one value per stage, or start, end) or "true".
 
         Raises:
-            ValueError: the text is not a value of this setting's kind.
+            UserError: the text is not a value of this setting's kind.
         """
         if self.kind is bool:
             if text not in ("true", "false"):
-                raise ValueError(f"Expected true or false, got {text!r}.")
+                raise UserError(f"Expected true or false, got {text!r}.")
             return text == "true"
         if self.per_stage is None:
             return self.kind(text)
@@ -77,10 +78,10 @@ class Spec:
         """A checked value of `kind`, or a tuple of one per stage.
 
         Raises:
-            ValueError: a value of another type or outside the range, or the wrong number of values.
+            UserError: a value of another type or outside the range, or the wrong number of values.
         """
         allowed = self.allowed.format(V=codebook_size)
-        outside = ValueError(f"{name} must be {allowed}, got {value!r}.")
+        outside = UserError(f"{name} must be {allowed}, got {value!r}.")
         if self.kind is bool:
             if not isinstance(value, (bool, np.bool_)):
                 raise outside
@@ -94,16 +95,16 @@ class Spec:
         except ValueError:  # a ragged list
             values = np.array(None)
         if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-            raise ValueError(f"{name} takes finite numbers, got {value!r}.")
+            raise UserError(f"{name} takes finite numbers, got {value!r}.")
         if self.per_stage is None and values.ndim:
-            raise ValueError(f"{name} takes one number for all stages, got {value!r}.")
+            raise UserError(f"{name} takes one number for all stages, got {value!r}.")
         values = np.atleast_1d(values.astype(np.float64))
         if values.shape == (1,):
             values = np.repeat(values, num_stages)
         elif values.shape == (2,) and num_stages != 2:
             values = self.per_stage(*values, num_stages)
         if values.shape != (num_stages,):
-            raise ValueError(
+            raise UserError(
                 f"{name} takes a number, a (start, end) pair or {num_stages} values (one per "
                 f"stage), got {value!r}."
             )
@@ -221,7 +222,7 @@ class Settings:
         """Checked settings, with per-stage settings expanded to one value per stage.
 
         Raises:
-            ValueError: an invalid value; the message names the setting and the valid range.
+            UserError: an invalid value; the message names the setting and the valid range.
         """
         return Settings(
             **{

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from nvg_jax.errors import UserError
+
 SOLVERS = {"euler": 1, "heun": 2, "multistep": 1}  # {name: calls of the velocity per step}
 
 
@@ -27,10 +29,10 @@ def shifted_times(num_steps: int, num_positions: int, shift: float = 0.0) -> np.
             means the published e^mu, with mu linear in L through (256, 0.5) and (4096, 1.15).
 
     Raises:
-        ValueError: num_steps is less than 1.
+        UserError: num_steps is less than 1.
     """
     if num_steps < 1:
-        raise ValueError(f"The flow needs at least one step, got flow_steps={num_steps}.")
+        raise UserError(f"The flow needs at least one step, got flow_steps={num_steps}.")
     shift = shift or math.exp(0.5 + (1.15 - 0.5) * (num_positions - 256) / (4096 - 256))
     t = np.linspace(1.0, 0.0, num_steps + 1)
     return shift * t / (shift * t + 1 - t)

@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nvg_jax.errors import UserError
+
 
 def group_count(channels: int) -> int:
     """The number of groups of a group normalization: 32, or 24 if 32 does not divide the channels.
 
     Raises:
-        ValueError: neither divides the channels.
+        UserError: neither divides the channels.
     """
     for groups in (32, 24):
         if channels % groups == 0:
             return groups
-    raise ValueError(
+    raise UserError(
         f"Group normalization needs channels divisible by 32 or by 24, got {channels}. Choose "
         "base_channels so that the width of every level is a multiple of 32 (or of 24)."
     )

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from nvg_jax.errors import UserError
+
 
 def resample(images: Array, rows: Array, columns: Array) -> Array:
     """Images (B, H, W, 3), rows (B, y, H), columns (B, x, W) -> weighted sums (B, y, x, 3).
@@ -97,13 +99,13 @@ def discriminator_input(images: Array, key: Array, size: int = 224) -> Array:
     Images that already have this size are returned unchanged.
 
     Raises:
-        ValueError: H or W is smaller than `size`.
+        UserError: H or W is smaller than `size`.
     """
     batch, height, width, _ = images.shape
     if (height, width) == (size, size):
         return images
     if min(height, width) < size:
-        raise ValueError(
+        raise UserError(
             f"The discriminator's input is {size} x {size} and cannot be cut from images of "
             f"{height} x {width}. Use larger images, or a discriminator for small images "
             "(--config.tokenizer_training.discriminator=small)."

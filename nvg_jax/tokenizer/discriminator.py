@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nvg_jax import layers
+from nvg_jax.errors import UserError
 
 INITIAL_POWER_ITERATIONS = 15
 
@@ -176,11 +177,11 @@ class SmallFeatures(nn.Module):
             images: float (B, H, W, 3) in [-1, 1].
 
         Raises:
-            ValueError: H or W is not a multiple of patch_size.
+            UserError: H or W is not a multiple of patch_size.
         """
         batch, *size, _ = images.shape
         if any(n % self.patch_size for n in size):
-            raise ValueError(
+            raise UserError(
                 f"The discriminator cuts images into patches of {self.patch_size} x "
                 f"{self.patch_size}; its input of {size[0]} x {size[1]} is not a multiple of that. "
                 "Choose a patch_size that divides both sides."

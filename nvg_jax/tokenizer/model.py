@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from nvg_jax import clustering, granularity
+from nvg_jax.errors import UserError
 from nvg_jax.tokenizer.autoencoder import Decoder, Encoder, group_count
 from nvg_jax.tokenizer.quantizer import GranularitySequence, Quantized, Quantizer
 
@@ -18,7 +19,7 @@ class TokenizerConfig:
     """All sizes of a tokenizer; the defaults are the published ones (paper, Section 4.1).
 
     Raises:
-        ValueError: invalid sizes; the message names valid ones.
+        UserError: invalid sizes; the message names valid ones.
     """
 
     image_size: tuple[int, int] = (256, 256)  # H, W
@@ -36,13 +37,13 @@ class TokenizerConfig:
         ratios = {size / latent for size, latent in zip(self.image_size, self.latent_size)}
         ratio = ratios.pop()
         if ratios or ratio < 1 or not math.log2(ratio).is_integer():
-            raise ValueError(
+            raise UserError(
                 f"image_size {self.image_size} must be latent_size {self.latent_size} times one "
                 "power of two (1, 2, 4, 8, ...), the same in both directions; for example "
                 f"{tuple(16 * n for n in self.latent_size)}."
             )
         if self.num_downsamples >= len(self.channel_multipliers):
-            raise ValueError(
+            raise UserError(
                 f"Going from image_size {self.image_size} to latent_size {self.latent_size} takes "
                 f"{self.num_downsamples} downsamplings and at least {self.num_downsamples + 1} "
                 f"channel_multipliers; got {self.channel_multipliers}."

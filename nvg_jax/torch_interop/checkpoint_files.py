@@ -27,6 +27,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from nvg_jax.errors import UserError
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -67,13 +69,13 @@ def read_state_dict(
         arrays are in use.
 
     Raises:
-        ValueError: the file is empty, truncated, damaged or not a PyTorch container, or its
+        UserError: the file is empty, truncated, damaged or not a PyTorch container, or its
             state_dict is not a dictionary of tensors with supported element types.
     """
     path = Path(path)
     with path.open("rb") as file:
         if not file.read(1):
-            raise ValueError(f"{path} is empty. Expected a checkpoint written by torch.save.")
+            raise UserError(f"{path} is empty. Expected a checkpoint written by torch.save.")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         if data[:4] == b"PK\x03\x04":
@@ -81,23 +83,23 @@ def read_state_dict(
         elif data[:1] == pickle.PROTO:
             content, locate = _open_legacy(data)
         else:
-            raise ValueError("it is neither PyTorch's zip nor its older stream of pickles")
+            raise UserError("it is neither PyTorch's zip nor its older stream of pickles")
         state = content.get("state_dict", content) if isinstance(content, dict) else content
         if not isinstance(state, dict) or not state:
-            raise ValueError(f"its state_dict is {_describe(state)}, not a dictionary of tensors")
+            raise UserError(f"its state_dict is {_describe(state)}, not a dictionary of tensors")
         arrays = {}
         for name, tensor in state.items():
             if not isinstance(name, str):
-                raise ValueError(f"its state_dict has {_describe(name)} where a name is expected")
+                raise UserError(f"its state_dict has {_describe(name)} where a name is expected")
             if keep is None or keep(name):
                 if not isinstance(tensor, _Tensor):
-                    raise ValueError(
+                    raise UserError(
                         f"its state_dict has {_describe(tensor)} as {name!r}, which is not a tensor"
                     )
                 arrays[name] = _view(data, locate(tensor.storage), tensor)
         return arrays
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"Cannot read {path}: {error}. Expected a complete checkpoint written by torch.save."
         ) from error
 
@@ -145,30 +147,30 @@ def _open_zip(data: mmap.mmap, path: Path):
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
-        raise ValueError(f"its zip directory is missing or damaged ({error})") from error
+        raise UserError(f"its zip directory is missing or damaged ({error})") from error
     roots = [name[: -len("data.pkl")] for name in members if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise ValueError(f"a PyTorch zip has one data.pkl, this one has {len(roots)}")
+        raise UserError(f"a PyTorch zip has one data.pkl, this one has {len(roots)}")
     checked = {}
 
     def position(name: str, size: int | None = None) -> int:
         """The position of the first byte of a member, after checking its size and checksum."""
         if name not in members:
-            raise ValueError(f"{name!r} is missing from the zip")
+            raise UserError(f"{name!r} is missing from the zip")
         info = members[name]
         if size is not None and info.file_size < size:
-            raise ValueError(f"{name!r} has {info.file_size} bytes where {size} are expected")
+            raise UserError(f"{name!r} has {info.file_size} bytes where {size} are expected")
         if name not in checked:
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise ValueError(f"{name!r} is compressed or encrypted, unlike PyTorch's zips")
+                raise UserError(f"{name!r} is compressed or encrypted, unlike PyTorch's zips")
             header = data[info.header_offset : info.header_offset + 30]
             if len(header) < 30 or header[:4] != b"PK\x03\x04":
-                raise ValueError(f"{name!r} is not where the zip directory says")
+                raise UserError(f"{name!r} is not where the zip directory says")
             begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
             with memoryview(data) as view, view[begin : begin + info.file_size] as body:
                 # PyTorch can be configured to omit checksums, which are then 0.
                 if len(body) < info.file_size or info.CRC not in (0, zlib.crc32(body)):
-                    raise ValueError(f"the checksum of {name!r} does not match its bytes")
+                    raise UserError(f"the checksum of {name!r} does not match its bytes")
             checked[name] = begin
         return checked[name]
 
@@ -178,7 +180,7 @@ def _open_zip(data: mmap.mmap, path: Path):
 
     (root,) = roots
     if root + "byteorder" in members and member(root + "byteorder") != b"little":
-        raise ValueError("it was written on a big-endian machine, only little-endian is supported")
+        raise UserError("it was written on a big-endian machine, only little-endian is supported")
     content = _run(io.BytesIO(member(root + "data.pkl")), _storage)
     return content, lambda storage: position(
         f"{root}data/{storage.key}", storage.total * storage.dtype.itemsize
@@ -196,34 +198,34 @@ def _open_legacy(data: mmap.mmap):
         return storage
 
     if _run(data, load) != _LEGACY_MAGIC:
-        raise ValueError("it is a pickle, but not one written by torch.save")
+        raise UserError("it is a pickle, but not one written by torch.save")
     version, system = _run(data, load), _run(data, load)
     if version != _LEGACY_PROTOCOL or not isinstance(system, dict):
-        raise ValueError(f"its container is not of version {_LEGACY_PROTOCOL}")
+        raise UserError(f"its container is not of version {_LEGACY_PROTOCOL}")
     if system.get("little_endian") is not True:
-        raise ValueError("it was written on a big-endian machine, only little-endian is supported")
+        raise UserError("it was written on a big-endian machine, only little-endian is supported")
     content, keys = _run(data, load), _run(data, load)
     if not isinstance(keys, list):
-        raise ValueError("the list of its storages is missing")
+        raise UserError("the list of its storages is missing")
     positions, end = {}, data.tell()
     for key in keys:
         if not isinstance(key, str) or key not in storages:
-            raise ValueError("it has a storage of unknown type")
+            raise UserError("it has a storage of unknown type")
         storage, head = storages[key], data[end : end + 8]
         begin, end = end + 8, end + 8 + storage.total * storage.dtype.itemsize
         if len(head) == 8 and int.from_bytes(head, "little") != storage.total:
-            raise ValueError(f"storage {key!r} does not have the expected {storage.total} elements")
+            raise UserError(f"storage {key!r} does not have the expected {storage.total} elements")
         if end > len(data):
-            raise ValueError(f"it ends within storage {key!r}")
+            raise UserError(f"it ends within storage {key!r}")
         positions[key] = begin
 
     def position(storage: _Storage) -> int:
         if storage.key not in positions:
-            raise ValueError(f"storage {storage.key!r} is missing")
+            raise UserError(f"storage {storage.key!r} is missing")
         if storage.total * storage.dtype.itemsize != (
             storages[storage.key].total * storages[storage.key].dtype.itemsize
         ):
-            raise ValueError(f"storage {storage.key!r} is declared with two sizes")
+            raise UserError(f"storage {storage.key!r} is declared with two sizes")
         return positions[storage.key]
 
     return content, position
@@ -271,12 +273,12 @@ def _storage(identifier) -> _Storage | _Placeholder:
                 case [(_, start, size)] if _is_count(start, size) and start + size <= total:
                     pass
                 case _:
-                    raise ValueError(f"storage {key!r} has a malformed view")
+                    raise UserError(f"storage {key!r} has a malformed view")
             dtype = _STORAGE_DTYPES.get(name.replace("torch.cuda.", "torch."))
             if dtype is None:
                 return _Placeholder(name)
             return _Storage(key, np.dtype(dtype), total, start, size)
-    raise ValueError("a persistent id in its pickle describes no storage")
+    raise UserError("a persistent id in its pickle describes no storage")
 
 
 def _tensor(storage, offset, shape, strides) -> _Tensor | _Placeholder:
@@ -290,18 +292,18 @@ def _tensor(storage, offset, shape, strides) -> _Tensor | _Placeholder:
         and len(shape) == len(strides) <= 64
         and _is_count(offset, *shape, *strides)
     ):
-        raise ValueError("its pickle describes a malformed tensor")
+        raise UserError("its pickle describes a malformed tensor")
     if offset + _extent(shape, strides) > storage.size:
-        raise ValueError(f"a tensor of shape {shape} reaches outside storage {storage.key!r}")
+        raise UserError(f"a tensor of shape {shape} reaches outside storage {storage.key!r}")
     if math.prod(shape) * storage.dtype.itemsize > np.iinfo(np.intp).max:
-        raise ValueError(f"a tensor of shape {shape} is too large for any memory")
+        raise UserError(f"a tensor of shape {shape} is too large for any memory")
     return _Tensor(storage, offset, shape, strides)
 
 
 def _reduce(function, arguments):
     """What the call function(*arguments) in a pickle stands for."""
     if not isinstance(function, _Placeholder) or not isinstance(arguments, tuple):
-        raise ValueError("its pickle calls something that is not a function")
+        raise UserError("its pickle calls something that is not a function")
     name = function.name
     if name == "torch._tensor._rebuild_from_type_v2" and len(arguments) == 4:
         function, _, arguments, _ = arguments  # a tensor with attributes, which are dropped
@@ -326,7 +328,7 @@ def _reduce(function, arguments):
 
 def _pair(value) -> tuple:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError("its pickle has a malformed dictionary")
+        raise UserError("its pickle has a malformed dictionary")
     return tuple(value)
 
 
@@ -339,12 +341,12 @@ def _fill(container, values: list):
         container.extend(values)
     elif isinstance(container, dict):
         if len(values) % 2:
-            raise ValueError("its pickle has a malformed dictionary")
+            raise UserError("its pickle has a malformed dictionary")
         for key, value in zip(values[::2], values[1::2], strict=True):
             plain = key is None or isinstance(key, str | bytes | int | float)
             container[key if plain else _Placeholder("a compound key")] = value
     elif not isinstance(container, _Placeholder):
-        raise ValueError("its pickle adds elements to something that is not a container")
+        raise UserError("its pickle adds elements to something that is not a container")
     return container
 
 
@@ -417,7 +419,7 @@ def _run(stream, load: Callable):
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
                     if not isinstance(module, str) or not isinstance(name, str):
-                        raise ValueError("its pickle has a class name that is not a string")
+                        raise UserError("its pickle has a class name that is not a string")
                     stack.append(_Placeholder(f"{module}.{name}"))
                 case "INST":
                     stack = outer.pop()
@@ -437,7 +439,7 @@ def _run(stream, load: Callable):
                 case "BINPERSID":
                     stack.append(load(stack.pop()))
                 case name:
-                    raise ValueError(f"torch.save never writes the pickle opcode {name}")
+                    raise UserError(f"torch.save never writes the pickle opcode {name}")
     except (IndexError, KeyError) as error:
-        raise ValueError("its pickle is damaged") from error
-    raise ValueError("its pickle has no end")
+        raise UserError("its pickle is damaged") from error
+    raise UserError("its pickle has no end")

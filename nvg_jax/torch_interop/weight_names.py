@@ -14,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from nvg_jax.errors import UserError
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 # Our path of a module (a pattern) -> the published one; {} is the index of a stacked block.
@@ -72,7 +73,7 @@ def read(path: str | Path, weights: str) -> dict[str, np.ndarray]:
         weights: "raw", or "ema" for the moving average.
 
     Raises:
-        ValueError: the file cannot be read, or has no such copy.
+        UserError: the file cannot be read, or has no such copy.
     """
 
     def name_in_copy(name: str) -> str | None:
@@ -84,7 +85,7 @@ def read(path: str | Path, weights: str) -> dict[str, np.ndarray]:
     tensors = read_state_dict(path, keep=lambda name: name_in_copy(name) is not None)
     if not tensors:
         other = WEIGHTS[weights == "raw"]
-        raise ValueError(
+        raise UserError(
             f"{path} holds no {weights} weights. Take the {other} ones, if it is a checkpoint of "
             "the published autoencoder or generators."
         )
@@ -127,7 +128,7 @@ def from_published(
         shapes: path -> shape of each of our parameters.
 
     Raises:
-        ValueError: tensors are missing, left over, or of another shape or type; the message lists
+        UserError: tensors are missing, left over, or of another shape or type; the message lists
             them.
     """
     params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
@@ -151,7 +152,7 @@ def from_published(
             f"{problem} ({len(names)}): {', '.join(names) or 'none'}"
             for problem, names in problems.items()
         ]
-        raise ValueError(
+        raise UserError(
             "The checkpoint's tensors are not those of the published model at the sizes it "
             "tells.\n" + "\n".join(lists)
         )
@@ -201,7 +202,7 @@ def tokenizer_sizes(
         latent_size: (h, w), which the tensors do not determine; None for a square latent.
 
     Raises:
-        ValueError: a tensor that determines a size is missing, or no tokenizer has these sizes.
+        UserError: a tensor that determines a size is missing, or no tokenizer has these sizes.
     """
     base = _shape(tensors, "encoder.conv_in.conv.weight")[0]
     widths = [
@@ -209,7 +210,7 @@ def tokenizer_sizes(
         for level in range(_count(tensors, r"encoder\.down\.(\d+)\..*"))
     ]
     if any(width % base for width in widths):
-        raise ValueError(
+        raise UserError(
             f"The autoencoder's levels have {widths} channels, which should be whole multiples of "
             f"its first convolution's {base}."
         )
@@ -218,7 +219,7 @@ def tokenizer_sizes(
         side = int(positions**0.5)
         latent_size = (side, side)
     if latent_size[0] * latent_size[1] != positions:
-        raise ValueError(
+        raise UserError(
             f"The autoencoder has {positions} latent positions, which cannot be "
             f"{latent_size[0]} x {latent_size[1]}. Give its latent size (h, w), or a generator "
             "that was made for it."
@@ -244,13 +245,13 @@ def generator_sizes(tensors: Mapping[str, np.ndarray]) -> dict:
         "latent_dim" and "codebook_size".
 
     Raises:
-        ValueError: a tensor that determines a size is missing, or `rope_ids` is not the expected
+        UserError: a tensor that determines a size is missing, or `rope_ids` is not the expected
             constant.
     """
     ids = tensors["rope_ids"] if _shape(tensors, "rope_ids") else None
     grid = tuple(int(n) + 1 for n in ids[0, 1:, -2:].max(0))
     if not np.array_equal(ids, rope_ids(grid)):
-        raise ValueError(
+        raise UserError(
             "The checkpoint's rope_ids are not the positions of a grid in row-major order, which "
             "is all that the published model has."
         )
@@ -278,7 +279,7 @@ def generator_sizes(tensors: Mapping[str, np.ndarray]) -> dict:
 
 def _shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint has no tensor {name!r}, so its sizes cannot be told; it has "
             f"{', '.join(tensors)}."
         )

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import bundled, granularity, models
 from nvg_jax.data.sources import default_class_names
+from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.runtime import files, sharding
 from nvg_jax.runtime.processes import is_main
@@ -279,7 +280,7 @@ def make_program(
         teacher: the teacher's sampling settings.
 
     Raises:
-        ValueError: invalid settings.
+        UserError: invalid settings.
     """
     programs.check_heads(config, ("structure",), mesh)
     recipe, tokenizer = config.distillation, TokenizerConfig(**config.tokenizer)
@@ -331,12 +332,12 @@ def read_teacher(folder: str) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, parameters) of a model to distill.
 
     Raises:
-        ValueError: there is no model, or it cannot sample.
+        UserError: there is no model, or it cannot sample.
     """
     metadata, params = bundled.read_model(folder)
     missing = [name for name in models.GENERATORS if name not in params]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--teacher={folder} has no {' and no '.join(missing)} generator; distillation needs a "
             "model that can sample."
         )
@@ -362,12 +363,12 @@ def task(run: Run, teacher: RunMetadata, params: dict[str, Any]) -> Task:
         teacher, params: from `read_teacher`.
 
     Raises:
-        ValueError: the data have other classes, or a setting is invalid.
+        UserError: the data have other classes, or a setting is invalid.
     """
     config, recipe = run.config, run.config.distillation
     classes = run.train_source.class_names
     if teacher.class_names not in (classes, default_class_names(len(classes))):
-        raise ValueError(
+        raise UserError(
             f"The teacher knows {teacher.num_classes} classes "
             f"({', '.join(teacher.class_names[:3])}, ...) and the data have {len(classes)} "
             f"({', '.join(classes[:3])}, ...). Use the data set that it was trained on."

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nvg_jax import granularity, models, pretrained, workdir
 from nvg_jax.content.losses import alignment_loss, content_losses
 from nvg_jax.content.model import RepaProjector
+from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import Generator
 from nvg_jax.pipeline import Pipeline
@@ -52,19 +53,17 @@ class RepaConfig:
     block: int
 
     def check(self, depth: int, grid: tuple[int, int]):
-        """Raises ValueError if a content generator of these sizes cannot be aligned."""
+        """Raises UserError if a content generator of these sizes cannot be aligned."""
         if self.weight < 0:
-            raise ValueError(
-                f"generator_training.repa_weight must be 0 or more, got {self.weight}."
-            )
+            raise UserError(f"generator_training.repa_weight must be 0 or more, got {self.weight}.")
         if self.weight and not 1 <= self.block <= depth:
-            raise ValueError(
+            raise UserError(
                 f"generator_training.repa_block must be one of the content generator's {depth} "
                 f"blocks, 1 .. {depth}, got {self.block}."
             )
         rows, columns = pretrained.DINOV2_GRID
         if self.weight and grid != (rows, columns):
-            raise ValueError(
+            raise UserError(
                 f"REPA compares with the {rows} x {columns} patches of DINOv2 and "
                 f"needs a latent of that size, not {grid[0]} x {grid[1]}; turn it off with "
                 "--config.generator_training.repa_weight=0."
@@ -246,7 +245,7 @@ def repa_config(config: ml_collections.ConfigDict) -> RepaConfig | None:
     """The REPA settings of a config's content generator, None if alignment is off.
 
     Raises:
-        ValueError: invalid settings.
+        UserError: invalid settings.
     """
     recipe = config.generator_training
     repa = RepaConfig(recipe.repa_weight, recipe.repa_block)
@@ -273,7 +272,7 @@ def build_program(run: Run, part: str) -> programs.TrainProgram:
     """The program of a part ("content", "structure", or "generators") of a run.
 
     Raises:
-        ValueError: invalid settings, or a batch that does not fit the mesh or the data set.
+        UserError: invalid settings, or a batch that does not fit the mesh or the data set.
     """
     config, recipe = run.config, run.config.generator_training
     sizes = run.tokenizer_config
@@ -298,7 +297,7 @@ def make_program(
     `eval_step`.
 
     Raises:
-        ValueError: attention heads that do not divide over the mesh, or invalid settings.
+        UserError: attention heads that do not divide over the mesh, or invalid settings.
     """
     programs.check_heads(config, names, mesh)
     recipe = config.generator_training
@@ -459,21 +458,21 @@ def load_tokenizer(run: Run):
     """The trained tokenizer to build on: (its metadata, its raw parameters, replicated).
 
     Raises:
-        ValueError: no tokenizer has finished training, or its sizes differ.
+        UserError: no tokenizer has finished training, or its sizes differ.
     """
     folder = run.tokenizer_workdir
     # A single read, so that weights and metadata come from the same checkpoint, even if the newest
     # one is damaged.
     found = workdir.read_tokenizer(folder)
     if found is None or found[0].fingerprint is None:
-        raise ValueError(
+        raise UserError(
             f"The generators need a trained tokenizer, and {folder} has none that has finished. "
             "Run with --config.part=tokenizer (or all) first, or give a folder that has one with "
             "--config.tokenizer_workdir."
         )
     metadata, params = found
     if metadata.tokenizer != run.tokenizer_config:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer in {folder} has other sizes than config.tokenizer: "
             f"{metadata.tokenizer} and {run.tokenizer_config}. Use the config it was trained with, "
             "or another workdir."

@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax import bundled
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.sharding import to_host
 from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import RunMetadata
@@ -31,7 +32,7 @@ def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) 
         The same tree with the model's weights.
 
     Raises:
-        ValueError: the model lacks a network, or an array has another size; the message names it.
+        UserError: the model lacks a network, or an array has another size; the message names it.
     """
     metadata, params = bundled.read_model(folder)
     check_names(folder, wanted, params)
@@ -48,15 +49,15 @@ def with_params(state: TrainState, params) -> TrainState:
 
 
 def check_model(folder: str, sizes: dict[str, Any]):
-    """Raises ValueError like `start_from`, before anything is trained.
+    """Raises UserError like `start_from`, before anything is trained.
 
     Args:
         sizes: {"tokenizer" or a generator: its abstract parameters}.
     """
     try:
         _, params = bundled.read_model(folder)
-    except ValueError as error:
-        raise ValueError(f"init_from={folder}: {error}") from error
+    except UserError as error:
+        raise UserError(f"init_from={folder}: {error}") from error
     check_names(folder, sizes, params)
     for name, wanted in sizes.items():
         wanted, found = flatten_dict(wanted), flatten_dict(params[name])
@@ -68,17 +69,17 @@ def check_model(folder: str, sizes: dict[str, Any]):
 def check_names(folder: str, wanted: dict[str, Any], params: dict[str, Any]):
     missing = [name for name in wanted if name not in params]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"init_from={folder} has no {' and no '.join(missing)}; it has {', '.join(params)}."
         )
 
 
 def check_sizes(wanted: dict[tuple, Any], found: dict[tuple, Any], where: str):
-    """Raises ValueError for an array of {path: array} that is missing or has another size."""
+    """Raises UserError for an array of {path: array} that is missing or has another size."""
     for path in sorted(wanted.keys() | found.keys()):
         sizes = [tree[path].shape if path in tree else "missing" for tree in (wanted, found)]
         if sizes[0] != sizes[1]:
-            raise ValueError(
+            raise UserError(
                 f"init_from={where}/{'/'.join(path)} is {sizes[1]}, and the config needs "
                 f"{sizes[0]}. Use the sizes of that model."
             )

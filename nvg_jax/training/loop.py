@@ -67,8 +67,8 @@ def fit(
 
     Raises:
         Preempted: SIGTERM arrived; the state is saved.
-        FloatingPointError: a metric is not finite; the message names the step and the metric.
-        ValueError: the config differs from the one this run was started with, or another process
+        UserError: a metric is not finite; the message names the step and the metric.
+        UserError: the config differs from the one this run was started with, or another process
             is training in the same folder.
     """
     folder, recipe, steps = workdir / task.name, task.recipe, task.steps

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation.metrics import codebook_usage
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
@@ -50,7 +51,7 @@ class Reporter:
         """Writes the mean metrics since the last call.
 
         Raises:
-            FloatingPointError: a metric is not finite.
+            UserError: a metric is not finite.
         """
         scalars = summarize(jax.device_get(self._window), self._part, step)
         rate = len(self._window) / (time.monotonic() - self._window_started)
@@ -81,13 +82,13 @@ def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[s
     """Mean metrics of the steps up to `last_step`; codebook usage over all of them.
 
     Raises:
-        FloatingPointError: a metric is not finite; the message names the step and the metric.
+        UserError: a metric is not finite; the message names the step and the metric.
     """
     for step, metrics in enumerate(window, last_step - len(window) + 1):
         values = flatten(metrics)
         for name in sorted(values, key=lambda name: "_loss" not in name):  # losses first
             if not np.isfinite(values[name]):
-                raise FloatingPointError(
+                raise UserError(
                     f"{part}: {name} is {values[name]} at step {step}. Training stopped; the last "
                     "checkpoint is from before it. A lower learning rate or clip, or "
                     "--config.dtype=float32, usually helps."

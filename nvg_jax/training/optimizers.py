@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import optax
 
+from nvg_jax.errors import UserError
+
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -32,7 +34,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
-            raise ValueError(
+            raise UserError(
                 f"Unknown learning-rate schedule {self.schedule!r}; choose one of {SCHEDULES}."
             )
 

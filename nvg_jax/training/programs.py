@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import models, pretrained
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.workdir import MAY_CHANGE, RECIPES
@@ -66,11 +67,11 @@ def shared(make_program: Callable[..., TrainProgram]) -> Callable[..., TrainProg
 
 
 def check_heads(config: ml_collections.ConfigDict, names: Iterable[str], mesh: Mesh):
-    """Raises ValueError for generators whose attention heads do not divide over a mesh."""
+    """Raises UserError for generators whose attention heads do not divide over a mesh."""
     for name in names:
         heads = config[name].width // config[name].head_dim
         if heads % mesh.shape["tensor"]:
-            raise ValueError(
+            raise UserError(
                 f"The {heads} attention heads of the {name} generator do not split over "
                 f"mesh.tensor={mesh.shape['tensor']}; use a divisor of {heads}."
             )

@@ -23,6 +23,7 @@ from nvg_jax.data import (
     open_source,
     train_batches,
 )
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.files import storage_path
 from nvg_jax.tokenizer import TokenizerConfig
@@ -82,23 +83,23 @@ class Run:
     # Batches.
 
     def check_batch_size(self, batch_size: int):
-        """Raises ValueError for a training batch that fits neither the mesh nor the data set."""
+        """Raises UserError for a training batch that fits neither the mesh nor the data set."""
         check_batch_size(self.train_source, self.loader_options(batch_size))
 
     def process_batch_size(self, batch_size: int) -> int:
         """This process's share of a global batch.
 
         Raises:
-            ValueError: the batch does not divide over the mesh, or the mesh not over the processes.
+            UserError: the batch does not divide over the mesh, or the mesh not over the processes.
         """
         shards = sharding.batch_shards(self.mesh)
         if batch_size % shards:
-            raise ValueError(
+            raise UserError(
                 f"batch_size {batch_size} must be a multiple of data x fsdp = {shards}, so that "
                 "every device has its part of a batch."
             )
         if not sharding.processes_split_batch(self.mesh):
-            raise ValueError(
+            raise UserError(
                 f"The mesh (data, fsdp, tensor) = {tuple(self.mesh.shape.values())} spreads tensor "
                 f"over devices of several of the {jax.process_count()} processes, which would need "
                 "the same images. Use a smaller mesh.tensor, and fsdp for the rest."
@@ -164,7 +165,7 @@ def open_run(
             reported at once and not after days of training.
 
     Raises:
-        ValueError: data or a network is missing.
+        UserError: data or a network is missing.
     """
     loaded = {
         name: pretrained.load(name, config.pretrained_dir or None) for name in sorted(set(networks))

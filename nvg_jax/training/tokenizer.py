@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import models, pretrained
+from nvg_jax.errors import UserError
 from nvg_jax.evaluation.metrics import codebook_usage
 from nvg_jax.layers import unshard
 from nvg_jax.runtime import sharding
@@ -51,7 +52,7 @@ class TokenizerLossConfig:
         images.
 
     Raises:
-        ValueError: an unknown name, or a negative weight.
+        UserError: an unknown name, or a negative weight.
     """
 
     reconstruction: str
@@ -64,13 +65,13 @@ class TokenizerLossConfig:
         choices_of = {"reconstruction": RECONSTRUCTION_LOSSES, "discriminator": DISCRIMINATORS}
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise UserError(
                     f"tokenizer_training.{name} must be one of {', '.join(choices)}, got "
                     f"{getattr(self, name)!r}."
                 )
         for name in ("perceptual_weight", "adversarial_weight", "lecam_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(
+                raise UserError(
                     f"tokenizer_training.{name} must be 0 or more, got {getattr(self, name)}."
                 )
 
@@ -292,7 +293,7 @@ def eval_step(params, frozen, batch, *, model: Tokenizer):
 
 
 def loss_config(config: ml_collections.ConfigDict) -> TokenizerLossConfig:
-    """The losses of a configuration; raises ValueError if they are invalid."""
+    """The losses of a configuration; raises UserError if they are invalid."""
     fields = dataclasses.fields(TokenizerLossConfig)
     return TokenizerLossConfig(**{f.name: config.tokenizer_training[f.name] for f in fields})
 
@@ -301,7 +302,7 @@ def build_program(run: Run) -> programs.TrainProgram:
     """The program of a run.
 
     Raises:
-        ValueError: invalid settings, or a batch that does not fit the mesh or the data set.
+        UserError: invalid settings, or a batch that does not fit the mesh or the data set.
     """
     recipe = run.config.tokenizer_training
     run.check_batch_size(recipe.batch_size)
@@ -425,7 +426,7 @@ def measure_canvas_scale(run: Run, params) -> tuple[float, ...]:
     """1 / std of the inputs of all stages (1 for the first) and of the final canvas, S + 1 values.
 
     Raises:
-        FloatingPointError: the canvases after a stage are all equal.
+        UserError: the canvases after a stage are all equal.
     """
     model = models.make_tokenizer(run.tokenizer_config, run.config.dtype)
     batch_size = run.config.tokenizer_training.batch_size
@@ -440,7 +441,7 @@ def measure_canvas_scale(run: Run, params) -> tuple[float, ...]:
     mean, square = totals / count
     variance = square - mean**2
     if not (variance > 0).all():
-        raise FloatingPointError(
+        raise UserError(
             f"The canvases after some stage are all equal (variances {variance}): the tokenizer "
             "has collapsed. Train it longer or with a lower learning rate."
         )

@@ -1,0 +1,66 @@
+"""Mistakes of the user, damage and failures: three kinds of errors, three ways to go on.
+
+A `UserError` ends a command with one line and exit code 2, and launchers do not restart it. All
+other exceptions keep their traceback, end with another code, and the command is restarted.
+"""
+
+import contextlib
+import errno
+import re
+
+
+class UserError(ValueError):
+    """What was given cannot work; the message says what was expected and what to do.
+
+    Raised where input is checked, and for what a restart cannot mend: a loss that is not finite, a
+    full disk, a platform that the machine lacks.
+    """
+
+
+# Numbers of the OSErrors that only the user can mend: a wrong path, no permission, no space.
+MISTAKES = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+}  # fmt: skip
+# Storage libraries report failures as text: what only the user can mend, and what may pass.
+MISTAKE_TEXT = re.compile(
+    "no space left|quota|file too large|permission.denied|not permitted|read-only|is a directory",
+    re.IGNORECASE,
+)
+FAILURE_TEXT = re.compile(
+    r"\b(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED|UNAUTHENTICATED|"
+    r"UNAVAILABLE|timed out|[Cc]onnection (reset|refused|closed|aborted))\b"
+)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a read or write failed for a reason that may pass: a network, a device, memory."""
+    if isinstance(error, TimeoutError | ConnectionError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in MISTAKES
+    return bool(FAILURE_TEXT.search(str(error)))
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether a read or write failed for a reason that only the user can mend."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in MISTAKES
+    return not is_failure(error) and bool(MISTAKE_TEXT.search(str(error)))
+
+
+@contextlib.contextmanager
+def reported(what: str):
+    """Turns an OSError that only the user can mend into a UserError.
+
+    Args:
+        what: the start of the message, such as "runs/x cannot be written".
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_mistake(error):
+            raise
+        raise UserError(
+            f"{what}: {error.strerror or error}. Fix the cause and run the same command again."
+        ) from error

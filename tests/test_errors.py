@@ -1,0 +1,156 @@
+"""What ends a command: a user's mistake with one line and code 2, all else with its traceback."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+from helpers import ROOT, tiny_config
+
+from nvg_jax import cli
+from nvg_jax.data.sources import ArraySource
+from nvg_jax.errors import UserError, is_failure, is_mistake, reported
+from nvg_jax.runtime import checkpoint, sharding
+from nvg_jax.train import train
+
+
+def wrong_shape():
+    return jnp.zeros(3) + jnp.zeros(4)
+
+
+def raising(error: Exception):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+# As the network, the disk, TensorStore and a programmer raise them.
+FAILURES = {
+    "timeout": raising(TimeoutError("timed out")),
+    "connection": raising(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")),
+    "device": raising(OSError(errno.EIO, "Input/output error")),
+    "tensorstore": raising(
+        ValueError("ABORTED: All 1 retry attempts failed: UNAVAILABLE: Error reading gs://b/d/4")
+    ),
+    "shape": lambda *args, **kwargs: wrong_shape(),
+}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(short(4), folder)
+    return folder
+
+
+def short(steps: int):
+    """The tokenizer alone."""
+    config = tiny_config(part="tokenizer")
+    config.tokenizer_training.update(length=f"{steps} steps", save_every=2)
+    return config
+
+
+PLACES = {
+    "step": (sharding, "global_batch"),
+    "save": (ocp.CheckpointManager, "save"),
+    "restore": (ocp.CheckpointManager, "restore"),
+    "checks": (checkpoint, "damage"),
+    "loader": (ArraySource, "__getitem__"),
+}
+
+
+@pytest.mark.slow
+# Orbax's own errors of any other kind count as damage, so no shape error is raised there.
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [(p, k) for p in PLACES for k in FAILURES if (p, k) != ("restore", "shape")],
+)
+def test_a_failure_passes_unchanged_and_changes_no_checkpoint(
+    place, kind, workdir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(*PLACES[place], FAILURES[kind])
+    folder = workdir if place in ("restore", "checks") else tmp_path
+    before = sorted(path.name for path in (folder / "tokenizer").glob("*"))
+    with pytest.raises(Exception) as raised:
+        train(short(4), folder)
+    assert not isinstance(raised.value, UserError)
+    with pytest.raises(type(raised.value)) as expected:
+        FAILURES[kind]()
+    assert str(raised.value) == str(expected.value)
+    if folder == workdir:
+        assert sorted(path.name for path in (folder / "tokenizer").glob("*")) == before
+
+
+def run(command: str, **environment) -> subprocess.CompletedProcess:
+    """Runs a command of `cli.main` in a process of its own."""
+    script = f"from nvg_jax import cli\ndef command(_):\n    {command}\ncli.main(command)"
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["TimeoutError('late')", "ConnectionError('gone')", "OSError(5, 'Input/output error')"]
+    + ["ValueError('ABORTED: All 1 retry attempts failed')", "ValueError('shapes (3,) (4,)')"],
+)
+def test_a_failure_ends_with_its_traceback_and_a_code_that_is_restarted(error):
+    done = run(f"raise {error}")
+    assert done.returncode not in (0, 2, 75)
+    assert "Traceback" in done.stderr and error.split("'")[1] in done.stderr
+
+
+def test_a_mistake_ends_with_one_line_and_code_2():
+    mistake = "from nvg_jax.errors import UserError; raise UserError('Give --out.')"
+    done = run(mistake)
+    assert (done.returncode, done.stderr) == (2, "error: Give --out.\n")
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "gpu,cpu", "quantum"])
+def test_a_platform_that_is_not_there_is_a_mistake(platforms):
+    done = run("print('never')", JAX_PLATFORMS=platforms)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        rf"error: JAX cannot use JAX_PLATFORMS={platforms} on this machine.*\n", done.stderr
+    )
+
+
+def test_no_home_and_no_cache_folder_is_a_mistake(monkeypatch):
+    from nvg_jax import pretrained
+
+    monkeypatch.delenv("NVG_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(UserError, match="needs a home folder.*NVG_CACHE"):
+        pretrained.cache_folder()
+
+
+def test_kinds_of_errors():
+    full, gone = OSError(errno.ENOSPC, "No space left on device"), TimeoutError("timed out")
+    assert is_mistake(full) and not is_failure(full)
+    assert is_failure(gone) and not is_mistake(gone)
+    permission = ValueError("PERMISSION_DENIED: Error writing gs://b: HTTP 403")
+    assert is_mistake(permission) and not is_failure(permission)
+    busy = ValueError("RESOURCE_EXHAUSTED: Quota exceeded for requests per second: HTTP 429")
+    assert is_failure(busy) and not is_mistake(busy)
+    damaged = ValueError("DATA_LOSS: checksum does not match")
+    assert not is_failure(damaged) and not is_mistake(damaged)
+
+
+def test_reported_passes_failures_and_explains_mistakes(tmp_path):
+    with pytest.raises(TimeoutError), reported("it cannot be read"):
+        raise TimeoutError
+    with (
+        pytest.raises(UserError, match="it cannot be read: No such file"),
+        reported("it cannot be read"),
+    ):
+        (tmp_path / "missing").read_bytes()
+    assert cli.USER_ERROR == 2
