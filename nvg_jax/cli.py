@@ -214,13 +214,18 @@ def parse_flags(argv):
     """Parses the flags; an error in a config file or an override is cut down to its message."""
     try:
         rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "keys", None)  # raises if the file cannot be loaded
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
         if is_unknown_key(error):
             text = unknown_key(argv)
         else:
             text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in text else " ".join(lines)
+        if "Traceback" in text or isinstance(error, OSError):  # the reason comes last
+            message = lines[-1].split("Error: ", 1)[-1]
+        else:
+            message = " ".join(lines)
         exit_with_error(message)
     for name in flags.FLAGS:  # such as --edit=$FILE without a FILE; config values may be empty
         flag = flags.FLAGS[name]

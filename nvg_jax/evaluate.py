@@ -105,7 +105,7 @@ def compare_samples(pipeline, data, out: Path, settings):
     from nvg_jax.jobs.sampling import SamplingJob
 
     pipeline.check_can_sample()
-    classes = [index % pipeline.metadata.num_classes for index in range(FLAGS.num_samples)]
+    classes = [index % pipeline.metadata.model.num_classes for index in range(FLAGS.num_samples)]
     size = min(FLAGS.batch_size, FLAGS.num_samples)
     job = SamplingJob(pipeline, classes, 1, size, FLAGS.seed, settings)
     points = comparison.parse_sweep(FLAGS.sweep) if FLAGS.sweep else []

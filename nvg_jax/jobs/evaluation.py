@@ -62,15 +62,15 @@ def evaluate(
     """
     size = pipeline.tokenizer.config.image_size
     num_classes = open_split(data, "train").num_classes
-    if num_classes != pipeline.metadata.num_classes:
+    if num_classes != pipeline.metadata.model.num_classes:
         raise UserError(
-            f"The model has {pipeline.metadata.num_classes} classes and the data set "
+            f"The model has {pipeline.metadata.model.num_classes} classes and the data set "
             f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
         )
     test = load_split(data, "test", size)
     restored = reconstruct(pipeline, test.images)
     if pipeline.can_sample:
-        classes = np.arange(num_samples) % pipeline.metadata.num_classes
+        classes = np.arange(num_samples) % pipeline.metadata.model.num_classes
         job = SamplingJob(
             pipeline, classes.tolist(), 1, min(batch_size, num_samples), seed, settings
         )
@@ -89,7 +89,7 @@ def evaluate(
         results |= measure_samples(
             classifier, Images(samples, classes), pipeline.class_names, train, test
         )
-        columns = pipeline.metadata.num_classes if pipeline.metadata.num_classes <= 20 else 10
+        columns = num_classes if num_classes <= 20 else 10
         save_png(out / "samples.png", image_grid(samples[: 8 * columns], columns=columns))
         picks = np.arange(min(STAGES_SHOWN, len(first_batch.images)))
         save_png(out / "stages.png", stages_picture(pipeline, first_batch, picks))

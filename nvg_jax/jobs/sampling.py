@@ -16,7 +16,7 @@ import numpy as np
 
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
-from nvg_jax.models import GENERATORS
+from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import MAX_SEED, Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint, make_folder
 from nvg_jax.runtime.processes import barrier, is_main, own_share

@@ -13,13 +13,14 @@ from nvg_jax.jobs.comparison import open_reference, split_images
 from nvg_jax.jobs.evaluation import load_split, make_classifier
 from nvg_jax.jobs.features import Inception, gather_moments, reference_features
 from nvg_jax.jobs.sampling import SamplingJob
+from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import preemption
 from nvg_jax.runtime.processes import gather, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch, make_mesh
 from nvg_jax.visualize import to_uint8
-from nvg_jax.workdir import DISTILLATION, RECIPES, RunMetadata
+from nvg_jax.workdir import RunMetadata
 
 Statistics = tuple[np.ndarray, np.ndarray]  # mean (D,) and covariance (D, D)
 
@@ -45,7 +46,6 @@ class Scorer:
     ):
         self._judge, self._count, self._batch_size = judge, count, batch_size
         self._images, self._reference = images, reference
-        self._pipeline = None
 
     def __call__(self, metadata: RunMetadata, params: dict[str, Any]) -> float:
         """The distance for the given weights, the same on every process.
@@ -60,17 +60,13 @@ class Scorer:
         """
         # Not in the mesh of all processes, where every operation would wait for the others.
         with jax.set_mesh(make_mesh(devices=jax.local_devices())):
-            if self._pipeline is None:
-                self._pipeline = Pipeline(metadata, params)
-            else:  # keeps the compiled programs
-                self._pipeline.params = params
+            pipeline = Pipeline(metadata, params)
             found = statistics(
                 self._judge,
                 self._count,
                 self._batch_size,
-                lambda number: self._images(self._pipeline, number),
+                lambda number: self._images(pipeline, number),
             )
-            self._pipeline.params = {}  # frees the memory for the training
         own = frechet_distance(self._reference, found)
         # The last digits may differ between machines, but all must make the same decision.
         return float(gather(np.array([own]), jax.process_count())[0])
@@ -102,21 +98,17 @@ def statistics(
 
 
 def make_scorers(
-    config: ml_collections.ConfigDict, parts: Sequence[str], num_classes: int
-) -> dict[str, Scorer]:
+    config: ml_collections.ConfigDict, parts: Sequence[Part], num_classes: int
+) -> dict[Part, Scorer]:
     """{part: its scorer} for the parts with a `fid_every`.
 
     The tokenizer's reconstructions are compared with their originals, held-out images; samples with
     `config.evaluation.reference`.
 
-    Args:
-        parts: only "tokenizer", "generators" and "distillation" have scorers.
-
     Raises:
         UserError: a network, a file or data is missing.
     """
-    recipes = {p: config[RECIPES[p]] for p in ("tokenizer", "generators", DISTILLATION)}
-    parts = [part for part in parts if part in recipes and recipes[part].fid_every]
+    parts = [part for part in parts if config[part.section].fid_every]
     if not parts:
         return {}
     data, size = config.data.to_dict(), tuple(config.tokenizer.image_size)
@@ -127,9 +119,10 @@ def make_scorers(
             train = load_split(data, "train", size)
             classifier = make_classifier(data["name"], train, num_classes)
         for part in parts:
-            count, batch_size = recipes[part].fid_samples, recipes[part].batch_size
+            recipe = config[part.section]
+            count, batch_size = recipe.fid_samples, recipe.batch_size
             batch_size = min(max(1, batch_size // jax.process_count()), count)
-            if part == "tokenizer":
+            if part.images == "reconstructions":
                 judge = classifier or Inception(pretrained.antialiased_inception_input)
                 held_out = split_images(data, "test", size, batch_size)
                 scorers[part] = reconstruction_scorer(judge, count, held_out)
@@ -158,7 +151,7 @@ def sample_scorer(judge, count: int, batch_size: int, seed: int, reference: Stat
     """FID of `count` samples, cycling through the classes, drawn with the model's settings."""
 
     def samples(pipeline, number):
-        classes = [index % pipeline.metadata.num_classes for index in range(count)]
+        classes = [index % pipeline.metadata.model.num_classes for index in range(count)]
         return next(SamplingJob(pipeline, classes, 1, batch_size, seed, {}).batches([number]))
 
     return Scorer(judge, count, batch_size, samples, reference)
