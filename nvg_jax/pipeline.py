@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nvg_jax import bundled, granularity, models, workdir
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.metrics import to_float
-from nvg_jax.layers import fast_dtype
 from nvg_jax.models import GENERATORS
+from nvg_jax.runtime.hardware import fast_dtype
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype

@@ -14,8 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from nvg_jax.errors import UserError
-from nvg_jax.layers import CUBLAS_ONLY
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.hardware import CUBLAS_ONLY
 
 GIB = 2**30
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvg_jax.attention import attention
 from nvg_jax.errors import UserError
-from nvg_jax.layers import attention
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 # LPIPS normalizes images in [-1, 1] with these.
