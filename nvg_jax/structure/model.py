@@ -42,7 +42,7 @@ class StructureGenerator(nn.Module):
         self.class_embed = layers.Embedding(self.num_classes + 1, t.width, self.dtype)
         self.stage_embed = layers.Embedding(self.num_bits - 1, t.width, self.dtype)
         self.time_in = layers.Dense(t.width, (None, "embed"), self.dtype)
-        self.time_out = layers.Dense(t.width, ("embed", "embed_out"), self.dtype)
+        self.time_out = layers.Dense(t.width, ("embed", None), self.dtype)
         self.blocks = layers.Transformer(t, self.dtype)
         self.head = layers.Head(t.width, self.num_bits, self.dtype)
 
