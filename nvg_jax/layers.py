@@ -101,7 +101,7 @@ def rope_angles(positions: Array, split: Sequence[int]) -> tuple[Array, Array]:
 
 
 def cast_blocks(params, dtype):
-    """Casts the weights of all blocks to `dtype`, once instead of in every iteration of a loop."""
+    """Casts the blocks' weights to `dtype` once, instead of in every iteration of a loop."""
 
     def cast(path, leaf):
         names = [key.key for key in path]

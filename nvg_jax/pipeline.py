@@ -220,8 +220,8 @@ class Pipeline:
         Args:
             class_ids: ids in 0 .. number of classes - 1, or class names.
             seed: 0 .. 2**32 - 1.
-            structure_noise: float32 (B, L, K), where the flow of every stage starts; if None, that
-                of the seed, see the method `structure_noise`.
+            structure_noise: float32 (B, L, K), starting noise of every stage's flow; drawn from the
+                seed by default, see the method `structure_noise`.
             first_index: the index of the first sample.
             prefix: a sequence (B, S, L). The maps of its first `structure_stages` stages and the
                 tokens of its first `token_stages` stages are kept; the rest is sampled.

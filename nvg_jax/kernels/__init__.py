@@ -1,5 +1,5 @@
-"""How the two heavy parts of a transformer are computed on each platform.
+"""How each platform computes the parts of a transformer block fastest.
 
 Attention (`cpu_attention`, `tpu_attention`; GPUs use cuDNN's), the rotary embedding (`rotary`) and
-the linear layers of a block (`block_linears`). The results are the same up to rounding.
+the linear layers (`block_linears`). The results are the same up to rounding.
 """

@@ -3,7 +3,7 @@
 One program handles all rows of one image and the heads that share LANES channels. The sequences are
 short (257 and 513 tokens), so a whole row of scores fits on the chip: no online softmax is needed,
 and the backward pass recomputes the scores. The product for one head runs over all channels, with
-those of the other heads set to zero: the matrix unit works on LANES channels anyway, and no
+the other heads' channels set to zero: the matrix unit works on LANES channels anyway, and no
 channels have to be moved.
 """
 

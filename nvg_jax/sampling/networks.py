@@ -81,7 +81,7 @@ def sampling_program(
 ) -> SamplingProgram:
     """The sampler of a tokenizer and its generators, the same one for the same sizes.
 
-    So models that differ only in their weights, as in a training, do not compile again.
+    Models that differ only in their weights therefore share one compilation.
 
     Args:
         content, structure: sizes of the generators.

@@ -73,8 +73,8 @@ class StructureGenerator(nn.Module):
         modulation = self.head.modulations(vec)
         return self._velocity(noisy, condition, vec, None, modulation, deterministic)
 
-    # The same in parts, for the sampler: what all times of a split share, what depends only on the
-    # time, and the rest.
+    # The sampler calls the network in three parts: what all times of a split share, what depends
+    # only on the time, and the rest.
 
     def condition(self, structure: Array, canvas: Array, class_ids: Array) -> Condition:
         """What all velocities of a split share; see `__call__` for the arguments."""
