@@ -25,7 +25,7 @@ MODEL = "A run's workdir, an exported or converted folder, or a bundled model."
 flags.DEFINE_boolean(
     "distributed",
     False,
-    "One of several processes; JAX finds the others (TPU, GKE, SLURM).",
+    "Run as one of several processes; JAX discovers the others (TPU, GKE, SLURM).",
 )
 flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where JAX cannot find it."
@@ -231,7 +231,7 @@ def parse_flags(argv):
         flag = flags.FLAGS[name]
         if flag.present and flag.value in ("", []) and not name.startswith("config"):
             exit_with_error(f"--{name} is empty: give a value, or leave the flag out.")
-    if not flags.FLAGS["verbosity"].present:  # of absl, which Orbax and Grain write to
+    if not flags.FLAGS["verbosity"].present:  # absl's verbosity; Orbax and Grain log through absl
         absl.logging.set_verbosity(absl.logging.WARNING)
     return rest
 

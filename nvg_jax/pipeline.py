@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nvg_jax import bundled, granularity, workdir
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.metrics import to_float
-from nvg_jax.layers import fast_dtype
 from nvg_jax.parts import GENERATORS
+from nvg_jax.runtime.hardware import fast_dtype
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
@@ -217,8 +217,8 @@ class Pipeline:
         Args:
             class_ids: ids in 0 .. number of classes - 1, or class names.
             seed: 0 .. 2**32 - 1.
-            structure_noise: float32 (B, L, K), where the flow of every stage starts; if None, that
-                of the seed, see the method `structure_noise`.
+            structure_noise: float32 (B, L, K), starting noise of every stage's flow; drawn from the
+                seed by default, see the method `structure_noise`.
             first_index: the index of the first sample.
             prefix: a sequence (B, S, L). The maps of its first `structure_stages` stages and the
                 tokens of its first `token_stages` stages are kept; the rest is sampled.

@@ -22,8 +22,10 @@ from etils import epath
 from helpers import on_eight_devices, random_like, random_pipeline, tiny_config, tiny_discriminator
 from test_attention import arguments as attention_arguments
 
-from nvg_jax import attention, layers, models
+from nvg_jax import layers, models
 from nvg_jax.errors import UserError
+from nvg_jax.kernels.rotary import Rotary
+from nvg_jax.kernels.tpu_attention import fused_attention
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
@@ -237,8 +239,8 @@ def split_attention() -> dict[str, float]:
     @jax.jit
     def run(*args):
         def loss(q, k, v, *scales):
-            how = attention.Rotary(*scales, *rotary[2:])
-            return jnp.square(attention.fused_attention(q, k, v, how, interpret=True)).mean()
+            how = Rotary(*scales, *rotary[2:])
+            return jnp.square(fused_attention(q, k, v, how, interpret=True)).mean()
 
         value, grads = jax.value_and_grad(loss, argnums=range(5))(*args)
         return value, *grads

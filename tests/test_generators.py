@@ -55,10 +55,12 @@ def test_content_losses_of_a_perfect_and_of_an_empty_prediction():
     q = quantized()
     final = q.canvases[:, -1]
     uniform = lambda missing: jnp.zeros((*missing.shape[:-1], 5))
-    perfect = content_losses(lambda *_: jnp.repeat(final, 3, axis=0), uniform, q)
+    hidden = jnp.ones((6, 4, 32))
+    perfect, same = content_losses(lambda *_: (jnp.repeat(final, 3, axis=0), hidden), uniform, q)
+    assert same is hidden
     np.testing.assert_allclose(perfect["canvas_loss"], 0, atol=1e-7)
     np.testing.assert_allclose(perfect["token_loss"], np.log(5), rtol=1e-6)
-    empty = content_losses(lambda canvas, *_: jnp.zeros_like(canvas), uniform, q)
+    empty, _ = content_losses(lambda canvas, *_: (jnp.zeros_like(canvas), hidden), uniform, q)
     np.testing.assert_allclose(empty["canvas_loss"], np.square(final).mean(), rtol=1e-5)
 
 
@@ -70,7 +72,7 @@ def test_the_tokens_of_a_stage_see_the_mean_of_what_is_missing_in_their_cluster(
         seen.append(missing)
         return jax.nn.one_hot(jnp.concatenate(q.stage_tokens, 1), 5) * 100
 
-    out = content_losses(lambda canvas, *_: canvas + jnp.arange(4.0)[:, None], logits, q)
+    out, _ = content_losses(lambda x, *_: (x + jnp.arange(4.0)[:, None], None), logits, q)
     # Positions 0..3 miss 0..3: one cluster 1.5; clusters {0, 2}, {1, 3}: 1, 2; then 0, 2, 1, 3.
     np.testing.assert_allclose(seen[0][0, :, 0], [1.5, 1, 2, 0, 2, 1, 3], rtol=1e-6)
     np.testing.assert_allclose(out["token_accuracy"], 1)

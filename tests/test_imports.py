@@ -8,6 +8,7 @@ from helpers import ROOT
 
 # A module of the package imports modules of its own level and of the levels before it.
 LEVELS = (
+    ("kernels",),
     ("granularity", "clustering", "attention", "layers"),
     ("tokenizer", "structure", "content", "pretrained"),
     ("models",),

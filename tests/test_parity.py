@@ -327,11 +327,11 @@ def training(load, expected):
         terms = {"times": times.reshape(-1, 1, 1)}
 
         def predict_canvas(canvas, embedding, stage):
-            terms["canvas"] = content.apply(
+            terms["canvas"], hidden = content.apply(
                 {"params": params["content"]}, canvas, embedding, stage,
                 jnp.repeat(class_ids, stages), canvas_scale, method="predict_canvas",
-            )[0]  # fmt: skip
-            return terms["canvas"]
+            )  # fmt: skip
+            return terms["canvas"], hidden
 
         def token_logits(missing):
             own = {"params": params["content"]}
@@ -344,7 +344,7 @@ def training(load, expected):
             terms["velocity"] = structure.apply(own, noisy, *args, jnp.repeat(class_ids, learned))
             return terms["velocity"]
 
-        terms |= content_losses(predict_canvas, token_logits, quantized)
+        terms |= content_losses(predict_canvas, token_logits, quantized)[0]
         terms["flow_loss"] = structure_losses(
             velocity, quantized.sequence.structure, quantized.canvases, noise, times
         )

@@ -11,14 +11,16 @@ import numpy as np
 import optax
 import pytest
 from helpers import optimizer_config, tiny_discriminator
+from jax.sharding import AbstractMesh
 
 from configs import digits, imagenet256
 from nvg_jax import layers, models, pretrained
 from nvg_jax.content.losses import alignment_loss
 from nvg_jax.errors import UserError
+from nvg_jax.kernels import block_linears
 from nvg_jax.layers import Transformer, TransformerConfig
 from nvg_jax.parts import CONTENT, TOKENIZER
-from nvg_jax.runtime import sharding
+from nvg_jax.runtime import hardware, sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import LeCam
 from nvg_jax.training import generators, tokenizer
@@ -229,16 +231,26 @@ def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monk
     )
     variables = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape), variables)
     results = []
-    cases = ("tpu", 0, False), ("cpu", 0, False), ("gpu", 3, False), ("gpu", 3, True)
-    for device, extra, joint in cases:
-        monkeypatch.setattr(layers, "platform", lambda: device)  # noqa: B023
-        monkeypatch.setattr(layers, "padded_length", lambda _, length, *__: length + extra)  # noqa: B023
-        monkeypatch.setattr(layers, "joint_products", lambda *_: joint)  # noqa: B023
+    cases = ("tpu", 0, "parts"), ("cpu", 0, "separate"), ("gpu", 3, "separate"), ("gpu", 3, "joint")
+    for device, extra, form in cases:
+        monkeypatch.setattr(hardware, "platform", lambda: device)
+        monkeypatch.setattr(layers, "padded_length", lambda _, length, *__: length + extra)
+        monkeypatch.setattr(block_linears, "form", lambda *_: form)
         out, backward = jax.vjp(apply, variables, x)
         results.append((out, backward((grad, grad))))
     for expected, *others in zip(*map(jax.tree.leaves, results)):
         for found in others:
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_how_linear_layers_are_computed_where(monkeypatch):
+    chosen = {}
+    for device in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(hardware, "platform", lambda: device)
+        chosen[device] = [block_linears.form(tokens, width=8) for tokens in (32, 33)]
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1, 1, 2), sharding.MESH_AXES)):
+            assert block_linears.form(32, width=8) == "parts"
+    assert chosen == {"cpu": ["separate"] * 2, "gpu": ["joint", "separate"], "tpu": ["parts"] * 2}
 
 
 def test_the_gradient_of_one_image_does_not_depend_on_what_is_recomputed():

@@ -181,8 +181,8 @@ def _place(length: int, count: int, index: int) -> int:
     return index * length // count if index < count else length
 
 
-# Functions (item of a source, rng) -> arrays of one example, without its label. rng=None takes the
-# deterministic crop of evaluation.
+# The next functions make the arrays of one example, without its label, from an item of a source.
+# rng=None takes the deterministic crop for evaluation.
 
 Arrays = dict[str, np.ndarray]
 
@@ -281,7 +281,7 @@ class _Load:
 def _own_batches(
     examples: "grain.MapDataset", source: Source, options: LoaderOptions
 ) -> "grain.DatasetIterator":
-    """This process's batches: every process_count-th of all consecutive batches of batch_size."""
+    """This process's batches: every process_count-th batch, starting at process_index."""
     batches = examples.batch(options.batch_size, drop_remainder=True, batch_fn=_stack)
     return _iterate(batches[options.process_index :: options.process_count], source, options)
 

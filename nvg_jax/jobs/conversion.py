@@ -106,7 +106,7 @@ def convert(
         UserError: as for `read_published`, or `out` exists and is not empty.
     """
     _check_new(out)
-    # Passed on without a name, so that the arrays are freed once the pipeline has its own.
+    # Not bound to a name, so the arrays are freed once the pipeline holds copies.
     pipeline = Pipeline(
         *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
     )

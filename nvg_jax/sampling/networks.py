@@ -10,10 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
-from nvg_jax.layers import cast_blocks, compiler_options
+from nvg_jax.layers import cast_blocks
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.hardware import compiler_options
 from nvg_jax.sampling.generate import Networks, SamplingPlan, generate, make_plan
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.model import StructureGenerator

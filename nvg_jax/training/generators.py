@@ -115,10 +115,9 @@ def loss_terms(model: Generator, params, examples: Examples, key, repa: RepaConf
             weights,
         )
         return losses.mean(), {"flow_loss": losses}
-    features = []
 
     def predict_canvas(canvas, embedding, stage):
-        predicted, hidden = apply(
+        return apply(
             canvas,
             embedding,
             stage,
@@ -128,15 +127,13 @@ def loss_terms(model: Generator, params, examples: Examples, key, repa: RepaConf
             feature_block=repa.block if repa else 0,
             method="predict_canvas",
         )
-        features.append(hidden)
-        return predicted
 
     token_logits = lambda missing: apply(missing, method="token_logits")
-    terms = content_losses(predict_canvas, token_logits, quantized, weights)
+    terms, hidden = content_losses(predict_canvas, token_logits, quantized, weights)
     losses = terms["canvas_loss"] + terms["token_loss"]
     if repa:
         projector = make_projector(model.dtype)
-        projected = projector.apply({"params": params["repa"]}, features[0])
+        projected = projector.apply({"params": params["repa"]}, hidden)
         terms["repa_loss"] = alignment_loss(projected, targets)
         losses += repa.weight * terms["repa_loss"]
     return losses.mean(), terms
