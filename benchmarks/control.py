@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-
 from nvg_jax.evaluation.classifiers import train_classifier
 from nvg_jax.jobs.evaluation import load_split
+
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer

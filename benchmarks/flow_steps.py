@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-
-from nvg_jax import models
 from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
 from nvg_jax.evaluation.metrics import class_agreement
 from nvg_jax.jobs.evaluation import load_split, make_classifier
+
+from nvg_jax import models
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow

@@ -97,7 +97,6 @@ def define_data_flags():
     flags.DEFINE_string("data_name", None, "Data set, if not the one the model was trained on.")
     flags.DEFINE_string("data_dir", None, "Folder of the data set.")
     flags.DEFINE_integer("resize", None, "Short side before the crop; 0: image size * 288 / 256.")
-    flags.DEFINE_integer("pad", None, "Random shifts of training crops by up to this many pixels.")
 
 
 def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
         UserError: there is neither a config nor --data_name.
     """
     given = {"name": flags.FLAGS.data_name}
-    given |= {name: flags.FLAGS[name].value for name in ("data_dir", "resize", "pad")}
+    given |= {n: flags.FLAGS[n].value for n in ("data_dir", "resize", "pad") if n in flags.FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     if "name" in given:
         return {"data_dir": "", "resize": 0, "pad": 0} | given

@@ -55,22 +55,30 @@ def check_flags(judge: str):
 
 
 def out_folder() -> Path:
-    default = FLAGS.workdir and Path(FLAGS.workdir) / "evaluation"
-    return Path(FLAGS.out or default or Path(FLAGS.samples).with_suffix(".evaluation"))
+    """The folder for the results: by default in the model's folder, or beside the samples."""
+    from nvg_jax import bundled
+
+    if FLAGS.out:
+        return Path(FLAGS.out)
+    if FLAGS.samples:
+        return Path(FLAGS.samples).with_suffix(".evaluation")
+    workdir = Path(FLAGS.workdir)
+    # A folder with the name of a bundled model would look as if it held one.
+    return (Path("runs") / workdir if bundled.is_bundled(workdir) else workdir) / "evaluation"
 
 
 def evaluate_samples():
     """(results, table) for a file of samples."""
-    from nvg_jax.jobs import comparison, features
+    from nvg_jax.evaluation import judges, measure, report, sets
 
-    images = features.Archive(FLAGS.samples, FLAGS.batch_size)
-    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size)
-    judge = features.Inception()
-    comparison.check_sizes(images, reference)
-    known = features.reference_features(reference, judge)
+    images = sets.Archive(FLAGS.samples, FLAGS.batch_size)
+    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size)
+    judge = judges.Inception()
+    report.check_sizes(images, reference)
+    features = measure.reference_features(reference, judge)
     facts = {"samples": FLAGS.samples, "reference": FLAGS.reference}
-    results = comparison.compare(images, known, judge, out_folder(), facts)
-    return results, results and comparison.table([results])
+    results = report.compare(images, features, judge, out_folder(), facts)
+    return results, results and report.table([results])
 
 
 def evaluate_model(judge: str, settings):
@@ -85,49 +93,63 @@ def evaluate_model(judge: str, settings):
     out = out_folder()
     make_folder(out)
     if FLAGS.reconstruction:
-        from nvg_jax.jobs import comparison
+        from nvg_jax.evaluation.sets import Split
+        from nvg_jax.jobs import reconstruction
 
         size = pipeline.tokenizer.config.image_size
-        images = comparison.split_images(data, "test", size, FLAGS.batch_size)
-        return comparison.reconstruction(pipeline, images, out), None
+        images = Split(data, "test", size, FLAGS.batch_size)
+        return reconstruction.report(pipeline, images, out), None
     if judge == "classifier":
-        from nvg_jax.jobs.evaluation import evaluate
+        from nvg_jax.jobs import classification
 
-        return evaluate(
-            pipeline, data, out, FLAGS.num_samples, FLAGS.seed, FLAGS.batch_size, **settings
-        ), None
+        job = sampling_job(pipeline, settings) if pipeline.can_sample else None
+        return classification.report(pipeline, data, job, out), None
     return compare_samples(pipeline, data, out, settings)
+
+
+def sampling_job(pipeline, settings):
+    from nvg_jax.jobs.sampling_runs import SamplingJob
+
+    classes = [index % pipeline.metadata.num_classes for index in range(FLAGS.num_samples)]
+    size = min(FLAGS.batch_size, FLAGS.num_samples)
+    return SamplingJob(pipeline, classes, 1, size, FLAGS.seed, settings)
 
 
 def compare_samples(pipeline, data, out: Path, settings):
     """(results, table) for samples that are drawn here."""
-    from nvg_jax.jobs import comparison, features
-    from nvg_jax.jobs.sampling import SamplingJob
+    from nvg_jax.evaluation import judges, measure, report, sets
+    from nvg_jax.sampling.settings import parse_sweep
 
     pipeline.check_can_sample()
-    classes = [index % pipeline.metadata.num_classes for index in range(FLAGS.num_samples)]
-    size = min(FLAGS.batch_size, FLAGS.num_samples)
-    job = SamplingJob(pipeline, classes, 1, size, FLAGS.seed, settings)
-    points = comparison.parse_sweep(FLAGS.sweep) if FLAGS.sweep else []
-    for point in points or [{}]:  # raises before anything is computed
-        comparison.at_point(job, point).expanded_settings()
-    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
-    comparison.check_sizes(job, reference)
-    judge = features.Inception()
-    known = features.reference_features(reference, judge)
-    if points:
-        results = comparison.sweep(job, points, known, judge, out)
-        return results, results and comparison.table(results)
-    facts = {"reference": FLAGS.reference, **comparison.sampling_facts(job)}
-    results = comparison.compare(job, known, judge, out, facts)
-    return results, results and comparison.table([results])
+    job = sampling_job(pipeline, settings)
+    points = []
+    for point in parse_sweep(FLAGS.sweep) if FLAGS.sweep else [{}]:
+        samples = job.with_settings(point)
+        facts = samples.describe()  # raises before anything is computed
+        del facts["classes"]  # a long list
+        points.append((point, samples, facts))
+    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
+    report.check_sizes(job, reference)
+    judge = judges.Inception()
+    features = measure.reference_features(reference, judge)
+    if FLAGS.sweep:
+        results = report.compare_all(points, features, judge, out)
+        return results, results and report.table(results)
+    facts = {"reference": FLAGS.reference, **points[0][2]}
+    results = report.compare(job, features, judge, out, facts)
+    return results, results and report.table([results])
 
 
 if __name__ == "__main__":
     cli.define_model_flags()
     cli.define_sampling_flags()
     cli.define_data_flags()
-    flags.DEFINE_string("out", None, "Folder for the results; by default WORKDIR/evaluation.")
+    flags.DEFINE_string(
+        "out",
+        None,
+        "Folder for the results; by default WORKDIR/evaluation, or "
+        "runs/NAME/evaluation for a bundled model.",
+    )
     flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.", 10)
     flags.DEFINE_string("samples", None, "An .npz file of samples to compare; needs no model.")
     flags.DEFINE_string(

@@ -31,32 +31,32 @@ def main(_):
 
     pipeline = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     pipeline.check_can_sample()
-    from nvg_jax.jobs import sampling
+    from nvg_jax.jobs import sampling_runs
     from nvg_jax.runtime.processes import is_main
 
     names = FLAGS.classes or range(len(pipeline.class_names))
     classes = [pipeline.class_id(name) for name in names]
     batch_size = min(FLAGS.batch_size, len(classes) * FLAGS.per_class)
-    job = sampling.SamplingJob(
+    job = sampling_runs.SamplingJob(
         pipeline,
         classes,
         FLAGS.per_class,
         batch_size,
         FLAGS.seed,
         settings,
-        given(pipeline),
+        constraint(pipeline),
         FLAGS.walk_to,
     )
     out = Path(FLAGS.out)
     if out.suffix == ".npz":
-        sampling.write_array(job, out)
+        sampling_runs.write_array(job, out)
     else:
-        sampling.write_pictures(job, out, columns=min(FLAGS.per_class, MAX_COLUMNS))
+        sampling_runs.write_pictures(job, out, columns=min(FLAGS.per_class, MAX_COLUMNS))
     if is_main():
         print(f"{len(job)} samples: {out}")
 
 
-def given(pipeline):
+def constraint(pipeline):
     """What samples keep according to the flags, or None.
 
     Raises:

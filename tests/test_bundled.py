@@ -1,5 +1,7 @@
 """The models that come with the package."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -70,7 +72,10 @@ def test_a_bundled_file_keeps_float16_weights_and_refuses_damage(tmp_path, monke
         Pipeline.from_pretrained("fashion_mnist")
 
 
-def test_a_folder_of_the_same_name_comes_first(tmp_path, monkeypatch):
+def test_a_folder_of_the_same_name_comes_first_if_it_holds_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion_mnist" / "evaluation").mkdir(parents=True)
+    for name in ("fashion_mnist", Path("fashion_mnist")):
+        assert "Bag" in Pipeline.from_pretrained(name).class_names
     random_pipeline().save_pretrained("fashion_mnist")
     assert Pipeline.from_pretrained("fashion_mnist").class_names == tuple("0123456789")

@@ -16,11 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import models, pretrained
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.metrics import codebook_usage
 from nvg_jax.layers import unshard
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.files import fingerprint
-from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
+from nvg_jax.tokenizer import Tokenizer, TokenizerConfig, codebook_usage
 from nvg_jax.tokenizer.diffaug import augment, discriminator_input
 from nvg_jax.tokenizer.discriminator import DiscriminatorHeads, SmallFeatures
 from nvg_jax.tokenizer.losses import (
