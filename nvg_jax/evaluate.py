@@ -69,16 +69,11 @@ def out_folder() -> Path:
 
 def evaluate_samples():
     """(results, table) for a file of samples."""
-    from nvg_jax.evaluation import judges, measure, report, sets
+    from nvg_jax.evaluation import sets
 
-    images = sets.Archive(FLAGS.samples, FLAGS.batch_size)
+    samples = sets.Archive(FLAGS.samples, FLAGS.batch_size)
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size)
-    judge = judges.Inception()
-    report.check_sizes(images, reference)
-    features = measure.reference_features(reference, judge)
-    facts = {"samples": FLAGS.samples, "reference": FLAGS.reference}
-    results = report.compare(images, features, judge, out_folder(), facts)
-    return results, results and report.table([results])
+    return compare([({}, samples, {"samples": FLAGS.samples})], reference, out_folder())
 
 
 def evaluate_model(judge: str, settings):
@@ -117,7 +112,7 @@ def sampling_job(pipeline, settings):
 
 def compare_samples(pipeline, data, out: Path, settings):
     """(results, table) for samples that are drawn here."""
-    from nvg_jax.evaluation import judges, measure, report, sets
+    from nvg_jax.evaluation import sets
     from nvg_jax.sampling.settings import parse_sweep
 
     pipeline.check_can_sample()
@@ -128,15 +123,29 @@ def compare_samples(pipeline, data, out: Path, settings):
         facts = samples.describe()  # raises before anything is computed
         del facts["classes"]  # a long list
         points.append((point, samples, facts))
-    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
-    report.check_sizes(job, reference)
+    size = job.image_size
+    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, size, data)
+    return compare(points, reference, out)
+
+
+def compare(points, reference, out: Path):
+    """(results, table) of the points of a sweep, or of a single point.
+
+    Args:
+        points: for each point its settings, its images, and how they were made.
+        reference: the images to compare with.
+    """
+    from nvg_jax.evaluation import judges, report
+
+    report.check_sizes(points[0][1], reference)
     judge = judges.Inception()
-    features = measure.reference_features(reference, judge)
+    features = report.reference_features(reference, judge)
     if FLAGS.sweep:
-        results = report.compare_all(points, features, judge, out)
+        results = report.sweep(points, features, judge, out)
         return results, results and report.table(results)
-    facts = {"reference": FLAGS.reference, **points[0][2]}
-    results = report.compare(job, features, judge, out, facts)
+    ((_, images, facts),) = points
+    facts = {"reference": FLAGS.reference, **facts}
+    results = report.compare(images, features, judge, out, facts)
     return results, results and report.table([results])
 
 

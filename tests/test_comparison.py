@@ -13,7 +13,7 @@ from test_encoding import hand_made
 from nvg_jax import pretrained
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation import features, image, measure, report, sets
+from nvg_jax.evaluation import features, image, report, sets
 from nvg_jax.jobs import reconstruction
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.sampling.settings import parse_sweep
@@ -77,7 +77,7 @@ def expected_figures():
 
 def test_batches_give_the_figures_of_all_images_at_once(samples, reference, tmp_path):
     judge = Judge()
-    known = measure.reference_features(reference, judge)
+    known = report.reference_features(reference, judge)
     found = report.compare(samples, known, judge, tmp_path / "out", {"samples": "a"})
     for name, value in expected_figures().items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
@@ -87,43 +87,43 @@ def test_batches_give_the_figures_of_all_images_at_once(samples, reference, tmp_
 
 def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        measure.features_of(samples, Judge(fail_after=10), tmp_path / "parts")
+        report.features_of(samples, Judge(fail_after=10), tmp_path / "parts")
     second = Judge()
-    found = measure.features_of(samples, second, tmp_path / "parts")
+    found = report.features_of(samples, second, tmp_path / "parts")
     assert second.seen == 25 - 10  # the last batch is filled up
     np.testing.assert_array_equal(found.pool, Judge().image_features(IMAGES).pool)
     assert found.count == 23
     (tmp_path / "parts" / "000002.npz").write_bytes(b"PK")
     third = Judge()
-    again = measure.features_of(samples, third, tmp_path / "parts")
+    again = report.features_of(samples, third, tmp_path / "parts")
     assert third.seen == 5  # the damaged part alone
     np.testing.assert_array_equal(again.pool, found.pool)
 
 
 def test_parts_of_other_images_are_refused(samples, reference, tmp_path):
-    measure.features_of(samples, Judge(), tmp_path / "parts")
+    report.features_of(samples, Judge(), tmp_path / "parts")
     with pytest.raises(UserError, match="holds features made with other settings"):
-        measure.features_of(reference, Judge(), tmp_path / "parts")
+        report.features_of(reference, Judge(), tmp_path / "parts")
 
 
 def test_a_reference_is_computed_once(reference, tmp_path):
-    first = measure.reference_features(reference, Judge())
+    first = report.reference_features(reference, Judge())
     judge = Judge()
-    again = measure.reference_features(reference, judge)
+    again = report.reference_features(reference, judge)
     assert judge.seen == 0
     np.testing.assert_array_equal(first.pool, again.pool)
-    np.testing.assert_array_equal(first.spatial_statistics[1], again.spatial_statistics[1])
+    np.testing.assert_array_equal(first.spatial_covariance, again.spatial_covariance)
     changed = sets.Archive(save(tmp_path / "reference.npz", OTHERS[::-1]), 4)
-    measure.reference_features(changed, judge)
+    report.reference_features(changed, judge)
     assert judge.seen > 0
 
 
 def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):
     """Otherwise the others would wait for the features of this process forever."""
-    first = measure.reference_features(reference, Judge())
-    monkeypatch.setattr(measure, "gather", lambda own, count: np.array([*own, False]))
+    first = report.reference_features(reference, Judge())
+    monkeypatch.setattr(report, "gather", lambda own, count: np.array([*own, False]))
     judge = Judge()
-    again = measure.reference_features(reference, judge)
+    again = report.reference_features(reference, judge)
     assert judge.seen > 0
     np.testing.assert_array_equal(first.pool, again.pool)
 
@@ -132,26 +132,26 @@ def test_statistics_of_a_reference_file_come_first(reference, tmp_path):
     rng = np.random.default_rng(1)
     mu, sigma = rng.normal(size=12), np.eye(12)
     file = save(tmp_path / "statistics.npz", OTHERS, mu=mu, sigma=sigma)
-    found = measure.reference_features(sets.Archive(file, 4), Judge())
-    np.testing.assert_array_equal(found.pool_statistics[0], mu)
-    np.testing.assert_array_equal(found.pool_statistics[1], sigma)
-    np.testing.assert_allclose(found.spatial_statistics[0], OTHERS[:, 0, :, 0].mean(0) / 255, 1e-5)
+    found = report.reference_features(sets.Archive(file, 4), Judge())
+    np.testing.assert_array_equal(found.pool_mean, mu)
+    np.testing.assert_array_equal(found.pool_covariance, sigma)
+    np.testing.assert_allclose(found.spatial_mean, OTHERS[:, 0, :, 0].mean(0) / 255, 1e-5)
 
 
 def test_a_split_is_every_image_once_and_keeps_the_first_features(monkeypatch, tmp_path):
     monkeypatch.setenv("NVG_CACHE", str(tmp_path))
-    monkeypatch.setattr(measure, "REFERENCE_IMAGES", 50)
+    monkeypatch.setattr(report, "REFERENCE_IMAGES", 50)
     source = open_source("digits", "test")
     split = sets.Split(DIGITS, "test", (8, 8), 64)
     seen = np.concatenate(list(split.batches(range(5))))
     stored = np.stack([source[i]["image"] for i in range(len(source))])
     as_set = lambda images: sorted(image.tobytes() for image in images)
     assert as_set(seen[..., 0]) == as_set(stored)
-    found = measure.reference_features(split, Judge())
+    found = report.reference_features(split, Judge())
     assert found.count == 300 and found.pool.shape == (50, 12)
     np.testing.assert_array_equal(found.pool, Judge().image_features(seen[:50]).pool)
     np.testing.assert_allclose(
-        found.pool_statistics[0], Judge().image_features(seen).pool.mean(0, np.float64), rtol=1e-6
+        found.pool_mean, Judge().image_features(seen).pool.mean(0, np.float64), rtol=1e-6
     )
 
 
@@ -196,7 +196,7 @@ def test_other_sizes_and_too_few_images_are_said(samples, reference, tmp_path, w
     report.check_sizes(samples, larger)
     assert "8 x 8 pixels and the reference 16 x 8" in warnings.text
     few = sets.Archive(save(tmp_path / "few.npz", IMAGES[:9]), 4)
-    known = measure.reference_features(reference, Judge())
+    known = report.reference_features(reference, Judge())
     report.compare(few, known, Judge(), tmp_path / "few", {})
     assert "9 samples for 12 features: the covariance is rank deficient" in warnings.text
 

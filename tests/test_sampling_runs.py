@@ -20,7 +20,7 @@ from test_comparison import Judge
 
 from nvg_jax import Pipeline
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation import measure, report, sets
+from nvg_jax.evaluation import report, sets
 from nvg_jax.jobs import classification, sampling_runs
 from nvg_jax.runtime import parts as job_parts
 from nvg_jax.runtime.processes import own_share
@@ -296,7 +296,7 @@ barrier("end")
 def compare_archives(samples, folder):
     """The five figures of samples and of noise, in the features of test_comparison's stub."""
     judge = Judge()
-    known = measure.features_of(sets.Archive(folder / "noise.npz", 3), judge, folder / "noise")
+    known = report.features_of(sets.Archive(folder / "noise.npz", 3), judge, folder / "noise")
     images = sets.Archive(samples, BATCH)
     return report.compare(images, known, judge, folder / "compared", {})
 

@@ -291,14 +291,16 @@ class FeatureSet(NamedTuple):
         count: number of images behind the statistics.
         pool: float32 (N, D), N at most `count`; None if only the statistics are known.
         logits: float32 (N, C), or None.
-        pool_statistics, spatial_statistics: mean and covariance, float64.
+        pool_mean, pool_covariance, spatial_mean, spatial_covariance: float64 (D,), (D, D), ...
     """
 
     count: int
     pool: np.ndarray | None
     logits: np.ndarray | None
-    pool_statistics: tuple[np.ndarray, np.ndarray]
-    spatial_statistics: tuple[np.ndarray, np.ndarray]
+    pool_mean: np.ndarray
+    pool_covariance: np.ndarray
+    spatial_mean: np.ndarray
+    spatial_covariance: np.ndarray
 
 
 def generation_metrics(
@@ -319,7 +321,7 @@ def generation_metrics(
         UserError: too few images, or features of another network.
     """
     for kind, images in (("samples", samples), ("reference images", reference)):
-        width = len(images.pool_statistics[0])
+        width = len(images.pool_mean)
         if images.count <= width:
             logger.warning(
                 "%d %s for %d features: the covariance is rank deficient and FID is biased upward; "
@@ -328,10 +330,12 @@ def generation_metrics(
                 kind,
                 width,
             )
-    results = {}
-    for name, field in (("fid", "pool_statistics"), ("sfid", "spatial_statistics")):
-        if name in names:
-            results[name] = frechet_distance(getattr(reference, field), getattr(samples, field))
+    results, both = {}, (reference, samples)
+    if "fid" in names:
+        results["fid"] = frechet_distance(*((x.pool_mean, x.pool_covariance) for x in both))
+    if "sfid" in names:
+        spatial = ((x.spatial_mean, x.spatial_covariance) for x in both)
+        results["sfid"] = frechet_distance(*spatial)
     if "inception_score" in names:
         order = np.random.default_rng(0).permutation(len(samples.logits))
         results["inception_score"] = inception_score(jax.nn.softmax(samples.logits[order]))

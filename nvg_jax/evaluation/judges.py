@@ -213,11 +213,7 @@ class Classifier:
 
     def predict(self, images) -> np.ndarray:
         """int (B,): the class of every image."""
-        return self.logits(images).argmax(-1)
-
-    def logits(self, images) -> np.ndarray:
-        """float32 (B, num_classes)."""
-        return self.image_features(images).logits
+        return self.image_features(images).logits.argmax(-1)
 
     def image_features(self, images) -> ImageFeatures:
         """Features (B, 64), (B, 112) and logits (B, num_classes).

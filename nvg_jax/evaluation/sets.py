@@ -27,7 +27,11 @@ from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
 
 logger = logging.getLogger("nvg_jax")
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # arrays of a reference file
+# Arrays of a reference file, in pairs: what `FeatureSet` calls them.
+STATISTICS = (
+    {"mu": "pool_mean", "sigma": "pool_covariance"},
+    {"mu_s": "spatial_mean", "sigma_s": "spatial_covariance"},
+)
 SHUFFLE_SEED = 0
 DECODING_THREADS = 16
 MAX_IMAGES = {"train": 60_000, "test": 10_000}  # of a split in memory
@@ -127,19 +131,14 @@ class Archive(ImageSet):
         except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
             raise self._damaged(error) from error
 
-    def statistics(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def statistics(self) -> dict[str, np.ndarray]:
         """The statistics that a reference file holds besides its images, for `FeatureSet`."""
         try:
             with np.load(self.path) as archive:
-                stored = {n: archive[n].astype(np.float64) for n in STATISTICS if n in archive}
+                pairs = [pair for pair in STATISTICS if all(name in archive for name in pair)]
+                return {pair[n]: archive[n].astype(np.float64) for pair in pairs for n in pair}
         except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
             raise self._damaged(error) from error
-        pairs = {"pool_statistics": ("mu", "sigma"), "spatial_statistics": ("mu_s", "sigma_s")}
-        return {
-            name: tuple(stored[key] for key in keys)
-            for name, keys in pairs.items()
-            if all(key in stored for key in keys)
-        }
 
     def describe(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "crc32": self._checksum}

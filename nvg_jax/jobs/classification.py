@@ -11,8 +11,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.evaluation.features import class_agreement
 from nvg_jax.evaluation.image import copying_report, psnr
 from nvg_jax.evaluation.judges import Judge, fit_classifier
-from nvg_jax.evaluation.measure import REFERENCE_IMAGES, features_of, measure
-from nvg_jax.evaluation.report import write_results
+from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure, write_results
 from nvg_jax.evaluation.sets import LabeledImages, Split, load_split
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob, stages_picture

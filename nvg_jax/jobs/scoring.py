@@ -1,5 +1,6 @@
 """The Frechet distance of a model while it trains, measured by all processes together."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from nvg_jax import pretrained
 from nvg_jax.evaluation.features import FeatureSet
 from nvg_jax.evaluation.judges import Inception, Judge, fit_classifier
-from nvg_jax.evaluation.measure import features_of, measure, reference_features
+from nvg_jax.evaluation.report import features_of, measure, reference_features
 from nvg_jax.evaluation.sets import ImageSet, Split, load_split, open_reference
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob
@@ -88,28 +89,22 @@ def make_scorers(
                 judge = classifier or Inception(pretrained.antialiased_inception_input)
                 originals = Split(data, "test", size, batch_size, count)
                 reference = features_of(originals, judge, keep=0)
-                images = reconstructions_of(originals)
+                images = functools.partial(Reconstructions, originals=originals)
             else:
                 judge = classifier or Inception()
                 if classifier:
                     reference = features_of(train, judge, keep=0)
                 else:
-                    images = open_reference(config.evaluation.reference, batch_size, size, data)
-                    reference = reference_features(images, judge)
-                images = samples_of(count, batch_size, config.seed)
+                    real = open_reference(config.evaluation.reference, batch_size, size, data)
+                    reference = reference_features(real, judge)
+                classes = [index % num_classes for index in range(count)]
+                images = functools.partial(
+                    SamplingJob,
+                    classes=classes,
+                    per_class=1,
+                    batch_size=batch_size,
+                    seed=config.seed,
+                    settings={},  # the model's own
+                )
             scorers[part] = Scorer(judge, images, reference)
     return scorers
-
-
-def reconstructions_of(originals: ImageSet) -> Callable[[Pipeline], ImageSet]:
-    return lambda pipeline: Reconstructions(pipeline, originals)
-
-
-def samples_of(count: int, batch_size: int, seed: int) -> Callable[[Pipeline], ImageSet]:
-    """`count` samples, cycling through the classes, drawn with the model's own settings."""
-
-    def samples(pipeline: Pipeline) -> ImageSet:
-        classes = [index % pipeline.metadata.num_classes for index in range(count)]
-        return SamplingJob(pipeline, classes, 1, batch_size, seed, {})
-
-    return samples
