@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from nvg_jax import models
 from nvg_jax.evaluation.features import class_agreement
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.evaluation.judges import fit_classifier
@@ -70,12 +69,7 @@ class Splits:
         """bool (learned splits, images, positions): the half that each position falls into."""
         pipe = self._pipe
         config = pipe.tokenizer.config
-        model = models.make_generator(
-            "structure",
-            pipe.metadata.structure,
-            config,
-            pipe.metadata.num_classes,
-        )
+        model = pipe.metadata.model.make_generator("structure")
         times = flow.shifted_times(settings.flow_steps, config.num_positions, settings.flow_shift)
         velocity = guided_velocity(model, pipe.params["structure"], self._labels, self._guidance)
         solve = solution(velocity, np.float32(times), settings.solver)
@@ -91,14 +85,14 @@ def main(_):
     data = pipe.metadata.config["data"]
     size = pipe.tokenizer.config.image_size
     train, test = (load_split(data, split, size) for split in ("train", "test"))
-    num_classes = pipe.metadata.num_classes
+    num_classes = pipe.metadata.model.num_classes
     judge = fit_classifier(data["name"], train.images, train.labels, num_classes)
     shuffled = train.select(np.random.default_rng(0).permutation(len(train)))
     reference = features_of(shuffled, judge, keep=REFERENCE_IMAGES)
     real_spread = spread(train.images, train.labels)
     shown = test.images[: FLAGS.split_images], test.labels[: FLAGS.split_images]
     splits = Splits(pipe, *shown, pipe.settings) if FLAGS.split_images else None
-    classes = np.arange(FLAGS.num_samples) % pipe.metadata.num_classes
+    classes = np.arange(FLAGS.num_samples) % pipe.metadata.model.num_classes
 
     out = Path(FLAGS.out)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []

@@ -16,7 +16,7 @@ def base() -> ml_collections.ConfigDict:
         warmup_steps=1000,
         warmup_start=0.005,
         decay_start=0.8,  # fraction of the steps
-        final=0.1,  # of the learning rate
+        final=0.1,  # final rate as a fraction of the peak
         b1=0.9,
         b2=0.95,
         weight_decay=0.05,
@@ -42,7 +42,7 @@ def base() -> ml_collections.ConfigDict:
             tokenizer_workdir="",  # folder of a run, exported or converted; "": --workdir
             init_from="",  # model to start from; its data and classes may differ
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
-            dtype="float32",  # of the computation; "bfloat16" on accelerators
+            dtype="float32",  # dtype of the computation; "bfloat16" on accelerators
             fast_compile=False,  # compile with little optimization: for runs of a few steps
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: all remaining devices
             data=dict(
@@ -66,7 +66,7 @@ def base() -> ml_collections.ConfigDict:
             ),
             content=transformer(1024, 16),
             structure=transformer(512, 16),
-            evaluation=dict(  # for fid_every
+            evaluation=dict(  # what fid_every measures
                 judge="inception",  # or "classifier", trained on the data set when the run starts
                 reference="train",  # compared with the samples: train, test or an .npz file
             ),
@@ -92,15 +92,15 @@ def base() -> ml_collections.ConfigDict:
                 repa_block=8,  # aligns the hidden states after this number of blocks
                 optimizer=optimizer,
             ),
-            distillation=run  # of the structure generator, by nvg_jax.distill
+            distillation=run  # nvg_jax.distill: fewer steps for the structure generator
             | dict(
                 length="10 epochs",
                 batch_size=768,
                 reflow=True,  # False: only build the guidance in
                 eval_images=500,  # for each, the teacher's flow is solved
-                flow_steps=4,  # of the student, which also supports any divisor of them
-                teacher_steps=0,  # 0: as the teacher's folder recommends
-                structure_guidance=(),  # of the teacher; (): as its folder recommends
+                flow_steps=4,  # the student's steps; it also supports any divisor of them
+                teacher_steps=0,  # the teacher's steps; 0: as its folder recommends
+                structure_guidance=(),  # the teacher's guidance; (): as its folder recommends
                 optimizer=optimizer | dict(ema_decay=0.999),
             ),
             sampling=dict(
@@ -110,7 +110,7 @@ def base() -> ml_collections.ConfigDict:
                 content_guidance=(1.0, 3.5),
                 structure_guidance=(1.0, 2.5),
                 flow_steps=25,
-                solver="euler",  # of the structure flow; or "heun", "multistep"
+                solver="euler",  # solver of the structure flow; or "heun", "multistep"
                 flow_shift=0.0,  # 0: the published time shift
                 gumbel=False,
             ),

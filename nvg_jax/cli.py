@@ -25,7 +25,7 @@ MODEL = "A run's workdir, an exported or converted folder, or a bundled model."
 flags.DEFINE_boolean(
     "distributed",
     False,
-    "One of several processes; JAX finds the others (TPU, GKE, SLURM).",
+    "Run as one of several processes; JAX discovers the others (TPU, GKE, SLURM).",
 )
 flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where JAX cannot find it."
@@ -213,19 +213,24 @@ def parse_flags(argv):
     """Parses the flags; an error in a config file or an override is cut down to its message."""
     try:
         rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "keys", None)  # raises if the file cannot be loaded
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
         if is_unknown_key(error):
             text = unknown_key(argv)
         else:
             text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in text else " ".join(lines)
+        if "Traceback" in text or isinstance(error, OSError):  # the reason comes last
+            message = lines[-1].split("Error: ", 1)[-1]
+        else:
+            message = " ".join(lines)
         exit_with_error(message)
     for name in flags.FLAGS:  # such as --edit=$FILE without a FILE; config values may be empty
         flag = flags.FLAGS[name]
         if flag.present and flag.value in ("", []) and not name.startswith("config"):
             exit_with_error(f"--{name} is empty: give a value, or leave the flag out.")
-    if not flags.FLAGS["verbosity"].present:  # of absl, which Orbax and Grain write to
+    if not flags.FLAGS["verbosity"].present:  # absl's verbosity; Orbax and Grain log through absl
         absl.logging.set_verbosity(absl.logging.WARNING)
     return rest
 

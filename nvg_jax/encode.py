@@ -8,22 +8,23 @@ share the work (`--distributed`, one folder for all).
 import logging
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax import pipeline
+    from nvg_jax.jobs import encoding
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("nvg_jax")
 
 
 def main(_):
-    from nvg_jax.pipeline import Pipeline
-
-    pipeline = Pipeline.from_pretrained(FLAGS.workdir)
-    data = cli.data_section(pipeline.metadata.config)
-    from nvg_jax.jobs.encoding import encode_data_set
-
-    metadata = encode_data_set(
-        pipeline,
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
+    data = cli.data_section(pipe.metadata.config)
+    metadata = encoding.encode_data_set(
+        pipe,
         FLAGS.out,
         data,
         crops=FLAGS.crops,

@@ -15,9 +15,19 @@ import json
 from pathlib import Path
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli
+from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError
+from nvg_jax.runtime.files import make_folder
+from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.sampling.settings import parse_sweep
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax import bundled, pipeline
+    from nvg_jax.evaluation import judges, report, sets
+    from nvg_jax.jobs import classification, reconstruction, sampling_runs
 
 FLAGS = flags.FLAGS
 
@@ -26,8 +36,6 @@ def main(_):
     settings = cli.sampling_settings()
     judge = FLAGS.judge or ("inception" if FLAGS.reference else "classifier")
     check_flags(judge)
-    from nvg_jax.runtime.processes import barrier, is_main
-
     results, table = evaluate_samples() if FLAGS.samples else evaluate_model(judge, settings)
     if is_main():
         print(table or json.dumps(results, indent=1))
@@ -56,8 +64,6 @@ def check_flags(judge: str):
 
 def out_folder() -> Path:
     """The folder for the results: by default in the model's folder, or beside the samples."""
-    from nvg_jax import bundled
-
     if FLAGS.out:
         return Path(FLAGS.out)
     if FLAGS.samples:
@@ -69,8 +75,6 @@ def out_folder() -> Path:
 
 def evaluate_samples():
     """(results, table) for a file of samples."""
-    from nvg_jax.evaluation import sets
-
     samples = sets.Archive(FLAGS.samples, FLAGS.batch_size)
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size)
     return compare([({}, samples, {"samples": FLAGS.samples})], reference, out_folder())
@@ -78,54 +82,33 @@ def evaluate_samples():
 
 def evaluate_model(judge: str, settings):
     """(results, table or None) for a model."""
-    from nvg_jax.data.sources import SPLITS
-    from nvg_jax.pipeline import Pipeline
-    from nvg_jax.runtime.files import make_folder
-
-    pipeline = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
-    data = cli.data_section(pipeline.metadata.config) if needs_data else None
+    data = cli.data_section(pipe.metadata.config) if needs_data else None
     out = out_folder()
     make_folder(out)
     if FLAGS.reconstruction:
-        from nvg_jax.evaluation.sets import Split
-        from nvg_jax.jobs import reconstruction
-
-        size = pipeline.tokenizer.config.image_size
-        images = Split(data, "test", size, FLAGS.batch_size)
-        return reconstruction.report(pipeline, images, out), None
+        images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
+        return reconstruction.report(pipe, images, out), None
     if judge == "classifier":
-        from nvg_jax.jobs import classification
-
-        job = sampling_job(pipeline, settings) if pipeline.can_sample else None
-        return classification.report(pipeline, data, job, out), None
-    return compare_samples(pipeline, data, out, settings)
-
-
-def sampling_job(pipeline, settings):
-    from nvg_jax.jobs.sampling_runs import SamplingJob
-
-    classes = [index % pipeline.metadata.num_classes for index in range(FLAGS.num_samples)]
-    size = min(FLAGS.batch_size, FLAGS.num_samples)
-    return SamplingJob(pipeline, classes, 1, size, FLAGS.seed, settings)
-
-
-def compare_samples(pipeline, data, out: Path, settings):
-    """(results, table) for samples that are drawn here."""
-    from nvg_jax.evaluation import sets
-    from nvg_jax.sampling.settings import parse_sweep
-
-    pipeline.check_can_sample()
-    job = sampling_job(pipeline, settings)
-    points = []
+        job = sampling_job(pipe, settings) if pipe.can_sample else None
+        return classification.report(pipe, data, job, out), None
+    pipe.check_can_sample()
+    job, points = sampling_job(pipe, settings), []
     for point in parse_sweep(FLAGS.sweep) if FLAGS.sweep else [{}]:
         samples = job.with_settings(point)
         facts = samples.describe()  # raises before anything is computed
         del facts["classes"]  # a long list
         points.append((point, samples, facts))
-    size = job.image_size
-    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, size, data)
+    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
     return compare(points, reference, out)
+
+
+def sampling_job(pipe, settings):
+    """The samples to measure, cycling through the classes."""
+    classes = [index % pipe.metadata.model.num_classes for index in range(FLAGS.num_samples)]
+    size = min(FLAGS.batch_size, FLAGS.num_samples)
+    return sampling_runs.SamplingJob(pipe, classes, 1, size, FLAGS.seed, settings)
 
 
 def compare(points, reference, out: Path):
@@ -135,8 +118,6 @@ def compare(points, reference, out: Path):
         points: for each point its settings, its images, and how they were made.
         reference: the images to compare with.
     """
-    from nvg_jax.evaluation import judges, report
-
     report.check_sizes(points[0][1], reference)
     judge = judges.Inception()
     features = report.reference_features(reference, judge)

@@ -45,7 +45,7 @@ def structure_embedding(labels: Array, stage: int | Array, num_bits: int) -> Arr
     Returns:
         int32 (..., L, K) with values 0, 1 and 2.
     """
-    # How far to shift a label to read channel j's bit; negative for a padding channel.
+    # Shift of a label that reads the bit of channel j; negative for a padding channel.
     shift = jnp.asarray(stage)[..., None, None] - 1 - jnp.arange(num_bits)
     bits = (labels[..., None] >> jnp.maximum(shift, 0)) & 1
     return jnp.where(shift >= 0, 2 * bits, 1).astype(jnp.int32)
@@ -85,12 +85,12 @@ def split(
     """Splits every cluster of stage i evenly into two clusters of stage i+1.
 
     Within cluster j, the half of the positions with the larger scores becomes cluster 2j+1 and the
-    other half cluster 2j. Ties go to the smaller position, which counts as the larger score; NaN
-    counts as -inf. The split is exactly even for any scores.
+    other half cluster 2j. Ties rank the lower position index higher; NaN counts as -inf. The split
+    is exactly even for any scores.
 
     With a key, the half is sampled without replacement (Gumbel top-k): a position with score s has
-    probability proportional to clip(s, -1, 1) + 1. Positions of probability zero come last, in the
-    order of their scores.
+    probability proportional to clip(s, -1, 1) + 1. Positions with probability zero come last, by
+    score.
 
     Args:
         labels: int (..., L), a map of stage i with clusters of equal size.
@@ -109,8 +109,8 @@ def split(
     first_by = scores
     if key is not None:
         first_by = jnp.log(jnp.clip(scores, -1, 1) + 1) + jax.random.gumbel(key, scores.shape)
-    # The rank of a position in its cluster is the number of its positions that come before it.
-    # Counting them pairwise took a third of the time of a sort (L = 256, CPU).
+    # A position's rank is the number of positions of its cluster that come before it. Counting
+    # them pairwise takes a third as long as sorting (L = 256, CPU).
     position = jnp.arange(labels.shape[-1])
     before = position < position[:, None]
     for order in (scores, first_by):

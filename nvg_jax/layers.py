@@ -14,11 +14,12 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from nvg_jax.attention import Rotary, attention, is_rocm, padded_length, platform
+from nvg_jax.attention import attention, padded_length
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.sharding import tensor_shards
+from nvg_jax.kernels import block_linears
+from nvg_jax.kernels.rotary import Rotary
+from nvg_jax.runtime.sharding import unshard
 
-CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False}
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros
@@ -29,7 +30,6 @@ _LINEARS = jax.checkpoint_policies.save_from_both_policies(
 )
 REMAT = {"none": None, "linears": _LINEARS, "blocks": None}
 ACTIVATION_AXES = ("batch", "length", None)
-LinearLayers = tuple[tuple[Array, Array], tuple[Array, Array]]  # (kernel, bias) of both in a block
 
 
 def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
@@ -100,30 +100,8 @@ def rope_angles(positions: Array, split: Sequence[int]) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def fast_dtype() -> str:
-    """The default dtype for sampling on this machine's devices.
-
-    "bfloat16" on TPUs and on GPUs that support it, "float32" elsewhere.
-    """
-    device = jax.local_devices()[0]
-    if device.platform == "gpu":
-        major = getattr(device, "compute_capability", "0").partition(".")[0]
-        # AMD GPUs have names like gfx90a and support it since gfx908.
-        return "float32" if major.isdecimal() and int(major) < 8 else "bfloat16"
-    return "bfloat16" if device.platform == "tpu" else "float32"
-
-
-def compiler_options() -> dict[str, bool] | None:
-    """XLA's options for the sampler on this machine's devices.
-
-    On NVIDIA GPUs, cuBLAS computes all matrix products. XLA's autotuner would choose kernels of its
-    own for some, with which sampling takes a tenth longer (docs/performance.md).
-    """
-    return CUBLAS_ONLY if jax.default_backend() == "gpu" and not is_rocm() else None
-
-
 def cast_blocks(params, dtype):
-    """Casts the weights of all blocks to `dtype`, once instead of in every iteration of a loop."""
+    """Casts the blocks' weights to `dtype` once, instead of in every iteration of a loop."""
 
     def cast(path, leaf):
         names = [key.key for key in path]
@@ -143,15 +121,6 @@ def layer_norm(x: Array) -> Array:
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """(1 + scale) * x + shift; shift and scale (B, C) apply to all positions of x (B, N, C)."""
     return (1 + scale[:, None]) * x + shift[:, None]
-
-
-def unshard(parameter: Array, axes: Sequence[str | None] | None = None) -> Array:
-    """Unshards a parameter at its point of use.
-
-    XLA then all-gathers weights layer by layer instead of moving activations. `axes` are the
-    logical axes, one per dimension, that stay sharded (None: unsharded); by default none.
-    """
-    return nn.with_logical_constraint(parameter, axes or (None,) * parameter.ndim)
 
 
 class Dense(nn.Module):
@@ -204,15 +173,6 @@ class HeadScale(nn.Module):
         return self.param("scale", init, (head_dim,))
 
 
-def joint_products(tokens: int, width: int) -> bool:
-    """Whether a block computes one product per linear layer instead of separate ones.
-
-    For few tokens on a GPU, starting kernels and moving weights takes longer than the arithmetic,
-    and XLA would join separate products itself, with a copy of their weights.
-    """
-    return platform() == "gpu" and tensor_shards() == 1 and tokens <= 4 * width
-
-
 class Block(nn.Module):
     """Parallel attention and MLP, modulated by a conditioning vector (paper, Section 3.3).
 
@@ -239,25 +199,26 @@ class Block(nn.Module):
 
         A precomputed `modulation` (B, 3C) replaces vec, which is then None.
         """
-        batch, length, width = x.shape
+        width = x.shape[-1]
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
         if modulation is None:
             dense = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
             modulation = dense(nn.silu(vec))
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
-
         linear1 = Dense((3 + self.mlp_ratio) * width, ("embed", "mlp"), self.dtype, name="linear1")
         linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
-        weights = linear1.parameters(width), linear2.parameters((1 + self.mlp_ratio) * width)
-        head_dim = width // self.num_heads
-        scales = (HeadScale(name=name)(head_dim) for name in ("query_norm", "key_norm"))
-        rotary = Rotary(*scales, cos, sin)
-        normal, gate = modulate(layer_norm(x), shift, scale), gate[:, None]
-        form = self.joint if joint_products(batch * length, width) else self.separate
-        out = form(normal, gate, weights, rotary)
+        weights1 = linear1.parameters(width)
+        weights2 = linear2.parameters((1 + self.mlp_ratio) * width)
+        scales = [HeadScale(name=n)(width // self.num_heads) for n in ("query_norm", "key_norm")]
+
+        y, gate = modulate(layer_norm(x), shift, scale), gate[:, None]
+        q, k, v, hidden = block_linears.linear1(y, *weights1)
+        attended = self.attend(q, k, v, Rotary(*scales, cos, sin))
+        hidden = nn.gelu(hidden, approximate=True)
+        out = block_linears.linear2(attended, hidden, gate, *weights2)
         if not deterministic:
             keep = 1 - drop_rate
-            kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch, 1, 1))
+            kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (len(x), 1, 1))
             out = jnp.where(kept, out / keep.astype(out.dtype), 0)
         return nn.with_logical_constraint(x + out, ACTIVATION_AXES)
 
@@ -266,55 +227,6 @@ class Block(nn.Module):
         q, k, v = (x.reshape(*x.shape[:2], self.num_heads, -1) for x in (q, k, v))
         attended = attention(q, k, v, rotary, self.length)
         return checkpoint_name(attended, "attention").reshape(*attended.shape[:2], -1)
-
-    def joint(self, normal: Array, gate: Array, weights: LinearLayers, rotary: Rotary) -> Array:
-        """The gated output from one product per linear layer: the fewest kernels."""
-        width = normal.shape[-1]
-        (kernel1, bias1), (kernel2, bias2) = weights
-        joined = normal @ kernel1 + bias1
-        q, k, v, hidden = jnp.split(joined, (width, 2 * width, 3 * width), axis=-1)
-        attended = self.attend(q, k, v, rotary)
-        joined = jnp.concatenate([attended, nn.gelu(hidden, approximate=True)], axis=-1)
-        return gate * (joined @ kernel2 + bias2)
-
-    def separate(self, normal: Array, gate: Array, weights: LinearLayers, rotary: Rotary) -> Array:
-        """The gated output from separate products for queries, keys, values and hidden channels.
-
-        They are parts (P) of equal width, so that the "tensor" mesh axis shards within each part,
-        and attention by whole heads. Slicing a joint result and concatenating the next input would
-        be a third of the memory traffic on a TPU.
-        """
-        width, parts = normal.shape[-1], 3 + self.mlp_ratio
-        (kernel, bias), (kernel2, bias2) = weights
-        kernel = unshard(kernel.reshape(width, parts, width), (None, None, "mlp"))
-        bias = unshard(bias.reshape(parts, width), (None, "mlp"))
-        q, k, v = (
-            nn.with_logical_constraint(
-                jnp.einsum("bnc,cd->bnd", normal, kernel[:, part]) + bias[part],
-                ("batch", "length", "mlp"),
-            )
-            for part in range(3)
-        )
-        if platform() != "tpu" and tensor_shards() == 1:
-            # As one axis, the hidden channels are not transposed in the backward pass (on a CPU, a
-            # quarter of the time of a wide block), and XLA for GPUs can compute product, bias and
-            # GELU as one kernel. On a TPU, this costs 2% more traffic.
-            shape, axes = (self.mlp_ratio * width,), ("mlp",)
-            widen, narrow = "bnc,cd->bnd", "bnd,dc->bnc"
-        else:
-            shape, axes = (self.mlp_ratio, width), (None, "mlp")
-            widen, narrow = "bnc,cpd->bnpd", "bnpd,pdc->bnc"
-        hidden = jnp.einsum(widen, normal, kernel[:, 3:].reshape(width, *shape))
-        hidden = hidden + bias[3:].reshape(shape)
-        hidden = nn.with_logical_constraint(hidden, ("batch", "length", *axes))
-        attended = self.attend(q, k, v, rotary)
-        hidden = nn.gelu(hidden, approximate=True)
-        kernel2 = unshard(kernel2.reshape(-1, width, width), (None, "mlp", None))
-        # Each product is gated by itself: for a batch of one, XLA on CPUs (jax 0.10) fuses the sum
-        # of both with the sum over positions of the gate's gradient, which is then wrong.
-        out = gate * jnp.einsum("bnd,dc->bnc", attended, kernel2[0])
-        kernel2 = kernel2[1:].reshape(*shape, width)
-        return out + gate * (jnp.einsum(narrow, hidden, kernel2) + bias2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The object that a notebook or a command uses: sample, encode, decode, reconstruct."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nvg_jax import bundled, granularity, models, workdir
+from nvg_jax import bundled, granularity, workdir
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import to_float
-from nvg_jax.layers import fast_dtype
-from nvg_jax.models import GENERATORS
+from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.hardware import fast_dtype
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
@@ -61,18 +62,14 @@ class Pipeline:
         self.metadata = metadata
         self.class_names = metadata.class_names
         self.settings = metadata.sampling
-        self.tokenizer = models.make_tokenizer(metadata.tokenizer)
-        self._decoder = models.make_tokenizer(metadata.tokenizer, self.dtype)
+        self.tokenizer = dataclasses.replace(metadata.model, dtype="float32").make_tokenizer()
+        model = dataclasses.replace(metadata.model, dtype=self.dtype)
+        self._decoder = model.make_tokenizer()
         # All local devices share the batch; the parameters are replicated on each of them.
         self._mesh = make_mesh(devices=jax.local_devices())
         self.params = params
         if self.can_sample:
-            self.program = sampling_program(
-                metadata.tokenizer,
-                num_classes=metadata.num_classes,
-                dtype=self.dtype,
-                **metadata.generators,
-            )
+            self.program = sampling_program(model)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -227,8 +224,8 @@ class Pipeline:
         Args:
             class_ids: ids in 0 .. number of classes - 1, or class names.
             seed: 0 .. 2**32 - 1.
-            structure_noise: float32 (B, L, K), where the flow of every stage starts; if None, that
-                of the seed, see the method `structure_noise`.
+            structure_noise: float32 (B, L, K), starting noise of every stage's flow; drawn from the
+                seed by default, see the method `structure_noise`.
             first_index: the index of the first sample.
             prefix: a sequence (B, S, L). The maps of its first `structure_stages` stages and the
                 tokens of its first `token_stages` stages are kept; the rest is sampled.

@@ -50,7 +50,7 @@ def structure_colors(labels, stage: int) -> np.ndarray:
 
     Hues follow the order of the labels, from red to violet, so that children have colors around
     their parent's. From the fourth bit on, hues alone cannot be told apart, so siblings also differ
-    in lightness, less at finer stages. Hue and lightness are those of Oklch
+    in lightness, less at finer stages. The color space is Oklch
     (https://www.w3.org/TR/css-color-4/#ok-lab), in which equal steps look equal.
     """
     labels = np.asarray(labels)

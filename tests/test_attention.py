@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from nvg_jax import attention
+from nvg_jax.kernels import cpu_attention, tpu_attention
+from nvg_jax.kernels.rotary import Rotary, rotate
+from nvg_jax.runtime import hardware
 
 
 def arguments(length, heads, head_dim, batch=2, seed=0):
@@ -16,7 +19,7 @@ def arguments(length, heads, head_dim, batch=2, seed=0):
     scales = (rng.uniform(0.5, 1.5, head_dim).astype(np.float32) for _ in range(2))
     angles = rng.uniform(-9, 9, (batch, length, head_dim // 2))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    return q, k, v, attention.Rotary(*scales, cos, sin)
+    return q, k, v, Rotary(*scales, cos, sin)
 
 
 def expected(q, k, v, rotary=None):
@@ -42,7 +45,7 @@ def relative_error(found, exact):
 
 @pytest.mark.parametrize("length, heads, head_dim", [(5, 3, 4), (33, 2, 64), (257, 2, 16)])
 def test_attention_on_a_cpu_is_its_definition(length, heads, head_dim):
-    assert (length == 257) == (length >= attention.LENGTH_BY_HEAD)
+    assert (length == 257) == (length >= cpu_attention.LENGTH_BY_HEAD)
     *inputs, rotary = arguments(length, heads, head_dim)
     grad = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
     for how in (rotary, None):
@@ -67,7 +70,7 @@ def test_head_by_head_the_gradient_multiplies_no_more_than_all_at_once():
             "dot_general["
         )
 
-    assert products(attention.LENGTH_BY_HEAD) == products(8) == 6
+    assert products(cpu_attention.LENGTH_BY_HEAD) == products(8) == 6
 
 
 # Two heads a block, four, one; more rows than one block of 128; a length that fills its rows.
@@ -86,13 +89,13 @@ def test_the_tpu_kernel_and_its_gradient(length, heads, head_dim, dtype, toleran
 
     def run(function, *inputs):
         def call(q, k, v, *scales):
-            how = attention.Rotary(*scales, *angles) if rotated else None
+            how = Rotary(*scales, *angles) if rotated else None
             return function(q, k, v, how).astype(jnp.float32)
 
         out, backward = jax.vjp(call, *inputs, *scales)
         return out, *backward(grad)
 
-    fused = lambda *args: attention.fused_attention(*args, interpret=True)
+    fused = lambda *args: tpu_attention.fused_attention(*args, interpret=True)
     run = jax.jit(run, static_argnums=0)
     names = ("out", "q", "k", "v", "q_scale", "k_scale")
     for name, a, b in zip(names, run(fused, *inputs), run(expected, *exact)):
@@ -100,17 +103,17 @@ def test_the_tpu_kernel_and_its_gradient(length, heads, head_dim, dtype, toleran
 
 
 def test_the_kernel_refuses_sequences_too_long_for_the_chip():
-    assert attention.fits_kernel(np.zeros((1, 513, 2, 64)))
-    assert not attention.fits_kernel(np.zeros((1, 1025, 2, 64)))
+    assert tpu_attention.fits_kernel(np.zeros((1, 513, 2, 64)))
+    assert not tpu_attention.fits_kernel(np.zeros((1, 1025, 2, 64)))
 
 
 def test_the_kernel_takes_blocks_of_whole_heads():
     args = arguments(9, 4, 64)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
     with jax.set_mesh(mesh):
-        assert attention.fits_kernel(args[0])
-        assert not attention.fits_kernel(args[0][:, :, :3])  # half a block
-        assert not attention.fits_kernel(arguments(9, 4, 48)[0])  # a head across two blocks
+        assert tpu_attention.fits_kernel(args[0])
+        assert not tpu_attention.fits_kernel(args[0][:, :, :3])  # half a block
+        assert not tpu_attention.fits_kernel(arguments(9, 4, 48)[0])  # a head across two blocks
 
 
 def test_sequences_of_odd_length_are_padded_for_cudnn(monkeypatch):
@@ -127,7 +130,7 @@ def test_sequences_of_odd_length_are_padded_for_cudnn(monkeypatch):
         lengths.append(q.shape[1])
         return library(q, k, v, **options)
 
-    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    monkeypatch.setattr(hardware, "platform", lambda: "gpu")
     monkeypatch.setattr(attention, "fits_cudnn", lambda *_: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
     results = []
@@ -142,11 +145,11 @@ def test_sequences_of_odd_length_are_padded_for_cudnn(monkeypatch):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_rotation_turns_each_pair_of_channels(monkeypatch, platform):
     """Two heads with the same angles: a quarter turn of the first pair, none of the second."""
-    monkeypatch.setattr(attention, "platform", lambda: platform)
+    monkeypatch.setattr(hardware, "platform", lambda: platform)
     x = jnp.array([[[[1.0, 2, 3, 4], [5, 6, 7, 8]]]])
     cos, sin = jnp.array([[[0.0, 1.0]]]), jnp.array([[[1.0, 0.0]]])
     expected = [[[[-2.0, 1, 3, 4], [-6, 5, 7, 8]]]]
-    np.testing.assert_array_equal(attention.rotate(x, cos, sin), expected)
-    half = attention.rotate(x.astype(jnp.bfloat16), cos, sin)
+    np.testing.assert_array_equal(rotate(x, cos, sin), expected)
+    half = rotate(x.astype(jnp.bfloat16), cos, sin)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_array_equal(half.astype(jnp.float32), expected)

@@ -108,10 +108,7 @@ def tokenize(pipe, *args, method):
 
 def generator(pipe, name):
     """(module, its parameters) of the "content" or "structure" generator."""
-    model = models.make_generator(
-        name, pipe.metadata.generators[name], pipe.tokenizer.config, len(pipe.class_names)
-    )
-    return model, pipe.params[name]
+    return pipe.metadata.model.make_generator(name), pipe.params[name]
 
 
 # The tokenizer.
@@ -207,7 +204,7 @@ def test_structure_embedding(expected):
 def test_rotary_embedding(raw, expected, name, kinds):
     """The rotation matrices, which the pack stores for its first image and some stages."""
     feature = expected["structure_feat"]
-    head_dim = raw.metadata.generators[name].head_dim
+    head_dim = raw.metadata.model.generators[name].head_dim
     split = layers.rope_split(head_dim, feature.shape[-1])
     rows = {int(m[1]): key for key in expected if (m := re.fullmatch(rf"rope_s(\d+)_{name}", key))}
     assert rows
@@ -330,11 +327,11 @@ def training(load, expected):
         terms = {"times": times.reshape(-1, 1, 1)}
 
         def predict_canvas(canvas, embedding, stage):
-            terms["canvas"] = content.apply(
+            terms["canvas"], hidden = content.apply(
                 {"params": params["content"]}, canvas, embedding, stage,
                 jnp.repeat(class_ids, stages), canvas_scale, method="predict_canvas",
-            )[0]  # fmt: skip
-            return terms["canvas"]
+            )  # fmt: skip
+            return terms["canvas"], hidden
 
         def token_logits(missing):
             own = {"params": params["content"]}
@@ -347,7 +344,7 @@ def training(load, expected):
             terms["velocity"] = structure.apply(own, noisy, *args, jnp.repeat(class_ids, learned))
             return terms["velocity"]
 
-        terms |= content_losses(predict_canvas, token_logits, quantized)
+        terms |= content_losses(predict_canvas, token_logits, quantized)[0]
         terms["flow_loss"] = structure_losses(
             velocity, quantized.sequence.structure, quantized.canvases, noise, times
         )

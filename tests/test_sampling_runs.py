@@ -22,7 +22,7 @@ from nvg_jax import Pipeline
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation import report, sets
 from nvg_jax.jobs import classification, sampling_runs
-from nvg_jax.runtime import parts as job_parts
+from nvg_jax.runtime import resumable
 from nvg_jax.runtime.processes import own_share
 
 DATA = {"name": "digits", "data_dir": "", "resize": 8}
@@ -68,7 +68,7 @@ def interrupted(pipe, out, after):
     """A run that ends with `after` parts written; gives the folder of its parts."""
     samples = samples_of(pipe)
     folder = out.with_name(out.name + ".parts")
-    job_parts.open_folder(folder, "*.npz", samples.describe(), "samples")
+    resumable.open_folder(folder, "*.npz", samples.describe(), "samples")
     for batch, output in samples.sample_all(range(after)):
         sampling_runs.write_part(folder / f"{batch:06d}.npz", sampling_runs.to_uint8(output.images))
     return folder

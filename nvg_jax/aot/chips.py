@@ -14,8 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from nvg_jax.errors import UserError
-from nvg_jax.layers import CUBLAS_ONLY
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.hardware import CUBLAS_ONLY
 
 GIB = 2**30
 
@@ -37,8 +37,9 @@ class Chip(NamedTuple):
 
 # TPUs: from the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of
 # https://cloud.google.com/tpu/docs. They list the interconnect bandwidth of both directions
-# together (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s; v4: 2400 Gbit/s each way); half is sending.
-# The names are those of the compiler's topologies; `tpu_devices` lists their valid sizes.
+# together (v5e 400, v5p 1200, v6e 800, TPU7x 1200 GB/s; v4: 2400 Gbit/s each way); half of that is
+# the send direction. The keys are the compiler's names of topologies; `tpu_devices` lists their
+# valid sizes.
 TPUS = {
     "v4": Chip(275e12, 32 * GIB, 1200e9, 300e9),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
@@ -46,8 +47,8 @@ TPUS = {
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9),
 }
-# GPUs: NVIDIA's data sheets for the SXM modules; half of NVLink's bandwidth is sending. Network:
-# one adapter per GPU, as in NVIDIA's DGX systems (A100 200 Gbit/s, the others 400).
+# GPUs: NVIDIA's data sheets for the SXM modules; half of NVLink's bandwidth is the send
+# direction. Network: one adapter per GPU, as in NVIDIA's DGX systems (A100 200 Gbit/s, others 400).
 GPUS = {
     "a100": Chip(312e12, 80e9, 2039e9, 300e9, 25e9),
     "h100": Chip(989e12, 80e9, 3352e9, 450e9, 50e9),

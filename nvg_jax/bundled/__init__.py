@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax import workdir
 from nvg_jax.errors import UserError
+from nvg_jax.parts import PARTS
 from nvg_jax.runtime.files import atomic_write, fingerprint
 from nvg_jax.workdir import RunMetadata
 
@@ -74,7 +75,7 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
 
 def is_bundled(folder: str | os.PathLike) -> bool:
     """Whether this is the name of a bundled model, and no folder of that name holds a model."""
-    parts = (workdir.EXPORT_FOLDER, workdir.DISTILLATION, *workdir.PARTS)
+    parts = (workdir.EXPORT_FOLDER, *PARTS)
     return os.fspath(folder) in MODELS and not any((Path(folder) / p).is_dir() for p in parts)
 
 

@@ -14,24 +14,25 @@ from nvg_jax.tokenizer.quantizer import Quantized
 
 
 def content_losses(
-    predict_canvas: Callable[[Array, Array, Array], Array],
+    predict_canvas: Callable[[Array, Array, Array], tuple[Array, Array]],
     token_logits: Callable[[Array], Array],
     quantized: Quantized,
     weights: Array | None = None,
-) -> dict[str, Array]:
-    """The losses of each stage, averaged over the batch.
+) -> tuple[dict[str, Array], Array]:
+    """The losses of each stage, averaged over the batch, and the hidden states to align.
 
     Args:
-        predict_canvas: (canvas, structure embedding, stage) -> predicted final canvas, such as
-            `ContentGenerator.predict_canvas` with its other arguments bound. It is called once, on
-            a batch of B * S with the stages of an image adjacent.
+        predict_canvas: (canvas, structure embedding, stage) -> (predicted final canvas, hidden
+            states): `ContentGenerator.predict_canvas` with its other arguments bound. It is called
+            once, on a batch of B * S with the stages of an image adjacent.
         token_logits: (..., D) -> (..., V), such as `ContentGenerator.token_logits`.
         quantized: sequences, canvases and unique tokens of the images.
         weights: float32 (B,), per-image weights that sum to 1; None means uniform.
 
     Returns:
-        "canvas_loss" (mean squared error of the final canvas), "token_loss" (cross-entropy of the
-        unique tokens) and "token_accuracy", each float32 (S,).
+        {"canvas_loss": mean squared error of the final canvas, "token_loss": cross-entropy of the
+        unique tokens, "token_accuracy"}, each float32 (S,); and the hidden states, for
+        `alignment_loss`.
     """
     structure, canvases = quantized.sequence.structure, quantized.canvases
     batch, stages, length = structure.shape
@@ -39,9 +40,10 @@ def content_losses(
     before = jnp.concatenate([jnp.zeros_like(canvases[:, :1]), canvases[:, :-1]], axis=1)
     embedding = granularity.structure_embedding(structure, jnp.arange(stages), stages - 1)
     fold = lambda x: x.reshape(batch * stages, *x.shape[2:])
-    predicted = predict_canvas(
+    predicted, hidden = predict_canvas(
         fold(before), fold(embedding), jnp.tile(jnp.arange(stages), batch)
-    ).reshape(before.shape)
+    )
+    predicted = predicted.reshape(before.shape)
 
     missing = predicted - before
     means = [
@@ -57,11 +59,12 @@ def content_losses(
     by_stage = lambda x: average(
         jnp.stack([part.mean(1) for part in jnp.split(x, ends, axis=1)], axis=1)
     )
-    return {
+    terms = {
         "canvas_loss": average(jnp.square(predicted - final[:, None]).mean((2, 3))),
         "token_loss": by_stage(-log_likelihood),
         "token_accuracy": by_stage(correct.astype(jnp.float32)),
     }
+    return terms, hidden
 
 
 def alignment_loss(projected: Array, targets: Array) -> Array:

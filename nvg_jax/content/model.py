@@ -85,7 +85,7 @@ class ContentGenerator(nn.Module):
     ) -> Array:
         """Logits at each position as if it were a cluster of its own; initializes all parameters.
 
-        The arguments are those of `predict_canvas`; returns float32 (B, L, V).
+        Takes the arguments of `predict_canvas`, returns float32 (B, L, V).
         """
         canvas_hat, _ = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
         return self.token_logits(canvas_hat - canvas)

@@ -52,13 +52,13 @@ def crop_dtype(tokenizer: dict[str, Any]) -> np.dtype:
 def compact(structure: np.ndarray, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Packs full structure maps and tokens, int (N, S, L) each, into N crops of `crop_dtype`.
 
-    This stores the labels of the finest stage, whose leading bits are those of all other stages,
+    This stores the labels of the finest stage, whose leading bits are the labels of all others,
     and one token for each cluster of stages 0, 1, ... K in that order.
     """
     stages, length = structure.shape[1:]
     finest = structure[:, -1]
-    # The positions of the labels 0, 1, ... L-1 of the finest stage. Every 2**(K-i)-th of them
-    # starts a cluster of stage i.
+    # Positions in the order of their finest labels 0, 1, ... L-1. A cluster of stage i starts at
+    # every 2**(K-i)-th.
     positions = np.argsort(finest, axis=1)
     unique = [
         np.take_along_axis(tokens[:, stage], positions[:, :: length >> stage], axis=1)

@@ -14,8 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epy
 
 from nvg_jax.errors import UserError, is_failure, reported
+
+with epy.lazy_imports():  # slow
+    import tensorflow_datasets as tfds
+    from sklearn import datasets, model_selection
+
+    from nvg_jax.data import sequences
 
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
@@ -138,8 +145,6 @@ class SequenceSource(Source):
     """
 
     def __init__(self, folder: pathlib.Path, split: str):
-        from nvg_jax.data import sequences  # takes seconds to import
-
         meta = sequences.read_meta(folder)
         super().__init__(meta["class_names"])
         self.tokenizer, self.fingerprint = meta["tokenizer"], meta["fingerprint"]
@@ -234,8 +239,6 @@ def _digits(split: str) -> Source:
 
     The split is random but fixed, and stratified by class.
     """
-    from sklearn import datasets, model_selection  # takes seconds to import
-
     digits = datasets.load_digits()
     indices = model_selection.train_test_split(
         np.arange(len(digits.target)),
@@ -243,7 +246,8 @@ def _digits(split: str) -> Source:
         stratify=digits.target,
         random_state=0,
     )[SPLITS.index(split)]
-    images = np.round(digits.images[indices] * (255 / 16)).astype(np.uint8)  # from 0..16
+    # Pixel values are 0..16.
+    images = np.round(digits.images[indices] * (255 / 16)).astype(np.uint8)
     class_names = [str(digit) for digit in digits.target_names]
     return ArraySource(images, digits.target[indices], class_names, f"digits {split}")
 
@@ -357,8 +361,8 @@ def _list_images(root: pathlib.Path) -> list[str]:
     files = []
     for name in classes:
         with os.scandir(root / name) as entries:
-            found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
-        for file, is_folder in found:
+            listed = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+        for file, is_folder in listed:
             if is_folder:
                 raise UserError(
                     f"The class folder '{root / name}' has a folder '{file}' inside; images must "
@@ -366,7 +370,7 @@ def _list_images(root: pathlib.Path) -> list[str]:
                     "train and test, or train and val.)"
                 )
             files.append(f"{name}/{file}")
-        if not found:
+        if not listed:
             raise UserError(
                 f"The class folder '{root / name}' has no images; fill it or remove it."
             )
@@ -375,8 +379,6 @@ def _list_images(root: pathlib.Path) -> list[str]:
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
     """The newest version of a data set that TFDS has prepared in data_dir/NAME/VERSION."""
-    import tensorflow_datasets as tfds  # takes seconds to import
-
     root = pathlib.Path(data_dir).expanduser() / name
     versions = [path.parent for path in root.glob("*.*.*/dataset_info.json")]
     if not versions:
@@ -392,13 +394,13 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
         raise UserError(
             f"The data set in '{newest}' lacks the features image and label (a class label)."
         )
-    wanted = [split]
+    candidates = [split]
     if split == "test":  # ImageNet's own test split has no labels
-        wanted = ["validation"] if builder.name == "imagenet2012" else ["test", "validation"]
-    available = [s for s in wanted if s in builder.info.splits]
+        candidates = ["validation"] if builder.name == "imagenet2012" else ["test", "validation"]
+    available = [s for s in candidates if s in builder.info.splits]
     if not available:
         raise UserError(
-            f"The data set in '{newest}' has no split {' or '.join(wanted)}, only "
+            f"The data set in '{newest}' has no split {' or '.join(candidates)}, only "
             f"{', '.join(builder.info.splits)}."
         )
     try:
@@ -411,7 +413,8 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
             "file_format='array_record', as docs/data.md shows."
         ) from error
     names = features["label"].names
-    if builder.name == "imagenet2012" and len(names) == 1000:  # whose labels have WordNet's numbers
+    if builder.name == "imagenet2012" and len(names) == 1000:
+        # TFDS names these classes by WordNet ID.
         names = default_class_names(len(names))
     return TfdsSource(records, names, f"{name} {available[0]}")
 

@@ -20,8 +20,8 @@ from nvg_jax.evaluation.judges import Judge
 from nvg_jax.evaluation.sets import Archive, ImageSet
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.runtime.files import atomic_write, digest
-from nvg_jax.runtime.parts import own_parts, read_arrays
 from nvg_jax.runtime.processes import barrier, gather, gather_rows, is_main
+from nvg_jax.runtime.resumable import own_parts, read_arrays
 from nvg_jax.sampling.settings import text_of
 
 logger = logging.getLogger("nvg_jax")

@@ -41,9 +41,9 @@ def report(
     """
     size = pipeline.tokenizer.config.image_size
     num_classes = Split(data, "train", size).source.num_classes
-    if num_classes != pipeline.metadata.num_classes:
+    if num_classes != pipeline.metadata.model.num_classes:
         raise UserError(
-            f"The model has {pipeline.metadata.num_classes} classes and the data set "
+            f"The model has {pipeline.metadata.model.num_classes} classes and the data set "
             f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
         )
     test = load_split(data, "test", size)

@@ -17,8 +17,8 @@ from nvg_jax.evaluation.report import write_results
 from nvg_jax.evaluation.sets import ImageSet, Split
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.files import fingerprint
-from nvg_jax.runtime.parts import own_parts
 from nvg_jax.runtime.processes import gather_rows, is_main
+from nvg_jax.runtime.resumable import own_parts
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8

@@ -16,12 +16,12 @@ import numpy as np
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.sets import ImageSet
-from nvg_jax.models import GENERATORS
+from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import MAX_SEED, Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
-from nvg_jax.runtime.parts import open_folder, own_missing
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.resumable import open_folder, own_missing
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import GranularitySequence

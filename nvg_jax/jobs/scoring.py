@@ -15,10 +15,11 @@ from nvg_jax.evaluation.report import features_of, measure, reference_features
 from nvg_jax.evaluation.sets import ImageSet, Split, load_split, open_reference
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob
+from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import gather
 from nvg_jax.runtime.sharding import make_mesh
-from nvg_jax.workdir import DISTILLATION, RECIPES, RunMetadata
+from nvg_jax.workdir import RunMetadata
 
 
 class Scorer:
@@ -31,7 +32,6 @@ class Scorer:
 
     def __init__(self, judge: Judge, images: Callable[[Pipeline], ImageSet], reference: FeatureSet):
         self._judge, self._images, self._reference = judge, images, reference
-        self._pipeline = None
 
     def __call__(self, metadata: RunMetadata, params: dict[str, Any]) -> float:
         """The distance for these weights, the same on every process.
@@ -46,33 +46,24 @@ class Scorer:
         """
         # Not in the mesh of all processes, where every operation would wait for the others.
         with jax.set_mesh(make_mesh(devices=jax.local_devices())):
-            if self._pipeline is None:
-                self._pipeline = Pipeline(metadata, params)
-            else:  # keeps the compiled programs
-                self._pipeline.params = params
-            images = self._images(self._pipeline)
+            images = self._images(Pipeline(metadata, params))
             results = measure(images, self._judge, self._reference, names=("fid",))
-            self._pipeline.params = {}  # frees the memory for the training
         # All processes must make the same decision, so all take the value of process 0.
         return float(gather(np.array([results.get("fid", np.nan)]), jax.process_count())[0])
 
 
 def make_scorers(
-    config: ml_collections.ConfigDict, parts: Sequence[str], num_classes: int
-) -> dict[str, Scorer]:
+    config: ml_collections.ConfigDict, parts: Sequence[Part], num_classes: int
+) -> dict[Part, Scorer]:
     """{part: its scorer} for the parts with a `fid_every`.
 
     The tokenizer's reconstructions are compared with their originals, held-out images; samples with
     `config.evaluation.reference`.
 
-    Args:
-        parts: only "tokenizer", "generators" and "distillation" have scorers.
-
     Raises:
         UserError: a network, a file or data is missing.
     """
-    recipes = {p: config[RECIPES[p]] for p in ("tokenizer", "generators", DISTILLATION)}
-    parts = [part for part in parts if part in recipes and recipes[part].fid_every]
+    parts = [part for part in parts if config[part.section].fid_every]
     if not parts:
         return {}
     data, size = config.data.to_dict(), tuple(config.tokenizer.image_size)
@@ -83,9 +74,10 @@ def make_scorers(
             train = load_split(data, "train", size)
             classifier = fit_classifier(data["name"], train.images, train.labels, num_classes)
         for part in parts:
-            count, batch_size = recipes[part].fid_samples, recipes[part].batch_size
+            recipe = config[part.section]
+            count, batch_size = recipe.fid_samples, recipe.batch_size
             batch_size = min(max(1, batch_size // jax.process_count()), count)
-            if part == "tokenizer":
+            if part.images == "reconstructions":
                 judge = classifier or Inception(pretrained.antialiased_inception_input)
                 originals = Split(data, "test", size, batch_size, count)
                 reference = features_of(originals, judge, keep=0)

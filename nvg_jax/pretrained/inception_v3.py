@@ -1,4 +1,4 @@
-"""Inception v3 of 2015-12-05, from whose features FID and related metrics are computed.
+"""Inception v3 of 2015-12-05: its features define FID and related metrics.
 
 This is the network of TensorFlow's classify_image example, with 1008 logits. It differs from
 torchvision's Inception v3 in its weights, in average pools that do not count the padding, and in
@@ -19,7 +19,7 @@ from nvg_jax.errors import UserError
 IMAGE_SIZE = 299  # pixels of the square input
 NUM_LOGITS = 1008
 POOL_WIDTH = 2048
-SPATIAL_CHANNELS = 7  # of the 192 channels of Mixed_6d's 1x1 branch
+SPATIAL_CHANNELS = 7  # sFID uses the first 7 of 192 channels of Mixed_6d's 1x1 branch
 
 
 class ImageFeatures(NamedTuple):

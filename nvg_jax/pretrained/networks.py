@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nvg_jax.attention import attention
 from nvg_jax.errors import UserError
-from nvg_jax.layers import attention
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 # LPIPS normalizes images in [-1, 1] with these.
@@ -31,7 +31,7 @@ SIZES = {
     "dinov2": {"width": DINOV2_WIDTH, "patch": 14},
 }
 DINO_GRID, DINOV2_GRID = ((VIT_IMAGE // size["patch"],) * 2 for size in SIZES.values())  # patches
-DINO_BLOCKS = (2, 5, 8, 11)  # whose outputs the discriminator sees, counted from 0
+DINO_BLOCKS = (2, 5, 8, 11)  # the discriminator sees the outputs of these, counted from 0
 DINO_FEATURES = 1 + len(DINO_BLOCKS)  # sequences that `dino` returns
 
 
@@ -56,8 +56,7 @@ def lpips(params, images_a, images_b, dtype=jnp.float32):
 def lpips_alex(params, images_a, images_b, dtype=jnp.float32):
     """LPIPS v0.1 on AlexNet features, the variant that most papers report.
 
-    Arguments, result and errors are those of `lpips`, except that params belong to "lpips_alex" and
-    H and W are at least 31.
+    Like `lpips`, with the parameters of "lpips_alex", and H and W at least 31.
     """
     _check_pair(images_a, images_b, 31)
     return Lpips("alex", dtype).apply({"params": params}, images_a, images_b)

@@ -6,12 +6,13 @@ averages and the optimizer state; "tensor" splits wide channel axes. Models only
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -106,6 +107,15 @@ def shardings(abstract, mesh: Mesh):
         return NamedSharding(mesh, PartitionSpec(*fits))
 
     return jax.tree.map(sharding, abstract, is_leaf=is_boxed)
+
+
+def unshard(parameter: Array, axes: Sequence[str | None] | None = None) -> Array:
+    """Unshards a parameter at its point of use.
+
+    XLA then all-gathers weights layer by layer instead of moving activations. `axes` are the
+    logical axes, one per dimension, that stay sharded (None: unsharded); by default none.
+    """
+    return nn.with_logical_constraint(parameter, axes or (None,) * parameter.ndim)
 
 
 def with_shardings(tree, placed):

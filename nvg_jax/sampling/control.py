@@ -8,7 +8,7 @@ import numpy as np
 from nvg_jax import granularity
 from nvg_jax.errors import UserError
 
-MAX_DIVIDED = 16  # regions whose divisions are all compared
+MAX_DIVIDED = 16  # up to this many regions, all ways to divide them are compared
 
 
 def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
@@ -55,13 +55,13 @@ def structure_of_drawing(
     first map.
 
     Args:
-        drawing: int (H, W), the region of every pixel; a position belongs to the region of most of
-            its pixels.
+        drawing: int (H, W), the region of every pixel; a position belongs to the most common region
+            among its pixels.
 
     Returns:
-        The maps of all stages, int32 (S, L), and how many of them the drawing determines, counting
-        stage 0: one for every doubling that the number of regions needs. Pass them to
-        `Pipeline.sample` as the prefix's structure and structure_stages.
+        All maps, int32 (S, L), and the number of stages that the drawing determines: stage 0, and
+        one for every doubling up to the number of regions. Pass them to `Pipeline.sample` as the
+        prefix's structure and structure_stages.
 
     Raises:
         UserError: a drawing of another shape, or with only one region.

@@ -67,8 +67,8 @@ def make_plan(
     """The plan for expanded settings.
 
     Args:
-        structure_stages: the maps of stages 0 .. structure_stages - 1 are given.
-        token_stages: the tokens of stages 0 .. token_stages - 1 are given.
+        structure_stages: the maps of stages 0 .. structure_stages - 1 come from the prefix.
+        token_stages: the tokens of stages 0 .. token_stages - 1 come from the prefix.
         region: whether only a region is generated in the other stages.
     """
     count = len(settings.content_guidance)
@@ -83,7 +83,7 @@ def make_plan(
         elif stage + 1 < structure_stages:
             split = "prefix"
         elif stage == count - 2:
-            split = "noise"  # never learned: with two positions per cluster, either order will do
+            split = "noise"  # not learned: either order of a pair is valid
         stages.append(StagePlan(content, split))
     return SamplingPlan(
         stages=tuple(stages),
@@ -146,7 +146,7 @@ def generate(
             ids = jax.vmap(draw)(token_keys, logits)
         tokens = at_positions(ids.astype(jnp.int32), labels)
         if plan.region:
-            # A position outside is in the same cluster as in the reference, so it has the token.
+            # Positions outside keep their reference cluster, and so its token.
             outside = (labels[:, :, None] == labels[:, None, :]) & ~region[:, None, :]
             kept = jnp.take_along_axis(x["tokens"], outside.argmax(-1), axis=1)
             tokens = jnp.where(outside.any(-1), kept, tokens)
@@ -197,8 +197,8 @@ def generate(
         "next_structure": jnp.roll(stage_first(prefix.structure), -1, axis=0),
         **{name: value for name, value in values.items() if jnp.ndim(value)},  # one per stage
     }
-    # The first map is zero everywhere, but libtpu 0.0.52 aborts for a v5p if it is a constant: it
-    # cannot divide the counts of a constant map, which need no operand, between two cores.
+    # The first map is zero everywhere, but is read from the prefix. Workaround: libtpu 0.0.52
+    # aborts on v5p if the first map is a compile-time constant.
     carry = jnp.zeros((batch, length, networks.latent_dim)), prefix.structure[:, 0]
     outputs, start = [], 0
     for stage_plan, group in itertools.groupby(plan.stages):

@@ -75,8 +75,8 @@ def _keep_top(logits, enough):
     def halve(_, bounds):
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
-        found = enough(order <= middle)
-        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+        holds = enough(order <= middle)
+        return jnp.where(holds, low, middle + 1), jnp.where(holds, middle, high)
 
     bounds = order.min(-1, keepdims=True), order.max(-1, keepdims=True)
     _, lowest = jax.lax.fori_loop(0, 32, halve, bounds)

@@ -17,7 +17,7 @@ import numpy as np
 from nvg_jax.errors import UserError
 from nvg_jax.structure.flow import SOLVERS
 
-DTYPES = ("float32", "bfloat16")  # of the computation, in training and sampling
+DTYPES = ("float32", "bfloat16")  # dtypes for training and sampling
 
 
 def check_dtype(dtype: str):
@@ -247,7 +247,7 @@ class Settings:
         )
 
 
-# How the published figures were sampled (paper, Section 4.2).
+# The settings of the published results (paper, Section 4.2).
 PUBLISHED = Settings(
     top_p=(1.0, 0.5), content_guidance=(1.0, 3.5), structure_guidance=(1.0, 2.5), flow_steps=25
 )

@@ -98,7 +98,7 @@ def solve(
         kept: None, or (bool (B, L), target float32 (B, L, K)): the positions that follow the path
             to a known target instead of the velocity.
         solver: one of `SOLVERS`.
-        per_time: arrays (n or n + 1, ...) over `call_times`; if given, `velocity` gets their entry
+        per_time: None, or arrays (n or n + 1, ...) over `call_times`: `velocity` gets their entry
             instead of the time.
 
     Returns:

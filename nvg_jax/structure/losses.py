@@ -40,8 +40,8 @@ def structure_losses(
 ) -> Array:
     """Flow-matching loss of each learned split, float32 (K - 1,).
 
-    The splits of stages 0 .. K - 2 are learned. The last one, of pairs into single positions, is
-    not: either order of the two is valid.
+    The splits of stages 0 .. K - 2 are learned. The last split, of pairs, is not learned: either
+    order is valid.
 
     Args:
         velocity: (noisy, time, structure embedding, canvas, stage) -> velocity, such as
@@ -67,12 +67,12 @@ def structure_losses(
     if teacher and teacher.solution:
         target = jax.lax.stop_gradient(teacher.solution(noise, *condition))
     noisy, noise = flow.path(noise, target, fold(times), stage)
-    wanted = noise - target
+    goal = noise - target
     if teacher and teacher.velocity:
         unknown = ~flow.known_channels(stage, num_bits)
-        wanted = jax.lax.stop_gradient(teacher.velocity(noisy, fold(times), *condition)) * unknown
+        goal = jax.lax.stop_gradient(teacher.velocity(noisy, fold(times), *condition)) * unknown
     predicted = velocity(noisy, fold(times), *condition)
-    error = jnp.square(wanted - predicted).mean((1, 2))
+    error = jnp.square(goal - predicted).mean((1, 2))
     return jnp.average(error.reshape(batch, learned), axis=0, weights=weights)
 
 

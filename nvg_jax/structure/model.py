@@ -42,7 +42,7 @@ class StructureGenerator(nn.Module):
         self.class_embed = layers.Embedding(self.num_classes + 1, t.width, self.dtype)
         self.stage_embed = layers.Embedding(self.num_bits - 1, t.width, self.dtype)
         self.time_in = layers.Dense(t.width, (None, "embed"), self.dtype)
-        self.time_out = layers.Dense(t.width, ("embed", "embed_out"), self.dtype)
+        self.time_out = layers.Dense(t.width, ("embed", None), self.dtype)
         self.blocks = layers.Transformer(t, self.dtype)
         self.head = layers.Head(t.width, self.num_bits, self.dtype)
 
@@ -73,8 +73,8 @@ class StructureGenerator(nn.Module):
         modulation = self.head.modulations(vec)
         return self._velocity(noisy, condition, vec, None, modulation, deterministic)
 
-    # The same in parts, for the sampler: what all times of a split share, what depends only on the
-    # time, and the rest.
+    # The sampler calls the network in three parts: what all times of a split share, what depends
+    # only on the time, and the rest.
 
     def condition(self, structure: Array, canvas: Array, class_ids: Array) -> Condition:
         """What all velocities of a split share; see `__call__` for the arguments."""

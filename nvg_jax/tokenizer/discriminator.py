@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nvg_jax import layers
 from nvg_jax.errors import UserError
+from nvg_jax.runtime.sharding import unshard
 
 INITIAL_POWER_ITERATIONS = 15
 
@@ -70,7 +70,7 @@ class SpectralConv(nn.Module):
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:])
         # Workaround: sharded along both channel axes, XLA (jax 0.10.2) computes wrong gradients.
-        kernel = layers.unshard(kernel)
+        kernel = unshard(kernel)
 
         rows, columns = self.features, math.prod(shape[:-1])
         matrix = jnp.moveaxis(kernel, (-1, -2), (0, 1)).reshape(rows, columns)
