@@ -23,7 +23,7 @@ from nvg_jax.sampling.settings import Settings, text_of
 from nvg_jax.visualize import image_grid, to_uint8
 
 SAMPLES = 4  # made at once; fixed, since every batch size compiles a new program
-COLUMNS = 2  # of the samples, and of their maps beside them
+COLUMNS = 2  # columns of the sample grid and of the map grid
 CANVAS = 320  # side of the painting canvas in pixels
 SHOWN = 400  # maximum width of the samples in pixels
 COLORS = {"white": (255, 255, 255), "black": (0, 0, 0), "red": (220, 40, 40)}
@@ -205,7 +205,7 @@ class Page:
         return changes
 
     def plan(self, constraint: Constraint | None, settings: dict[str, Any]) -> SamplingPlan:
-        """Says which program samples; each is compiled when it is first needed."""
+        """The compiled program that these inputs need."""
         stages = (constraint.structure_stages, constraint.token_stages) if constraint else (0, 0)
         region = constraint is not None and constraint.region is not None
         return self.pipe.program.plan(self.pipe.settings.updated(settings), *stages, region)[0]

@@ -6,13 +6,14 @@ straight line (reflow; Liu et al., arXiv 2209.03003), which takes few steps.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jaxtyping import Array, Float32, Int, Int32, PRNGKeyArray
 
 from nvg_jax import bundled, granularity
 from nvg_jax.data.sources import default_class_names
@@ -26,22 +27,30 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
 from nvg_jax.structure.losses import Teacher, draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import Tokenizer
+from nvg_jax.tokenizer import Quantized, Tokenizer
 from nvg_jax.training.generators import check_heads, encode, sample_picture, sampling_settings
 from nvg_jax.training.initial import with_params
 from nvg_jax.training.run import Run
-from nvg_jax.training.state import TrainState
-from nvg_jax.training.trainer import Trainer
+from nvg_jax.training.state import Params, TrainState
+from nvg_jax.training.trainer import Batch, Trainer
 from nvg_jax.workdir import RunMetadata
 
+# (z (N, L, K), time () or (N,), structure embedding (N, L, K), canvas (N, L, D), stage (N,)) ->
+# (N, L, K); and (noise (N, L, K), structure embedding, canvas, stage) -> (N, L, K).
+Velocity = Callable[..., Float32[Array, "N L K"]]
+Solution = Callable[..., Float32[Array, "N L K"]]
 
-def guided_velocity(model: StructureGenerator, params, class_ids, scales):
-    """A flow's velocity (z (N, L, K), time () or (N,), structure embedding, canvas, stage (N,)) ->
-    float32 (N, L, K).
+
+def guided_velocity(
+    model: StructureGenerator,
+    params: Params,
+    class_ids: Int32[Array, " N"],
+    scales: Float32[Array, " K-1"] | None,
+) -> Velocity:
+    """The velocity of a flow.
 
     Args:
-        class_ids: int32 (N,).
-        scales: float32 (K - 1,), the guidance scale of each stage; None for no guidance.
+        scales: the guidance scale of each stage; None for no guidance.
     """
 
     def velocity(z, time, embedding, canvas, stage):
@@ -54,8 +63,8 @@ def guided_velocity(model: StructureGenerator, params, class_ids, scales):
     return velocity
 
 
-def solution(velocity, times: np.ndarray, solver: str):
-    """(noise, structure embedding, canvas, stage) -> a flow's end point, float32 (N, L, K)."""
+def solution(velocity: Velocity, times: Float32[np.ndarray, " steps+1"], solver: str) -> Solution:
+    """The end point of a flow."""
 
     def solve(noise, embedding, canvas, stage):
         known = embedding.astype(jnp.float32) - 1
@@ -80,18 +89,20 @@ class Distillation:
     student: Settings
     reflow: bool
 
-    def times(self, settings: Settings) -> np.ndarray:
-        """The flow's times for given sampling settings, float32 (n + 1,), from 1 down to 0."""
+    def times(self, settings: Settings) -> Float32[np.ndarray, " steps+1"]:
+        """The flow's times for given sampling settings, from 1 down to 0."""
         height, width = self.model.grid
         times = flow.shifted_times(settings.flow_steps, height * width, settings.flow_shift)
         return times.astype(np.float32)
 
-    def solver(self, settings: Settings, velocity):
+    def solver(self, settings: Settings, velocity: Velocity) -> Solution:
         """`solution` for given sampling settings."""
         return solution(velocity, self.times(settings), settings.solver)
 
-    def draw(self, key, structure):
-        """What the loss needs for maps int32 (B, S, L): noise (B, L, K) and times (B, K - 1).
+    def draw(
+        self, key: PRNGKeyArray, structure: Int[Array, "B S L"]
+    ) -> tuple[Float32[Array, "B L K"], Float32[Array, "B K-1"]]:
+        """The noise and the times that the loss needs.
 
         With reflow, a student learns at the times at which it will be called. The first of them,
         pure noise, matters most, and the usual training times hardly ever come near it.
@@ -106,12 +117,19 @@ class Distillation:
         )
 
     def loss(
-        self, params, teacher_params, quantized, class_ids, noise, times, weights=None, solved=None
-    ):
-        """The loss of each learned split, float32 (K - 1,).
+        self,
+        params: Params,
+        teacher_params: Params,
+        quantized: Quantized,
+        class_ids: Int32[Array, " B"],
+        noise: Float32[Array, "B L K"],
+        times: Float32[Array, "B K-1"],
+        weights: Float32[Array, " B"] | None = None,
+        solved: Float32[Array, "K-1 B L K"] | None = None,
+    ) -> Float32[Array, " K-1"]:
+        """The loss of each learned split; see `structure_losses`.
 
         Args:
-            class_ids: int32 (B,). noise, times, weights: see `structure_losses`.
             solved: the teacher's solutions from `solve_stages`, if they are already known.
         """
         class_ids = class_ids.repeat(times.shape[1])
@@ -127,19 +145,19 @@ class Distillation:
         return structure_losses(student, structure, canvases, noise, times, weights, teacher)
 
     @property
-    def guidance(self):
-        """float32 (K - 1,), the teacher's scales for the learned splits; None if all are 1."""
+    def guidance(self) -> Float32[Array, " K-1"] | None:
+        """The teacher's scales for the learned splits; None if all are 1."""
         scales = np.asarray(self.teacher.structure_guidance, np.float32)[:-2]
         return None if (scales == 1).all() else jnp.asarray(scales)
 
 
-def solve_stages(solve, structure, canvases, noise):
-    """A flow's end points from the same noise at every learned stage, float32 (K - 1, B, L, K).
-
-    Args:
-        solve: a `solution`. structure: int32 (B, S, L). canvases: float32 (B, S, L, D). noise:
-            float32 (B, L, K).
-    """
+def solve_stages(
+    solve: Solution,
+    structure: Int[Array, "B S L"],
+    canvases: Float32[Array, "B S L D"],
+    noise: Float32[Array, "B L K"],
+) -> Float32[Array, "K-1 B L K"]:
+    """A flow's end points from the same noise at every learned stage."""
     batch, stages, _ = structure.shape
 
     def at_stage(stage):
@@ -149,8 +167,10 @@ def solve_stages(solve, structure, canvases, noise):
     return jax.lax.map(at_stage, jnp.arange(stages - 2))
 
 
-def split_stages(structure, solved):
-    """The map that each learned stage is split into, int32 (K - 1, B, L), from `solve_stages`."""
+def split_stages(
+    structure: Int[Array, "B S L"], solved: Float32[Array, "K-1 B L K"]
+) -> Int[Array, "K-1 B L"]:
+    """The map that each learned stage is split into, from `solve_stages`."""
 
     def at_stage(labels, z, stage):
         bit = jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
@@ -187,15 +207,23 @@ class DistillationTrainer(Trainer):
             self.recipe.reflow,
         )
 
-    def abstract_inputs(self) -> dict[str, Any]:
+    def abstract_inputs(self) -> Params:
         names = {"teacher": "structure", "tokenizer": "tokenizer"}
         return {key: self.model.abstract_params(name) for key, name in names.items()}
 
-    def initial_state(self, key, inputs) -> TrainState:
+    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
         params = init_generator(self.distillation.model, key)  # replaced by the teacher's
         return TrainState.create({"structure": params}, self.optimizer)
 
-    def train_step(self, state: TrainState, inputs, batch, key, *, warming_up: bool = False):
+    def train_step(
+        self,
+        state: TrainState,
+        inputs: Params,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        warming_up: bool = False,
+    ) -> tuple[TrainState, dict[str, Array]]:
         """One step of the student on a batch: the input of `generators.encode`, and "label".
 
         Its parameters are {"structure": tree}, like the teacher's.
@@ -218,7 +246,7 @@ class DistillationTrainer(Trainer):
         }
         return state.update(grads, self.optimizer, self.optimizer_config.ema_decay), metrics
 
-    def eval_step(self, params, inputs, batch) -> dict[str, Any]:
+    def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
         """The loss, and the share of positions split as by the teacher."""
         distillation, teacher = self.distillation, inputs["teacher"]
         quantized = encode(distillation.tokenizer, inputs["tokenizer"], batch)
@@ -247,7 +275,7 @@ class DistillationTrainer(Trainer):
 
     # A run.
 
-    def open(self, run: Run) -> tuple[dict[str, Any], RunMetadata]:
+    def open(self, run: Run) -> tuple[Params, RunMetadata]:
         """
         Raises:
             UserError: the data have other classes, or the teacher does not know the settings.
@@ -279,11 +307,11 @@ class DistillationTrainer(Trainer):
         }
         return inputs, metadata
 
-    def start(self, run: Run, inputs) -> TrainState:
+    def start(self, run: Run, inputs: Params) -> TrainState:
         params = jax.tree.map(jnp.copy, {"structure": inputs["teacher"]})
         return with_params(super().start(run, inputs), params)
 
-    def evaluate(self, run: Run, state, inputs, metadata: RunMetadata):
+    def evaluate(self, run: Run, state: TrainState, inputs: Params, metadata: RunMetadata):
         metrics = run.test_metrics(
             run.config[self.part.section],
             lambda batch: self.eval(state.ema_params, inputs, batch),
@@ -291,7 +319,7 @@ class DistillationTrainer(Trainer):
         params = self.export(run, state, inputs)
         return metrics, sample_picture(metadata, params, run.config.seed) if is_main() else None
 
-    def export(self, run: Run, state, inputs) -> dict[str, Any]:
+    def export(self, run: Run, state: TrainState, inputs: Params) -> Params:
         return run.teacher[1] | jax.tree.map(sharding.to_host, state.ema_params)
 
 
@@ -316,7 +344,7 @@ def teacher_settings(config: ml_collections.ConfigDict) -> Settings:
     return sampling_settings(config).updated(changes)
 
 
-def read_teacher(folder: str) -> tuple[RunMetadata, dict[str, Any]]:
+def read_teacher(folder: str) -> tuple[RunMetadata, Params]:
     """(metadata, parameters) of a model to distill.
 
     Raises:

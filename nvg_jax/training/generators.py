@@ -7,7 +7,7 @@ clips the gradients of both by their joint norm.
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from nvg_jax import granularity, pretrained, workdir
 from nvg_jax.content.losses import alignment_loss, content_losses
@@ -32,8 +33,8 @@ from nvg_jax.tokenizer import GranularitySequence, Quantized, Tokenizer
 from nvg_jax.tokenizer.quantizer import at_positions
 from nvg_jax.training.initial import start_from, with_params
 from nvg_jax.training.run import Run
-from nvg_jax.training.state import TrainState
-from nvg_jax.training.trainer import Trainer
+from nvg_jax.training.state import Params, TrainState
+from nvg_jax.training.trainer import Batch, Trainer
 from nvg_jax.visualize import image_grid
 from nvg_jax.workdir import RunMetadata
 
@@ -74,20 +75,25 @@ class RepaConfig:
 class Examples(NamedTuple):
     """An encoded batch.
 
-    class_ids: int32 (B,), the null class where the label was dropped. canvas_scale: float32
-    (S + 1,). weights: float32 (B,), per-image weights that sum to 1; None means uniform. targets:
-    the features to align the content generator with, float32 (B, L, 768); None for none.
+    class_ids: the null class where the label was dropped. weights: of the images, summing to 1;
+    None means uniform. targets: the features to align the content generator with, if it is aligned.
     """
 
     quantized: Quantized
-    class_ids: Any
-    canvas_scale: Any
-    weights: Any = None
-    targets: Any = None
+    class_ids: Int32[Array, " B"]
+    canvas_scale: Float32[Array, " S+1"]
+    weights: Float32[Array, " B"] | None = None
+    targets: Float[Array, "B L 768"] | None = None
 
 
-def loss_terms(model: Generator, params, examples: Examples, key, repa: RepaConfig | None = None):
-    """(scalar loss, {name: float32 per stage}) of one generator on an encoded batch.
+def loss_terms(
+    model: Generator,
+    params: Params,
+    examples: Examples,
+    key: PRNGKeyArray | None,
+    repa: RepaConfig | None = None,
+) -> tuple[Float32[Array, ""], dict[str, Float32[Array, " stages"]]]:
+    """(loss, {name: its term in every stage}) of one generator on an encoded batch.
 
     Args:
         key: None evaluates without drop path, with the flow noise of seed 0.
@@ -139,7 +145,7 @@ def loss_terms(model: Generator, params, examples: Examples, key, repa: RepaConf
     return losses.mean(), terms
 
 
-def encode(tokenizer: Tokenizer, params, batch) -> Quantized:
+def encode(tokenizer: Tokenizer, params: Params, batch: Batch) -> Quantized:
     """The sequences and canvases of a batch, from the frozen tokenizer.
 
     Args:
@@ -200,7 +206,7 @@ class GeneratorTrainer(Trainer):
         self.tokenizer = self.model.make_tokenizer()
         self.generators = {name: self.model.make_generator(name) for name in self.part.networks}
 
-    def abstract_inputs(self) -> dict[str, Any]:
+    def abstract_inputs(self) -> Params:
         stages = self.model.tokenizer.num_stages
         return {
             "tokenizer": self.model.abstract_params("tokenizer"),
@@ -208,7 +214,7 @@ class GeneratorTrainer(Trainer):
             **self.abstract_pretrained(),
         }
 
-    def initial_state(self, key, inputs) -> TrainState:
+    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
         params, codebook = {}, inputs["tokenizer"]["quantizer"]["codebook"]
         for name, model in self.generators.items():
             name_key = jax.random.fold_in(key, GENERATORS.index(name))
@@ -217,7 +223,15 @@ class GeneratorTrainer(Trainer):
                 params[name] |= {"repa": init_projector(model, jax.random.fold_in(name_key, 1))}
         return TrainState.create(params, self.optimizer)
 
-    def train_step(self, state: TrainState, inputs, batch, key, *, warming_up: bool = False):
+    def train_step(
+        self,
+        state: TrainState,
+        inputs: Params,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        warming_up: bool = False,
+    ) -> tuple[TrainState, dict[str, Array]]:
         """One step of every generator.
 
         Returns:
@@ -255,7 +269,7 @@ class GeneratorTrainer(Trainer):
         metrics["grad_norm"] = optax.tree.norm(grads)
         return state.update(grads, self.optimizer, self.optimizer_config.ema_decay), metrics
 
-    def eval_step(self, params, inputs, batch) -> dict[str, Any]:
+    def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
         """The losses of every generator without dropout."""
         quantized = encode(self.tokenizer, inputs["tokenizer"], batch)
         weights = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
@@ -268,7 +282,7 @@ class GeneratorTrainer(Trainer):
 
     # A run.
 
-    def open(self, run: Run) -> tuple[dict[str, Any], RunMetadata]:
+    def open(self, run: Run) -> tuple[Params, RunMetadata]:
         """
         Raises:
             UserError: the sampling settings are invalid, or there is no trained tokenizer.
@@ -289,14 +303,14 @@ class GeneratorTrainer(Trainer):
         names = self.pretrained(self.part, run.config)
         return inputs | run.frozen(names), metadata
 
-    def start(self, run: Run, inputs) -> TrainState:
+    def start(self, run: Run, inputs: Params) -> TrainState:
         state = super().start(run, inputs)
         if not run.config.init_from:
             return state
         classes = run.train_source.class_names
         return with_params(state, start_from(run.config.init_from, state.params, classes))
 
-    def evaluate(self, run: Run, state, inputs, metadata: RunMetadata):
+    def evaluate(self, run: Run, state: TrainState, inputs: Params, metadata: RunMetadata):
         losses = run.test_metrics(
             run.config[self.part.section],
             lambda batch: self.eval(state.ema_params, inputs, batch),
@@ -306,7 +320,7 @@ class GeneratorTrainer(Trainer):
         params = self.export(run, state, inputs)
         return losses, sample_picture(metadata, params, run.config.seed) if is_main() else None
 
-    def export(self, run: Run, state, inputs) -> dict[str, Any]:
+    def export(self, run: Run, state: TrainState, inputs: Params) -> Params:
         params = {"tokenizer": inputs["tokenizer"]}
         for name in self.part.networks:
             params[name] = {k: v for k, v in state.ema_params[name].items() if k != "repa"}
@@ -330,17 +344,17 @@ def sampling_settings(config: ml_collections.ConfigDict) -> Settings:
     return Settings.from_dict(config.sampling.to_dict())
 
 
-def make_projector(dtype) -> RepaProjector:
+def make_projector(dtype: jnp.dtype) -> RepaProjector:
     return RepaProjector(pretrained.DINOV2_WIDTH, dtype)
 
 
-def init_projector(model: Generator, key):
+def init_projector(model: Generator, key: PRNGKeyArray) -> Params:
     """Initial parameters of the REPA projector, boxed with their logical axes."""
     features = jnp.zeros((1, 1, model.transformer.width))
     return make_projector(model.dtype).init(key, features)["params"]
 
 
-def sample_picture(metadata: RunMetadata, params, seed: int) -> np.ndarray:
+def sample_picture(metadata: RunMetadata, params: Params, seed: int) -> np.ndarray:
     """A grid of samples, uint8 (H, W, 3), the same ones of a seed, drawn by this process alone."""
     count = min(metadata.model.num_classes, PICTURE_CLASSES)
     classes = np.arange(count).repeat(PICTURE_PER_CLASS)
@@ -349,7 +363,7 @@ def sample_picture(metadata: RunMetadata, params, seed: int) -> np.ndarray:
         return image_grid(Pipeline(metadata, params).sample(classes, seed=seed).images, columns=8)
 
 
-def load_tokenizer(run: Run):
+def load_tokenizer(run: Run) -> tuple[RunMetadata, Params]:
     """The trained tokenizer to build on: (its metadata, its raw parameters, replicated).
 
     Raises:

@@ -40,7 +40,7 @@ class Reporter:
         self._writer.close()
 
     def start_step(self):
-        """Starts the clock of the first step after a line, so that saves do not count."""
+        """Restarts the timer at the first step after a report, so that saving is not timed."""
         if not self._window:
             self._window_started = time.monotonic()
 

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
 from nvg_jax import pretrained
 from nvg_jax.errors import UserError
@@ -32,8 +34,8 @@ from nvg_jax.tokenizer.losses import (
 from nvg_jax.training.initial import start_from, with_params
 from nvg_jax.training.optimizers import make_optimizer
 from nvg_jax.training.run import Run
-from nvg_jax.training.state import TrainState
-from nvg_jax.training.trainer import Trainer
+from nvg_jax.training.state import Params, TrainState
+from nvg_jax.training.trainer import Batch, Trainer
 from nvg_jax.visualize import reconstruction_grid
 from nvg_jax.workdir import RunMetadata
 
@@ -82,7 +84,7 @@ class TokenizerLossConfig:
             names += ("dino",)
         return names
 
-    def make_discriminator(self, dtype) -> nn.Module | None:
+    def make_discriminator(self, dtype: jnp.dtype) -> nn.Module | None:
         if not self.adversarial_weight:
             return None
         heads = DiscriminatorHeads(dtype=dtype)
@@ -94,9 +96,9 @@ class TokenizerLossConfig:
 class DiscriminatorState(flax.struct.PyTreeNode):
     """The discriminator in training: parameters, power-iteration vectors, averaged logits."""
 
-    params: Any
-    spectral: Any
-    opt_state: Any
+    params: Params
+    spectral: Params
+    opt_state: optax.OptState
     lecam: LeCam
 
 
@@ -114,15 +116,23 @@ class Networks(NamedTuple):
     losses: TokenizerLossConfig
 
 
-def code_counts(stage_tokens, codebook_size: int):
-    """int32 (S, V): how often each token was used in each stage."""
+def code_counts(
+    stage_tokens: Sequence[Int[Array, "B _"]], codebook_size: int
+) -> Int32[Array, "S V"]:
+    """How often each token was used in each stage."""
     return jnp.stack(
         [jnp.bincount(ids.ravel(), length=codebook_size) for ids in stage_tokens]
     ).astype(jnp.int32)
 
 
-def discriminator_inputs(discriminator: nn.Module, frozen, images, key, dtype):
-    """The discriminator's view of images (B, H, W, 3): DiffAug, then its input size."""
+def discriminator_inputs(
+    discriminator: nn.Module,
+    frozen: Params,
+    images: Float[Array, "B H W 3"],
+    key: PRNGKeyArray,
+    dtype: jnp.dtype,
+) -> Float[Array, "B H W 3"] | list[Float[Array, "B patches 384"]]:
+    """What the discriminator sees of images: DiffAug, then its input size or DINO's tokens."""
     input_key, augment_key = jax.random.split(key)
     images = augment(images, augment_key)
     if not isinstance(discriminator, DiscriminatorHeads):
@@ -132,15 +142,15 @@ def discriminator_inputs(discriminator: nn.Module, frozen, images, key, dtype):
 
 
 def loss_terms(
-    networks: "Networks",
-    params,
-    discriminator_params,
+    networks: Networks,
+    params: Params,
+    discriminator_params: Params | None,
     opponent: DiscriminatorState | None,
-    frozen,
-    images,
-    key,
+    frozen: Params,
+    images: Float[Array, "B H W 3"],
+    key: PRNGKeyArray,
     index_backprop: bool = False,
-):
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], DiscriminatorState | None]]:
     """The sum of the tokenizer's and the discriminator's losses, detached from each other.
 
     Args:
@@ -223,10 +233,10 @@ class TokenizerTrainer(Trainer):
             self.steps,
         )
 
-    def abstract_inputs(self) -> dict[str, Any]:
+    def abstract_inputs(self) -> Params:
         return self.abstract_pretrained()
 
-    def initial_state(self, key, inputs) -> TokenizerState:
+    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TokenizerState:
         tokenizer, discriminator, _ = self.modules
         state = TokenizerState.create(init_tokenizer(tokenizer, key), self.optimizer)
         if discriminator is None:
@@ -245,7 +255,15 @@ class TokenizerTrainer(Trainer):
         )
         return state.replace(discriminator=opponent)
 
-    def train_step(self, state: TokenizerState, inputs, batch, key, *, warming_up: bool = False):
+    def train_step(
+        self,
+        state: TokenizerState,
+        inputs: Params,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        warming_up: bool = False,
+    ) -> tuple[TokenizerState, dict[str, Array]]:
         """One step of the tokenizer and its discriminator from one shared forward pass."""
         losses = functools.partial(loss_terms, self.modules)
         (_, (metrics, opponent)), (grads, opponent_grads) = jax.value_and_grad(
@@ -272,13 +290,13 @@ class TokenizerTrainer(Trainer):
             )
         return state, metrics
 
-    def eval_step(self, params, inputs, batch) -> dict[str, Any]:
+    def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
         """Reconstructions of a batch {"image", "mask"}, their quality, and the use of the codes.
 
         Returns:
-            {"psnr": float32 (B,) in dB (peak-to-peak range 2), "lpips": float32 (B,) if it is among
-            the inputs, "restored": float32 (B, H, W, 3), "code_counts": int32 (S, V) for the images
-            whose mask is True}.
+            {"psnr": (B,) in dB (peak-to-peak range 2), "lpips": (B,) if it is among the inputs,
+            "restored": (B, H, W, 3), "code_counts": int32 (S, V) for the images whose mask is
+            True}.
         """
         model = self.modules.tokenizer
 
@@ -304,18 +322,18 @@ class TokenizerTrainer(Trainer):
         epochs = self.recipe.index_backprop_epochs
         return step < round(epochs * self.num_images / self.recipe.batch_size)
 
-    def trained(self, params) -> dict[str, Any]:
+    def trained(self, params: Params) -> Params:
         return {"tokenizer": params}
 
     @property
-    def networks(self) -> dict[str, Any]:
+    def networks(self) -> Params:
         discriminator = self.state.discriminator
         own = {"discriminator": discriminator.params} if discriminator else {}
         return super().networks | own
 
     # A run.
 
-    def open(self, run: Run) -> tuple[dict[str, Any], RunMetadata]:
+    def open(self, run: Run) -> tuple[Params, RunMetadata]:
         metadata = RunMetadata(
             model=self.model.only(),
             class_names=run.train_source.class_names,
@@ -324,14 +342,14 @@ class TokenizerTrainer(Trainer):
         )
         return run.frozen(self.inputs), metadata
 
-    def start(self, run: Run, inputs) -> TokenizerState:
+    def start(self, run: Run, inputs: Params) -> TokenizerState:
         state = super().start(run, inputs)
         if not run.config.init_from:
             return state
         params = start_from(run.config.init_from, self.trained(state.params), ())["tokenizer"]
         return with_params(state, params)
 
-    def evaluate(self, run: Run, state, inputs, metadata):
+    def evaluate(self, run: Run, state: TokenizerState, inputs: Params, metadata: RunMetadata):
         quality, counts, shown = {}, 0, None
         for batch in run.test_batches(run.config[self.part.section]):
             out = self.eval(state.params, inputs, batch)
@@ -345,16 +363,16 @@ class TokenizerTrainer(Trainer):
         metrics = {name: np.concatenate(parts).mean() for name, parts in quality.items()}
         return metrics | codebook_usage(counts), reconstruction_grid(*shown)
 
-    def finish(self, run: Run, state, metadata: RunMetadata) -> RunMetadata:
+    def finish(self, run: Run, state: TokenizerState, metadata: RunMetadata) -> RunMetadata:
         return metadata.replace(
             canvas_scale=self.measure_canvas_scale(run, state.params),
             fingerprint=fingerprint(jax.tree.map(sharding.to_host, state.params)),
         )
 
-    def export(self, run: Run, state, inputs) -> dict[str, Any]:
+    def export(self, run: Run, state: TokenizerState, inputs: Params) -> Params:
         return {"tokenizer": jax.tree.map(sharding.to_host, state.params)}
 
-    def measure_canvas_scale(self, run: Run, params) -> tuple[float, ...]:
+    def measure_canvas_scale(self, run: Run, params: Params) -> tuple[float, ...]:
         """1 / std of the inputs of all stages (1 for the first) and of the final canvas.
 
         Returns:
@@ -383,7 +401,9 @@ class TokenizerTrainer(Trainer):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def canvas_moments(model: Tokenizer, params, images):
-    """Mean and mean square of the canvases after each stage: float32 (2, S), unsharded."""
+def canvas_moments(
+    model: Tokenizer, params: Params, images: Float[Array, "B H W 3"]
+) -> Float32[Array, "2 S"]:
+    """Mean and mean square of the canvases after each stage, unsharded."""
     canvases = model.apply({"params": params}, images, method="encode").canvases
     return unshard(jnp.stack([canvases.mean((0, 2, 3)), jnp.square(canvases).mean((0, 2, 3))]))

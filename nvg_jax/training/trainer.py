@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PRNGKeyArray
 
 from nvg_jax import pretrained
 from nvg_jax.models import ModelConfig
@@ -16,8 +17,12 @@ from nvg_jax.runtime import sharding
 from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
-from nvg_jax.training.state import TrainState
+from nvg_jax.training.state import Params, TrainState
 from nvg_jax.workdir import RunMetadata
+
+# {"image": float32 (B, H, W, 3) in [-1, 1], or "structure" and "tokens" of cached sequences;
+# "label": int32 (B,); in an evaluation also "mask": bool (B,)}.
+Batch = dict[str, Array]
 
 
 class Trainer(abc.ABC):
@@ -100,17 +105,23 @@ class Trainer(abc.ABC):
         """Makes the modules; called before anything else that a subclass defines."""
 
     @abc.abstractmethod
-    def abstract_inputs(self) -> dict[str, Any]:
+    def abstract_inputs(self) -> Params:
         """The shapes and dtypes of `inputs`."""
 
     @abc.abstractmethod
-    def initial_state(self, key, inputs) -> TrainState:
+    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
         """The state before the first step, its parameters boxed with their logical axes."""
 
     @abc.abstractmethod
     def train_step(
-        self, state: TrainState, inputs, batch, key, *, warming_up: bool = False
-    ) -> tuple[TrainState, dict[str, Any]]:
+        self,
+        state: Any,
+        inputs: Params,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        warming_up: bool = False,
+    ) -> tuple[Any, dict[str, Array]]:
         """One step.
 
         Args:
@@ -119,7 +130,7 @@ class Trainer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def eval_step(self, params, inputs, batch) -> dict[str, Any]:
+    def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
         """Metrics of a batch of held-out images; those whose "mask" is False do not count."""
 
     def warming_up(self, step: int) -> bool:
@@ -132,16 +143,16 @@ class Trainer(abc.ABC):
         )
 
     @property
-    def networks(self) -> dict[str, Any]:
+    def networks(self) -> Params:
         """{name: abstract parameters} of all networks in the program."""
         networks = {name: tree for name, tree in self.inputs.items() if name != "canvas_scale"}
         return self.trained(self.state.params) | networks
 
-    def trained(self, params) -> dict[str, Any]:
+    def trained(self, params: Params) -> Params:
         """{name: parameters} of the networks in a state's parameters."""
         return params
 
-    def abstract_pretrained(self) -> dict[str, Any]:
+    def abstract_pretrained(self) -> Params:
         """{name: abstract parameters} of the pretrained networks."""
         names = self.pretrained(self.part, self.config)
         return {name: pretrained.abstract(name) for name in names}
@@ -149,29 +160,29 @@ class Trainer(abc.ABC):
     # A run.
 
     @abc.abstractmethod
-    def open(self, run: Run) -> tuple[dict[str, Any], RunMetadata]:
+    def open(self, run: Run) -> tuple[Params, RunMetadata]:
         """(inputs, metadata) of a run; the metadata is stored with every checkpoint.
 
         Raises:
             UserError: what the run builds on is missing or does not fit.
         """
 
-    def start(self, run: Run, inputs) -> TrainState:
+    def start(self, run: Run, inputs: Params) -> TrainState:
         """The initial state of a run."""
         return self.init(jax.random.fold_in(run.key, self.INIT_KEY), inputs)
 
     @abc.abstractmethod
     def evaluate(
-        self, run: Run, state, inputs, metadata: RunMetadata
+        self, run: Run, state: Any, inputs: Params, metadata: RunMetadata
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Metrics on held-out images, and a picture uint8 (H, W, 3) if there is one."""
 
-    def finish(self, run: Run, state, metadata: RunMetadata) -> RunMetadata:
+    def finish(self, run: Run, state: Any, metadata: RunMetadata) -> RunMetadata:
         """The metadata of the last checkpoint."""
         return metadata
 
     @abc.abstractmethod
-    def export(self, run: Run, state, inputs) -> dict[str, Any]:
+    def export(self, run: Run, state: Any, inputs: Params) -> Params:
         """{network: NumPy parameters} of the model as trained so far."""
 
 
