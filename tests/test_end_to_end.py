@@ -16,6 +16,7 @@ import pytest
 from absl import flags
 from helpers import (
     ROOT,
+    TOGETHER,
     free_port,
     is_even_hierarchy,
     logged,
@@ -284,7 +285,7 @@ def start_two(workdir, *arguments):
         subprocess.Popen(
             [*command, f"--process_id={index}"],
             cwd=ROOT,
-            env=with_devices(2),
+            env=with_devices(2) | TOGETHER,
             stderr=subprocess.PIPE,
             text=True,
         )
