@@ -22,6 +22,7 @@ decoding. All evaluations count as guided, also those that the settings do not g
 """
 
 import ctypes
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -35,9 +36,10 @@ import torch.nn.functional as F
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from benchmarks.sampling import CLASSES, random_params, read_config
-from nvg_jax import granularity, layers, models
+from benchmarks.sampling import random_params, read_config
+from nvg_jax import granularity, layers
 from nvg_jax.layers import TransformerConfig
+from nvg_jax.models import ModelConfig
 from nvg_jax.structure.flow import SOLVERS
 from nvg_jax.structure.model import CANVAS_KIND
 from nvg_jax.tokenizer import TokenizerConfig
@@ -312,35 +314,36 @@ class Row:
         )
 
 
-def rows(params, sizes: TokenizerConfig, transformers):
+def rows(params, model: ModelConfig):
     """{name: (gradients, batch) -> Row}."""
+    sizes, transformers = model.tokenizer, model.generators
     length, bits = sizes.num_positions, sizes.num_stages - 1
     stage = bits // 2
     keys = iter(jax.random.split(jax.random.key(0), 16))
 
     def generator(name, gradients, batch):
-        model = models.make_generator(name, transformers[name], sizes, CLASSES, FLAGS.dtype)
+        network_of_ours = model.make_generator(name)
         canvas = jax.random.normal(next(keys), (batch, length, sizes.latent_dim))
         labels = jnp.broadcast_to(jnp.arange(length) * 2**stage // length, (batch, length))
         embedding = granularity.structure_embedding(labels, stage, bits)
         stages, ids = jnp.full(batch, stage), jnp.arange(batch)
         if name == "content":
             network, inputs = content, (canvas, embedding, stages, ids, jnp.ones(bits + 2))
-            ours = lambda params, *args: model.apply(
+            ours = lambda params, *args: network_of_ours.apply(
                 {"params": params}, *args, method="predict_canvas"
             )[0]
         else:
             noisy = jax.random.normal(next(keys), (batch, length, bits))
             moment = jnp.linspace(0.1, 0.9, batch)
             network, inputs = structure, (noisy, moment, embedding, canvas, stages, ids)
-            ours = lambda params, *args: model.apply({"params": params}, *args)
+            ours = lambda params, *args: network_of_ours.apply({"params": params}, *args)
         theirs = lambda weights, *args: network(
             weights, transformers[name], sizes.latent_size, *args
         )
         return Row(ours, theirs, params[name], inputs, gradients)
 
     def autoencoder(encode, gradients, batch):
-        model = models.make_tokenizer(sizes, FLAGS.dtype)
+        tokenizer = model.make_tokenizer()
         size, channels = (sizes.image_size, 3) if encode else (sizes.latent_size, sizes.latent_dim)
         x = jax.random.normal(next(keys), (batch, *size, channels))
         method = "latents" if encode else "decode_unclamped"
@@ -349,7 +352,7 @@ def rows(params, sizes: TokenizerConfig, transformers):
         def ours(params, x):
             if not encode:
                 x = x.reshape(batch, length, sizes.latent_dim)
-            out = model.apply({"params": params}, x, method=method)
+            out = tokenizer.apply({"params": params}, x, method=method)
             return out.reshape(grid) if encode else out
 
         network = encoder if encode else decoder
@@ -366,8 +369,9 @@ def rows(params, sizes: TokenizerConfig, transformers):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
-    sizes, transformers, settings = read_config(FLAGS.config)
-    params = random_params(sizes, transformers)
+    model, settings = read_config(FLAGS.config)
+    model = dataclasses.replace(model, dtype=FLAGS.dtype)
+    params, sizes = random_params(model), model.tokenizer
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # on GPUs, as JAX's default
     where = jax.devices()[0].device_kind
@@ -384,7 +388,7 @@ def main(_):
         print(f"| {name} | {images} | {times} | {held} |", flush=True)
 
     times = {}
-    makers = rows(params, sizes, transformers)
+    makers = rows(params, model)
     for label in FLAGS.rows:
         name, _, kind = label.partition(" ")
         images, gradients = FLAGS.batch_size, kind == "gradient"

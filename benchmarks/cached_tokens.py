@@ -15,11 +15,11 @@ import numpy as np
 
 from configs import common, digits, imagenet256
 from nvg_jax.data.sequences import compact, crop_dtype
-from nvg_jax.models import GENERATORS, init_tokenizer, make_tokenizer
+from nvg_jax.models import ModelConfig, init_tokenizer
+from nvg_jax.parts import BOTH_GENERATORS
 from nvg_jax.runtime import sharding
-from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.training import programs
 from nvg_jax.training.generators import encode
+from nvg_jax.training.trainers import make_trainer
 
 
 def preset(name: str):
@@ -51,10 +51,10 @@ def main():
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {args.repeats} steps each")
     for name in args.presets.split(","):
         config = preset(name)
-        sizes = TokenizerConfig(**config.tokenizer)
+        model = ModelConfig.from_config(config, num_classes=10)
         count = config.generator_training.batch_size
-        tokenizer = make_tokenizer(sizes)
-        images = smooth_images(count, sizes.image_size)
+        tokenizer = model.make_tokenizer()
+        images = smooth_images(count, model.tokenizer.image_size)
         with sharding.in_mesh(mesh):
             params = jax.jit(lambda key: sharding.unbox(init_tokenizer(tokenizer, key)))(
                 jax.random.key(0)
@@ -67,8 +67,8 @@ def main():
                 "images": {"image": images},
                 "sequences": {key: np.ascontiguousarray(stored[key]) for key in stored.dtype.names},
             }
-            program = programs.generator_training(config, mesh, 1000, GENERATORS, 10)
-            seconds = step_seconds(program, batches, params, sizes, mesh, args.repeats)
+            trainer = make_trainer(BOTH_GENERATORS, config, model, mesh, num_images=100_000)
+            seconds = step_seconds(trainer, batches, params, args.repeats)
         print(
             f"{name}, batch size {count}, median per step, load average {os.getloadavg()[0]:.1f}:"
         )
@@ -79,23 +79,22 @@ def main():
         print(f"    ratio           {ratio[0]:9.2f}     {ratio[1]:9.2f}", flush=True)
 
 
-def step_seconds(program, batches, tokenizer_params, sizes, mesh, repeats: int):
+def step_seconds(trainer, batches, tokenizer_params, repeats: int):
     """{kind of batch: [(wall seconds, CPU seconds) of each step]}, without the compiling step.
 
     Kinds of batches alternate, so that other load on the machine affects all of them equally.
     """
-    states = program.init(jax.random.key(0), tokenizer_params["quantizer"]["codebook"])
-    canvas_scale = np.ones(sizes.num_stages + 1, np.float32)
+    canvas_scale = np.ones(trainer.model.tokenizer.num_stages + 1, np.float32)
+    inputs = {"tokenizer": tokenizer_params, "canvas_scale": canvas_scale}
+    state = trainer.init(jax.random.key(0), inputs)
     seconds = {kind: [] for kind in batches}
     for _ in range(1 + repeats):
         for kind, batch in batches.items():
             labels = np.arange(len(next(iter(batch.values()))), dtype=np.int32) % 10
-            batch = sharding.global_batch({**batch, "label": labels}, mesh)
+            batch = sharding.global_batch({**batch, "label": labels}, trainer.mesh)
             wall, cpu = time.perf_counter(), time.process_time()
-            states, metrics = program.step(
-                states, tokenizer_params, {}, canvas_scale, batch, jax.random.key(1)
-            )
-            jax.block_until_ready((states, metrics))
+            state, metrics = trainer.step(state, inputs, batch, jax.random.key(1))
+            jax.block_until_ready((state, metrics))
             seconds[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {kind: values[1:] for kind, values in seconds.items()}
 

@@ -24,48 +24,31 @@ from nvg_jax.aot.lowering import training_part
 from nvg_jax.pipeline import sample_keys
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.training import generators, tokenizer
-from nvg_jax.workdir import DISTILLATION, RECIPES
+from nvg_jax.training.trainers import make_trainer
 
 FLAGS = flags.FLAGS
-STEPS = 1000  # of the training, which only shapes the schedule
+IMAGES = 1_281_167  # of the training data, whose number only shapes the schedule
 
 
 def training(config, mesh):
     """The compiled training step of `config.part` -> function that runs it, returns its metrics."""
-    sizes, _, _ = read_config(config)
+    model, _ = read_config(config)
     part = training_part(config)
-    if part == DISTILLATION:
-        raise app.UsageError("Distillation needs a teacher; choose another --config.part.")
-    config[RECIPES[part]].batch_size = batch = FLAGS.batch_size
-    replicated = NamedSharding(mesh, PartitionSpec())
+    config[part.section].batch_size = batch = FLAGS.batch_size
     rng = np.random.default_rng(0)
-
-    def random_batch(abstract):
-        images = rng.uniform(-1, 1, abstract["image"].shape).astype(np.float32)
-        labels = rng.integers(0, CLASSES, batch, np.int32)
-        return jax.device_put(
-            {"image": images, "label": labels}, NamedSharding(mesh, sharding.BATCH_SPEC)
-        )
-
     with sharding.in_mesh(mesh):
-        if part == "tokenizer":
-            program = tokenizer.make_program(config, mesh, STEPS)
-            _, frozen, abstract, _ = program.arguments
-            shared = (jax.device_put(random_weights(frozen), replicated),)
-            static = {"index_backprop": config.tokenizer_training.index_backprop_epochs > 0}
-            state = program.init(jax.random.key(0))
-        else:
-            names = generators.parts_of(part)
-            program = generators.make_program(config, mesh, STEPS, names, CLASSES)
-            _, _, frozen, _, abstract, _ = program.arguments
-            encoder = random_params(sizes, {})["tokenizer"]
-            scale = jnp.ones(sizes.num_stages + 1)
-            shared = (*jax.device_put((encoder, random_weights(frozen)), replicated), scale)
-            static = {}
-            state = program.init(jax.random.key(0), encoder["quantizer"]["codebook"])
-        arguments = (*shared, random_batch(abstract), jax.random.key(0))
-        step = program.step.lower(state, *arguments, **static).compile()
+        trainer = make_trainer(part, config, model, mesh, num_images=IMAGES)
+        images = rng.uniform(-1, 1, trainer.batch["image"].shape).astype(np.float32)
+        labels = rng.integers(0, CLASSES, batch, np.int32)
+        examples = {"image": images, "label": labels}
+        inputs = random_weights(trainer.inputs)
+        if "canvas_scale" in inputs:
+            inputs["canvas_scale"] = jnp.ones(trainer.inputs["canvas_scale"].shape)
+        place = lambda x, like: jax.device_put(x, like.sharding)
+        inputs, examples = jax.tree.map(place, (inputs, examples), (trainer.inputs, trainer.batch))
+        state = trainer.init(jax.random.key(0), inputs)
+        arguments = (inputs, examples, jax.random.key(0))
+        step = trainer.step.lower(state, *arguments, warming_up=trainer.warming_up(0)).compile()
 
     def run():
         nonlocal state
@@ -77,19 +60,17 @@ def training(config, mesh):
 
 def sampling(config, mesh):
     """The compiled sampler -> function that runs it and returns images and sequences."""
-    sizes, transformers, settings = read_config(config)
+    model, settings = read_config(config)
     batch = FLAGS.batch_size
-    program = sampling_program(sizes, **transformers, num_classes=CLASSES, dtype=config.dtype)
+    program = sampling_program(model)
     plan, values = program.plan(settings)
     split = NamedSharding(mesh, sharding.BATCH_SPEC)
     with jax.set_mesh(mesh):
         _, _, _, _, noise, _, prefix, region = program.arguments(batch, values, mesh)
         zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
         args = (
-            jax.device_put(
-                random_params(sizes, transformers), NamedSharding(mesh, PartitionSpec())
-            ),
-            jnp.ones(sizes.num_stages + 1),
+            jax.device_put(random_params(model), NamedSharding(mesh, PartitionSpec())),
+            jnp.ones(model.tokenizer.num_stages + 1),
             jax.device_put(jnp.arange(batch) % CLASSES, split),
             jax.device_put(sample_keys(0, np.arange(batch)), split),
             jax.device_put(jax.random.normal(jax.random.key(1), noise.shape), split),

@@ -9,6 +9,7 @@ canvas, and the decoder. Seconds per image are the time of a call multiplied by 
 with the config's settings. In a guided stage, a call works on twice the batch.
 """
 
+import dataclasses
 import functools
 import time
 
@@ -18,24 +19,22 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from nvg_jax import models
-from nvg_jax.layers import TransformerConfig, cast_blocks
+from nvg_jax.layers import cast_blocks
+from nvg_jax.models import ModelConfig
 from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.networks import bind
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.flow import SOLVERS
-from nvg_jax.tokenizer import TokenizerConfig
 
 FLAGS = flags.FLAGS
 CLASSES = 1000
 
 
-def read_config(config) -> tuple[TokenizerConfig, dict[str, TransformerConfig], Settings]:
-    """(the tokenizer's sizes, the generators' sizes, the expanded sampling settings)."""
-    sizes = TokenizerConfig(**config.tokenizer)
-    transformers = {name: TransformerConfig(**config[name]) for name in models.GENERATORS}
+def read_config(config) -> tuple[ModelConfig, Settings]:
+    """(the model, the expanded sampling settings)."""
+    model = ModelConfig.from_config(config, CLASSES)
     settings = Settings.from_dict(config.sampling.to_dict())
-    return sizes, transformers, settings.expand(sizes.num_stages, sizes.codebook_size)
+    return model, settings.expand(model.tokenizer.num_stages, model.tokenizer.codebook_size)
 
 
 def random_weights(abstract):
@@ -55,12 +54,9 @@ def random_weights(abstract):
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def random_params(sizes: TokenizerConfig, transformers: dict[str, TransformerConfig]):
-    """Random weights of the tokenizer and of the generators whose sizes are given."""
-    return {
-        name: random_weights(models.abstract_params(name, sizes, transformers.get(name), CLASSES))
-        for name in ("tokenizer", *transformers)
-    }
+def random_params(model: ModelConfig):
+    """Random weights of all networks of a model."""
+    return {name: random_weights(model.abstract_params(name)) for name in model.networks}
 
 
 def seconds(function, *args) -> float:
@@ -74,19 +70,17 @@ def seconds(function, *args) -> float:
     return min(times)
 
 
-def measure(params, sizes, transformers, dtype: str, batch: int, settings: Settings):
+def measure(params, model: ModelConfig, batch: int, settings: Settings):
     """{part: seconds for a batch}."""
+    sizes = model.tokenizer
     stages, length = sizes.num_stages, sizes.num_positions
-    networks = {
-        name: models.make_generator(name, transformers[name], sizes, CLASSES, dtype)
-        for name in models.GENERATORS
-    }
+    networks = {name: model.make_generator(name) for name in model.generators}
     # Cast once, as the sampler does.
     params = params | {name: cast_blocks(params[name], networks[name].dtype) for name in networks}
     of = functools.partial(
         bind,
         canvas_scale=jnp.ones(stages + 1),
-        tokenizer=models.make_tokenizer(sizes, dtype),
+        tokenizer=model.make_tokenizer(),
         **networks,
     )
     stage = stages // 2
@@ -145,14 +139,15 @@ def measure(params, sizes, transformers, dtype: str, batch: int, settings: Setti
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
-    sizes, transformers, settings = read_config(FLAGS.config)
-    params = random_params(sizes, transformers)
+    model, settings = read_config(FLAGS.config)
+    params = random_params(model)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}; seconds an image (share)\n")
     print("| precision | batch | content | structure | tokens | canvas | decoder | all |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype in FLAGS.dtypes:
         for batch in map(int, FLAGS.batches):
-            parts = measure(params, sizes, transformers, dtype, batch, settings)
+            in_dtype = dataclasses.replace(model, dtype=dtype)
+            parts = measure(params, in_dtype, batch, settings)
             times = {name: time / batch for name, time in parts.items()}
             total = sum(times.values())
             cells = [f"{t:.3g} ({t / total:.0%})" for t in times.values()]

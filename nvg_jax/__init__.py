@@ -11,28 +11,19 @@ width; K bits of a structure embedding. N counts the tokens of a transformer, or
 Signatures show shapes with jaxtyping: `Float[Array, "B L D"]`, and "*batch" for any number of axes.
 """
 
-import importlib
 import os
+
+from etils import epy
 
 # Silences TensorFlow's notices; must run before anything (such as clu) imports it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+# Imported on first use, so that a command that only reports an error starts fast.
+with epy.lazy_api_imports(globals()):
+    from nvg_jax import clustering, evaluation
+    from nvg_jax.pipeline import Pipeline, SampleOutput
+    from nvg_jax.tokenizer import GranularitySequence
+
 __version__ = "0.1.0"
 __all__ = ["GranularitySequence", "Pipeline", "SampleOutput", "clustering", "evaluation"]
-
-# Imported on first use, so that a command that only reports an error starts fast.
-HOMES = {
-    "GranularitySequence": "nvg_jax.tokenizer",
-    "Pipeline": "nvg_jax.pipeline",
-    "SampleOutput": "nvg_jax.pipeline",
-}
-MODULES = ("clustering", "evaluation")
-
-
-def __getattr__(name: str):
-    if name in HOMES:
-        return getattr(importlib.import_module(HOMES[name]), name)
-    if name in MODULES:
-        return importlib.import_module(f"nvg_jax.{name}")
-    raise AttributeError(f"module 'nvg_jax' has no attribute {name!r}")

@@ -5,26 +5,28 @@ Without --workdir it shows the bundled Fashion-MNIST model. Only this machine ca
 """
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli
 from nvg_jax.errors import UserError
 from nvg_jax.sampling.settings import DTYPES
+
+with epy.lazy_imports():
+    from nvg_jax import page, pipeline
 
 FLAGS = flags.FLAGS
 
 
 def main(_):
     try:
-        from nvg_jax import page
+        build = page.build
     except ImportError as error:
         raise UserError(
             f'The page needs Gradio, which is not installed ({error}). pip install -e ".[app]"'
         ) from error
-    from nvg_jax.pipeline import Pipeline
-
-    pipe = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     pipe.check_can_sample()
-    blocks = page.build(page.Page(pipe, FLAGS.workdir))
+    blocks = build(page.Page(pipe, FLAGS.workdir))
     blocks.queue(max_size=FLAGS.max_waiting).launch(
         server_name=FLAGS.host, server_port=FLAGS.port, max_file_size=page.MAX_UPLOAD
     )

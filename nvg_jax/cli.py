@@ -97,7 +97,6 @@ def define_data_flags():
     flags.DEFINE_string("data_name", None, "Data set, if not the one the model was trained on.")
     flags.DEFINE_string("data_dir", None, "Folder of the data set.")
     flags.DEFINE_integer("resize", None, "Short side before the crop; 0: image size * 288 / 256.")
-    flags.DEFINE_integer("pad", None, "Random shifts of training crops by up to this many pixels.")
 
 
 def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
@@ -106,17 +105,17 @@ def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         UserError: there is neither a config nor --data_name.
     """
-    given = {"name": flags.FLAGS.data_name}
-    given |= {name: flags.FLAGS[name].value for name in ("data_dir", "resize", "pad")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "name" in given:
-        return {"data_dir": "", "resize": 0, "pad": 0} | given
+    changes = {"name": flags.FLAGS.data_name}
+    changes |= {n: flags.FLAGS[n].value for n in ("data_dir", "resize", "pad") if n in flags.FLAGS}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "name" in changes:
+        return {"data_dir": "", "resize": 0, "pad": 0} | changes
     if config is None:
         raise UserError(
             "This folder does not say what data it was trained on (converted weights do not); "
             "give --data_name, for example tfds:imagenet2012, and --data_dir."
         )
-    return config["data"] | given
+    return config["data"] | changes
 
 
 def define_sampling_flags():
@@ -214,13 +213,18 @@ def parse_flags(argv):
     """Parses the flags; an error in a config file or an override is cut down to its message."""
     try:
         rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "keys", None)  # raises if the file cannot be loaded
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
         if is_unknown_key(error):
             text = unknown_key(argv)
         else:
             text = str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        message = lines[-1].split("Error: ", 1)[-1] if "Traceback" in text else " ".join(lines)
+        if "Traceback" in text or isinstance(error, OSError):  # the reason comes last
+            message = lines[-1].split("Error: ", 1)[-1]
+        else:
+            message = " ".join(lines)
         exit_with_error(message)
     for name in flags.FLAGS:  # such as --edit=$FILE without a FILE; config values may be empty
         flag = flags.FLAGS[name]

@@ -7,10 +7,14 @@ network for the training losses or for evaluation (docs/pretrained_features.md).
 """
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli, pretrained
 from nvg_jax.errors import UserError
 from nvg_jax.torch_interop import weight_names
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax.jobs import conversion
 
 FLAGS = flags.FLAGS
 
@@ -27,8 +31,6 @@ def main(_):
     if "out" not in given:
         raise UserError("Give --out, a new folder to write.")
     given.remove("out")
-    from nvg_jax.jobs import conversion
-
     if FLAGS.to_safetensors:
         if given != {"workdir"}:
             raise UserError("--to-safetensors takes --workdir and --out, and no checkpoints.")

@@ -12,11 +12,20 @@ import os
 
 import ml_collections
 from absl import flags
+from etils import epy
 from ml_collections import config_flags
 
 from nvg_jax import cli
 from nvg_jax.errors import UserError
+from nvg_jax.parts import DISTILLATION
+from nvg_jax.runtime import preemption
 from nvg_jax.training.checks import check_recipe
+
+with epy.lazy_imports():  # slow, and not needed to report an invalid setting
+    from nvg_jax import workdir as folders
+    from nvg_jax.jobs import scoring
+    from nvg_jax.runtime import files, sharding
+    from nvg_jax.training import distillation, loop, run, trainers
 
 FLAGS = flags.FLAGS
 
@@ -25,44 +34,34 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     """Trains a student of `teacher` and writes the complete model to `workdir`; resumes.
 
     Raises:
-        UserError: an invalid setting, teacher or data set; the message names a valid one.
-        UserError: a metric is not finite; the message names the step and the metric.
+        UserError: an invalid setting, teacher or data set, or a metric that is not finite; the
+            message says what is valid, or names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
     """
-    check_recipe(config, "distillation", ("distillation",))
-    from nvg_jax import workdir as folders
-    from nvg_jax.jobs.scoring import make_scorers
-    from nvg_jax.runtime import sharding
-    from nvg_jax.runtime.files import storage_path
-    from nvg_jax.training import distillation
-    from nvg_jax.training.loop import fit
-    from nvg_jax.training.run import open_run
-
-    workdir = storage_path(workdir)
+    check_recipe(config, DISTILLATION.section, (DISTILLATION,))
+    workdir = files.storage_path(workdir)
     folders.check_export(workdir)
-    if (workdir / folders.EXPORT_FOLDER).exists() and not (workdir / folders.DISTILLATION).exists():
+    if (workdir / folders.EXPORT_FOLDER).exists() and not (workdir / DISTILLATION.name).exists():
         raise UserError(
             f"{workdir} holds a model already, which its student would replace; give another "
             "--workdir."
         )
     metadata, params = distillation.read_teacher(teacher)
-    config = distillation.with_sizes(config, metadata)
+    config = distillation.with_teacher(config, metadata)
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        run = open_run(config, workdir, mesh, networks=())
-        scorers = make_scorers(config, (folders.DISTILLATION,), run.train_source.num_classes)
-        task = distillation.task(run, metadata, params)
-        fit(task, workdir, mesh, scorers.get(folders.DISTILLATION))
+        opened = run.open_run(config, workdir, mesh, teacher=(metadata, params))
+        trainer = trainers.open_trainer(opened, DISTILLATION)
+        scorers = scoring.make_scorers(config, (DISTILLATION,), opened.model.num_classes)
+        loop.fit(trainer, opened, scorers.get(DISTILLATION))
     student, state = folders.read(
-        workdir / folders.DISTILLATION,
-        lambda m: {"ema_params": {"structure": m.abstract_params("structure")}},
+        workdir / DISTILLATION.name,
+        lambda m: {"ema_params": {"structure": m.model.abstract_params("structure")}},
     )
     folders.write_export(workdir, student, params | state["ema_params"])
 
 
 def main(_):
-    from nvg_jax.runtime import preemption
-
     preemption.watch()
     distill(FLAGS.config, FLAGS.teacher, FLAGS.workdir)
 

@@ -8,22 +8,23 @@ share the work (`--distributed`, one folder for all).
 import logging
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax import pipeline
+    from nvg_jax.jobs import encoding
 
 FLAGS = flags.FLAGS
 logger = logging.getLogger("nvg_jax")
 
 
 def main(_):
-    from nvg_jax.pipeline import Pipeline
-
-    pipeline = Pipeline.from_pretrained(FLAGS.workdir)
-    data = cli.data_section(pipeline.metadata.config)
-    from nvg_jax.jobs.encoding import encode_data_set
-
-    metadata = encode_data_set(
-        pipeline,
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
+    data = cli.data_section(pipe.metadata.config)
+    metadata = encoding.encode_data_set(
+        pipe,
         FLAGS.out,
         data,
         crops=FLAGS.crops,
@@ -44,6 +45,7 @@ def main(_):
 if __name__ == "__main__":
     cli.define_model_flags()
     cli.define_data_flags()
+    flags.DEFINE_integer("pad", None, "Random shifts of training crops by up to this many pixels.")
     flags.DEFINE_string("out", None, "Folder of the sequences; several processes share it.")
     flags.DEFINE_integer("crops", 1, "Random crops of each training image.", lower_bound=1)
     flags.DEFINE_enum("on_bad", "error", ["error", "skip"], "What an unreadable image does.")

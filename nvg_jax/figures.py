@@ -11,9 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli
 from nvg_jax.errors import UserError
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax import pipeline, visualize
+    from nvg_jax.jobs import editing, figures
+    from nvg_jax.runtime import files
 
 FLAGS = flags.FLAGS
 FIGURES = ("sequence", "binary", "drawings", "stages")
@@ -25,18 +31,13 @@ def main(_):
         raise UserError(f"--figures takes {', '.join(FIGURES)}; got {', '.join(unknown)}.")
     if FLAGS.image and "sequence" not in FLAGS.figures:
         raise UserError("--image is shown by the figure sequence; add it to --figures.")
-    from nvg_jax.jobs import editing, figures
-    from nvg_jax.pipeline import Pipeline
-    from nvg_jax.runtime.files import make_folder
-    from nvg_jax.visualize import save_png
-
-    pipe = Pipeline.from_pretrained(FLAGS.workdir)
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
     if not FLAGS.image or FLAGS.figures != ["sequence"]:
         pipe.check_can_sample()
     names = FLAGS.classes or range(min(len(pipe.class_names), 8))
     classes = [pipe.class_id(name) for name in names]
     out = Path(FLAGS.out)
-    make_folder(out)
+    files.make_folder(out)
 
     def draw(name: str) -> np.ndarray:
         if name == "sequence" and FLAGS.image:
@@ -54,7 +55,7 @@ def main(_):
         return figures.stages(pipe, classes[0], FLAGS.columns, FLAGS.seed)
 
     for name in FLAGS.figures:
-        save_png(out / f"{name}.png", draw(name))
+        visualize.save_png(out / f"{name}.png", draw(name))
         print(out / f"{name}.png")
 
 

@@ -1,5 +1,6 @@
-"""Modules from their sizes, and the shapes and initial values of their parameters."""
+"""The sizes of a model, its modules, and the shapes and initial values of its parameters."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,45 +10,95 @@ from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
+from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 
-GENERATORS = ("content", "structure")
 Generator = ContentGenerator | StructureGenerator
 
 
-def make_tokenizer(config: TokenizerConfig, dtype: str = "float32") -> Tokenizer:
-    return Tokenizer(config, jnp.dtype(dtype))
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a model.
 
-
-def make_generator(
-    name: str,
-    transformer: TransformerConfig,
-    tokenizer: TokenizerConfig,
-    num_classes: int,
-    dtype: str = "float32",
-) -> Generator:
-    """The "content" or "structure" generator for a tokenizer's latents.
-
-    Raises:
-        UserError: the latent is too small for a structure generator.
+    Attributes:
+        content, structure: None for a generator that the model does not have.
+        dtype: of the computation; parameters are float32.
     """
-    shared = dict(
-        grid=tokenizer.latent_size,
-        latent_dim=tokenizer.latent_dim,
-        num_classes=num_classes,
-        transformer=transformer,
-        dtype=jnp.dtype(dtype),
-    )
-    if name == "content":
-        return ContentGenerator(codebook_size=tokenizer.codebook_size, **shared)
-    if tokenizer.num_stages < 3:
-        raise UserError(
-            f"A latent of {tokenizer.num_positions} positions leaves the structure generator "
-            "nothing to learn; use a latent of at least 4 positions."
+
+    tokenizer: TokenizerConfig
+    num_classes: int = 0
+    content: TransformerConfig | None = None
+    structure: TransformerConfig | None = None
+    dtype: str = "float32"
+
+    @classmethod
+    def from_config(cls, config, num_classes: int) -> "ModelConfig":
+        """The model of a training config.
+
+        Raises:
+            UserError: invalid sizes.
+        """
+        return cls(
+            TokenizerConfig(**config.tokenizer),
+            num_classes,
+            **{name: TransformerConfig(**config[name]) for name in GENERATORS},
+            dtype=config.dtype,
         )
-    return StructureGenerator(**shared)
+
+    @property
+    def generators(self) -> dict[str, TransformerConfig]:
+        """{name: sizes} of the generators that the model has."""
+        sizes = {name: getattr(self, name) for name in GENERATORS}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of its networks."""
+        return ("tokenizer", *self.generators)
+
+    def only(self, *generators: str) -> "ModelConfig":
+        """The model without its other generators."""
+        return dataclasses.replace(
+            self, **{name: None for name in GENERATORS if name not in generators}
+        )
+
+    def make_tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.tokenizer, jnp.dtype(self.dtype))
+
+    def make_generator(self, name: str) -> Generator:
+        """The "content" or "structure" generator.
+
+        Raises:
+            UserError: the latent is too small for a structure generator.
+        """
+        shared = dict(
+            grid=self.tokenizer.latent_size,
+            latent_dim=self.tokenizer.latent_dim,
+            num_classes=self.num_classes,
+            transformer=getattr(self, name),
+            dtype=jnp.dtype(self.dtype),
+        )
+        if name == "content":
+            return ContentGenerator(codebook_size=self.tokenizer.codebook_size, **shared)
+        if self.tokenizer.num_stages < 3:
+            raise UserError(
+                f"A latent of {self.tokenizer.num_positions} positions leaves the structure "
+                "generator nothing to learn; use a latent of at least 4 positions."
+            )
+        return StructureGenerator(**shared)
+
+    @functools.cache  # noqa: B019 (few models are made, and these trees are small)
+    def abstract_params(self, name: str):
+        """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters."""
+        if name == "tokenizer":
+            init = functools.partial(init_tokenizer, self.make_tokenizer())
+        else:
+            init = functools.partial(init_generator, self.make_generator(name))
+        # The key is abstract too: nothing can run in the mesh of a topology that is only compiled
+        # for.
+        return unbox(jax.eval_shape(init, jax.eval_shape(jax.random.key, 0)))
 
 
 def init_tokenizer(model: Tokenizer, key):
@@ -80,23 +131,3 @@ def init_generator(model: Generator, key, codebook=None):
         boxes = params["token_head"]
         params = params | {"token_head": {k: boxes[k].replace_boxed(v) for k, v in head.items()}}
     return params
-
-
-@functools.cache
-def abstract_params(
-    name: str,
-    tokenizer: TokenizerConfig,
-    transformer: TransformerConfig | None = None,
-    num_classes: int = 0,
-):
-    """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters.
-
-    The last two arguments are for generators.
-    """
-    if name == "tokenizer":
-        init = functools.partial(init_tokenizer, make_tokenizer(tokenizer))
-    else:
-        model = make_generator(name, transformer, tokenizer, num_classes)
-        init = functools.partial(init_generator, model)
-    # The key is abstract too: nothing can run in the mesh of a topology that is only compiled for.
-    return unbox(jax.eval_shape(init, jax.eval_shape(jax.random.key, 0)))

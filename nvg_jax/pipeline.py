@@ -1,5 +1,6 @@
 """The object that a notebook or a command uses: sample, encode, decode, reconstruct."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nvg_jax import bundled, granularity, models, workdir
+from nvg_jax import bundled, granularity, workdir
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.metrics import to_float
-from nvg_jax.models import GENERATORS
+from nvg_jax.evaluation.image import to_float
+from nvg_jax.parts import GENERATORS
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.hardware import fast_dtype
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
@@ -60,18 +62,14 @@ class Pipeline:
         self.metadata = metadata
         self.class_names = metadata.class_names
         self.settings = metadata.sampling
-        self.tokenizer = models.make_tokenizer(metadata.tokenizer)
-        self._decoder = models.make_tokenizer(metadata.tokenizer, self.dtype)
+        self.tokenizer = dataclasses.replace(metadata.model, dtype="float32").make_tokenizer()
+        model = dataclasses.replace(metadata.model, dtype=self.dtype)
+        self._decoder = model.make_tokenizer()
         # All local devices share the batch; the parameters are replicated on each of them.
         self._mesh = make_mesh(devices=jax.local_devices())
         self.params = params
         if self.can_sample:
-            self.program = sampling_program(
-                metadata.tokenizer,
-                num_classes=metadata.num_classes,
-                dtype=self.dtype,
-                **metadata.generators,
-            )
+            self.program = sampling_program(model)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -80,7 +78,13 @@ class Pipeline:
 
     @params.setter
     def params(self, params: dict[str, Any]):
+        self.__dict__.pop("weights", None)
         self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """The fingerprint of all parameters."""
+        return fingerprint(self.params)
 
     @property
     def can_sample(self) -> bool:
@@ -123,7 +127,7 @@ class Pipeline:
         averaged weights of the generators.
 
         Args:
-            folder: a path or, if it does not exist, the name of a model in `bundled`.
+            folder: a path or, if no model is there, the name of a model in `bundled`.
             dtype: the dtype for sampling and decoding, "float32" or "bfloat16". The default is
                 bfloat16, like the published sampler, on TPUs and on GPUs that support it, and
                 float32 on CPUs. Weights, normalizations, softmax, the integration of the flow, and

@@ -17,9 +17,15 @@ another seed.
 from pathlib import Path
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli
 from nvg_jax.errors import UserError
+from nvg_jax.runtime.processes import is_main
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax import pipeline
+    from nvg_jax.jobs import editing, sampling_runs
 
 FLAGS = flags.FLAGS
 MAX_COLUMNS = 20  # columns of the grid
@@ -27,43 +33,36 @@ MAX_COLUMNS = 20  # columns of the grid
 
 def main(_):
     settings = cli.sampling_settings()
-    from nvg_jax.pipeline import Pipeline
-
-    pipeline = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
-    pipeline.check_can_sample()
-    from nvg_jax.jobs import sampling
-    from nvg_jax.runtime.processes import is_main
-
-    names = FLAGS.classes or range(len(pipeline.class_names))
-    classes = [pipeline.class_id(name) for name in names]
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
+    pipe.check_can_sample()
+    names = FLAGS.classes or range(len(pipe.class_names))
+    classes = [pipe.class_id(name) for name in names]
     batch_size = min(FLAGS.batch_size, len(classes) * FLAGS.per_class)
-    job = sampling.SamplingJob(
-        pipeline,
+    job = sampling_runs.SamplingJob(
+        pipe,
         classes,
         FLAGS.per_class,
         batch_size,
         FLAGS.seed,
         settings,
-        given(pipeline),
+        constraint(pipe),
         FLAGS.walk_to,
     )
     out = Path(FLAGS.out)
     if out.suffix == ".npz":
-        sampling.write_array(job, out)
+        sampling_runs.write_array(job, out)
     else:
-        sampling.write_pictures(job, out, columns=min(FLAGS.per_class, MAX_COLUMNS))
+        sampling_runs.write_pictures(job, out, columns=min(FLAGS.per_class, MAX_COLUMNS))
     if is_main():
         print(f"{len(job)} samples: {out}")
 
 
-def given(pipeline):
+def constraint(pipe):
     """What samples keep according to the flags, or None.
 
     Raises:
         UserError: flags that contradict each other, or a file that cannot be read.
     """
-    from nvg_jax.jobs import editing
-
     chosen = [name for name in ("structure_from", "structure_map", "edit") if FLAGS[name].value]
     if len(chosen) > 1:
         raise UserError(f"Give only one of {', '.join(f'--{name}' for name in chosen)}.")
@@ -74,12 +73,12 @@ def given(pipeline):
             raise UserError(f"--{name} needs --{other}.")
     if FLAGS.structure_from:
         stages = FLAGS.structure_stages, FLAGS.token_stages
-        return editing.keep_stages(pipeline, FLAGS.structure_from, *stages)
+        return editing.keep_stages(pipe, FLAGS.structure_from, *stages)
     if FLAGS.structure_map:
-        return editing.follow_drawing(pipeline, FLAGS.structure_map)
+        return editing.follow_drawing(pipe, FLAGS.structure_map)
     if FLAGS.edit:
         feather = FLAGS.feather if FLAGS.paste else None
-        return editing.edit_region(pipeline, FLAGS.edit, FLAGS.mask, FLAGS.edit_from, feather)
+        return editing.edit_region(pipe, FLAGS.edit, FLAGS.mask, FLAGS.edit_from, feather)
     return None
 
 

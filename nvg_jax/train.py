@@ -9,10 +9,18 @@ import os
 
 import ml_collections
 from absl import flags
+from etils import epy
 from ml_collections import config_flags
 
 from nvg_jax import cli
-from nvg_jax.training.checks import PARTS_OF, check_config, check_init
+from nvg_jax.parts import CHOICES
+from nvg_jax.runtime import preemption
+from nvg_jax.training import checks
+
+with epy.lazy_imports():  # slow, and not needed to report an invalid setting
+    from nvg_jax.jobs import scoring
+    from nvg_jax.runtime import files, sharding
+    from nvg_jax.training import loop, run, trainers
 
 FLAGS = flags.FLAGS
 
@@ -21,47 +29,26 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     """Trains the parts that `config.part` names, resuming from `workdir`.
 
     Raises:
-        UserError: an invalid setting or data set; the message names a valid one.
-        UserError: a metric is not finite; the message names the step and the metric.
+        UserError: an invalid setting or data set, or a metric that is not finite; the message says
+            what is valid, or names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
     """
-    check_config(config)
-    from nvg_jax.jobs.scoring import make_scorers
-    from nvg_jax.runtime import sharding
-    from nvg_jax.runtime.files import storage_path
-    from nvg_jax.training import generators, tokenizer
-    from nvg_jax.training.loop import fit
-    from nvg_jax.training.run import open_run
-
-    parts = PARTS_OF[config.part]
-    networks = []
-    for part in parts:
-        if part == "tokenizer":
-            networks += tokenizer.loss_config(config).pretrained
-        else:
-            names = generators.parts_of(part)
-            networks += generators.pretrained_names(config, names)
+    checks.check_config(config)
+    parts, workdir = CHOICES[config.part], files.storage_path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        run = open_run(config, storage_path(workdir), mesh, networks)
         # A run that has already started no longer needs this folder.
-        if config.init_from and not any((run.workdir / part).exists() for part in parts):
-            check_init(config, parts)
-        # Builds all programs, so that no setting of a later part is refused after days of training.
-        for part in parts:
-            if part == "tokenizer":
-                tokenizer.build_program(run)
-            else:
-                generators.build_program(run, part)
-        scorers = make_scorers(config, parts, run.train_source.num_classes)
-        for part in parts:
-            task = tokenizer.task(run) if part == "tokenizer" else generators.task(run, part)
-            fit(task, run.workdir, mesh, scorers.get(part))
+        if config.init_from and not any((workdir / part.name).exists() for part in parts):
+            checks.check_init(config, parts)
+        opened = run.open_run(config, workdir, mesh, trainers.pretrained_names(parts, config))
+        # All trainers first, so that no setting of a later part is refused after days of training.
+        todo = [trainers.open_trainer(opened, part) for part in parts]
+        scorers = scoring.make_scorers(config, parts, opened.model.num_classes)
+        for trainer in todo:
+            loop.fit(trainer, opened, scorers.get(trainer.part))
 
 
 def main(_):
-    from nvg_jax.runtime import preemption
-
     preemption.watch()
     train(FLAGS.config, FLAGS.workdir)
 

@@ -13,23 +13,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from nvg_jax import models
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
-from nvg_jax.models import GENERATORS
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, GENERATORS, PARTS, TOKENIZER
 from nvg_jax.runtime import checkpoint, files
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 
 EXPORT_FOLDER = "pipeline"
-DISTILLATION = "distillation"  # the folder of a student in training, which is then exported
-PARTS = ("tokenizer", "generators", *GENERATORS)  # "generators" holds both of them
-# The section of the config with the settings of a part's training.
-RECIPES = {"tokenizer": "tokenizer_training", DISTILLATION: "distillation"} | dict.fromkeys(
-    ("generators", *GENERATORS), "generator_training"
-)
-# What may change when a run is resumed: reporting, saving, where the same data is, how it is read.
+SIZES = ("tokenizer", *GENERATORS)  # keys of the sizes in the stored metadata
+# Settings that may differ on resume: logging, saving, and how and where the same data is read.
 MAY_CHANGE = frozenset(
     ("log_every", "eval_every", "eval_images", "save_every", "keep", "fid_every", "fid_samples")
     + ("data_dir", "num_threads", "prefetch", "on_bad")
@@ -41,12 +36,11 @@ class RunMetadata:
     """Everything a checkpoint says about its model, stored as JSON; None where it does not apply.
 
     Attributes:
-        tokenizer: sizes.
+        model: the sizes of what the checkpoint holds, in float32.
         class_names: the name of every class, in the order of the ids.
         fingerprint: a hash of the tokenizer's raw weights; None until its training has finished.
         canvas_scale: S + 1 values, 1 / std of the content generator's inputs and of the final
             canvas, measured when the tokenizer's training ends.
-        content, structure: sizes of the generators in the checkpoint.
         sampling: recommended sampling settings.
         teacher: for a distilled structure generator, the fingerprint of its teacher's weights;
             such a generator has the guidance built in.
@@ -58,12 +52,10 @@ class RunMetadata:
         step: the training step of the checkpoint that was read; not stored.
     """
 
-    tokenizer: TokenizerConfig
+    model: ModelConfig
     class_names: tuple[str, ...]
     fingerprint: str | None = None
     canvas_scale: tuple[float, ...] | None = None
-    content: TransformerConfig | None = None
-    structure: TransformerConfig | None = None
     sampling: Settings = Settings()
     teacher: str | None = None
     tokenizer_workdir: str | None = None
@@ -72,16 +64,6 @@ class RunMetadata:
     fid: float | None = None
     sources: dict[str, Any] | None = None
     step: int | None = None
-
-    @property
-    def generators(self) -> dict[str, TransformerConfig]:
-        """{name: sizes} of the generators in the checkpoint."""
-        sizes = {name: getattr(self, name) for name in GENERATORS}
-        return {name: size for name, size in sizes.items() if size is not None}
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
     def check_settings(self, settings: Settings):
         """Raises UserError for settings that a distilled structure generator does not support.
@@ -113,6 +95,8 @@ class RunMetadata:
     def to_json(self) -> dict[str, Any]:
         """A JSON-serializable dictionary, unchanged by a round trip through JSON."""
         content = dataclasses.asdict(self)
+        model = content.pop("model")
+        content |= {name: model[name] for name in SIZES}
         del content["step"]
         return json.loads(json.dumps(content))
 
@@ -124,27 +108,24 @@ class RunMetadata:
             UserError: keys that are missing or unknown, or sizes that are invalid.
         """
         try:
-            metadata = cls(**content)
-            size = lambda config: config and TransformerConfig(**config)
+            content = dict(content)
+            sizes = {name: content.pop(name) for name in SIZES}
+            generators = {
+                name: sizes[name] and TransformerConfig(**sizes[name]) for name in GENERATORS
+            }
+            tokenizer = TokenizerConfig(**sizes["tokenizer"])
+            model = ModelConfig(tokenizer, len(content["class_names"]), **generators)
+            metadata = cls(model=model, **content)
             return metadata.replace(
-                tokenizer=TokenizerConfig(**metadata.tokenizer),
                 class_names=tuple(metadata.class_names),
                 canvas_scale=metadata.canvas_scale and tuple(metadata.canvas_scale),
-                content=size(metadata.content),
-                structure=size(metadata.structure),
                 sampling=Settings.from_dict(metadata.sampling),
             )
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"The metadata is not what this version of nvg_jax writes ({error}). Read the "
                 "folder with the version that wrote it."
             ) from error
-
-    def abstract_params(self, name: str):
-        """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters."""
-        return models.abstract_params(
-            name, self.tokenizer, self.generators.get(name), self.num_classes
-        )
 
 
 def read(
@@ -184,7 +165,7 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     found = read(
         folder / EXPORT_FOLDER,
         lambda metadata: {
-            name: metadata.abstract_params(name) for name in ("tokenizer", *metadata.generators)
+            name: metadata.model.abstract_params(name) for name in metadata.model.networks
         },
     )
     return found or read_workdir(folder)
@@ -205,9 +186,9 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             "was exported or converted, or the name of a bundled model, such as fashion_mnist."
         )
     found = {}  # generator -> (folder of its checkpoints, their metadata)
-    for part in (name for name in PARTS if name != "tokenizer"):
+    for part in (BOTH_GENERATORS.name, *GENERATORS):
         metadata = read_metadata(folder / part)
-        for name in metadata.generators if metadata else ():
+        for name in metadata.model.generators if metadata else ():
             if name in found:
                 raise UserError(
                     f"{folder} holds two {name} generators, in {found[name][0].name}/ and in "
@@ -219,7 +200,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         if tokenizer is not None:
             break
     else:
-        if (folder / DISTILLATION).is_dir():
+        if (folder / DISTILLATION.name).is_dir():
             raise UserError(
                 f"The distillation in {folder} has not finished; run `python -m nvg_jax.distill` "
                 "with the same flags again."
@@ -244,11 +225,18 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     for name, (part_folder, part_metadata) in found.items():
         check_tokenizer(part_metadata, metadata, part_folder)
         part_metadata, state = read(
-            part_folder, lambda m: {"ema_params": {name: m.abstract_params(name)}}
+            part_folder, lambda m: {"ema_params": {name: m.model.abstract_params(name)}}
         )
         params[name] = state["ema_params"][name]
-        of_generator = (name, "class_names", "sampling", "config", "steps", "step")
-        metadata = metadata.replace(**{key: getattr(part_metadata, key) for key in of_generator})
+        of_generator = ("class_names", "sampling", "config", "steps", "step")
+        metadata = metadata.replace(
+            model=dataclasses.replace(
+                metadata.model,
+                num_classes=part_metadata.model.num_classes,
+                **{name: part_metadata.model.generators[name]},
+            ),
+            **{key: getattr(part_metadata, key) for key in of_generator},
+        )
     return metadata, params
 
 
@@ -262,10 +250,12 @@ def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
         UserError: all its checkpoints are damaged.
     """
     folder = files.storage_path(folder)
-    for place, key in ((folder / EXPORT_FOLDER, "tokenizer"), (folder / "tokenizer", "params")):
-        found = read(place, lambda metadata: {key: metadata.abstract_params("tokenizer")})
+    for place, key in ((EXPORT_FOLDER, "tokenizer"), (TOKENIZER.name, "params")):
+        found = read(
+            folder / place, lambda metadata: {key: metadata.model.abstract_params("tokenizer")}
+        )
         if found is not None:
-            metadata = found[0].replace(content=None, structure=None, teacher=None)
+            metadata = found[0].replace(model=found[0].model.only(), teacher=None)
             return metadata, found[1][key]
     return None
 
@@ -295,7 +285,7 @@ def write_export(
 
 def check_export(folder: epath.Path):
     """Raises UserError for a training run's folder, whose checkpoints an export would hide."""
-    if any((folder / part).is_dir() for part in PARTS):
+    if any((folder / part).is_dir() for part in PARTS if part != DISTILLATION.name):
         raise UserError(f"{folder} holds a training run; export to another folder.")
 
 
@@ -312,24 +302,26 @@ def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: epat
         )
 
 
-def check_resume(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
+def check_resume(stored: RunMetadata, new: RunMetadata, section: str, folder: epath.Path):
     """Raises UserError if the config differs from the one that the run in `folder` started with.
 
     Settings in `MAY_CHANGE` may differ.
+
+    Args:
+        section: the section of the config with the recipe.
     """
-    if new.generators:
+    if new.model.generators:
         check_tokenizer(stored, new, folder)
-    part = DISTILLATION if new.teacher else "generators" if new.generators else "tokenizer"
 
     def must_stay(metadata: RunMetadata) -> dict[str, Any]:
         content = metadata.to_json()
         config = content["config"]
-        settings = {name: content[name] for name in ("tokenizer", *GENERATORS, "teacher")}
+        settings = {name: content[name] for name in (*SIZES, "teacher")}
         settings |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
         settings |= {name: content[name] for name in ("class_names", "steps")}
-        for section in ("data", RECIPES[part]):
-            values = {k: v for k, v in config[section].items() if k not in MAY_CHANGE}
-            settings |= {f"{section}.{k}": v for k, v in values.items()}
+        for name in ("data", section):
+            values = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
+            settings |= {f"{name}.{k}": v for k, v in values.items()}
         return settings
 
     stored_settings = must_stay(stored)

@@ -27,22 +27,19 @@ def tiny_config(**changes):
 def random_pipeline():
     """A tiny model of ten classes with random weights, in which every setting matters."""
     from nvg_jax import Pipeline
-    from nvg_jax.layers import TransformerConfig
-    from nvg_jax.models import GENERATORS
+    from nvg_jax.models import ModelConfig
     from nvg_jax.sampling.settings import Settings
-    from nvg_jax.tokenizer import TokenizerConfig
     from nvg_jax.workdir import RunMetadata
 
     config = tiny_config()
+    model = ModelConfig.from_config(config, num_classes=10)
     metadata = RunMetadata(
-        tokenizer=TokenizerConfig(**config.tokenizer),
+        model=model,
         class_names=tuple(str(digit) for digit in range(10)),
         canvas_scale=(1.0,) * 6,
         sampling=Settings.from_dict(config.sampling.to_dict()),
-        **{name: TransformerConfig(**config[name]) for name in GENERATORS},
     )
-    names = ("tokenizer", *GENERATORS)
-    params = random_like({name: metadata.abstract_params(name) for name in names}, 0.2)
+    params = random_like({name: model.abstract_params(name) for name in model.networks}, 0.2)
     return Pipeline(metadata, params)
 
 
@@ -89,6 +86,13 @@ def with_devices(count: int) -> dict[str, str]:
     """The environment of a process with `count` CPU devices."""
     flags = f"--xla_force_host_platform_device_count={count}"
     return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+
+
+# For processes that compute together. On CPUs, XLA starts independent collectives of a program at
+# the same time, and each holds one of NPROC threads (by default, one per core) until the other
+# process has started the same one. When two processes fill all threads with different collectives,
+# both wait forever; with more threads than collectives, they cannot.
+TOGETHER = {"NPROC": "64"}
 
 
 def on_eight_devices(script: str) -> dict:

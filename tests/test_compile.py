@@ -441,7 +441,7 @@ def test_without_the_compiler(monkeypatch):
 
 def test_parts_are_single_programs():
     config = type("Config", (), {"part": "all"})
-    assert lowering.training_part(config) == "generators"
+    assert lowering.training_part(config).networks == ("content", "structure")
     config.part = "separate"
     with pytest.raises(UserError, match="part=separate is not a single program"):
         lowering.training_part(config)

@@ -11,13 +11,15 @@ from helpers import optimizer_config
 
 from nvg_jax import Pipeline, layers, models
 from nvg_jax.errors import UserError
+from nvg_jax.parts import BOTH_GENERATORS
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.train import check_config
 from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.checks import check_config
 from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig
+from nvg_jax.training.trainers import pretrained_names
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {
@@ -53,9 +55,7 @@ def count(tree) -> int:
 
 
 def generator(name, config, num_classes):
-    sizes = TokenizerConfig(**config.tokenizer)
-    transformer = layers.TransformerConfig(**config[name])
-    return models.make_generator(name, transformer, sizes, num_classes, config.dtype)
+    return models.ModelConfig.from_config(config, num_classes).make_generator(name)
 
 
 def test_no_preset_is_left_out():
@@ -156,7 +156,7 @@ def test_published_generators(size, width, content, structure, epochs):
 def test_published_tokenizer():
     sizes = TokenizerConfig(**load("imagenet256").tokenizer)
     assert sizes == TokenizerConfig() and sizes.num_stages == 9
-    found = parameters(models.init_tokenizer, models.make_tokenizer(sizes))
+    found = parameters(models.init_tokenizer, models.ModelConfig(sizes).make_tokenizer())
     assert {name: count(tree) for name, tree in found.items()} == {
         "encoder": 45_025_696,
         "decoder": 65_092_355,
@@ -200,7 +200,7 @@ def test_the_losses_that_need_other_networks():
         if name != "imagenet256" or "runlocal" in (arg or ""):
             config = load(name, arg)
             assert tokenizer.loss_config(config).pretrained == ()
-            assert generators.pretrained_names(config, models.GENERATORS) == ()
+            assert pretrained_names((BOTH_GENERATORS,), config) == set()
     assert tokenizer.loss_config(load("fashion_mnist", "adversarial")).adversarial_weight > 0
 
 

@@ -26,14 +26,14 @@ from nvg_jax import layers, models
 from nvg_jax.errors import UserError
 from nvg_jax.kernels.rotary import Rotary
 from nvg_jax.kernels.tpu_attention import fused_attention
+from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
-from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import discriminator_loss
-from nvg_jax.training import distillation, generators, tokenizer
 from nvg_jax.training.run import open_run
 from nvg_jax.training.state import TrainState
+from nvg_jax.training.trainers import make_trainer
 
 pytestmark = pytest.mark.slow
 STEPS = 12  # those of the other tests, whose compiled programs are shared
@@ -84,50 +84,50 @@ def train_on(mesh, starts: dict[str, TrainState]) -> dict[str, dict]:
         {training: {"curves", "collectives" and "sizes" of its compiled step}}.
     """
     config = run_config()
-    run = open_run(config, epath.Path("unused"), mesh, networks=())
+    config.sampling.update(structure_guidance=(1.0, 2.0), flow_steps=2)  # of the teacher
+    run = open_run(config, epath.Path("unused"), mesh)
     key = jax.device_put(jax.random.fold_in(run.key, 2), run.replicated)
     scale = jax.device_put(np.ones(6, np.float32), run.replicated)
     batches = run.train_batches(16, config.seed)
     taken = [sharding.global_batch(next(batches), mesh) for _ in range(STEPS)]
     found = {}
 
-    def start(name, program, *arguments):
-        if name not in starts:
-            starts[name] = jax.device_get(program.init(*arguments))
-        return jax.device_put(starts[name], jax.tree.map(lambda x: x.sharding, program.state))
+    def start(part, inputs):
+        trainer = make_trainer(part, config, run.model, mesh, len(run.train_source))
+        if part.name not in starts:
+            first = trainer.init(jax.random.fold_in(run.key, trainer.INIT_KEY), inputs)
+            starts[part.name] = jax.device_get(first)
+        placed = jax.tree.map(lambda x: x.sharding, trainer.state)
+        return trainer, jax.device_put(starts[part.name], placed)
 
-    def steps(name, program, state, *fixed, **static):
-        step = program.step.lower(state, *fixed, taken[0], key, **static).compile()
+    def steps(trainer, state, inputs):
+        step = trainer.step.lower(state, inputs, taken[0], key, warming_up=False).compile()
         metrics = []
         for batch in taken:
-            state, values = step(state, *fixed, batch, key)
+            state, values = step(state, inputs, batch, key)
             metrics.append(values)
         curves = {
             tag: [float(m[tag]) for m in jax.device_get(metrics)]
             for tag in metrics[0]
             if tag.endswith("loss") and metrics[0][tag].ndim == 0
         }
-        found[name] = {
-            "curves": curves, "collectives": collectives(step), "sizes": leaf_sizes(program)
+        found[trainer.part.name] = {
+            "curves": curves, "collectives": collectives(step), "sizes": leaf_sizes(trainer)
         }  # fmt: skip
         return state
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        program = tokenizer.make_program(config, mesh, STEPS)
-        state = start("tokenizer", program, jax.random.fold_in(run.key, 0))
+        trainer, state = start(TOKENIZER, {})
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=run.replicated)
         params = copy(state.params)  # of its own: the step donates the state
-        steps("tokenizer", program, state, {}, index_backprop=False)
-        program = generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
-        codebook = params["quantizer"]["codebook"]
-        state = start("generators", program, jax.random.fold_in(run.key, 1), codebook)
-        state = steps("generators", program, state, params, {}, scale)
+        steps(trainer, state, {})
+        inputs = {"tokenizer": params, "canvas_scale": scale}
+        trainer, state = start(BOTH_GENERATORS, inputs)
+        state = steps(trainer, state, inputs)
         if tuple(mesh.shape.values()) in ((1, 1, 1), (2, 2, 2)):
-            settings = Settings(structure_guidance=(1.0, 2.0), flow_steps=2)
-            program = distillation.make_program(config, mesh, STEPS, 10, settings)
-            teacher = {"structure": state.params["structure"]}  # a student knows nothing yet
-            student = start("distillation", program, jax.random.fold_in(run.key, 1))
-            steps("distillation", program, student, teacher, params)
+            # A student knows nothing yet.
+            inputs = {"teacher": state.params["structure"], "tokenizer": params}
+            steps(*start(DISTILLATION, inputs), inputs)
     return found
 
 
@@ -145,14 +145,14 @@ def collectives(compiled) -> list[tuple[str, int, str]]:
     return found
 
 
-def leaf_sizes(program) -> list[int]:
+def leaf_sizes(trainer) -> list[int]:
     """Numbers of elements of all parameters, and of one layer of stacked ones.
 
     Of the linear layers of a block also of the parts that have a product of their own: one for
     attention, or four for the MLP, of width x width.
     """
     sizes = set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(program.state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.state):
         sizes.add(leaf.size)
         name = jax.tree_util.keystr(path)
         if "blocks" in name:
@@ -220,11 +220,12 @@ def test_only_parameters_and_gradients_travel(seen, stage, name):
 
 def test_heads_that_do_not_split_are_refused():
     config = run_config()
+    model = models.ModelConfig.from_config(config, num_classes=10)
     mesh = jax.sharding.AbstractMesh((1, 1, 3), sharding.MESH_AXES)
     with pytest.raises(UserError, match="2 attention heads .* do not split over mesh.tensor=3"):
-        generators.make_program(config, mesh, STEPS, models.GENERATORS, 10)
+        make_trainer(BOTH_GENERATORS, config, model, mesh, 100)
     with pytest.raises(UserError, match="2 attention heads of the structure generator"):
-        distillation.make_program(config, mesh, STEPS, 10, Settings())
+        make_trainer(DISTILLATION, config, model, mesh, 100)
 
 
 # The TPU's attention kernel, interpreted.
@@ -418,11 +419,13 @@ def placement() -> dict:
     for sizes in ((1, 8, 1), (1, 4, 2), (8, 1, 1)):
         mesh, config = sharding.make_mesh(*sizes), TokenizerConfig()
         for name, width in (("content", 1024), ("structure", 512)):
-            transformer = layers.TransformerConfig(width, 16)
-            model = models.make_generator(name, transformer, config, 1000)
+            transformer = {name: layers.TransformerConfig(width, 16)}
+            model = models.ModelConfig(config, 1000, **transformer).make_generator(name)
             share = share_of_a_device(models.init_generator, model, mesh)
             seen["shares"][f"{name} {sizes}"] = share
-        share = share_of_a_device(models.init_tokenizer, models.make_tokenizer(config), mesh)
+        share = share_of_a_device(
+            models.init_tokenizer, models.ModelConfig(config).make_tokenizer(), mesh
+        )
         seen["shares"][f"tokenizer {sizes}"] = share
 
     with tempfile.TemporaryDirectory() as folder:

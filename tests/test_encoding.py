@@ -24,9 +24,12 @@ from nvg_jax.data import (
 )
 from nvg_jax.errors import UserError
 from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import CONTENT
 from nvg_jax.runtime import files, sharding
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import generators as steps
+from nvg_jax.training.trainers import make_trainer
 from nvg_jax.workdir import RunMetadata
 
 SIZES = TokenizerConfig(**tiny_config().tokenizer)  # L = 16 of 8 x 8 pixels
@@ -35,8 +38,8 @@ BATCH = 16  # the same everywhere, as every other one would be compiled anew
 UNUSED = Transform((1, 1))  # sequences are not transformed
 
 
-def random_params(metadata: RunMetadata):
-    leaves, tree = jax.tree.flatten(metadata.abstract_params("tokenizer"))
+def random_params(sizes: TokenizerConfig):
+    leaves, tree = jax.tree.flatten(ModelConfig(sizes).abstract_params("tokenizer"))
     rng = np.random.default_rng(0)
     leaves = [rng.normal(scale=0.3, size=leaf.shape).astype(np.float32) for leaf in leaves]
     return jax.tree.unflatten(tree, leaves)
@@ -45,8 +48,8 @@ def random_params(metadata: RunMetadata):
 @pytest.fixture(scope="module")
 def pipeline():
     """A tokenizer with random weights."""
-    metadata = RunMetadata(tokenizer=SIZES, class_names=("ant", "bee"))
-    params = {"tokenizer": random_params(metadata)}
+    metadata = RunMetadata(model=ModelConfig(SIZES, 2), class_names=("ant", "bee"))
+    params = {"tokenizer": random_params(SIZES)}
     fingerprint = files.fingerprint(params["tokenizer"])
     return Pipeline(metadata.replace(fingerprint=fingerprint), params)
 
@@ -127,7 +130,7 @@ def test_one_token_is_stored_for_each_cluster():
 
 def test_the_steps_rebuild_maps_and_tokens_of_all_stages():
     sizes = TokenizerConfig((4, 4), (2, 2), 3, 8, base_channels=32, channel_multipliers=(1, 1))
-    tokenizer, params = Tokenizer(sizes), random_params(RunMetadata(sizes, ()))
+    tokenizer, params = Tokenizer(sizes), random_params(sizes)
     batch = {
         "structure": jnp.array(STRUCTURE[2:], jnp.uint8),
         "tokens": jnp.array([STORED], jnp.uint16),
@@ -400,19 +403,19 @@ def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, da
     options = LoaderOptions(Transform((8, 8), resize=8), batch_size=4)
     logged = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        program = steps.make_program(config, mesh, 10, ("content",), 2)
+        model = ModelConfig.from_config(config, num_classes=2)
+        trainer = make_trainer(CONTENT, config, model, mesh, num_images=TRAIN)
+        inputs = {"tokenizer": tokenizer, "canvas_scale": np.ones(6, np.float32)}
         for name, folder in (
             ("image_folder", data["data_dir"]),
             ("sequences", tmp_path / "cache"),
         ):
             source = open_source(name, "train", data_dir=str(folder))
             batches = train_batches(source, options, seed=3)
-            states = program.init(jax.random.key(0), tokenizer["quantizer"]["codebook"])
+            state = trainer.init(jax.random.key(0), inputs)
             for _ in range(3):
                 batch = sharding.global_batch(next(batches), mesh)
-                states, metrics = program.step(
-                    states, tokenizer, {}, np.ones(6, np.float32), batch, jax.random.key(1)
-                )
+                state, metrics = trainer.step(state, inputs, batch, jax.random.key(1))
                 logged.append(jax.device_get(metrics))
     assert "content/loss" in logged[0] and logged[0]["content/loss"] != logged[1]["content/loss"]
     for from_images, from_cache in zip(logged[:3], logged[3:]):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 from absl import flags
 from helpers import (
     ROOT,
+    TOGETHER,
     free_port,
     is_even_hierarchy,
     logged,
@@ -30,11 +30,10 @@ from PIL import Image
 from nvg_jax import GranularitySequence, Pipeline, cli
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation import frechet_distance
-from nvg_jax.evaluation.classifiers import DigitClassifier
-from nvg_jax.jobs.comparison import split_images
-from nvg_jax.jobs.evaluation import load_split
+from nvg_jax.evaluation.judges import DigitClassifier
+from nvg_jax.evaluation.sets import Split, load_split
+from nvg_jax.models import ModelConfig
 from nvg_jax.runtime import sharding
-from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.train import train
 from nvg_jax.training import tokenizer
 from nvg_jax.training.loop import BestModel
@@ -86,8 +85,8 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(workdir):
 
 def test_the_best_model_by_fid_is_kept_beside_the_latest(workdir):
     real = load_split(tiny_config().data, "train", (8, 8))
-    judge = DigitClassifier(*real)
-    held_out = next(split_images(tiny_config().data, "test", (8, 8), 50).batches([0]))
+    judge = DigitClassifier(real.images, real.labels)
+    held_out = next(Split(tiny_config().data, "test", (8, 8), 50).batches([0]))
     samples = lambda best: best.sample([i % 10 for i in range(50)], seed=0).images
     for part, known, images in (
         ("tokenizer", held_out, lambda best: best.reconstruct(held_out)),
@@ -105,30 +104,27 @@ def test_the_best_model_by_fid_is_kept_beside_the_latest(workdir):
 
 def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     metadata, params = (
-        RunMetadata(TokenizerConfig(**tiny_config().tokenizer), ("a",)),
+        RunMetadata(ModelConfig.from_config(tiny_config(), 1).only(), ("a",)),
         {"x": np.ones(3)},
     )
     values = iter([5.0, 7.0, 3.0, 4.0, 3.0, 9.0])
     score = lambda metadata, params: next(values)
     kept = []  # what only a model that is kept needs
-    task = types.SimpleNamespace(
-        metadata=metadata,
-        model=lambda state: params,
-        finish=lambda state: kept.append(state) or metadata,
-    )
+
+    def update(best, step):
+        return best.update(step, metadata, params, lambda: kept.append(step) or metadata)
+
     best = BestModel(tmp_path, score, new=True)
-    assert [best.update(step, task, step) for step in (10, 20, 30)] == [
-        (5.0, 5.0), (7.0, 5.0), (3.0, 3.0)
-    ]  # fmt: skip
+    assert [update(best, step) for step in (10, 20, 30)] == [(5.0, 5.0), (7.0, 5.0), (3.0, 3.0)]
     resumed = BestModel(tmp_path, score, new=False)
-    assert resumed.update(40, task, 40) == (4.0, 3.0)
-    assert resumed.update(50, task, 50) == (3.0, 3.0)
+    assert update(resumed, 40) == (4.0, 3.0)
+    assert update(resumed, 50) == (3.0, 3.0)
     assert kept == [10, 30]
     stored = read_metadata(tmp_path / "pipeline")
     assert (stored.step, stored.fid) == (30, 3.0)
     # A new training in the same workdir does not compete with the one before.
     anew = BestModel(tmp_path, score, new=True)
-    assert anew.update(10, task, 10) == (9.0, 9.0)
+    assert update(anew, 10) == (9.0, 9.0)
     assert read_metadata(tmp_path / "pipeline").step == 10
 
 
@@ -237,18 +233,13 @@ WARM_UP = 8  # steps of the tokenizer's 12
 @pytest.mark.parametrize("stage", ["tokenizer", "generators"])
 def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, stage):
     """The tokenizer's with a discriminator, and a warm-up that ends within the run."""
-    make_program, warm = tokenizer.make_program, []
+    warming_up, warm = tokenizer.TokenizerTrainer.warming_up, []
 
-    def watched(*args):
-        program = make_program(*args)
+    def watched(trainer, step):
+        warm.append(warming_up(trainer, step))
+        return warm[-1]
 
-        def step(*args, index_backprop):
-            warm.append(index_backprop)
-            return program.step(*args, index_backprop=index_backprop)
-
-        return program._replace(step=step)
-
-    monkeypatch.setattr(tokenizer, "make_program", watched)
+    monkeypatch.setattr(tokenizer.TokenizerTrainer, "warming_up", watched)
     monkeypatch.setattr(
         tokenizer.TokenizerLossConfig,
         "make_discriminator",
@@ -294,7 +285,7 @@ def start_two(workdir, *arguments):
         subprocess.Popen(
             [*command, f"--process_id={index}"],
             cwd=ROOT,
-            env=with_devices(2),
+            env=with_devices(2) | TOGETHER,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -560,6 +551,7 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
          "no config.generator_training.lr. config.generator_training has batch_size,"),
         (python("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
          "error: Unknown class 11"),
+        (python("nvg_jax.evaluate", f"--workdir={workdir}", "--pad=2"), "flag 'pad'"),
     ):  # fmt: skip
         assert message in output and "Traceback" not in output
 
@@ -597,7 +589,7 @@ def test_bfloat16_samples_and_decodes_but_encodes_in_float32(workdir, pipe, imag
     with jax.set_mesh(sharding.make_mesh()):
         arguments = fast.program.arguments(2, values, sharding.make_mesh())
         text = fast.program.sample.lower(*arguments, plan=plan).as_text()
-    width = fast.metadata.structure.width
+    width = fast.metadata.model.structure.width
     products = re.findall(rf"dot_general.*tensor<{width}x{4 * width}x(\w+)>\) ->", text)
     assert products and set(products) == {"bf16"}
     with pytest.raises(UserError, match="float32 or bfloat16, got 'float16'"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ from helpers import optimizer_config, tiny_config
 from nvg_jax import layers, models
 from nvg_jax.content.losses import content_losses
 from nvg_jax.errors import UserError
+from nvg_jax.parts import BOTH_GENERATORS, CONTENT, STRUCTURE, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantized, TokenizerConfig
 from nvg_jax.training import generators as steps
 from nvg_jax.training.state import TrainState
+from nvg_jax.training.trainers import make_trainer
 
 CONFIG = TokenizerConfig(
     (8, 8), (2, 2), 3, 5, base_channels=32, channel_multipliers=(1, 1, 1), blocks_per_level=1
@@ -26,7 +29,7 @@ SIZES = layers.TransformerConfig(32, 2, head_dim=16, drop_path=0.5)
 
 
 def generator(name):
-    model = models.make_generator(name, SIZES, CONFIG, num_classes=3)
+    model = models.ModelConfig(CONFIG, 3, SIZES, SIZES).make_generator(name)
     params = unbox(jax.jit(lambda key: models.init_generator(model, key))(jax.random.key(0)))
     # The heads start at zero; random weights make every input visible.
     leaves, tree = jax.tree.flatten(params)
@@ -42,6 +45,10 @@ def quantized(batch=2):
     tokens = jnp.stack([jnp.take_along_axis(ids[i], structure[:, i], 1) for i in range(3)], 1)
     canvases = jax.random.normal(jax.random.key(2), (batch, 3, 4, 3))
     return Quantized(GranularitySequence(structure, tokens), canvases, ids, jnp.zeros(3))
+
+
+def examples():
+    return steps.Examples(quantized(), jnp.array([0, 1]), jnp.ones(4))
 
 
 def test_content_losses_of_a_perfect_and_of_an_empty_prediction():
@@ -135,22 +142,16 @@ def test_the_structure_generator_sees_each_input():
 @pytest.mark.parametrize("name", models.GENERATORS)
 def test_drop_path_and_the_key_decide_the_loss_and_nothing_else_does(name):
     model, params = generator(name)
-    loss = jax.jit(
-        lambda key: steps.loss_terms(
-            model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), key
-        )[0]
-    )
+    loss = jax.jit(lambda key: steps.loss_terms(model, params, examples(), key)[0])
     first, again, other = loss(jax.random.key(0)), loss(jax.random.key(0)), loss(jax.random.key(1))
     assert first == again and first != other
-    evaluate = jax.jit(
-        lambda: steps.loss_terms(model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), None)
-    )
+    evaluate = jax.jit(lambda: steps.loss_terms(model, params, examples(), None))
     evaluated = [evaluate()[0] for _ in range(2)]
     assert evaluated[0] == evaluated[1]
 
 
 def test_the_token_head_starts_as_the_nearest_code_rule():
-    model = models.make_generator("content", SIZES, CONFIG, num_classes=3)
+    model = models.ModelConfig(CONFIG, 3, content=SIZES).make_generator("content")
     codebook = jax.random.normal(jax.random.key(5), (5, 3))
     init = functools.partial(models.init_generator, model)
     params = unbox(jax.jit(init)(jax.random.key(0), codebook))
@@ -178,9 +179,7 @@ def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(na
     losses = []
     for each in (model, half):
         value_and_grad = jax.value_and_grad(
-            lambda p, each=each: steps.loss_terms(
-                each, p, quantized(), jnp.array([0, 1]), jnp.ones(4), jax.random.key(0)
-            )[0]
+            lambda p, each=each: steps.loss_terms(each, p, examples(), jax.random.key(0))[0]
         )
         loss, grads = jax.jit(value_and_grad)(params)
         assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -194,24 +193,25 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
     """Gradient descent with rate 1: a clipped step is the free one over the norm of both."""
     networks = {name: generator(name) for name in models.GENERATORS}
     params = {name: params for name, (_, params) in networks.items()}
-    tokenizer, key = models.make_tokenizer(CONFIG), jax.random.key(3)
+    tokenizer, key = models.ModelConfig(CONFIG).make_tokenizer(), jax.random.key(3)
     tokenizer_params = unbox(jax.jit(lambda key: models.init_tokenizer(tokenizer, key))(key))
     images = np.random.default_rng(0).uniform(-1, 1, (2, *CONFIG.image_size, 3))
     batch = {"image": images.astype(np.float32), "label": jnp.array([0, 1])}
 
     def moved(clip):
         optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.sgd(1.0))
-        step = functools.partial(
-            steps.train_step,
+        trainer = types.SimpleNamespace(
             generators={name: model for name, (model, _) in networks.items()},
             optimizer=optimizer,
-            config=optimizer_config(),
+            optimizer_config=optimizer_config(),
             tokenizer=tokenizer,
-            class_dropout=0.0,
+            config=types.SimpleNamespace(class_dropout=0.0),
             repa=None,
         )
+        step = functools.partial(steps.GeneratorTrainer.train_step, trainer)
         state = TrainState.create(params, optimizer)
-        new, metrics = jax.jit(step)(state, tokenizer_params, {}, jnp.ones(4), batch, key)
+        inputs = {"tokenizer": tokenizer_params, "canvas_scale": jnp.ones(4)}
+        new, metrics = jax.jit(step)(state, inputs, batch, key)
         return jax.tree.map(lambda a, b: np.asarray(a - b), new.params, params), metrics
 
     free, metrics = moved(1e9)
@@ -261,7 +261,7 @@ def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
         model, params = generator("structure")
         model = model.clone(transformer=dataclasses.replace(SIZES, remat=remat))
         loss = lambda params, model=model: steps.loss_terms(
-            model, params, quantized(), jnp.array([0, 1]), jnp.ones(4), jax.random.key(0)
+            model, params, examples(), jax.random.key(0)
         )[0]
         products[recomputed] = str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
         grads[remat] = jax.jit(jax.grad(loss))(params)
@@ -273,17 +273,42 @@ def test_what_is_recomputed_changes_the_work_and_not_the_gradients():
         dataclasses.replace(SIZES, remat="all")
 
 
-def test_equal_settings_share_a_program():
+def trainer_of(part: Part, config, num_images: int = 100):
+    mesh = sharding.make_mesh()
+    with sharding.in_mesh(mesh):
+        model = models.ModelConfig.from_config(config, num_classes=10)
+        return make_trainer(part, config, model, mesh, num_images)
+
+
+def test_equal_settings_share_a_trainer():
     """Whatever else the config says: about reporting, saving, the data or the seed."""
-    config, mesh = tiny_config(), sharding.make_mesh()
-
-    def program(length=10):
-        with sharding.in_mesh(mesh):
-            return steps.make_program(config, mesh, length, ("content",), 10)
-
-    first = program()
+    config = tiny_config()
+    first = trainer_of(CONTENT, config)
     config.update(seed=3, generator_training=dict(save_every=7))
     config.data.name = "fashion_mnist"
-    assert program() is first and program(length=11) is not first
+    assert trainer_of(CONTENT, config) is first
+    assert trainer_of(CONTENT, config, num_images=101) is not first
     config.generator_training.optimizer.learning_rate = 0.5
-    assert program() is not first
+    assert trainer_of(CONTENT, config) is not first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [CONTENT, STRUCTURE], ids=lambda part: part.name)
+def test_a_generator_has_the_same_start_and_noise_alone_as_with_the_other(part):
+    config, name, key = tiny_config(), part.name, jax.random.key(0)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.uniform(-1, 1, (16, 8, 8, 3)).astype(np.float32),
+        "label": np.arange(16, dtype=np.int32) % 10,
+    }
+    losses = []
+    for each in (part, BOTH_GENERATORS):
+        trainer = trainer_of(each, config)
+        inputs = jax.tree.map(
+            lambda x: np.random.default_rng(1).normal(size=x.shape).astype(np.float32),
+            trainer.inputs,
+        )
+        with sharding.in_mesh(trainer.mesh):
+            state, metrics = trainer.step(trainer.init(key, inputs), inputs, batch, key)
+        losses.append(float(metrics[f"{name}/loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

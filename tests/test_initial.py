@@ -8,13 +8,13 @@ from PIL import Image
 
 from nvg_jax import Pipeline, models
 from nvg_jax.errors import UserError
-from nvg_jax.layers import TransformerConfig
+from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.files import fingerprint, storage_path
-from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.train import train
-from nvg_jax.training import initial, tokenizer
+from nvg_jax.training import initial
 from nvg_jax.training.run import open_run
+from nvg_jax.training.trainers import open_trainer
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,8 @@ def model(tmp_path_factory):
 def fresh(num_classes=3, width=32):
     """A content generator's initial parameters for other classes."""
     config = tiny_config()
-    generator = models.make_generator(
-        "content", TransformerConfig(width, 2, 16), TokenizerConfig(**config.tokenizer), num_classes
-    )
+    config.content.width = width
+    generator = models.ModelConfig.from_config(config, num_classes).make_generator("content")
     init, _ = sharding.sharded_init(
         lambda key: models.init_generator(generator, key), sharding.make_mesh(), jax.random.key(0)
     )
@@ -55,8 +54,8 @@ def test_a_tokenizer_starts_from_the_weights_of_the_model(model, tmp_path):
     folder, pipe = model
     config, mesh = tiny_config(part="tokenizer", init_from=str(folder)), sharding.make_mesh()
     with sharding.in_mesh(mesh):
-        run = open_run(config, storage_path(tmp_path / "run"), mesh, ())
-        state = jax.device_get(tokenizer.task(run).init())
+        run = open_run(config, storage_path(tmp_path / "run"), mesh)
+        state = jax.device_get(open_trainer(run, TOKENIZER).start(run, inputs={}))
     old = jax.device_get(pipe.params["tokenizer"])
     for found in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, found, old)

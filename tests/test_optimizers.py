@@ -71,9 +71,9 @@ def test_an_unknown_schedule_gets_a_sentence():
 def init(name):
     """The parameters of one of the three models, with names on their axes."""
     if name == "tokenizer":
-        return lambda key: models.init_tokenizer(models.make_tokenizer(SIZES), key)
+        return lambda key: models.init_tokenizer(models.ModelConfig(SIZES).make_tokenizer(), key)
     transformer = layers.TransformerConfig(32, 2, head_dim=16)
-    model = models.make_generator(name, transformer, SIZES, num_classes=3)
+    model = models.ModelConfig(SIZES, 3, transformer, transformer).make_generator(name)
     return lambda key: models.init_generator(model, key)
 
 

@@ -108,10 +108,7 @@ def tokenize(pipe, *args, method):
 
 def generator(pipe, name):
     """(module, its parameters) of the "content" or "structure" generator."""
-    model = models.make_generator(
-        name, pipe.metadata.generators[name], pipe.tokenizer.config, len(pipe.class_names)
-    )
-    return model, pipe.params[name]
+    return pipe.metadata.model.make_generator(name), pipe.params[name]
 
 
 # The tokenizer.
@@ -206,7 +203,7 @@ def test_structure_embedding(expected):
 def test_rotary_embedding(raw, expected, name, kinds):
     """The rotation matrices, which the pack stores for its first image and some stages."""
     feature = expected["structure_feat"]
-    head_dim = raw.metadata.generators[name].head_dim
+    head_dim = raw.metadata.model.generators[name].head_dim
     split = layers.rope_split(head_dim, feature.shape[-1])
     rows = {int(m[1]): key for key in expected if (m := re.fullmatch(rf"rope_s(\d+)_{name}", key))}
     assert rows

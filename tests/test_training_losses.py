@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -18,27 +19,31 @@ from nvg_jax.content.losses import alignment_loss
 from nvg_jax.errors import UserError
 from nvg_jax.kernels import block_linears
 from nvg_jax.layers import Transformer, TransformerConfig
+from nvg_jax.parts import CONTENT, TOKENIZER
 from nvg_jax.runtime import hardware, sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import LeCam
 from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.trainer import abstract_key
+from nvg_jax.training.trainers import make_trainer, pretrained_names
 
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
-MODEL = models.make_tokenizer(SIZES)
+MODEL = models.ModelConfig(SIZES).make_tokenizer()
 LOSSES = tokenizer.TokenizerLossConfig("l1", 0.0, 0.3, 0.5, "small")
 DISCRIMINATOR = tiny_discriminator()
+NETWORKS = tokenizer.Networks(MODEL, DISCRIMINATOR, LOSSES)
+TRAINER = types.SimpleNamespace(
+    modules=NETWORKS,
+    optimizer=optax.sgd(0.1),
+    discriminator_optimizer=optax.sgd(0.1),
+    optimizer_config=optimizer_config(ema_decay=0.9),
+)
 
 
 @pytest.fixture(scope="module")
 def state():
     init = lambda key: sharding.unbox(
-        tokenizer.init_state(
-            key,
-            model=MODEL,
-            optimizer=optax.sgd(0.1),
-            discriminator=DISCRIMINATOR,
-            discriminator_optimizer=optax.sgd(0.1),
-        )
+        tokenizer.TokenizerTrainer.initial_state(TRAINER, key, inputs={})
     )
     state = jax.jit(init)(jax.random.key(0))
     averages = LeCam(real=jnp.float32(0.3), fake=jnp.float32(-0.2))
@@ -58,10 +63,7 @@ def close(a, b):
 @pytest.mark.slow
 def test_one_step_has_the_gradients_of_two(state):
     """The combined loss against a step of the tokenizer alone, then one of the discriminator."""
-    terms = functools.partial(
-        tokenizer.loss_terms, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
-        index_backprop=False,
-    )  # fmt: skip
+    terms = functools.partial(tokenizer.loss_terms, NETWORKS)
     opponent = state.discriminator
     both, (metrics, _) = jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
         state.params, opponent.params, opponent, {}, IMAGES, KEY
@@ -106,10 +108,8 @@ def test_lpips_is_added_with_its_weight(state, monkeypatch):
     monkeypatch.setattr(
         pretrained, "lpips", lambda params, a, b, dtype: params * jnp.square(a - b).mean((1, 2, 3))
     )
-    terms = functools.partial(
-        tokenizer.loss_terms, model=MODEL, discriminator=None, index_backprop=False,
-        losses=tokenizer.TokenizerLossConfig("l2", 0.7, 0.0, 0.0, "small"),
-    )  # fmt: skip
+    losses = tokenizer.TokenizerLossConfig("l2", 0.7, 0.0, 0.0, "small")
+    terms = functools.partial(tokenizer.loss_terms, tokenizer.Networks(MODEL, None, losses))
     grad = jax.jit(jax.value_and_grad(terms, has_aux=True))
     plain, (metrics, _) = grad(state.params, None, None, {"lpips": 0.0}, IMAGES, KEY)[0]
     weighted, (more, _) = grad(state.params, None, None, {"lpips": 3.0}, IMAGES, KEY)[0]
@@ -145,13 +145,7 @@ def test_what_the_heads_on_dino_see(monkeypatch):
 
 @pytest.mark.slow
 def test_a_step_moves_both_players_and_their_memory(state):
-    step = jax.jit(
-        functools.partial(
-            tokenizer.train_step, model=MODEL, discriminator=DISCRIMINATOR, losses=LOSSES,
-            optimizer=optax.sgd(0.1), discriminator_optimizer=optax.sgd(0.1), index_backprop=False,
-            config=optimizer_config(ema_decay=0.9),
-        )
-    )  # fmt: skip
+    step = jax.jit(functools.partial(tokenizer.TokenizerTrainer.train_step, TRAINER))
     new, metrics = step(state, {}, {"image": IMAGES}, KEY)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, state)
     for part in (moved.params, moved.discriminator.params, moved.discriminator.spectral):
@@ -180,8 +174,9 @@ def test_wrong_losses_get_a_sentence():
     ):
         changed = config.copy_and_resolve_references()
         changed.generator_training.update(change)
+        model = models.ModelConfig.from_config(changed, num_classes=10)
         with pytest.raises(UserError, match=message):
-            generators.repa_config(changed)
+            make_trainer(CONTENT, changed, model, sharding.make_mesh(), num_images=100)
 
 
 # REPA.
@@ -277,7 +272,8 @@ def test_repa_reaches_the_blocks_up_to_its_own_and_no_later_one():
         image_size=(32, 32), latent_size=(16, 16), latent_dim=4, codebook_size=16,
         base_channels=32, channel_multipliers=(1, 1), blocks_per_level=1,
     )  # fmt: skip
-    model = models.make_generator("content", TransformerConfig(32, 3, head_dim=32), sizes, 2)
+    transformer = TransformerConfig(32, 3, head_dim=32)
+    model = models.ModelConfig(sizes, 2, content=transformer).make_generator("content")
     init = lambda key: {
         **models.init_generator(model, key),
         "repa": generators.init_projector(model, key),
@@ -288,7 +284,7 @@ def test_repa_reaches_the_blocks_up_to_its_own_and_no_later_one():
     params = jax.tree.unflatten(
         tree, [rng.normal(size=x.shape, scale=0.1).astype(np.float32) for x in leaves]
     )
-    encoder = models.make_tokenizer(sizes)
+    encoder = models.ModelConfig(sizes).make_tokenizer()
     images = rng.uniform(-1, 1, (1, 32, 32, 3)).astype(np.float32)
     init = functools.partial(models.init_tokenizer, encoder)
     weights = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(1))
@@ -299,10 +295,10 @@ def test_repa_reaches_the_blocks_up_to_its_own_and_no_later_one():
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def alignment(params):
+        examples = generators.Examples(quantized, jnp.array([1]), jnp.ones(10), targets=targets)
         loss, terms = generators.loss_terms(
-            model, params, quantized, jnp.array([1]), jnp.ones(10), jax.random.key(0),
-            repa=generators.RepaConfig(0.5, 2), targets=targets,
-        )  # fmt: skip
+            model, params, examples, jax.random.key(0), generators.RepaConfig(0.5, 2)
+        )
         return terms["repa_loss"].mean(), (loss, terms)
 
     grads, (loss, terms) = alignment(params)
@@ -314,31 +310,32 @@ def test_repa_reaches_the_blocks_up_to_its_own_and_no_later_one():
     assert np.abs(grads["token_head"]["kernel"]).max() == 0
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "content"])
+@pytest.mark.parametrize(
+    ("part", "expected", "networks"),
+    [
+        (
+            TOKENIZER,
+            {"perceptual_loss", "adversarial_loss", "discriminator_loss", "lecam_loss"},
+            {"lpips", "dino"},
+        ),
+        (CONTENT, {"content/repa_loss"}, {"dinov2"}),
+    ],
+    ids=["tokenizer", "content"],
+)
 @pytest.mark.slow
-def test_the_published_presets_train_with_every_loss(stage):
+def test_the_published_presets_train_with_every_loss(part, expected, networks):
     """Traced in full size, nothing is computed; the weights of the frozen networks are not here."""
     config = imagenet256.get_config("d16")
     config.tokenizer_training.batch_size = config.generator_training.batch_size = 2
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        if stage == "tokenizer":
-            program = tokenizer.make_program(config, mesh, 10)
-            arguments = dict(index_backprop=True)
-            expected = {"perceptual_loss", "adversarial_loss", "discriminator_loss", "lecam_loss"}
-            frozen = {"lpips", "dino"}
-        else:
-            program = generators.make_program(config, mesh, 10, ("content",), 1000)
-            arguments, expected, frozen = {}, {"content/repa_loss"}, {"dinov2"}
+        model = models.ModelConfig.from_config(config, num_classes=1000)
+        trainer = make_trainer(part, config, model, mesh, num_images=100)
         state, metrics = jax.eval_shape(
-            functools.partial(program.step, **arguments), *program.arguments
-        )
+            functools.partial(trainer.step, warming_up=True),
+            trainer.state, trainer.inputs, trainer.batch, abstract_key(),
+        )  # fmt: skip
     assert expected <= metrics.keys()
-    names = (
-        tokenizer.loss_config(config).pretrained
-        if stage == "tokenizer"
-        else generators.pretrained_names(config, ("content",))
-    )
-    assert frozen == set(names) <= set(pretrained.NAMES)
+    assert pretrained_names((part,), config) == networks <= set(pretrained.NAMES)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert shapes(state) == shapes(program.state)
+    assert shapes(state) == shapes(trainer.state)

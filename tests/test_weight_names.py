@@ -22,14 +22,14 @@ def shapes(init, model) -> dict[str, tuple[int, ...]]:
 
 
 def tokenizer_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
-    return shapes(models.init_tokenizer, models.make_tokenizer(config))
+    return shapes(models.init_tokenizer, models.ModelConfig(config).make_tokenizer())
 
 
 def generator_shapes(sizes: dict, config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
     found = {"canvas_scale": (config.num_stages + 1,)}
     for name in models.GENERATORS:
-        transformer = TransformerConfig(**sizes[name])
-        model = models.make_generator(name, transformer, config, sizes["num_classes"])
+        transformer = {name: TransformerConfig(**sizes[name])}
+        model = models.ModelConfig(config, sizes["num_classes"], **transformer).make_generator(name)
         found |= {f"{name}/{k}": v for k, v in shapes(models.init_generator, model).items()}
     return found
 
@@ -120,15 +120,15 @@ def test_from_published():
     [
         (
             {"content_embed.weight": WEIGHT, "content_embed.biases": BIAS},
-            ["missing (1): content_embed.bias\n", "left over (1): content_embed.biases\n"],
+            ["missing (1): content_embed.bias (2,)\n", "unexpected (1): content_embed.biases"],
         ),
         (
             {"content_embed.weight": WEIGHT.T, "content_embed.bias": BIAS},
-            ["content_embed.weight (3, 2), expected (2, 3)", "missing (0): none"],
+            ["of another shape (1): content_embed.weight (3, 2), expected (2, 3)"],
         ),
         (
             {"content_embed.weight": WEIGHT, "content_embed.bias": BIAS.astype(np.float64)},
-            ["content_embed.bias float64"],
+            ["of another type (1): content_embed.bias float64"],
         ),
     ],
 )

@@ -6,7 +6,6 @@ import time
 
 from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory
 from nvg_jax.errors import UserError
-from nvg_jax.workdir import RECIPES
 
 SAMPLES = 64  # default batch of the sampler
 
@@ -28,14 +27,14 @@ def default_batch(compiler: Compiler) -> int:
     shards = compiler.target.batch_shards
     if compiler.part is None:
         return -(-SAMPLES // shards) * shards
-    recipe = RECIPES[compiler.part]
-    configured = compiler.config[recipe].batch_size
+    section = compiler.part.section
+    configured = compiler.config[section].batch_size
     batch_size = -(-configured // shards) * shards
     if batch_size != configured:
         logger.warning(
             "The config's batch of %d does not split over the %d shards of the mesh; this report "
             "is for %d. Training needs --config.%s.batch_size=%d, or another --config.mesh.",
-            configured, shards, batch_size, recipe, batch_size,
+            configured, shards, batch_size, section, batch_size,
         )  # fmt: skip
     return batch_size
 

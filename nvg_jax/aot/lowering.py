@@ -10,19 +10,17 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from nvg_jax import models
 from nvg_jax.aot import hlo
 from nvg_jax.aot.chips import Target
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
-from nvg_jax.layers import TransformerConfig
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import BOTH_GENERATORS, PARTS, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
-from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.training import distillation, generators, tokenizer
-from nvg_jax.training.length import training_length
-from nvg_jax.workdir import DISTILLATION, RECIPES
+from nvg_jax.training.generators import sampling_settings
+from nvg_jax.training.trainers import make_trainer
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # units in XLA's messages
@@ -47,62 +45,41 @@ def data_size(data: ml_collections.ConfigDict) -> tuple[int, int]:
     return len(source), source.num_classes
 
 
-def training_part(config: ml_collections.ConfigDict) -> str:
-    """The part of the model that `config.part` trains in one program; for "all", the generators."""
-    parts = ("tokenizer", *models.GENERATORS, "generators", DISTILLATION)
-    part = "generators" if config.part == "all" else config.part
-    if part not in parts:
+def training_part(config: ml_collections.ConfigDict) -> Part:
+    """The part that `config.part` trains in one program; for "all", the generators."""
+    name = BOTH_GENERATORS.name if config.part == "all" else config.part
+    if name not in PARTS:
         raise UserError(
             f"--config.part={config.part} is not a single program; choose one of "
-            f"{', '.join(parts)}."
+            f"{', '.join(PARTS)}."
         )
-    return part
+    return PARTS[name]
 
 
 def lower_training(
-    config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, images: int, num_classes: int
+    config: ml_collections.ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    batch_size: int,
+    num_images: int,
 ):
     """The training step of `config.part` -> (lowered, {network: abstract parameters}).
 
-    For a tokenizer with a warm-up, the step of the warm-up, which is the larger program.
+    A tokenizer with a warm-up is lowered in its warm-up form, the larger program.
     """
     part, config = training_part(config), config.copy_and_resolve_references()
-    recipe = config[RECIPES[part]]
-    recipe.batch_size = batch_size
-    steps = training_length(recipe.length, images, batch_size)
+    config[part.section].batch_size = batch_size
     with sharding.in_mesh(mesh):  # run nothing eagerly inside: the devices do not exist
-        if part == "tokenizer":
-            program = tokenizer.make_program(config, mesh, steps)
-            index_backprop = recipe.index_backprop_epochs > 0
-            lowered = program.step.lower(*program.arguments, index_backprop=index_backprop)
-            networks = {part: program.state.params}
-            if program.state.discriminator:
-                networks["discriminator"] = program.state.discriminator.params
-            return lowered, networks | program.arguments[1]
-        if part == DISTILLATION:
-            teacher = generators.sampling_settings(config)
-            teacher = distillation.teacher_settings(config, teacher)
-            program = distillation.make_program(config, mesh, steps, num_classes, teacher)
-            lowered = program.step.lower(*program.arguments)
-            return lowered, {**program.state.params, "tokenizer": program.arguments[2]}
-        names = generators.parts_of(part)
-        program = generators.make_program(config, mesh, steps, names, num_classes)
-        lowered = program.step.lower(*program.arguments)
-    state, tokenizer_params, frozen, *_ = program.arguments
-    return lowered, {**state.params, "tokenizer": tokenizer_params, **frozen}
+        trainer = make_trainer(part, config, model, mesh, num_images)
+        return trainer.lower(), trainer.networks
 
 
 def lower_sampling(
-    config: ml_collections.ConfigDict, mesh: Mesh, batch_size: int, num_classes: int
+    config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batch_size: int
 ):
     """The sampler that `Pipeline` runs -> (lowered, {network: abstract parameters})."""
-    program = sampling_program(
-        TokenizerConfig(**config.tokenizer),
-        **{name: TransformerConfig(**config[name]) for name in models.GENERATORS},
-        num_classes=num_classes,
-        dtype=config.dtype,
-    )
-    plan, values = program.plan(generators.sampling_settings(config))
+    program = sampling_program(model)
+    plan, values = program.plan(sampling_settings(config))
     with jax.set_mesh(mesh):
         arguments = program.arguments(batch_size, values, mesh)
         return program.sample.lower(*arguments, plan=plan), arguments[0]
@@ -137,12 +114,13 @@ class Compiler:
         check_dtype(config.dtype)
         self.config, self.target, self.program = config, target, program
         self.part = training_part(config) if program == "train" else None
-        self.images, self.num_classes = data_size(config.data)
+        self.images, self._num_classes = data_size(config.data)
 
     def lower(self, config: ml_collections.ConfigDict, batch_size: int, mesh: Mesh):
+        model = ModelConfig.from_config(config, self._num_classes)
         if self.program == "sample":
-            return lower_sampling(config, mesh, batch_size, self.num_classes)
-        return lower_training(config, mesh, batch_size, self.images, self.num_classes)
+            return lower_sampling(config, model, mesh, batch_size)
+        return lower_training(config, model, mesh, batch_size, self.images)
 
     # Keeps the last program: the one that --find_batch compiles last is usually reported.
     @functools.lru_cache(maxsize=1)  # noqa: B019

@@ -14,17 +14,16 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from etils import epy
 
 from nvg_jax.data.sources import SequenceSource, Source
 from nvg_jax.data.transforms import Transform, decode
 from nvg_jax.errors import UserError
 
-# Grain takes seconds to import, so it is imported where batches are made: a command that only
-# reports an invalid setting does not need it.
-if TYPE_CHECKING:
+with epy.lazy_imports():  # takes seconds, and is not needed to report an invalid setting
     import grain
 
 logger = logging.getLogger("nvg_jax")
@@ -108,8 +107,6 @@ def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.D
         UserError: the batch is larger than the data set; later, on iteration, an unreadable
             record.
     """
-    import grain
-
     check_batch_size(source, options)
     load = _Load.of(source, options)
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle()
@@ -135,8 +132,6 @@ def eval_batches(source: Source, options: LoaderOptions, count: int = 0) -> "gra
     Raises:
         UserError: the source is empty; later, on iteration, an unreadable record.
     """
-    import grain
-
     load = _Load.of(source, options)
     count = min(count or len(source), len(source))
     padded = -(-count // options.global_batch_size) * options.global_batch_size
@@ -171,8 +166,6 @@ def crop_batches(
     Raises:
         UserError: the source is empty; later, on iteration, an unreadable record.
     """
-    import grain
-
     height, width = options.transform.image_size
     blank = {"image": np.zeros((max(crops, 1), height, width, 3), np.float32)}
     load = _Load(source, functools.partial(_crops, options.transform, crops), blank, options.on_bad)
@@ -297,7 +290,6 @@ def _iterate(
     batches: "grain.MapDataset", source: Source, options: LoaderOptions
 ) -> "grain.DatasetIterator":
     """Prefetches batches, and records in `source.unreadable` what could not be read."""
-    import grain
 
     def note_unreadable(batch: dict[str, Any]) -> Arrays:
         # Runs in the main process: threads and workers send skipped records with their batches.

@@ -14,8 +14,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+from etils import epy
 
 from nvg_jax.errors import UserError, is_failure, reported
+
+with epy.lazy_imports():  # slow
+    import tensorflow_datasets as tfds
+    from sklearn import datasets, model_selection
+
+    from nvg_jax.data import sequences
 
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
@@ -138,8 +145,6 @@ class SequenceSource(Source):
     """
 
     def __init__(self, folder: pathlib.Path, split: str):
-        from nvg_jax.data import sequences  # takes seconds to import
-
         meta = sequences.read_meta(folder)
         super().__init__(meta["class_names"])
         self.tokenizer, self.fingerprint = meta["tokenizer"], meta["fingerprint"]
@@ -234,8 +239,6 @@ def _digits(split: str) -> Source:
 
     The split is random but fixed, and stratified by class.
     """
-    from sklearn import datasets, model_selection  # takes seconds to import
-
     digits = cast(Any, datasets.load_digits())
     indices = model_selection.train_test_split(
         np.arange(len(digits.target)),
@@ -376,8 +379,6 @@ def _list_images(root: pathlib.Path) -> list[str]:
 
 def _tfds(name: str, split: str, data_dir: str) -> Source:
     """The newest version of a data set that TFDS has prepared in data_dir/NAME/VERSION."""
-    import tensorflow_datasets as tfds  # takes seconds to import
-
     root = pathlib.Path(data_dir).expanduser() / name
     versions = [path.parent for path in root.glob("*.*.*/dataset_info.json")]
     if not versions:

@@ -1,6 +1,7 @@
 """Converts between the published checkpoints and folders for `Pipeline.from_pretrained`."""
 
 import contextlib
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from safetensors.numpy import save_file
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
-from nvg_jax.models import GENERATORS
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.files import fingerprint, make_folder
 from nvg_jax.sampling.settings import PUBLISHED
@@ -57,15 +59,17 @@ def read_published(
     tensors = weight_names.read(autoencoder, autoencoder_weights)
     with _naming(autoencoder):
         own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
+        classes = default_class_names(sizes.get("num_classes", 0))
+        model = ModelConfig(TokenizerConfig(**own), len(classes))
         metadata = RunMetadata(
-            tokenizer=TokenizerConfig(**own),
-            class_names=default_class_names(sizes.get("num_classes", 0)),
+            model=model,
+            class_names=classes,
             sources={
                 part: {"file": Path(file).name, "weights": weights, "sha256": _sha256(Path(file))}
                 for part, (file, weights) in files.items()
             },
         )
-        shapes = _shapes(metadata.abstract_params("tokenizer"))
+        shapes = _shapes(model.abstract_params("tokenizer"))
         flat = weight_names.from_published(tensors, shapes)
     params = {"tokenizer": unflatten_dict(flat, sep="/")}
     metadata = metadata.replace(fingerprint=fingerprint(params["tokenizer"]))
@@ -78,12 +82,13 @@ def read_published(
                 f"{sizes[size]}, the autoencoder's {own[size]}. Give the two that belong together."
             )
     with _naming(generator):
-        metadata = metadata.replace(**{n: TransformerConfig(**sizes[n]) for n in GENERATORS})
-        shapes = _shapes({name: metadata.abstract_params(name) for name in GENERATORS})
-        shapes["canvas_scale"] = (metadata.tokenizer.num_stages + 1,)
+        generators = {name: TransformerConfig(**sizes[name]) for name in GENERATORS}
+        model = dataclasses.replace(model, **generators)
+        shapes = _shapes({name: model.abstract_params(name) for name in GENERATORS})
+        shapes["canvas_scale"] = (model.tokenizer.num_stages + 1,)
         flat = weight_names.from_published(generator_tensors, shapes)
     metadata = metadata.replace(
-        canvas_scale=tuple(flat.pop("canvas_scale").tolist()), sampling=PUBLISHED
+        model=model, canvas_scale=tuple(flat.pop("canvas_scale").tolist()), sampling=PUBLISHED
     )
     return metadata, params | unflatten_dict(flat, sep="/")
 

@@ -11,15 +11,17 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Float32, Int, Key
 
-from nvg_jax import granularity, models
+from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
-from nvg_jax.layers import TransformerConfig, cast_blocks
+from nvg_jax.layers import cast_blocks
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.hardware import compiler_options
 from nvg_jax.sampling.generate import Networks, SamplingPlan, generate, make_plan
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import GranularitySequence, Tokenizer, TokenizerConfig
+from nvg_jax.tokenizer import GranularitySequence, Tokenizer
 
 
 class SamplingProgram(NamedTuple):
@@ -27,13 +29,10 @@ class SamplingProgram(NamedTuple):
 
     sample: (params, canvas_scale, class_ids, keys, noise, values, prefix, region, *, plan), jitted;
         compiled once per plan and batch size. See `sample_batch`.
-    tokenizer: the tokenizer's sizes.
-    params: the abstract parameters, {"tokenizer", "content", "structure"}.
     """
 
     sample: Callable
-    tokenizer: TokenizerConfig
-    params: dict[str, Any]
+    model: ModelConfig
 
     def plan(
         self,
@@ -47,7 +46,8 @@ class SamplingProgram(NamedTuple):
         Raises:
             UserError: an invalid setting.
         """
-        settings = settings.expand(self.tokenizer.num_stages, self.tokenizer.codebook_size)
+        sizes = self.model.tokenizer
+        settings = settings.expand(sizes.num_stages, sizes.codebook_size)
         return make_plan(settings, structure_stages, token_stages, region), settings.traced()
 
     def arguments(self, batch_size: int, values: dict[str, Any], mesh: Mesh) -> tuple:
@@ -55,7 +55,7 @@ class SamplingProgram(NamedTuple):
 
         `program.sample.lower(*program.arguments(...), plan=plan)` compiles without any data.
         """
-        stages, length = self.tokenizer.num_stages, self.tokenizer.num_positions
+        stages, length = self.model.tokenizer.num_stages, self.model.tokenizer.num_positions
         split, replicated = (
             NamedSharding(mesh, spec) for spec in (sharding.BATCH_SPEC, PartitionSpec())
         )
@@ -64,7 +64,9 @@ class SamplingProgram(NamedTuple):
             return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)
 
         return (
-            sharding.with_shardings(self.params, replicated),
+            sharding.with_shardings(
+                {name: self.model.abstract_params(name) for name in self.model.networks}, replicated
+            ),
             jax.ShapeDtypeStruct((stages + 1,), jnp.float32),
             batch(),
             batch(dtype=jax.eval_shape(jax.random.key, 0).dtype),
@@ -76,35 +78,15 @@ class SamplingProgram(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def sampling_program(
-    tokenizer: TokenizerConfig,
-    content: TransformerConfig,
-    structure: TransformerConfig,
-    num_classes: int,
-    dtype: str,
-) -> SamplingProgram:
-    """The sampler of a tokenizer and its generators, the same one for the same sizes.
+def sampling_program(model: ModelConfig) -> SamplingProgram:
+    """The sampler of a model with both generators.
 
     Models that differ only in their weights therefore share one compilation.
-
-    Args:
-        content, structure: sizes of the generators.
-        dtype: the dtype of the computation.
     """
-    transformers = {"content": content, "structure": structure}
-    generators = {
-        name: models.make_generator(name, transformers[name], tokenizer, num_classes, dtype)
-        for name in models.GENERATORS
-    }
-    sample = functools.partial(
-        sample_batch, tokenizer=models.make_tokenizer(tokenizer, dtype), **generators
-    )
-    params = {
-        name: models.abstract_params(name, tokenizer, transformers.get(name), num_classes)
-        for name in ("tokenizer", *models.GENERATORS)
-    }
+    networks = {name: model.make_generator(name) for name in GENERATORS}
+    sample = functools.partial(sample_batch, tokenizer=model.make_tokenizer(), **networks)
     sample = jax.jit(sample, static_argnames="plan", compiler_options=compiler_options())
-    return SamplingProgram(sample, tokenizer, params)
+    return SamplingProgram(sample, model)
 
 
 def sample_batch(
@@ -141,7 +123,7 @@ def bind(
 ) -> tuple[Networks, Callable]:
     """The functions the sampler calls: (networks of the loop, canvases (B, L, D) -> images)."""
     length, num_bits = tokenizer.config.num_positions, tokenizer.config.num_stages - 1
-    params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in models.GENERATORS}}
+    params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in GENERATORS}}
 
     def logits(canvas, labels, stage, classes):
         stages = jnp.full(classes.shape, stage)

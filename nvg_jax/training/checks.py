@@ -4,40 +4,37 @@ A single setting is checked by the dataclass that it becomes; here is what invol
 """
 
 import ml_collections
+from etils import epy
 
 from nvg_jax.errors import UserError
-from nvg_jax.sampling.settings import check_dtype
+from nvg_jax.parts import CHOICES, Part
+from nvg_jax.sampling.settings import Settings, check_dtype
 
-# --config.part -> the parts it trains, each in its own folder of the workdir.
-PARTS_OF = {
-    "tokenizer": ("tokenizer",),
-    "structure": ("structure",),
-    "content": ("content",),
-    "generators": ("generators",),
-    "separate": ("tokenizer", "structure", "content"),
-    "all": ("tokenizer", "generators"),
-}
+with epy.lazy_imports():  # slow
+    from nvg_jax import models
+    from nvg_jax.training import initial
 
 
 def check_config(config: ml_collections.ConfigDict):
     """Raises UserError for an invalid config, before any data is read or anything is compiled."""
-    if config.part not in PARTS_OF:
-        raise UserError(f"Unknown part {config.part!r}; choose one of {', '.join(PARTS_OF)}.")
-    parts = PARTS_OF[config.part]
-    if config.tokenizer_workdir and "tokenizer" in parts:
+    if config.part not in CHOICES:
+        raise UserError(f"Unknown part {config.part!r}; choose one of {', '.join(CHOICES)}.")
+    parts = CHOICES[config.part]
+    trained = {name for part in parts for name in part.networks}
+    if config.tokenizer_workdir and "tokenizer" in trained:
         raise UserError(
             f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
             "another one. Leave it empty, or train with part=generators."
         )
-    for name in ("tokenizer_training", "generator_training"):
-        check_recipe(config, name, parts)
+    for section in ("tokenizer_training", "generator_training"):
+        check_recipe(config, section, parts)
     if config.data.name == "sequences":
-        if "tokenizer" in parts:
+        if "tokenizer" in trained:
             raise UserError(
                 f"part={config.part} trains a tokenizer, which needs images, not cached sequences. "
                 "Train the generators with part=generators and tokenizer_workdir."
             )
-        if config.generator_training.repa_weight and parts != ("structure",):
+        if config.generator_training.repa_weight and "content" in trained:
             raise UserError(
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."
@@ -46,17 +43,12 @@ def check_config(config: ml_collections.ConfigDict):
 
 
 def check_sizes(config: ml_collections.ConfigDict):
-    """Raises UserError for invalid sizes of a network."""
-    from nvg_jax.layers import TransformerConfig
-    from nvg_jax.models import GENERATORS
-    from nvg_jax.tokenizer import TokenizerConfig
-
-    TokenizerConfig(**config.tokenizer)
-    for name in GENERATORS:
-        TransformerConfig(**config[name])
+    """Raises UserError for invalid sizes, or sampling settings that do not fit them."""
+    sizes = models.ModelConfig.from_config(config, num_classes=0).tokenizer
+    Settings.from_dict(config.sampling.to_dict()).expand(sizes.num_stages, sizes.codebook_size)
 
 
-def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
+def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
     check_dtype(config.dtype)
     for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
@@ -70,23 +62,14 @@ def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[str,
         check_fid(config, name, parts)
 
 
-def check_init(config: ml_collections.ConfigDict, parts: tuple[str, ...]):
+def check_init(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
     """Raises UserError if config.init_from lacks something that one of the parts needs."""
-    from nvg_jax import models
-    from nvg_jax.layers import TransformerConfig
-    from nvg_jax.tokenizer import TokenizerConfig
-    from nvg_jax.training.generators import parts_of
-    from nvg_jax.training.initial import check_model
-
-    sizes, tokenizer = {}, TokenizerConfig(**config.tokenizer)
-    for part in parts:
-        for name in parts_of(part):
-            transformer = None if name == "tokenizer" else TransformerConfig(**config[name])
-            sizes[name] = models.abstract_params(name, tokenizer, transformer)
-    check_model(config.init_from, sizes)
+    model = models.ModelConfig.from_config(config, num_classes=0)
+    names = [name for part in parts for name in part.networks]
+    initial.check_model(config.init_from, {name: model.abstract_params(name) for name in names})
 
 
-def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ...]):
+def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError if the recipe `name` requests an FID that cannot be measured."""
     recipe, judge = config[name], config.evaluation.judge
     if recipe.fid_every < 0 or recipe.fid_samples < 2:
@@ -96,7 +79,7 @@ def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[str, ..
         )
     if judge not in ("inception", "classifier"):
         raise UserError(f"evaluation.judge must be inception or classifier, got {judge!r}.")
-    if name == "generator_training" and {"structure", "content"} & set(parts):
+    if any(part.section == name and not part.images for part in parts):
         raise UserError(
             f"generator_training.fid_every needs both generators to draw samples, and "
             f"part={config.part} trains them one at a time; set it to 0, or train with "

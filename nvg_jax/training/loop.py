@@ -1,18 +1,16 @@
-"""The training loop. It knows no model: a `Task` describes the part that it trains."""
+"""The training loop. It knows no model: a `Trainer` says what one step does."""
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import grain
 import jax
-import ml_collections
-import numpy as np
-import optax
 from etils import epath
 
 from nvg_jax.runtime import checkpoint, preemption, sharding
 from nvg_jax.training.metrics import Reporter
+from nvg_jax.training.run import Run
+from nvg_jax.training.trainer import Trainer
 from nvg_jax.workdir import (
     EXPORT_FOLDER,
     RunMetadata,
@@ -21,68 +19,48 @@ from nvg_jax.workdir import (
     write_export,
 )
 
-
-class Task(NamedTuple):
-    """One trained part.
-
-    name: the name of the part and of its folder in the workdir.
-    recipe: batch_size, log_every, eval_every, eval_images, save_every, keep.
-    steps: the length of the training.
-    state: the abstract state, with shardings.
-    learning_rate: step -> learning rate.
-    metadata: stored with every checkpoint.
-    batches: this process's share of the training batches; resumable.
-    init: () -> the initial state.
-    update: (state, global batch, step) -> (state, metrics).
-    evaluate: state -> (metrics on held-out data, picture uint8 (H, W, 3) or None).
-    finish: state -> the metadata of the last checkpoint.
-    model: state -> the NumPy parameters of the model whose FID is measured, {network: tree}.
-    """
-
-    name: str
-    recipe: ml_collections.ConfigDict
-    steps: int
-    state: Any
-    learning_rate: optax.Schedule
-    metadata: RunMetadata
-    batches: grain.DatasetIterator
-    init: Callable[[], Any]
-    update: Callable[[Any, Any, int], tuple[Any, dict[str, Any]]]
-    evaluate: Callable[[Any], tuple[dict[str, Any], np.ndarray | None]]
-    finish: Callable[[Any], RunMetadata]
-    model: Callable[[Any], dict[str, Any]]
+Score = Callable[[RunMetadata, dict[str, Any]], float]
 
 
-def fit(
-    task: Task,
-    workdir: epath.Path,
-    mesh: jax.sharding.Mesh,
-    score: Callable[[RunMetadata, dict[str, Any]], float] | None = None,
-):
+def fit(trainer: Trainer, run: Run, score: Score | None = None):
     """Trains one part to the end, from its latest checkpoint if there is one.
 
     Args:
-        score: measures FID every `recipe.fid_every` steps; the best model is kept in
-            `workdir`/best_NAME.
+        score: measures FID every `fid_every` steps; the best model is kept in WORKDIR/best_NAME.
 
     Raises:
         Preempted: SIGTERM arrived; the state is saved.
-        UserError: a metric is not finite; the message names the step and the metric.
-        UserError: the config differs from the one this run was started with, or another process
-            is training in the same folder.
+        UserError: a metric is not finite, and the message names the step and the metric; the config
+            differs from the one this run was started with; or another process is training in the
+            same folder.
     """
-    folder, recipe, steps = workdir / task.name, task.recipe, task.steps
+    name, steps, recipe = trainer.part.name, trainer.steps, run.config[trainer.part.section]
+    folder = run.workdir / name
+    inputs, metadata = trainer.open(run)
+    key = jax.random.fold_in(run.key, trainer.STEP_KEY)
+    batches = run.train_batches(recipe.batch_size, run.config.seed + trainer.DATA_SEED)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(batches))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, recipe.keep))
-        stack.enter_context(contextlib.closing(task.batches))
-        state, start = resume(task, checkpoints, folder)
-        reporter = Reporter(task.name, folder, start, steps, recipe.batch_size)
+        if checkpoints.latest_step is None:
+            state, start = trainer.start(run, inputs), 0
+        else:
+            state, position, start = checkpoints.restore(
+                trainer.state,
+                lambda stored: check_resume(
+                    RunMetadata.from_json(stored), metadata, trainer.part.section, folder
+                ),
+            )
+            batches.set_state(position)
+        reporter = Reporter(name, folder, start, steps, recipe.batch_size)
         stack.enter_context(contextlib.closing(reporter))
-        best = score and BestModel(workdir / f"best_{task.name}", score, new=start == 0)
+        best = score and BestModel(run.workdir / f"best_{name}", score, new=start == 0)
         for step in range(start, steps):
             reporter.start_step()
-            batch = sharding.global_batch(next(task.batches), mesh)
-            state, metrics = task.update(state, batch, step)
+            batch = sharding.global_batch(next(batches), run.mesh)
+            state, metrics = trainer.step(
+                state, inputs, batch, key, warming_up=trainer.warming_up(step)
+            )
             reporter.add(metrics)
 
             done = step + 1
@@ -92,26 +70,27 @@ def fit(
             measure = best and (last or done % recipe.fid_every == 0)
             save = last or preempted or done % recipe.save_every == 0
             if save or evaluate or measure or done % recipe.log_every == 0:
-                reporter.progress(done, learning_rate=float(task.learning_rate(step)))
+                reporter.progress(done, learning_rate=float(trainer.learning_rate(step)))
 
-            metadata = task.finish(state) if last else task.metadata
+            if last:
+                metadata = trainer.finish(run, state, metadata)
             if save:
-                checkpoints.save(done, state, metadata.to_json(), task.batches.get_state())
+                checkpoints.save(done, state, metadata.to_json(), batches.get_state())
             if (evaluate or measure) and not preempted:
                 try:
                     if evaluate:
-                        reporter.evaluation(done, *task.evaluate(state))
+                        reporter.evaluation(done, *trainer.evaluate(run, state, inputs, metadata))
                     if measure:
-                        reporter.fid(done, *best.update(done, task, state))
+                        params = trainer.export(run, state, inputs)
+                        finish = lambda: trainer.finish(run, state, metadata)  # noqa: B023
+                        reporter.fid(done, *best.update(done, metadata, params, finish))
                 except preemption.Preempted:
                     preempted = True
                     if not save:
-                        checkpoints.save(done, state, metadata.to_json(), task.batches.get_state())
+                        checkpoints.save(done, state, metadata.to_json(), batches.get_state())
             if preempted:
                 checkpoints.wait()
-                raise preemption.Preempted(
-                    f"{task.name}: preempted; saved at step {done} of {steps}"
-                )
+                raise preemption.Preempted(f"{name}: preempted; saved at step {done} of {steps}")
 
 
 class BestModel:
@@ -121,28 +100,26 @@ class BestModel:
         new: whether the training starts afresh; then a model from an earlier one is ignored.
     """
 
-    def __init__(self, folder: epath.Path, score: Callable, new: bool):
+    def __init__(self, folder: epath.Path, score: Score, new: bool):
         self._folder, self._score = folder, score
-        found = None if new else read_metadata(folder / EXPORT_FOLDER)
-        self.fid = found.fid if found else float("inf")
+        stored = None if new else read_metadata(folder / EXPORT_FOLDER)
+        self.fid = stored.fid if stored else float("inf")
 
-    def update(self, step: int, task: Task, state) -> tuple[float, float]:
-        """Measures a state's model and keeps it if it is the best: (its FID, the lowest FID)."""
-        params = task.model(state)
-        fid = self._score(task.metadata, params)
+    def update(
+        self,
+        step: int,
+        metadata: RunMetadata,
+        params: dict[str, Any],
+        finish: Callable[[], RunMetadata],
+    ) -> tuple[float, float]:
+        """Measures a model and keeps it if it is the best: (its FID, the lowest FID).
+
+        Args:
+            params: {network: NumPy parameters}.
+            finish: gives the metadata to keep it with; called only if it is kept.
+        """
+        fid = self._score(metadata, params)
         if fid < self.fid:
             self.fid = fid
-            write_export(self._folder, task.finish(state).replace(fid=fid), params, step)
+            write_export(self._folder, finish().replace(fid=fid), params, step)
         return fid, self.fid
-
-
-def resume(task: Task, checkpoints: checkpoint.Checkpoints, folder: epath.Path) -> tuple[Any, int]:
-    """(state, step) to start from; sets the position of `task.batches`."""
-    if checkpoints.latest_step is None:
-        return task.init(), 0
-    state, position, step = checkpoints.restore(
-        task.state,
-        lambda stored: check_resume(RunMetadata.from_json(stored), task.metadata, folder),
-    )
-    task.batches.set_state(position)
-    return state, step

@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
+from etils import epath, epy
 
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.metrics import codebook_usage
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import png
+
+with epy.lazy_imports():  # imports TensorFlow, which takes seconds
+    from clu import metric_writers
 
 logger = logging.getLogger("nvg_jax")
 
@@ -24,8 +27,6 @@ class Reporter:
     """
 
     def __init__(self, part: str, folder: epath.Path, start: int, steps: int, batch_size: int):
-        from clu import metric_writers  # imports TensorFlow, which takes seconds
-
         writers = [metric_writers.SummaryWriter(str(folder))] if is_main() else []
         self._writer = metric_writers.MultiWriter(writers)
         self._part, self._folder, self._batch_size = part, folder, batch_size
@@ -39,7 +40,7 @@ class Reporter:
         self._writer.close()
 
     def start_step(self):
-        """Starts the clock of the first step after a line, so that saves do not count."""
+        """Restarts the timer at the first step after a report, so that saving is not timed."""
         if not self._window:
             self._window_started = time.monotonic()
 

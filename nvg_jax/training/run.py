@@ -24,10 +24,10 @@ from nvg_jax.data import (
     train_batches,
 )
 from nvg_jax.errors import UserError
+from nvg_jax.models import ModelConfig
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.files import storage_path
-from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.training.length import training_length
+from nvg_jax.workdir import RunMetadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Run:
     Attributes:
         workdir: the folder with a subfolder for each trained part.
         networks: {name: parameters} of the pretrained networks that the losses need.
+        teacher: the metadata and parameters of the model to distill, if one is distilled.
     """
 
     config: ml_collections.ConfigDict
@@ -45,15 +46,13 @@ class Run:
     train_source: Source
     test_source: Source
     networks: dict[str, Any]
+    model: ModelConfig
+    teacher: tuple[RunMetadata, dict[str, Any]] | None = None
 
     @property
     def key(self):
         """The random key of the whole run."""
         return jax.random.key(self.config.seed)
-
-    @property
-    def tokenizer_config(self) -> TokenizerConfig:
-        return TokenizerConfig(**self.config.tokenizer)
 
     @property
     def tokenizer_workdir(self) -> epath.Path:
@@ -73,12 +72,8 @@ class Run:
         return json.loads(self.config.to_json_best_effort())
 
     def frozen(self, names: Iterable[str]) -> dict[str, Any]:
-        """The named pretrained networks, replicated on every device."""
+        """The pretrained networks with these names, replicated on every device."""
         return jax.device_put({name: self.networks[name] for name in names}, self.replicated)
-
-    def num_steps(self, recipe: ml_collections.ConfigDict) -> int:
-        """The length of a training in steps."""
-        return training_length(recipe.length, len(self.train_source), recipe.batch_size)
 
     # Batches.
 
@@ -109,7 +104,7 @@ class Run:
     def loader_options(self, batch_size: int) -> LoaderOptions:
         data = self.config.data
         return LoaderOptions(
-            Transform(self.tokenizer_config.image_size, data.resize or None, data.pad),
+            Transform(self.model.tokenizer.image_size, data.resize or None, data.pad),
             batch_size=self.process_batch_size(batch_size),
             on_bad=data.on_bad,
             process_index=jax.process_index(),
@@ -124,7 +119,7 @@ class Run:
         return train_batches(self.train_source, self.loader_options(batch_size), seed=seed)
 
     def test_batches(self, recipe: ml_collections.ConfigDict) -> Iterator[dict[str, jax.Array]]:
-        """The global batches of the recipe's `eval_images` images of the test split, each once.
+        """Yields `recipe.eval_images` test images, each once, as global batches.
 
         Raises:
             Preempted: SIGTERM arrived. (An evaluation can take longer than the grace period.)
@@ -145,7 +140,7 @@ class Run:
         recipe: ml_collections.ConfigDict,
         evaluate: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
     ) -> dict[str, Any]:
-        """The means over the images of `test_batches` of the results of `evaluate` on a batch."""
+        """Averages `evaluate(batch)` over all test images."""
         totals, count = {}, 0
         for batch in self.test_batches(recipe):
             metrics = jax.device_get(evaluate(batch))
@@ -156,7 +151,11 @@ class Run:
 
 
 def open_run(
-    config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh, networks: Iterable[str]
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    networks: Iterable[str] = (),
+    teacher: tuple[RunMetadata, dict[str, Any]] | None = None,
 ) -> Run:
     """Opens the data and the pretrained networks of a run.
 
@@ -175,4 +174,5 @@ def open_run(
     test_source = open_source(
         config.data.name, "test", data_dir=data_dir, class_names=train_source.class_names
     )
-    return Run(config, workdir, mesh, train_source, test_source, loaded)
+    model = ModelConfig.from_config(config, train_source.num_classes)
+    return Run(config, workdir, mesh, train_source, test_source, loaded, model, teacher)

@@ -1,23 +1,26 @@
 """The state of one network in training, and its update."""
 
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int32
+
+Params = Any  # nested dictionaries of arrays
 
 
 class TrainState(flax.struct.PyTreeNode):
     """Parameters, their moving average, the optimizer's state and the number of steps taken."""
 
-    step: jax.Array
-    params: Any
-    ema_params: Any
-    opt_state: Any
+    step: Int32[Array, ""]
+    params: Params
+    ema_params: Params
+    opt_state: optax.OptState
 
     @classmethod
-    def create(cls, params, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> Self:
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -26,8 +29,8 @@ class TrainState(flax.struct.PyTreeNode):
         )
 
     def update(
-        self, grads, optimizer: optax.GradientTransformation, ema_decay: float
-    ) -> "TrainState":
+        self, grads: Params, optimizer: optax.GradientTransformation, ema_decay: float
+    ) -> Self:
         """The state after one step of the optimizer along `grads`."""
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)

@@ -1,0 +1,40 @@
+"""The table of parts: what is trained together, by which recipe, in which folder of a workdir."""
+
+from typing import NamedTuple
+
+GENERATORS = ("content", "structure")
+
+
+class Part(NamedTuple):
+    """What one training trains.
+
+    name: of the part and of its folder in the workdir.
+    section: the section of the config with its recipe.
+    networks: the networks that it trains.
+    images: what is made to measure its FID, "reconstructions" or "samples"; "" if it cannot be
+        measured, since a generator alone makes no image.
+    """
+
+    name: str
+    section: str
+    networks: tuple[str, ...]
+    images: str
+
+
+TOKENIZER = Part("tokenizer", "tokenizer_training", ("tokenizer",), "reconstructions")
+CONTENT = Part("content", "generator_training", ("content",), "")
+STRUCTURE = Part("structure", "generator_training", ("structure",), "")
+BOTH_GENERATORS = Part("generators", "generator_training", GENERATORS, "samples")
+# The folder of a student in training; it is then exported to the workdir.
+DISTILLATION = Part("distillation", "distillation", ("structure",), "samples")
+PARTS = {part.name: part for part in (TOKENIZER, BOTH_GENERATORS, CONTENT, STRUCTURE, DISTILLATION)}
+
+# --config.part -> the parts that `train` trains, one after the other.
+CHOICES = {
+    "tokenizer": (TOKENIZER,),
+    "structure": (STRUCTURE,),
+    "content": (CONTENT,),
+    "generators": (BOTH_GENERATORS,),
+    "separate": (TOKENIZER, STRUCTURE, CONTENT),
+    "all": (TOKENIZER, BOTH_GENERATORS),
+}

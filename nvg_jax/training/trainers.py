@@ -1,0 +1,62 @@
+"""From parts to their trainers."""
+
+import functools
+from collections.abc import Iterable
+
+import ml_collections
+from jax.sharding import Mesh
+
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import Part
+from nvg_jax.training.distillation import DistillationTrainer
+from nvg_jax.training.generators import GeneratorTrainer
+from nvg_jax.training.run import Run
+from nvg_jax.training.tokenizer import TokenizerTrainer
+from nvg_jax.training.trainer import Trainer
+from nvg_jax.workdir import MAY_CHANGE
+
+# The section of a part's recipe -> how it is trained.
+TRAINERS: dict[str, type[Trainer]] = {
+    "tokenizer_training": TokenizerTrainer,
+    "generator_training": GeneratorTrainer,
+    "distillation": DistillationTrainer,
+}
+
+
+def make_trainer(
+    part: Part, config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, num_images: int
+) -> Trainer:
+    """The trainer of a part; equal settings give the same one.
+
+    Training that is resumed in the same process, for example after an interrupt in a notebook, then
+    does not compile again. A trainer sees only the settings that may shape its program.
+
+    Raises:
+        UserError: invalid settings.
+    """
+    kind = TRAINERS[part.section]
+    settings = {name: config[name] for name in kind.SETTINGS}
+    settings[part.section] = {
+        name: value for name, value in config[part.section].items() if name not in MAY_CHANGE
+    }
+    return _shared(kind, part, ml_collections.FrozenConfigDict(settings), model, mesh, num_images)
+
+
+@functools.lru_cache(maxsize=4)
+def _shared(kind: type[Trainer], *arguments) -> Trainer:
+    return kind(*arguments)
+
+
+def open_trainer(run: Run, part: Part) -> Trainer:
+    """The trainer of a part of a run.
+
+    Raises:
+        UserError: invalid settings, or a batch that does not fit the mesh or the data set.
+    """
+    run.check_batch_size(run.config[part.section].batch_size)
+    return make_trainer(part, run.config, run.model, run.mesh, len(run.train_source))
+
+
+def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:
+    """The names of the pretrained networks that training these parts needs."""
+    return {name for part in parts for name in TRAINERS[part.section].pretrained(part, config)}
