@@ -159,7 +159,7 @@ class DiscriminatorHeads(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Sequence[Float[Array, "B _ C"]]) -> Float32[Array, "B positions"]:
+    def __call__(self, features: Sequence[Float[Array, "B _ _"]]) -> Float32[Array, "B positions"]:
         """The logits at all positions of all layers; the positions of a layer are row-major."""
         heads = [Head(self.kernel_size, self.dtype, name=f"head{i}") for i in range(len(features))]
         return jnp.concatenate([head(x) for head, x in zip(heads, features)], axis=1)
