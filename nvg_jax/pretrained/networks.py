@@ -5,28 +5,31 @@ Images are float (B, H, W, 3) in [-1, 1]. Parameters are float32 and come from
 """
 
 import functools
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 
 from nvg_jax.attention import attention
 from nvg_jax.errors import UserError
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 # LPIPS normalizes images in [-1, 1] with these.
-LPIPS_SHIFT = np.float32([-0.030, -0.088, -0.188])
-LPIPS_SCALE = np.float32([0.458, 0.448, 0.450])
+LPIPS_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+LPIPS_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 # Statistics of ImageNet, for images in [0, 1].
-IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
-IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 DEPTH = 12  # blocks of both transformers
 HEAD_DIM = 64
 VIT_IMAGE = 224  # pixels of their square input
 DINO_WIDTH, DINOV2_WIDTH = 384, 768  # channels of a token
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "dino": {"width": DINO_WIDTH, "patch": 16},
     "dinov2": {"width": DINOV2_WIDTH, "patch": 14},
 }
@@ -80,8 +83,7 @@ def dino(params, images, dtype=jnp.float32):
     """
     size = (VIT_IMAGE, VIT_IMAGE)
     _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
-    model = VisionTransformer(**SIZES["dino"], dtype=dtype)
-    embedded, outputs, _ = model.apply({"params": params}, imagenet_normalized(images))
+    embedded, outputs, _ = _tokens("dino", params, images, dtype)
     return (embedded, *(outputs[i] for i in DINO_BLOCKS))
 
 
@@ -103,9 +105,14 @@ def dinov2(params, images, dtype=jnp.float32):
     _check(images, True, "any number of pixels")
     shape = (images.shape[0], VIT_IMAGE, VIT_IMAGE, 3)
     images = jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
-    model = VisionTransformer(**SIZES["dinov2"], dtype=dtype)
-    _, _, tokens = model.apply({"params": params}, imagenet_normalized(images))
+    _, _, tokens = _tokens("dinov2", params, images, dtype)
     return tokens[:, 1:].astype(jnp.float32)
+
+
+def _tokens(name: str, params, images, dtype) -> tuple[Array, Array, Array]:
+    """What `VisionTransformer` returns for images in [-1, 1]."""
+    model = VisionTransformer(**SIZES[name], dtype=dtype)
+    return cast(Any, model.apply({"params": params}, imagenet_normalized(images)))
 
 
 def _check(images, size_fits: bool, size: str):
@@ -135,7 +142,7 @@ def imagenet_normalized(images):
 class VGG16(nn.Module):
     """The convolutions of VGG16 (Simonyan and Zisserman, arXiv 1409.1556)."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):
@@ -154,7 +161,7 @@ class VGG16(nn.Module):
 class AlexNet(nn.Module):
     """The convolutions of torchvision's AlexNet (Krizhevsky, arXiv 1404.5997)."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):
@@ -174,7 +181,7 @@ class Lpips(nn.Module):
     """Squared differences of unit features, weighted by channel, averaged over positions."""
 
     network: str  # "vgg" or "alex"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images_a, images_b):
@@ -205,7 +212,7 @@ class VisionTransformer(nn.Module):
 
     width: int
     patch: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images):
@@ -233,7 +240,7 @@ class VisionTransformer(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each after a layer norm and added to its input."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x, _):
