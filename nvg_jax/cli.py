@@ -38,10 +38,10 @@ FAST_COMPILE = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version__.startswith("0.10."):  # later versions stop at this flag
     FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 
-# On CPUs, XLA starts independent collectives of a program on several threads, in any order, and gloo
-# pairs those of two processes by their order: they exchange the wrong data, or wait for each other
-# forever. Without these threads, the order is that of the program. (Seen with jax 0.10.2, which also
-# loses this flag for programs that come from the compilation cache.)
+# On CPUs, XLA starts independent collectives of a program on several threads, in any order, and
+# gloo pairs those of two processes by their order: they exchange the wrong data, or wait for each
+# other forever. Without these threads, the order is that of the program. (Seen with jax 0.10.2,
+# which also loses this flag for programs that come from the compilation cache.)
 ORDERED_COLLECTIVES = "--xla_cpu_multi_thread_eigen=false"
 
 logger = logging.getLogger("nvg_jax")
