@@ -10,6 +10,7 @@ from etils import epath, epy
 
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.metrics import codebook_usage
+from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.visualize import png
@@ -30,14 +31,20 @@ class Reporter:
         writers = [metric_writers.SummaryWriter(str(folder))] if is_main() else []
         self._writer = metric_writers.MultiWriter(writers)
         self._part, self._folder, self._batch_size = part, folder, batch_size
+        self._start, self._steps = start, steps
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
         if start:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
+        self._beat(start, {})
 
     def close(self):
         self._writer.close()
+
+    def _beat(self, step: int, loss: dict[str, float]):
+        workdir = self._folder.parent
+        heartbeat.beat(workdir, self._part, self._start, step, steps=self._steps, loss=loss)
 
     def start_step(self):
         """Starts the clock of the first step after a line, so that saves do not count."""
@@ -59,8 +66,9 @@ class Reporter:
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
         self._writer.write_scalars(step, scalars)
-        losses = (f"{k} {v:.4g}" for k, v in scalars.items() if k.endswith("loss"))
-        self._progress.update(step, "  ".join(losses))
+        losses = {k: v for k, v in scalars.items() if k.endswith("loss")}
+        self._progress.update(step, "  ".join(f"{k} {v:.4g}" for k, v in losses.items()))
+        self._beat(step, losses)
         self._window = []
 
     def evaluation(self, step: int, metrics: dict[str, Any], picture: np.ndarray | None):
