@@ -19,8 +19,8 @@
 #     --runtime_version=NAME   runtime version, by default the usual one of the type
 #     --create_flags="..."     more flags for `queued-resources create`: --reserved, ...
 #     --ssh_flags="..."        more flags for ssh and scp: --tunnel-through-iap, ...
-#     --setup="COMMAND"        run on every worker after the installation, to mount the data
-#                              for example
+#     --setup="COMMANDS"       run on every worker after the installation, to mount the data
+#                              for example; the first that fails ends the attempt
 #     --stall=SECONDS          without a sign of life (a new heartbeat in the workdir) for this
 #                              long, training is started again; without one from workers that
 #                              cannot be reached, or from gcloud, the script gives up. Also the
@@ -212,7 +212,7 @@ install='rm -rf nvg_jax && mkdir nvg_jax && tar -xzf nvg_jax.tar.gz -C nvg_jax'
 install+=' && python3 -m pip install --user --quiet uv'
 install+=' && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 env'
 install+=" && ~/.local/bin/uv pip install --quiet --python env --requirement nvg_jax/requirements.txt 'jax[tpu]'"
-install+=${setup:+" && $setup"}
+install+=${setup:+" && bash -ec $(quote "$setup")"}
 # A worker whose training goes on keeps its code.
 install="tmux has-session -t nvg_jax 2>/dev/null || { $install; }"
 train="cd nvg_jax && $(quote env "$jax_cache" NVG_LOG=../train.log "NVG_LOG_FOLDER=$workdir/logs" \

@@ -597,7 +597,8 @@ def test_tpu_dry_run(tmp_path):
         assert ssh[:-1] == [*QUEUED, "ssh", "nvg", zone, *everywhere]
     assert copy == [*QUEUED, "scp", archive, "nvg:nvg_jax.tar.gz", zone, *everywhere]
     assert "jax[tpu]" in install[-1] and "requirements.txt" in install[-1]
-    assert install[-1].endswith(" && gcsfuse 'my data' ~/data; }")
+    setup = shlex.split(install[-1].removesuffix("; }").split(" && ")[-1])
+    assert setup == ["bash", "-ec", "gcsfuse 'my data' ~/data"]
     assert found[10:] == [[*QUEUED, "delete", "nvg", zone, "--force", "--quiet"], create]
 
     in_tmux = shlex.split(start[-1].split("new-session -d -s nvg_jax ")[1].removesuffix("; }"))
@@ -828,7 +829,7 @@ def test_tpu_run_ends_with_the_exit_code_of_training(tmp_path, code, expected, e
 @ENDINGS
 def test_tpu_setup_that_fails(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"])
-    code, said = tpu.run("--setup=exit 7", "--attempts=3", *ending)
+    code, said = tpu.run("--setup=false\ntrue # several lines", "--attempts=3", *ending)
     assert code == 1 and "3 attempts in a row without a new checkpoint; giving up" in said
     assert tpu.calls.count("scp") == 3
     assert_cannot_burn_money(tpu, said, ending)
