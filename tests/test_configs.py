@@ -15,8 +15,8 @@ from nvg_jax.parts import BOTH_GENERATORS
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.train import check_config
 from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.checks import check_config
 from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig
 from nvg_jax.training.trainers import pretrained_names

@@ -40,7 +40,11 @@ def test_every_line_of_the_log_replaces_the_heartbeat(tmp_path, monkeypatch):
         reporter.add({"l1_loss": loss, "accuracy": 0.0})
         reporter.add({"l1_loss": loss, "accuracy": 0.0})
         reporter.progress(step, learning_rate=1.0)
+        line = read()
+        reporter.evaluation(step, {"psnr": 1.0}, picture=None)
+        reporter.fid(step, 1.0, best=1.0)
         beat = read()
+        assert line["time"] < beat["time"]
         assert before <= beat.pop("time") <= time.time()
         assert beat == dict(part="tokenizer", start=4, step=step, steps=9, loss={"l1_loss": loss})
     reporter.close()

@@ -1,12 +1,12 @@
 """A watchdog that ends a process which stands still, so that its launcher starts it again.
 
 Commands start it with `config.stall_timeout`; everything that goes on resets its clock. The clock
-is faulthandler's: a thread in C, which also runs while a stuck call holds Python's lock.
+is faulthandler's: a thread in C, which also runs while a stuck call holds Python's lock. The exit
+code is 1, as of a crash.
 """
 
 import faulthandler
 
-EXIT_CODE = 1  # faulthandler's; restarted like a crash
 SLOW = 1800.0  # seconds
 
 _timeout = 0.0
