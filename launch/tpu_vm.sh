@@ -159,7 +159,11 @@ call() {
 }
 
 pause() {
+    local before=$SECONDS
     call 0 sleep "$poll_seconds"
+    if ((SECONDS - before > poll_seconds + 60)); then
+        alive=$SECONDS # this machine was asleep, not the TPU
+    fi
 }
 
 # state: sets now to the state of the request, NOT_FOUND, or unknown if gcloud fails, which says
@@ -175,28 +179,31 @@ state() {
     fi
 }
 
-# On every way out: deletes the TPU VMs, or says what still runs and how to delete it.
+# On every way out: deletes the TPU VMs, or says what still runs and how to delete it. Nothing stops
+# it: no signal, and no terminal or pipe that is gone.
 finish() {
     local code=$? try now
+    set +e
     trap - EXIT
-    trap '' HUP INT TERM
+    trap '' HUP INT PIPE TERM
     # shellcheck disable=SC2046 # one word for each job
-    kill $(jobs -p) 2>/dev/null || true
-    for try in 1 2 3; do
+    kill $(jobs -p) 2>/dev/null
+    for try in 1 2 3 4; do
         state
         if [[ $now == NOT_FOUND ]]; then
             say "$name does not exist (any more); nothing runs"
             break
-        elif [[ ! $delete_at_end ]] || ((try == 3)); then
+        elif [[ ! $delete_at_end ]] || ((try == 4)); then
             say "$name is $now and may cost money; this deletes it:"
             echo "    ${CLOUDSDK_CORE_PROJECT:+CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT }$(quote "${delete[@]}")" >&2
             break
         fi
         say "deleting $name"
-        if call 1200 "${delete[@]}"; then
+        if call 1200 "${delete[@]}" >"$answer" 2>&1; then
             say "$name is deleted"
             break
         fi
+        cat "$answer" >&2
         pause
     done
     rm -rf "$folder"
@@ -277,6 +284,7 @@ state
 trap finish EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
+trap 'exit 141' PIPE
 trap 'exit 143' TERM
 
 alive=$SECONDS # time of the last sign of life

@@ -875,6 +875,20 @@ def test_tpu_run_that_is_interrupted(tmp_path, number, expected, ending):
     assert_cannot_burn_money(tpu, said, ending)
 
 
+@pytest.mark.usefixtures("interrupts")
+def test_tpu_vms_are_deleted_even_if_nobody_listens(tmp_path):
+    """As in `tpu_vm.sh ... 2>&1 | tee log`, where Ctrl-C also ends tee."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
+    process = tpu.start("--poll_seconds=1000", "--delete_at_end")
+    wait_for(lambda: tpu.calls.count("ssh") == 3)
+    time.sleep(0.3)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert tpu.calls[-1] == "delete" and not tpu.exists
+
+
 @ENDINGS
 def test_tpu_run_that_is_interrupted_while_gcloud_stands_still(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], files=["scp_hangs"])
@@ -999,7 +1013,7 @@ def test_tpu_request_that_fails_after_a_preemption_is_repeated(tmp_path):
 def test_tpu_vms_that_cannot_be_deleted_are_named(tmp_path):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], files=["delete_fails"])
     code, said = tpu.run("--delete_at_end")
-    assert code == 0 and tpu.calls.count("delete") == 2
+    assert code == 0 and tpu.calls.count("delete") == 3
     assert shlex.split(said.splitlines()[-1]) == DELETE
 
 
