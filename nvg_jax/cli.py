@@ -38,6 +38,11 @@ FAST_COMPILE = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version__.startswith("0.10."):  # later versions stop at this flag
     FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 
+# On CPUs, XLA (jax 0.10 to 0.12) starts independent collectives of a program on several threads, in
+# any order, and gloo pairs those of two processes by their order: they exchange the wrong data, or
+# wait for each other forever. Without these threads, the order is that of the program.
+ORDERED_COLLECTIVES = "--xla_cpu_multi_thread_eigen=false"
+
 logger = logging.getLogger("nvg_jax")
 
 
@@ -80,11 +85,16 @@ def main(command, set_up=lambda: None):
         exit_with_error(error)
 
 
+def add_xla_flags(*flags: str):
+    """Sets flags of XLA; before JAX looks for devices."""
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+
+
 def compile_fast():
     """Compiles with little optimization if the config says so; before JAX looks for devices."""
     if flags.FLAGS.config.fast_compile:
         jax.config.update("jax_disable_most_optimizations", True)
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE])
+        add_xla_flags(*FAST_COMPILE)
 
 
 def define_model_flags():
@@ -179,8 +189,10 @@ def join_processes():
                 "--coordinator_address, --num_processes and --process_id belong together, with "
                 f"process_id in 0 .. num_processes - 1; got {address}, {count} and {index}."
             )
+        add_xla_flags(ORDERED_COLLECTIVES)
         jax.distributed.initialize(address, count, index)
     elif flags.FLAGS.distributed:
+        add_xla_flags(ORDERED_COLLECTIVES)
         try:
             jax.distributed.initialize()
         except ValueError as error:
