@@ -74,15 +74,9 @@ def measure(params, model: ModelConfig, batch: int, settings: Settings):
     """{part: seconds for a batch}."""
     sizes = model.tokenizer
     stages, length = sizes.num_stages, sizes.num_positions
-    networks = {name: model.make_generator(name) for name in model.generators}
     # Cast once, as the sampler does.
-    params = params | {name: cast_blocks(params[name], networks[name].dtype) for name in networks}
-    of = functools.partial(
-        bind,
-        canvas_scale=jnp.ones(stages + 1),
-        tokenizer=model.make_tokenizer(),
-        **networks,
-    )
+    params = params | {n: cast_blocks(params[n], model.dtype) for n in model.generators}
+    of = functools.partial(bind, canvas_scale=jnp.ones(stages + 1), model=model)
     stage = stages // 2
     labels = jnp.broadcast_to(jnp.arange(length) * 2**stage // length, (batch, length))
     canvas = jax.random.normal(jax.random.key(0), (batch, length, sizes.latent_dim))

@@ -20,9 +20,10 @@ from ml_collections import config_flags
 from nvg_jax import cli
 from nvg_jax.aot import batch
 from nvg_jax.aot.chips import find_target, hide_accelerators
-from nvg_jax.aot.lowering import Compiler
+from nvg_jax.aot.lowering import Compiler, training_part
 from nvg_jax.aot.report import best_remat, format_report, make_report
 from nvg_jax.errors import UserError
+from nvg_jax.parts import GENERATORS
 
 FLAGS = flags.FLAGS
 
@@ -31,8 +32,10 @@ def main(_):
     file = Path(FLAGS.json) if FLAGS.json else None
     if file and not file.absolute().parent.is_dir():
         raise UserError(f"The folder of --json={file} does not exist; create it first.")
-    if FLAGS.find_remat and (FLAGS.program == "sample" or FLAGS.config.part == "tokenizer"):
-        raise UserError("--find_remat is for the training of generators, which have blocks.")
+    if FLAGS.find_remat:
+        has_blocks = set(GENERATORS) & set(training_part(FLAGS.config).networks)
+        if FLAGS.program == "sample" or not has_blocks:
+            raise UserError("--find_remat is for the training of generators, which have blocks.")
     target = find_target(FLAGS.topology, FLAGS.config.mesh.to_dict())
     compiler = Compiler(FLAGS.config, target, FLAGS.program)
     if FLAGS.find_batch:

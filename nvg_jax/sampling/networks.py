@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Float32, Int, Key
 
 from nvg_jax import granularity
-from nvg_jax.content.model import ContentGenerator
 from nvg_jax.layers import cast_blocks
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import GENERATORS
@@ -20,8 +19,7 @@ from nvg_jax.runtime import sharding
 from nvg_jax.runtime.hardware import compiler_options
 from nvg_jax.sampling.generate import Networks, SamplingPlan, generate, make_plan
 from nvg_jax.sampling.settings import Settings
-from nvg_jax.structure.model import StructureGenerator
-from nvg_jax.tokenizer import GranularitySequence, Tokenizer
+from nvg_jax.tokenizer import GranularitySequence
 
 
 class SamplingProgram(NamedTuple):
@@ -83,8 +81,7 @@ def sampling_program(model: ModelConfig) -> SamplingProgram:
 
     Models that differ only in their weights therefore share one compilation.
     """
-    networks = {name: model.make_generator(name) for name in GENERATORS}
-    sample = functools.partial(sample_batch, tokenizer=model.make_tokenizer(), **networks)
+    sample = functools.partial(sample_batch, model=model)
     sample = jax.jit(sample, static_argnames="plan", compiler_options=compiler_options())
     return SamplingProgram(sample, model)
 
@@ -100,28 +97,24 @@ def sample_batch(
     region: Bool[Array, "B L"],
     *,
     plan: SamplingPlan,
-    tokenizer: Tokenizer,
-    content: ContentGenerator,
-    structure: StructureGenerator,
+    model: ModelConfig,
 ) -> tuple[Float32[Array, "B H W 3"], GranularitySequence]:
     """Samples a batch of images; see `generate` for the arguments.
 
     Args:
         params: {"tokenizer", "content", "structure"}.
     """
-    networks, decode = bind(params, canvas_scale, tokenizer, content, structure)
+    networks, decode = bind(params, canvas_scale, model)
     sequence, canvas = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
     return decode(canvas), sequence
 
 
 def bind(
-    params: dict[str, Any],
-    canvas_scale: Float[Array, " factors"],
-    tokenizer: Tokenizer,
-    content: ContentGenerator,
-    structure: StructureGenerator,
+    params: dict[str, Any], canvas_scale: Float[Array, " factors"], model: ModelConfig
 ) -> tuple[Networks, Callable]:
     """The functions the sampler calls: (networks of the loop, canvases (B, L, D) -> images)."""
+    tokenizer = model.make_tokenizer()
+    content, structure = (model.make_generator(name) for name in GENERATORS)
     length, num_bits = tokenizer.config.num_positions, tokenizer.config.num_stages - 1
     params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in GENERATORS}}
 
