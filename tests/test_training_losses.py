@@ -118,6 +118,41 @@ def test_lpips_is_added_with_its_weight(state, monkeypatch):
     np.testing.assert_allclose(weighted - plain, 0.7 * more["perceptual_loss"], 1e-4)
 
 
+def test_all_losses_see_the_clamped_reconstruction(state, monkeypatch):
+    """A decoder that answers (2, -0.5, -3) everywhere: only green, inside, gets a gradient.
+
+    Its gradient of L1 is the mean sign of the difference, of which green is one channel in three.
+    """
+    monkeypatch.setattr(
+        pretrained, "lpips", lambda params, a, b, dtype: jnp.square(a).mean((1, 2, 3))
+    )
+    last = state.params["decoder"]["conv_out"]
+    answer = {"kernel": 0 * last["kernel"], "bias": jnp.array([2, -0.5, -3])}
+    params = state.params | {"decoder": state.params["decoder"] | {"conv_out": answer}}
+
+    def bias_gradient(*weights):
+        losses = tokenizer.TokenizerLossConfig("l1", *weights, 0.0, "small")
+        opponent = state.discriminator if losses.adversarial_weight else None
+        networks = NETWORKS._replace(discriminator=opponent and DISCRIMINATOR, losses=losses)
+        terms = functools.partial(tokenizer.loss_terms, networks)
+        grads, (metrics, _) = jax.jit(jax.grad(terms, has_aux=True))(
+            params, opponent and opponent.params, opponent, {"lpips": 0.0}, IMAGES, KEY
+        )
+        return grads["decoder"]["conv_out"]["bias"], metrics
+
+    grads, metrics = bias_gradient(0.0, 0.0)
+    distance = np.abs(np.array([1, -0.5, -1]) - IMAGES).mean()
+    np.testing.assert_allclose(metrics["reconstruction_loss"], distance, rtol=1e-5)
+    np.testing.assert_allclose(
+        grads, [0, np.sign(-0.5 - IMAGES[..., 1]).mean() / 3, 0], rtol=1e-4, atol=1e-8
+    )
+    for weights in ((1.0, 0.0), (0.0, 0.3)):
+        more, metrics = bias_gradient(*weights)
+        assert more[0] == more[2] == 0 and abs(more[1] - grads[1]) > 1e-4
+        if weights[0]:
+            np.testing.assert_allclose(metrics["perceptual_loss"], (1 + 0.25 + 1) / 3, rtol=1e-5)
+
+
 def test_what_the_heads_on_dino_see(monkeypatch):
     """Augmented images, then cut to size, through DINO; patches with the class token added."""
     monkeypatch.setattr(tokenizer, "augment", lambda images, key: images + 1)
