@@ -49,6 +49,7 @@ def base() -> ml_collections.ConfigDict:
                 name="",  # digits, fashion_mnist, image_folder, tfds:NAME, sequences
                 data_dir="",
                 resize=0,  # short side before the crop; 0: image size * 288 / 256
+                resize_filter="",  # lanczos, published; "": as the model to build on, else lanczos
                 pad=0,  # random shifts by up to this many pixels
                 on_bad="error",  # what to do with unreadable images; or "skip": skip and count them
                 num_threads=2,

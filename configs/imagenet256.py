@@ -48,7 +48,9 @@ def get_config(arg: str | None = None):
     depth = int(size[1:])
     config = common.base()
     config.dtype = "bfloat16"
-    config.data.update(name="tfds:imagenet2012", num_workers=8, num_threads=4)
+    config.data.update(
+        name="tfds:imagenet2012", resize_filter="published", num_workers=8, num_threads=4
+    )
     config.content = common.transformer(64 * depth, depth)
     config.structure = common.transformer(32 * depth, depth)
     config.content.remat = config.structure.remat = "blocks"

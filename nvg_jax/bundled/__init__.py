@@ -74,6 +74,13 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     return workdir.read_model(folder)
 
 
+def read_resize_filter(folder: str | os.PathLike) -> str | None:
+    """How the images of such a model were resized, None if the folder holds no model."""
+    if folder in MODELS and not os.path.exists(folder):
+        return read(folder)[0].resize_filter
+    return workdir.read_resize_filter(folder)
+
+
 def write(path: str | Path, metadata: RunMetadata, params: dict[str, Any]) -> str:
     """Writes the file of a model to bundle and returns its SHA-256, for `MODELS`."""
     small = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), params)

@@ -137,6 +137,7 @@ def begin(folder: Path, settings: dict[str, Any]):
         make_folder(folder)
         write_json(folder / UNFINISHED, settings)
         return
+    stored["data"] = {"resize_filter": "lanczos"} | stored["data"]  # of before it was a setting
     for key, value in settings.items():
         if stored.get(key) != value:
             raise UserError(

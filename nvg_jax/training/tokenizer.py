@@ -339,6 +339,7 @@ class TokenizerTrainer(Trainer):
             model=self.model.only(),
             class_names=run.train_source.class_names,
             config=run.config_json(),
+            resize_filter=run.resize_filter,
             steps=self.steps,
         )
         return run.frozen(self.inputs), metadata
