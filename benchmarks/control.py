@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from nvg_jax.evaluation.classifiers import train_classifier
-from nvg_jax.jobs.evaluation import load_split
+from nvg_jax.evaluation.judges import train_classifier
+from nvg_jax.evaluation.sets import load_split
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
-from nvg_jax.visualize import image_grid, save_png
+from nvg_jax.visualize import image_grid, save_png, to_uint8
 
 FLAGS = flags.FLAGS
 DATA = {"name": "fashion_mnist", "data_dir": "", "resize": 32}
@@ -132,14 +132,14 @@ def measure_control(pipe: Pipeline):
     print(f"free samples with their own map: {np.maximum(same, 1 - same).mean():.1%}\n")
 
     train, test = (load_split(DATA, split, (32, 32)) for split in ("train", "test"))
-    judge = train_classifier(*train, 10)
+    judge = train_classifier(train.images, train.labels, 10)
     images = test.images[:500]
     wanted = (test.labels[:500] + 1 + np.arange(500) % 9) % 10
     sequence = pipe.encode(images)
     restored = pipe.decode(sequence)
     rows, columns = np.mgrid[:32, :32]
     print("edited region | from stage | named as the new class | as the old | PSNR outside, dB")
-    shown = [images[:12]]
+    shown = [to_uint8(images[:12])]
     for name, mask in (
         ("middle half", (columns >= 8) & (columns < 24)),
         ("right half", columns >= 16),
@@ -156,7 +156,7 @@ def measure_control(pipe: Pipeline):
                 f"{np.mean(names == test.labels[:500]):.1%} | {10 * np.log10(4 / error):.1f}"
             )
             if start == 0:
-                shown.append(edited[:12])
+                shown.append(to_uint8(edited[:12]))
     save_png(FLAGS.out, image_grid(np.concatenate(shown), 12))
 
 

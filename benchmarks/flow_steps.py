@@ -25,13 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from nvg_jax.evaluation.generation import FeatureSet, generation_metrics
-from nvg_jax.evaluation.metrics import class_agreement
-from nvg_jax.jobs.evaluation import load_split, make_classifier
+from nvg_jax.evaluation.features import class_agreement
+from nvg_jax.evaluation.image import to_float
+from nvg_jax.evaluation.judges import fit_classifier
+from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure
+from nvg_jax.evaluation.sets import LabeledImages, load_split
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
 from nvg_jax.training.distillation import guided_velocity, solution, solve_stages, split_stages
+from nvg_jax.visualize import to_uint8
 
 FLAGS = flags.FLAGS
 EXACT_STEPS = 200
@@ -40,7 +43,7 @@ FIGURES = ("fid", "precision", "recall")
 
 def spread(images: np.ndarray, labels: np.ndarray) -> float:
     """The mean pixel distance between two images of the same class."""
-    distances = []
+    images, distances = to_float(images), []
     for label in np.unique(labels):
         own = images[labels == label].reshape((labels == label).sum(), -1)
         half = len(own) // 2
@@ -82,10 +85,10 @@ def main(_):
     data = pipe.metadata.config["data"]
     size = pipe.tokenizer.config.image_size
     train, test = (load_split(data, split, size) for split in ("train", "test"))
-    judge = make_classifier(data["name"], train, pipe.metadata.model.num_classes)
-    shuffled = np.random.default_rng(0).permutation(len(train.images))[:10_000]
-    reference = FeatureSet.of(judge.image_features(train.images))
-    reference = reference._replace(pool=reference.pool[shuffled])
+    num_classes = pipe.metadata.model.num_classes
+    judge = fit_classifier(data["name"], train.images, train.labels, num_classes)
+    shuffled = train.select(np.random.default_rng(0).permutation(len(train)))
+    reference = features_of(shuffled, judge, keep=REFERENCE_IMAGES)
     real_spread = spread(train.images, train.labels)
     shown = test.images[: FLAGS.split_images], test.labels[: FLAGS.split_images]
     splits = Splits(pipe, *shown, pipe.settings) if FLAGS.split_images else None
@@ -109,7 +112,7 @@ def main(_):
             share = {"splits": float(same.mean())}
         for seed, key in enumerate(keys):
             if key not in known:
-                measured = measure(pipe, point, seed, classes, judge, reference)
+                measured = measure_point(pipe, point, seed, classes, judge, reference)
                 measured["spread"] /= real_spread
                 known[key] = dict(zip(columns, key)) | share | measured
                 with out.open("a") as file:
@@ -162,7 +165,7 @@ def draw(results: list[dict], path: str):
     figure.savefig(path, dpi=100)
 
 
-def measure(pipe, point, seed, classes, judge, reference) -> dict[str, float]:
+def measure_point(pipe, point, seed, classes, judge, reference) -> dict[str, float]:
     """The metrics of samples drawn with a point's settings."""
     batches = np.split(classes, range(FLAGS.batch_size, len(classes), FLAGS.batch_size))
     draw = lambda number: (
@@ -174,9 +177,9 @@ def measure(pipe, point, seed, classes, judge, reference) -> dict[str, float]:
     start = time.monotonic()
     images = np.concatenate([draw(number) for number in range(len(batches))])
     seconds = (time.monotonic() - start) / len(classes)
-    found = generation_metrics(reference, FeatureSet.of(judge.image_features(images)))
-    agreement, _ = class_agreement(judge.predict(images), classes)
-    results = {name: float(found[name]) for name in FIGURES}
+    samples = LabeledImages(to_uint8(images), classes)
+    results = measure(samples, judge, reference, names=FIGURES)
+    agreement, _ = class_agreement(judge.predict(samples.images), classes)
     return results | {
         "agreement": float(agreement),
         "spread": spread(images, classes),

@@ -97,7 +97,6 @@ def define_data_flags():
     flags.DEFINE_string("data_name", None, "Data set, if not the one the model was trained on.")
     flags.DEFINE_string("data_dir", None, "Folder of the data set.")
     flags.DEFINE_integer("resize", None, "Short side before the crop; 0: image size * 288 / 256.")
-    flags.DEFINE_integer("pad", None, "Random shifts of training crops by up to this many pixels.")
 
 
 def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
@@ -106,17 +105,17 @@ def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         UserError: there is neither a config nor --data_name.
     """
-    given = {"name": flags.FLAGS.data_name}
-    given |= {name: flags.FLAGS[name].value for name in ("data_dir", "resize", "pad")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "name" in given:
-        return {"data_dir": "", "resize": 0, "pad": 0} | given
+    changes = {"name": flags.FLAGS.data_name}
+    changes |= {n: flags.FLAGS[n].value for n in ("data_dir", "resize", "pad") if n in flags.FLAGS}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "name" in changes:
+        return {"data_dir": "", "resize": 0, "pad": 0} | changes
     if config is None:
         raise UserError(
             "This folder does not say what data it was trained on (converted weights do not); "
             "give --data_name, for example tfds:imagenet2012, and --data_dir."
         )
-    return config["data"] | given
+    return config["data"] | changes
 
 
 def define_sampling_flags():

@@ -15,9 +15,19 @@ import json
 from pathlib import Path
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli
+from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError
+from nvg_jax.runtime.files import make_folder
+from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.sampling.settings import parse_sweep
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax import bundled, pipeline
+    from nvg_jax.evaluation import judges, report, sets
+    from nvg_jax.jobs import classification, reconstruction, sampling_runs
 
 FLAGS = flags.FLAGS
 
@@ -26,8 +36,6 @@ def main(_):
     settings = cli.sampling_settings()
     judge = FLAGS.judge or ("inception" if FLAGS.reference else "classifier")
     check_flags(judge)
-    from nvg_jax.runtime.processes import barrier, is_main
-
     results, table = evaluate_samples() if FLAGS.samples else evaluate_model(judge, settings)
     if is_main():
         print(table or json.dumps(results, indent=1))
@@ -55,79 +63,83 @@ def check_flags(judge: str):
 
 
 def out_folder() -> Path:
-    default = FLAGS.workdir and Path(FLAGS.workdir) / "evaluation"
-    return Path(FLAGS.out or default or Path(FLAGS.samples).with_suffix(".evaluation"))
+    """The folder for the results: by default in the model's folder, or beside the samples."""
+    if FLAGS.out:
+        return Path(FLAGS.out)
+    if FLAGS.samples:
+        return Path(FLAGS.samples).with_suffix(".evaluation")
+    workdir = Path(FLAGS.workdir)
+    # A folder with the name of a bundled model would look as if it held one.
+    return (Path("runs") / workdir if bundled.is_bundled(workdir) else workdir) / "evaluation"
 
 
 def evaluate_samples():
     """(results, table) for a file of samples."""
-    from nvg_jax.jobs import comparison, features
-
-    images = features.Archive(FLAGS.samples, FLAGS.batch_size)
-    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size)
-    judge = features.Inception()
-    comparison.check_sizes(images, reference)
-    known = features.reference_features(reference, judge)
-    facts = {"samples": FLAGS.samples, "reference": FLAGS.reference}
-    results = comparison.compare(images, known, judge, out_folder(), facts)
-    return results, results and comparison.table([results])
+    samples = sets.Archive(FLAGS.samples, FLAGS.batch_size)
+    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size)
+    return compare([({}, samples, {"samples": FLAGS.samples})], reference, out_folder())
 
 
 def evaluate_model(judge: str, settings):
     """(results, table or None) for a model."""
-    from nvg_jax.data.sources import SPLITS
-    from nvg_jax.pipeline import Pipeline
-    from nvg_jax.runtime.files import make_folder
-
-    pipeline = Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
-    data = cli.data_section(pipeline.metadata.config) if needs_data else None
+    data = cli.data_section(pipe.metadata.config) if needs_data else None
     out = out_folder()
     make_folder(out)
     if FLAGS.reconstruction:
-        from nvg_jax.jobs import comparison
-
-        size = pipeline.tokenizer.config.image_size
-        images = comparison.split_images(data, "test", size, FLAGS.batch_size)
-        return comparison.reconstruction(pipeline, images, out), None
+        images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
+        return reconstruction.report(pipe, images, out), None
     if judge == "classifier":
-        from nvg_jax.jobs.evaluation import evaluate
+        job = sampling_job(pipe, settings) if pipe.can_sample else None
+        return classification.report(pipe, data, job, out), None
+    pipe.check_can_sample()
+    job, points = sampling_job(pipe, settings), []
+    for point in parse_sweep(FLAGS.sweep) if FLAGS.sweep else [{}]:
+        samples = job.with_settings(point)
+        facts = samples.describe()  # raises before anything is computed
+        del facts["classes"]  # a long list
+        points.append((point, samples, facts))
+    reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
+    return compare(points, reference, out)
 
-        return evaluate(
-            pipeline, data, out, FLAGS.num_samples, FLAGS.seed, FLAGS.batch_size, **settings
-        ), None
-    return compare_samples(pipeline, data, out, settings)
 
-
-def compare_samples(pipeline, data, out: Path, settings):
-    """(results, table) for samples that are drawn here."""
-    from nvg_jax.jobs import comparison, features
-    from nvg_jax.jobs.sampling import SamplingJob
-
-    pipeline.check_can_sample()
-    classes = [index % pipeline.metadata.model.num_classes for index in range(FLAGS.num_samples)]
+def sampling_job(pipe, settings):
+    """The samples to measure, cycling through the classes."""
+    classes = [index % pipe.metadata.model.num_classes for index in range(FLAGS.num_samples)]
     size = min(FLAGS.batch_size, FLAGS.num_samples)
-    job = SamplingJob(pipeline, classes, 1, size, FLAGS.seed, settings)
-    points = comparison.parse_sweep(FLAGS.sweep) if FLAGS.sweep else []
-    for point in points or [{}]:  # raises before anything is computed
-        comparison.at_point(job, point).expanded_settings()
-    reference = comparison.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
-    comparison.check_sizes(job, reference)
-    judge = features.Inception()
-    known = features.reference_features(reference, judge)
-    if points:
-        results = comparison.sweep(job, points, known, judge, out)
-        return results, results and comparison.table(results)
-    facts = {"reference": FLAGS.reference, **comparison.sampling_facts(job)}
-    results = comparison.compare(job, known, judge, out, facts)
-    return results, results and comparison.table([results])
+    return sampling_runs.SamplingJob(pipe, classes, 1, size, FLAGS.seed, settings)
+
+
+def compare(points, reference, out: Path):
+    """(results, table) of the points of a sweep, or of a single point.
+
+    Args:
+        points: for each point its settings, its images, and how they were made.
+        reference: the images to compare with.
+    """
+    report.check_sizes(points[0][1], reference)
+    judge = judges.Inception()
+    features = report.reference_features(reference, judge)
+    if FLAGS.sweep:
+        results = report.sweep(points, features, judge, out)
+        return results, results and report.table(results)
+    ((_, images, facts),) = points
+    facts = {"reference": FLAGS.reference, **facts}
+    results = report.compare(images, features, judge, out, facts)
+    return results, results and report.table([results])
 
 
 if __name__ == "__main__":
     cli.define_model_flags()
     cli.define_sampling_flags()
     cli.define_data_flags()
-    flags.DEFINE_string("out", None, "Folder for the results; by default WORKDIR/evaluation.")
+    flags.DEFINE_string(
+        "out",
+        None,
+        "Folder for the results; by default WORKDIR/evaluation, or "
+        "runs/NAME/evaluation for a bundled model.",
+    )
     flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.", 10)
     flags.DEFINE_string("samples", None, "An .npz file of samples to compare; needs no model.")
     flags.DEFINE_string(

@@ -15,7 +15,7 @@ from PIL import Image
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
 from nvg_jax.jobs.figures import picture_of
-from nvg_jax.jobs.sampling import Given, SamplingJob, stage_images
+from nvg_jax.jobs.sampling_runs import Constraint, SamplingJob, stage_images
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
 from nvg_jax.sampling.generate import SamplingPlan
@@ -37,7 +37,7 @@ KEEP_FILES = 3600  # seconds for which uploads and downloads are kept
 class Kept(NamedTuple):
     """What samples keep: the object, the line of Python that makes it, the files that it reads."""
 
-    given: Given | None = None
+    constraint: Constraint | None = None
     line: str = ""
     files: tuple[Path, ...] = ()
 
@@ -155,13 +155,13 @@ class Page:
         return Kept()
 
     def ready_made(self, name: str) -> Kept:
-        given = editing.follow_drawing(self.pipe, name)
-        return Kept(given, f'given = editing.follow_drawing(pipe, "{name}")')
+        constraint = editing.follow_drawing(self.pipe, name)
+        return Kept(constraint, f'constraint = editing.follow_drawing(pipe, "{name}")')
 
     def drawing(self, painted: dict[str, Any] | None) -> Kept:
         path = self._save("drawing.png", drawing_of(painted))
-        given = editing.follow_drawing(self.pipe, path)
-        return Kept(given, 'given = editing.follow_drawing(pipe, "drawing.png")', (path,))
+        constraint = editing.follow_drawing(self.pipe, path)
+        return Kept(constraint, 'constraint = editing.follow_drawing(pipe, "drawing.png")', (path,))
 
     def picture(self, path: str | None, structure_stages: float, token_stages: float) -> Kept:
         if not path:
@@ -175,19 +175,18 @@ class Page:
         except UserError as error:  # without the folders of this machine
             raise UserError(str(error).replace(path, Path(path).name)) from None
         path = self._save("picture.png", pixels)
-        given = editing.keep_stages(self.pipe, path, *stages)
-        line = 'given = editing.keep_stages(pipe, "picture.png", {}, {})'.format(*stages)
-        return Kept(given, line, (path,))
+        constraint = editing.keep_stages(self.pipe, path, *stages)
+        line = 'constraint = editing.keep_stages(pipe, "picture.png", {}, {})'.format(*stages)
+        return Kept(constraint, line, (path,))
 
     def edit(self, painted: dict[str, Any] | None, start: float, paste: bool) -> Kept:
         picture, mask = picture_and_mask_of(painted)
         files = self._save("picture.png", picture), self._save("mask.png", mask)
         feather = 2 if paste else None
-        given = editing.edit_region(self.pipe, *files, int(start), feather)
-        line = (
-            f'given = editing.edit_region(pipe, "picture.png", "mask.png", {int(start)}, {feather})'
-        )
-        return Kept(given, line, files)
+        constraint = editing.edit_region(self.pipe, *files, int(start), feather)
+        line = 'constraint = editing.edit_region(pipe, "picture.png", "mask.png", {}, {})'
+        line = line.format(int(start), feather)
+        return Kept(constraint, line, files)
 
     # Sampling.
 
@@ -205,10 +204,10 @@ class Page:
         self.pipe.settings.updated(changes).expand(config.num_stages, config.codebook_size)
         return changes
 
-    def plan(self, given: Given | None, settings: dict[str, Any]) -> SamplingPlan:
+    def plan(self, constraint: Constraint | None, settings: dict[str, Any]) -> SamplingPlan:
         """The compiled program that these inputs need."""
-        stages = (given.structure_stages, given.token_stages) if given else (0, 0)
-        region = given is not None and given.region is not None
+        stages = (constraint.structure_stages, constraint.token_stages) if constraint else (0, 0)
+        region = constraint is not None and constraint.region is not None
         return self.pipe.program.plan(self.pipe.settings.updated(settings), *stages, region)[0]
 
     def lines(self, kept: Kept, label: str, seed: int, settings: dict[str, Any]) -> str:
@@ -218,13 +217,13 @@ class Page:
         return "\n".join(
             [
                 *imports,
-                "from nvg_jax.jobs.sampling import SamplingJob",
+                "from nvg_jax.jobs.sampling_runs import SamplingJob",
                 "from nvg_jax.visualize import image_grid, save_png",
                 "",
                 f'pipe = Pipeline.from_pretrained("{self.name}", dtype="{self.pipe.dtype}")',
                 *([kept.line] if kept.line else []),
                 f"job = SamplingJob(pipe, [pipe.class_id({label!r})], {SAMPLES}, {SAMPLES}, "
-                f"seed={seed}, settings={settings!r}{', given=given' if kept.line else ''})",
+                f"seed={seed}, settings={settings!r}{', constraint=constraint' * bool(kept.line)})",
                 f'save_png("samples.png", image_grid(job.sample(0).images, columns={COLUMNS}))',
             ]
         )
@@ -248,8 +247,10 @@ class Page:
             if not isinstance(seed, int | float) or seed % 1 != 0:
                 raise UserError("The seed is a whole number.")
             classes = [self.pipe.class_id(label)]
-            job = SamplingJob(self.pipe, classes, SAMPLES, SAMPLES, int(seed), changes, kept.given)
-            plan = self.plan(kept.given, changes)
+            job = SamplingJob(
+                self.pipe, classes, SAMPLES, SAMPLES, int(seed), changes, kept.constraint
+            )
+            plan = self.plan(kept.constraint, changes)
             compiled = plan in self._compiled
             progress((1, 3), desc="Sampling" if compiled else "Compiling (first time only)")
             out = job.sample(0)

@@ -15,8 +15,9 @@ from PIL import Image
 from nvg_jax import bundled, granularity, workdir
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.metrics import to_float
+from nvg_jax.evaluation.image import to_float
 from nvg_jax.parts import GENERATORS
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.hardware import fast_dtype
 from nvg_jax.runtime.sharding import local_batch, make_mesh
 from nvg_jax.sampling.networks import sampling_program
@@ -79,7 +80,13 @@ class Pipeline:
 
     @params.setter
     def params(self, params: dict[str, Any]):
+        self.__dict__.pop("weights", None)
         self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """The fingerprint of all parameters."""
+        return fingerprint(self.params)
 
     @property
     def can_sample(self) -> bool:
@@ -122,7 +129,7 @@ class Pipeline:
         averaged weights of the generators.
 
         Args:
-            folder: a path or, if it does not exist, the name of a model in `bundled`.
+            folder: a path or, if no model is there, the name of a model in `bundled`.
             dtype: the dtype for sampling and decoding, "float32" or "bfloat16". The default is
                 bfloat16, like the published sampler, on TPUs and on GPUs that support it, and
                 float32 on CPUs. Weights, normalizations, softmax, the integration of the flow, and

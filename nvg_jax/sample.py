@@ -25,7 +25,7 @@ from nvg_jax.runtime.processes import is_main
 
 with epy.lazy_imports():  # slow, and not needed to report a wrong flag
     from nvg_jax import pipeline
-    from nvg_jax.jobs import editing, sampling
+    from nvg_jax.jobs import editing, sampling_runs
 
 FLAGS = flags.FLAGS
 MAX_COLUMNS = 20  # columns of the grid
@@ -38,26 +38,26 @@ def main(_):
     names = FLAGS.classes or range(len(pipe.class_names))
     classes = [pipe.class_id(name) for name in names]
     batch_size = min(FLAGS.batch_size, len(classes) * FLAGS.per_class)
-    job = sampling.SamplingJob(
+    job = sampling_runs.SamplingJob(
         pipe,
         classes,
         FLAGS.per_class,
         batch_size,
         FLAGS.seed,
         settings,
-        kept(pipe),
+        constraint(pipe),
         FLAGS.walk_to,
     )
     out = Path(FLAGS.out)
     if out.suffix == ".npz":
-        sampling.write_array(job, out)
+        sampling_runs.write_array(job, out)
     else:
-        sampling.write_pictures(job, out, columns=min(FLAGS.per_class, MAX_COLUMNS))
+        sampling_runs.write_pictures(job, out, columns=min(FLAGS.per_class, MAX_COLUMNS))
     if is_main():
         print(f"{len(job)} samples: {out}")
 
 
-def kept(pipe):
+def constraint(pipe):
     """What samples keep according to the flags, or None.
 
     Raises:

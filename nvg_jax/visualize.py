@@ -16,15 +16,19 @@ FONT_SIZE = 12
 
 
 def to_uint8(images) -> np.ndarray:
-    """float [-1, 1] -> uint8: 255 * (x + 1) / 2, truncated. Values outside are clipped."""
-    return (255 * (np.clip(np.asarray(images, np.float32), -1, 1) + 1) / 2).astype(np.uint8)
+    """float [-1, 1] -> uint8: 255 * (x + 1) / 2, truncated. Values outside are clipped.
+
+    Images that are uint8 already stay as they are.
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    return (255 * (np.clip(images.astype(np.float32), -1, 1) + 1) / 2).astype(np.uint8)
 
 
 def image_grid(images, columns: int) -> np.ndarray:
-    """Arranges images (B, H, W, 3), float [-1, 1] or uint8, in rows of `columns` on white."""
-    images = np.asarray(images)
-    if images.dtype != np.uint8:
-        images = to_uint8(images)
+    """Arranges images (B, H, W, 3), float in [-1, 1] or uint8, in rows of `columns` on white."""
+    images = to_uint8(images)
     factor = max(1, MIN_TILE // images.shape[1])
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = images.shape
@@ -37,7 +41,7 @@ def image_grid(images, columns: int) -> np.ndarray:
 
 
 def reconstruction_grid(images, reconstructions) -> np.ndarray:
-    """Images (B, H, W, 3) in one row, their reconstructions in the row below."""
+    """Images (B, H, W, 3) of either kind in one row, their reconstructions in the row below."""
     return image_grid(np.concatenate([to_uint8(images), to_uint8(reconstructions)]), len(images))
 
 

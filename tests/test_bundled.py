@@ -1,5 +1,10 @@
 """The models that come with the package."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -70,7 +75,26 @@ def test_a_bundled_file_keeps_float16_weights_and_refuses_damage(tmp_path, monke
         Pipeline.from_pretrained("fashion_mnist")
 
 
-def test_a_folder_of_the_same_name_comes_first(tmp_path, monkeypatch):
+def test_a_folder_of_the_same_name_comes_first_if_it_holds_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion_mnist" / "evaluation").mkdir(parents=True)
+    for name in ("fashion_mnist", Path("fashion_mnist")):
+        assert "Bag" in Pipeline.from_pretrained(name).class_names
     random_pipeline().save_pretrained("fashion_mnist")
     assert Pipeline.from_pretrained("fashion_mnist").class_names == tuple("0123456789")
+
+
+@pytest.mark.slow
+def test_results_of_a_bundled_model_are_kept_apart(tmp_path):
+    """In a folder of its name, they would look as if the folder held the model."""
+    command = [sys.executable, "-m", "nvg_jax.evaluate", "--workdir=fashion_mnist"]
+    run = subprocess.run(
+        [*command, "--reconstruction", "--data_name=sequences"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and "needs data_dir" in run.stderr
+    assert (tmp_path / "runs" / "fashion_mnist" / "evaluation").is_dir()
+    assert not (tmp_path / "fashion_mnist").exists()

@@ -8,18 +8,21 @@ import types
 
 import numpy as np
 import pytest
+from test_encoding import hand_made
 
 from nvg_jax import pretrained
-from nvg_jax.data import Transform, open_source
+from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation import metrics
-from nvg_jax.jobs import comparison, features
+from nvg_jax.evaluation import features, image, report, sets
+from nvg_jax.jobs import reconstruction
 from nvg_jax.pretrained import ImageFeatures
+from nvg_jax.sampling.settings import parse_sweep
 from nvg_jax.tokenizer import GranularitySequence
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (23, 8, 8, 3), np.uint8)
 OTHERS = RNG.integers(0, 200, (17, 8, 8, 3), np.uint8)
+DIGITS = {"name": "digits", "data_dir": "", "resize": 8}
 FIGURES = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
@@ -47,24 +50,24 @@ def save(path, images, **more):
 
 @pytest.fixture
 def samples(tmp_path):
-    return features.Archive(save(tmp_path / "samples.npz", IMAGES), 5)
+    return sets.Archive(save(tmp_path / "samples.npz", IMAGES), 5)
 
 
 @pytest.fixture
 def reference(tmp_path, monkeypatch):
     monkeypatch.setenv("NVG_CACHE", str(tmp_path / "cache"))
-    return features.Archive(save(tmp_path / "reference.npz", OTHERS), 4)
+    return sets.Archive(save(tmp_path / "reference.npz", OTHERS), 4)
 
 
 def expected_figures():
     ours, real = (Judge().image_features(x) for x in (IMAGES, OTHERS))
     order = np.random.default_rng(0).permutation(len(IMAGES))
     exponentials = np.exp(ours.logits[order])
-    precision, recall = metrics.precision_recall(real.pool, ours.pool)
+    precision, recall = features.precision_recall(real.pool, ours.pool)
     return {
-        "fid": metrics.frechet_distance(real.pool, ours.pool),
-        "sfid": metrics.frechet_distance(real.spatial, ours.spatial),
-        "inception_score": metrics.inception_score(
+        "fid": features.frechet_distance(real.pool, ours.pool),
+        "sfid": features.frechet_distance(real.spatial, ours.spatial),
+        "inception_score": features.inception_score(
             exponentials / exponentials.sum(1, keepdims=True)
         ),
         "precision": precision,
@@ -74,8 +77,8 @@ def expected_figures():
 
 def test_batches_give_the_figures_of_all_images_at_once(samples, reference, tmp_path):
     judge = Judge()
-    known = features.reference_features(reference, judge)
-    found = comparison.compare(samples, known, judge, tmp_path / "out", {"samples": "a"})
+    known = report.reference_features(reference, judge)
+    found = report.compare(samples, known, judge, tmp_path / "out", {"samples": "a"})
     for name, value in expected_figures().items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
     assert found["images"] == 23 and found["reference_images"] == 17 and found["samples"] == "a"
@@ -84,43 +87,43 @@ def test_batches_give_the_figures_of_all_images_at_once(samples, reference, tmp_
 
 def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        features.extract(samples, Judge(fail_after=10), tmp_path / "parts")
+        report.features_of(samples, Judge(fail_after=10), tmp_path / "parts")
     second = Judge()
-    found = features.extract(samples, second, tmp_path / "parts")
+    found = report.features_of(samples, second, tmp_path / "parts")
     assert second.seen == 25 - 10  # the last batch is filled up
     np.testing.assert_array_equal(found.pool, Judge().image_features(IMAGES).pool)
     assert found.count == 23
     (tmp_path / "parts" / "000002.npz").write_bytes(b"PK")
     third = Judge()
-    again = features.extract(samples, third, tmp_path / "parts")
+    again = report.features_of(samples, third, tmp_path / "parts")
     assert third.seen == 5  # the damaged part alone
     np.testing.assert_array_equal(again.pool, found.pool)
 
 
 def test_parts_of_other_images_are_refused(samples, reference, tmp_path):
-    features.extract(samples, Judge(), tmp_path / "parts")
-    with pytest.raises(UserError, match="holds samples made with other settings"):
-        features.extract(reference, Judge(), tmp_path / "parts")
+    report.features_of(samples, Judge(), tmp_path / "parts")
+    with pytest.raises(UserError, match="holds features made with other settings"):
+        report.features_of(reference, Judge(), tmp_path / "parts")
 
 
 def test_a_reference_is_computed_once(reference, tmp_path):
-    first = features.reference_features(reference, Judge())
+    first = report.reference_features(reference, Judge())
     judge = Judge()
-    again = features.reference_features(reference, judge)
+    again = report.reference_features(reference, judge)
     assert judge.seen == 0
     np.testing.assert_array_equal(first.pool, again.pool)
-    np.testing.assert_array_equal(first.spatial_statistics[1], again.spatial_statistics[1])
-    changed = features.Archive(save(tmp_path / "reference.npz", OTHERS[::-1]), 4)
-    features.reference_features(changed, judge)
+    np.testing.assert_array_equal(first.spatial_covariance, again.spatial_covariance)
+    changed = sets.Archive(save(tmp_path / "reference.npz", OTHERS[::-1]), 4)
+    report.reference_features(changed, judge)
     assert judge.seen > 0
 
 
 def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):
     """Otherwise the others would wait for the features of this process forever."""
-    first = features.reference_features(reference, Judge())
-    monkeypatch.setattr(features, "gather", lambda own, count: np.array([*own, False]))
+    first = report.reference_features(reference, Judge())
+    monkeypatch.setattr(report, "gather", lambda own, count: np.array([*own, False]))
     judge = Judge()
-    again = features.reference_features(reference, judge)
+    again = report.reference_features(reference, judge)
     assert judge.seen > 0
     np.testing.assert_array_equal(first.pool, again.pool)
 
@@ -129,27 +132,26 @@ def test_statistics_of_a_reference_file_come_first(reference, tmp_path):
     rng = np.random.default_rng(1)
     mu, sigma = rng.normal(size=12), np.eye(12)
     file = save(tmp_path / "statistics.npz", OTHERS, mu=mu, sigma=sigma)
-    found = features.reference_features(features.Archive(file, 4), Judge())
-    np.testing.assert_array_equal(found.pool_statistics[0], mu)
-    np.testing.assert_array_equal(found.pool_statistics[1], sigma)
-    np.testing.assert_allclose(found.spatial_statistics[0], OTHERS[:, 0, :, 0].mean(0) / 255, 1e-5)
+    found = report.reference_features(sets.Archive(file, 4), Judge())
+    np.testing.assert_array_equal(found.pool_mean, mu)
+    np.testing.assert_array_equal(found.pool_covariance, sigma)
+    np.testing.assert_allclose(found.spatial_mean, OTHERS[:, 0, :, 0].mean(0) / 255, 1e-5)
 
 
 def test_a_split_is_every_image_once_and_keeps_the_first_features(monkeypatch, tmp_path):
     monkeypatch.setenv("NVG_CACHE", str(tmp_path))
-    monkeypatch.setattr(features, "REFERENCE_IMAGES", 50)
+    monkeypatch.setattr(report, "REFERENCE_IMAGES", 50)
     source = open_source("digits", "test")
-    data = {"name": "digits", "data_dir": "", "split": "test"}
-    split = features.Split(source, Transform((8, 8), resize=8), data, 64)
+    split = sets.Split(DIGITS, "test", (8, 8), 64)
     seen = np.concatenate(list(split.batches(range(5))))
     stored = np.stack([source[i]["image"] for i in range(len(source))])
     as_set = lambda images: sorted(image.tobytes() for image in images)
     assert as_set(seen[..., 0]) == as_set(stored)
-    found = features.reference_features(split, Judge())
+    found = report.reference_features(split, Judge())
     assert found.count == 300 and found.pool.shape == (50, 12)
     np.testing.assert_array_equal(found.pool, Judge().image_features(seen[:50]).pool)
     np.testing.assert_allclose(
-        found.pool_statistics[0], Judge().image_features(seen).pool.mean(0, np.float64), rtol=1e-6
+        found.pool_mean, Judge().image_features(seen).pool.mean(0, np.float64), rtol=1e-6
     )
 
 
@@ -165,7 +167,7 @@ def test_a_split_is_every_image_once_and_keeps_the_first_features(monkeypatch, t
 def test_archives_with_other_contents(tmp_path, content, message):
     np.savez(tmp_path / "x.npz", **content)
     with pytest.raises(UserError, match=message):
-        features.Archive(tmp_path / "x.npz", 5)
+        sets.Archive(tmp_path / "x.npz", 5)
 
 
 def test_truncated_and_damaged_archives(tmp_path):
@@ -173,12 +175,12 @@ def test_truncated_and_damaged_archives(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:2000])
     with pytest.raises(UserError, match="is damaged, incomplete or not an .npz file"):
-        features.Archive(path, 5)
+        sets.Archive(path, 5)
     path.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
     with pytest.raises(UserError, match="is damaged"):
-        list(features.Archive(path, 5).batches(range(5)))
+        list(sets.Archive(path, 5).batches(range(5)))
     with pytest.raises(UserError, match="There is no file"):
-        features.Archive(tmp_path / "y.npz", 5)
+        sets.Archive(tmp_path / "y.npz", 5)
 
 
 @pytest.fixture
@@ -188,26 +190,33 @@ def warnings(caplog, monkeypatch):
 
 
 def test_other_sizes_and_too_few_images_are_said(samples, reference, tmp_path, warnings):
-    larger = features.Archive(save(tmp_path / "l.npz", np.zeros((4, 16, 8, 3), np.uint8)), 4)
-    comparison.check_sizes(samples, reference)
+    larger = sets.Archive(save(tmp_path / "l.npz", np.zeros((4, 16, 8, 3), np.uint8)), 4)
+    report.check_sizes(samples, reference)
     assert not warnings.records
-    comparison.check_sizes(samples, larger)
+    report.check_sizes(samples, larger)
     assert "8 x 8 pixels and the reference 16 x 8" in warnings.text
-    few = features.Archive(save(tmp_path / "few.npz", IMAGES[:9]), 4)
-    known = features.reference_features(reference, Judge())
-    comparison.compare(few, known, Judge(), tmp_path / "few", {})
+    few = sets.Archive(save(tmp_path / "few.npz", IMAGES[:9]), 4)
+    known = report.reference_features(reference, Judge())
+    report.compare(few, known, Judge(), tmp_path / "few", {})
     assert "9 samples for 12 features: the covariance is rank deficient" in warnings.text
 
 
 def test_what_a_reference_may_be(tmp_path):
     with pytest.raises(UserError, match="must be train, test or an .npz file, got 'val'"):
-        comparison.open_reference("val", 4, None, None)
+        sets.open_reference("val", 4, None, None)
     with pytest.raises(UserError, match="is a split of a data set"):
-        comparison.open_reference("train", 4, None, None)
+        sets.open_reference("train", 4, None, None)
+
+
+def test_cached_sequences_have_no_images(tmp_path):
+    data = {"name": "sequences", "data_dir": str(hand_made(tmp_path / "cache")), "resize": 0}
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=r"no images .* give the data set .*--data_name"):
+            sets.open_reference(split, 4, (8, 8), data)
 
 
 def test_a_sweep_is_every_combination():
-    points = comparison.parse_sweep("content_guidance=1,3.5;2 flow_steps=4;8 gumbel=true")
+    points = parse_sweep("content_guidance=1,3.5;2 flow_steps=4;8 gumbel=true")
     assert points == [
         dict(content_guidance=guidance, flow_steps=steps, gumbel=True)
         for guidance in ((1.0, 3.5), 2.0)
@@ -220,7 +229,7 @@ def test_a_sweep_is_every_combination():
         ("gumbel=maybe", "gumbel takes"),
     ):
         with pytest.raises(UserError, match=message):
-            comparison.parse_sweep(text)
+            parse_sweep(text)
 
 
 def test_the_table_marks_the_lowest_fid():
@@ -228,14 +237,14 @@ def test_the_table_marks_the_lowest_fid():
     results = [
         {**line, "fid": fid, "sweep": dict(top_p=(1.0, top_p))} for fid, top_p in ((3, 0.5), (2, 1))
     ]
-    first, second = comparison.table(results).splitlines()[1:]
+    first, second = report.table(results).splitlines()[1:]
     assert "top_p=1,0.5" in first and "lowest" not in first
     assert "top_p=1,1" in second and second.endswith("lowest FID")
 
 
 def test_reconstruction(monkeypatch, tmp_path):
     """A model that darkens the images by a known amount, with stubs for the networks."""
-    monkeypatch.setattr(comparison, "Inception", lambda prepare: Judge())
+    monkeypatch.setattr(reconstruction, "Inception", lambda prepare: Judge())
     monkeypatch.setattr(pretrained, "load", lambda name: {"w": np.float32(len(name))})
     distance = lambda params, a, b, dtype: params["w"] * abs(a - b).mean((1, 2, 3))
     monkeypatch.setattr(pretrained, "lpips", distance)
@@ -249,7 +258,7 @@ def test_reconstruction(monkeypatch, tmp_path):
         tokens[:, 1, 0] = 1 + np.arange(len(images)) % 2
         return GranularitySequence(tokens, tokens)
 
-    darker = lambda sequence: np.maximum(metrics.to_float(originals[-1]) - 0.2, -1)
+    darker = lambda sequence: np.maximum(image.to_float(originals[-1]) - 0.2, -1)
     pipeline = types.SimpleNamespace(
         tokenizer=types.SimpleNamespace(config=config),
         dtype="float32",
@@ -258,10 +267,8 @@ def test_reconstruction(monkeypatch, tmp_path):
         decode=darker,
         reconstruct=lambda images: darker(encode(images)),
     )
-    source = open_source("digits", "test")
-    data = {"name": "digits", "data_dir": "", "split": "test"}
-    images = features.Split(source, Transform((8, 8), resize=8), data, 50)
-    found = comparison.reconstruction(pipeline, images, tmp_path)
+    images = sets.Split(DIGITS, "test", (8, 8), 50)
+    found = reconstruction.report(pipeline, images, tmp_path)
     pixels = np.concatenate(list(images.batches(range(6))))
     floats = pixels / 255 * 2 - 1
     restored = np.floor(255 * (np.maximum(floats - 0.2, -1) + 1) / 2 + 1e-4) / 255 * 2 - 1

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nvg_jax import granularity
 from nvg_jax.errors import UserError
-from nvg_jax.jobs import editing, sampling
+from nvg_jax.jobs import editing, sampling_runs
 from nvg_jax.sampling import control
 from nvg_jax.structure import flow
 from nvg_jax.visualize import to_uint8
@@ -264,7 +264,7 @@ def files(tmp_path_factory, reference):
 def test_a_job_keeps_what_is_given_and_pastes_the_rest(pipe, reference, files):
     given = editing.edit_region(pipe, files / "image.png", files / "mask.png", 1, feather=0)
     assert (given.region.reshape(4, 4) == [0, 0, 1, 1]).all()
-    job = sampling.SamplingJob(pipe, [3, 4], 2, 3, 0, {}, given)
+    job = sampling_runs.SamplingJob(pipe, [3, 4], 2, 3, 0, {}, given)
     original = reference[0].astype(np.float32) / 127.5 - 1
     kept = pipe.encode(reference[:1])
     for batch in range(2):
@@ -273,7 +273,7 @@ def test_a_job_keeps_what_is_given_and_pastes_the_rest(pipe, reference, files):
         assert (out.sequence.tokens[..., ~given.region] == kept.tokens[..., ~given.region]).all()
         assert np.abs(out.images[:, :, 4:] - original[:, 4:]).max() > 0.01
     other = editing.edit_region(pipe, files / "image.png", files / "mask.png", 1, feather=2)
-    describe = lambda given: sampling.SamplingJob(pipe, [3], 2, 3, 0, {}, given).describe()
+    describe = lambda given: sampling_runs.SamplingJob(pipe, [3], 2, 3, 0, {}, given).describe()
     assert len({str(describe(g)["given"]) for g in (given, other)}) == 2
     assert describe(None)["given"] is None
 
@@ -281,18 +281,18 @@ def test_a_job_keeps_what_is_given_and_pastes_the_rest(pipe, reference, files):
 def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
     given = editing.follow_drawing(pipe, "left_right")
     assert given.structure_stages == 2 and given.token_stages == 0
-    out = sampling.SamplingJob(pipe, [1], 2, 2, 0, {}, given).sample(0)
+    out = sampling_runs.SamplingJob(pipe, [1], 2, 2, 0, {}, given).sample(0)
     assert (out.sequence.structure[:, 1].reshape(2, 4, 4) == [0, 0, 1, 1]).all()
     given = editing.follow_drawing(pipe, files / "mask.png")
     assert (given.sequence.structure[1].reshape(4, 4) == [0, 0, 1, 1]).all()
     given = editing.keep_stages(pipe, files / "image.png", 3, 2)
-    out = sampling.SamplingJob(pipe, [1], 2, 2, 0, {}, given).sample(0)
+    out = sampling_runs.SamplingJob(pipe, [1], 2, 2, 0, {}, given).sample(0)
     for found, kept, stages in zip(out.sequence, given.sequence, (3, 2)):
         assert (found[:, :stages] == kept[:stages]).all()
 
 
 def test_a_walk_begins_and_ends_at_the_structure_of_a_seed(pipe):
-    job = sampling.SamplingJob(pipe, [1, 2], 3, 4, 5, {}, walk_to=9)
+    job = sampling_runs.SamplingJob(pipe, [1, 2], 3, 4, 5, {}, walk_to=9)
     parts = [job.sample(batch) for batch in range(2)]
     walk = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     free = pipe.sample([2], seed=5, first_index=3)
@@ -301,7 +301,7 @@ def test_a_walk_begins_and_ends_at_the_structure_of_a_seed(pipe):
         for found, exact in zip(walk.sequence, expected.sequence):
             np.testing.assert_array_equal(found[index], exact[0])
     assert (walk.sequence.structure[3] != walk.sequence.structure[5]).any()
-    assert job.describe() != sampling.SamplingJob(pipe, [1, 2], 3, 4, 5, {}).describe()
+    assert job.describe() != sampling_runs.SamplingJob(pipe, [1, 2], 3, 4, 5, {}).describe()
 
 
 def test_what_is_transparent_in_a_mask_is_not_white(pipe, files, tmp_path):
@@ -326,11 +326,13 @@ def test_wrong_use_ends_in_a_sentence(pipe, files):
         (lambda: pipe.sample([1], region=np.ones(16, bool)), "need a `prefix`"),
         (lambda: pipe.sample([1], region=np.ones(15, bool)), r"bool of shape \(16,\)"),
         (lambda: pipe.sample([1], region=np.ones(16)), "got float64"),
-        (lambda: sampling.SamplingJob(pipe, [1], 2, 2, -1, {}), "seed must be .*, got -1"),
-        (lambda: sampling.SamplingJob(pipe, [1], 1, 1, 0, {}, walk_to=3), "walk needs two"),
-        (lambda: sampling.SamplingJob(pipe, [1], 2, 2, 0, {}, walk_to=-3), "walk_to must be"),
+        (lambda: sampling_runs.SamplingJob(pipe, [1], 2, 2, -1, {}), "seed must be .*, got -1"),
+        (lambda: sampling_runs.SamplingJob(pipe, [1], 1, 1, 0, {}, walk_to=3), "walk needs two"),
+        (lambda: sampling_runs.SamplingJob(pipe, [1], 2, 2, 0, {}, walk_to=-3), "walk_to must be"),
         (
-            lambda: sampling.write_pictures(sampling.SamplingJob(pipe, [1], 2, 2, 0, {}), image, 2),
+            lambda: sampling_runs.write_pictures(
+                sampling_runs.SamplingJob(pipe, [1], 2, 2, 0, {}), image, 2
+            ),
             "image.png is a file, so it cannot be a folder",
         ),
     ):

@@ -13,7 +13,7 @@ from helpers import random_pipeline, tiny_config
 from nvg_jax import Pipeline, workdir
 from nvg_jax.distill import distill
 from nvg_jax.errors import UserError
-from nvg_jax.jobs.sampling import SamplingJob
+from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import Teacher, structure_losses
 from nvg_jax.tokenizer import GranularitySequence, Quantized

@@ -16,6 +16,7 @@ import pytest
 from absl import flags
 from helpers import (
     ROOT,
+    TOGETHER,
     free_port,
     is_even_hierarchy,
     logged,
@@ -29,9 +30,8 @@ from PIL import Image
 from nvg_jax import GranularitySequence, Pipeline, cli
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation import frechet_distance
-from nvg_jax.evaluation.classifiers import DigitClassifier
-from nvg_jax.jobs.comparison import split_images
-from nvg_jax.jobs.evaluation import load_split
+from nvg_jax.evaluation.judges import DigitClassifier
+from nvg_jax.evaluation.sets import Split, load_split
 from nvg_jax.models import ModelConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.train import train
@@ -85,8 +85,8 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(workdir):
 
 def test_the_best_model_by_fid_is_kept_beside_the_latest(workdir):
     real = load_split(tiny_config().data, "train", (8, 8))
-    judge = DigitClassifier(*real)
-    held_out = next(split_images(tiny_config().data, "test", (8, 8), 50).batches([0]))
+    judge = DigitClassifier(real.images, real.labels)
+    held_out = next(Split(tiny_config().data, "test", (8, 8), 50).batches([0]))
     samples = lambda best: best.sample([i % 10 for i in range(50)], seed=0).images
     for part, known, images in (
         ("tokenizer", held_out, lambda best: best.reconstruct(held_out)),
@@ -285,7 +285,7 @@ def start_two(workdir, *arguments):
         subprocess.Popen(
             [*command, f"--process_id={index}"],
             cwd=ROOT,
-            env=with_devices(2),
+            env=with_devices(2) | TOGETHER,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -551,6 +551,7 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
          "no config.generator_training.lr. config.generator_training has batch_size,"),
         (python("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
          "error: Unknown class 11"),
+        (python("nvg_jax.evaluate", f"--workdir={workdir}", "--pad=2"), "flag 'pad'"),
     ):  # fmt: skip
         assert message in output and "Traceback" not in output
 

@@ -89,9 +89,10 @@ def test_antialiased_input_agrees_with_pytorch(expected, name):
     np.testing.assert_allclose(thinned(found), expected[f"resized_{name}"], atol=1e-5)
 
 
-def test_antialiased_input_takes_floats():
-    with pytest.raises(UserError, match="float images"):
-        pretrained.antialiased_inception_input(np.zeros((1, 256, 256, 3), np.uint8))
+def test_antialiased_input_takes_both_kinds_of_images():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), np.uint8)
+    resized = pretrained.antialiased_inception_input(pixels / np.float32(127.5) - 1)
+    np.testing.assert_allclose(pretrained.antialiased_inception_input(pixels), resized, atol=1e-6)
 
 
 def test_lpips_alex_agrees_with_the_package(expected, tmp_path):

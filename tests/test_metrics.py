@@ -11,7 +11,8 @@ import skimage.metrics
 
 from nvg_jax import evaluation
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation import Moments, metrics
+from nvg_jax.evaluation import Moments
+from nvg_jax.evaluation import features as feature_metrics
 
 
 def features(count, width, seed=0, offset=0.0):
@@ -88,7 +89,7 @@ def test_statistics_that_do_not_fit(statistics, message):
 
 @pytest.mark.parametrize("offset", [0, 1e4])
 def test_moments_of_batches_and_processes(offset, monkeypatch):
-    monkeypatch.setattr(metrics, "ROWS", 7)
+    monkeypatch.setattr(feature_metrics, "ROWS", 7)
     x = features(100, 6).astype(np.float64) + offset
     first, second = Moments(), Moments()
     for start, stop in ((0, 1), (1, 33), (33, 40)):
@@ -184,7 +185,7 @@ def precision_recall_by_loops(reference, samples, k):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_precision_recall_agrees_with_loops(block, k, offset, monkeypatch):
-    monkeypatch.setattr(metrics, "MAX_DISTANCES", block)
+    monkeypatch.setattr(feature_metrics, "MAX_DISTANCES", block)
     reference = features(80, 6, offset=offset)
     samples = 0.8 * features(50, 6, seed=1) + np.float32(offset + 0.1)
     expected = precision_recall_by_loops(reference, samples, k)

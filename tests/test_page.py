@@ -14,7 +14,7 @@ from helpers import free_port, random_pipeline
 from PIL import Image
 
 from nvg_jax import page
-from nvg_jax.jobs.sampling import SamplingJob
+from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.visualize import image_grid
 
@@ -81,7 +81,7 @@ def test_a_drawing_is_followed_and_its_lines_make_the_same_samples(opened, tmp_p
     with Image.open("samples.png") as saved:
         np.testing.assert_array_equal(page.enlarged(np.asarray(saved)), images)
     # Its halves are the first map of the samples.
-    job = SamplingJob(opened.pipe, [3], 4, 4, 7, {}, opened.drawing(painted).given)
+    job = SamplingJob(opened.pipe, [3], 4, 4, 7, {}, opened.drawing(painted).constraint)
     structure = job.sample(0).sequence.structure[:, 1].reshape(4, 4, 4)
     assert (structure[:, :, :2] == structure[:, :1, :1]).all()
     assert (structure[:, :, 2:] != structure[:, :1, :1]).all()
@@ -94,11 +94,13 @@ def test_a_part_of_a_picture_is_resampled(opened):
         "layers": [layer(LEFT, (255, 255, 255))],
     }
     kept = opened.edit(painted, 1.0, True)
-    np.testing.assert_array_equal(kept.given.region.reshape(4, 4)[:, 2:], False)
-    assert kept.given.region.reshape(4, 4)[:, 0].all() and kept.given.structure_stages == 1
+    np.testing.assert_array_equal(kept.constraint.region.reshape(4, 4)[:, 2:], False)
+    assert (
+        kept.constraint.region.reshape(4, 4)[:, 0].all() and kept.constraint.structure_stages == 1
+    )
     *_, last = opened.sample(opened.edit, 3, painted, 1.0, True, "0", 0, *DEFAULTS)
     # The right columns of every sample are the picture's pixels.
-    shown = page.enlarged(image_grid(kept.given.image[None].repeat(4, axis=0), 2))
+    shown = page.enlarged(image_grid(kept.constraint.image[None].repeat(4, axis=0), 2))
     right = slice(-shown.shape[1] // 10, None)
     np.testing.assert_allclose(last[0][:, right].astype(int), shown[:, right].astype(int), atol=2)
 
@@ -182,7 +184,7 @@ def test_a_readable_upload_passes_the_fields(opened, tmp_path):
     reference = page.raw_upload(gradio.Image())
     assert reference.preprocess(None) is None
     kept = opened.picture(reference.preprocess(ImageData(path=path)), 1, 0)
-    assert kept.given.structure_stages == 1
+    assert kept.constraint.structure_stages == 1
     editor = page.checked_uploads(gradio.ImageEditor())
     painted = editor.preprocess(EditorData(background=gradio.FileData(path=path)))
     np.testing.assert_array_equal(painted["background"], HALVES)

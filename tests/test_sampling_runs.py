@@ -13,16 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from helpers import ROOT, random_pipeline
 from PIL import Image
 from test_comparison import Judge
 
 from nvg_jax import Pipeline
-from nvg_jax.data.sources import FolderSource
-from nvg_jax.data.transforms import Transform
 from nvg_jax.errors import UserError
-from nvg_jax.jobs import comparison, features, sampling
-from nvg_jax.jobs.evaluation import evaluate, load_images
+from nvg_jax.evaluation import report, sets
+from nvg_jax.jobs import classification, sampling_runs
+from nvg_jax.runtime import resumable
 from nvg_jax.runtime.processes import own_share
 
 DATA = {"name": "digits", "data_dir": "", "resize": 8}
@@ -45,7 +45,7 @@ def workdir(pipe, tmp_path_factory):
 
 def samples_of(pipe, **changes):
     values = dict(classes=CLASSES, per_class=PER_CLASS, batch_size=BATCH, seed=4, settings={})
-    return sampling.SamplingJob(pipe, **(values | changes))
+    return sampling_runs.SamplingJob(pipe, **(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def expected(pipe):
 def whole(pipe, tmp_path_factory):
     """The file of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "all.npz"
-    sampling.write_array(samples_of(pipe), out)
+    sampling_runs.write_array(samples_of(pipe), out)
     return out
 
 
@@ -68,9 +68,9 @@ def interrupted(pipe, out, after):
     """A run that ends with `after` parts written; gives the folder of its parts."""
     samples = samples_of(pipe)
     folder = out.with_name(out.name + ".parts")
-    sampling.open_folder(folder, "*.npz", samples.describe())
+    resumable.open_folder(folder, "*.npz", samples.describe(), "samples")
     for batch, output in samples.sample_all(range(after)):
-        sampling.write_part(folder / f"{batch:06d}.npz", sampling.to_uint8(output.images))
+        sampling_runs.write_part(folder / f"{batch:06d}.npz", sampling_runs.to_uint8(output.images))
     return folder
 
 
@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_where_it_was(pipe, workdir, whole, tmp_path):
         after = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
         # What was there is not made again.
         assert out.exists() or before.items() <= after.items()
-    sampling.write_array(samples_of(pipe), out)
+    sampling_runs.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes()
     assert [path.name for path in out.parent.iterdir()] == ["all.npz"]
 
@@ -123,18 +123,18 @@ def test_a_run_killed_at_its_end_goes_on(pipe, whole, tmp_path, monkeypatch, mom
     out = tmp_path / "all.npz"
     parts = interrupted(pipe, out, 4)
     made = []
-    monkeypatch.setattr(sampling.SamplingJob, "sample", lambda *args: made.append(args))
+    monkeypatch.setattr(sampling_runs.SamplingJob, "sample", lambda *args: made.append(args))
     with monkeypatch.context() as patch:
         if moment == "join":
-            patch.setattr(sampling, "read_part", kill)
+            patch.setattr(sampling_runs, "read_part", kill)
         else:
-            patch.setattr(sampling.shutil, "rmtree", kill)
+            patch.setattr(sampling_runs.shutil, "rmtree", kill)
         with pytest.raises(Killed):
-            sampling.write_array(samples_of(pipe), out)
+            sampling_runs.write_array(samples_of(pipe), out)
     if moment == "removal":
         (parts / "000001.npz").unlink()  # removed in part
     assert out.exists() == (moment == "removal")
-    sampling.write_array(samples_of(pipe), out)
+    sampling_runs.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes() and not made
     assert [path.name for path in tmp_path.iterdir()] == ["all.npz"]
 
@@ -146,7 +146,7 @@ def test_damaged_parts_are_found_and_made_again(pipe, whole, tmp_path, monkeypat
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
-    join = sampling.join_parts
+    join = sampling_runs.join_parts
 
     def damage_and_join(*args):
         path.unlink()
@@ -154,8 +154,8 @@ def test_damaged_parts_are_found_and_made_again(pipe, whole, tmp_path, monkeypat
             path.write_bytes({"flip": content, "truncate": content[:-1], "empty": b""}[damage])
         join(*args)
 
-    monkeypatch.setattr(sampling, "join_parts", damage_and_join)
-    sampling.write_array(samples_of(pipe), out)
+    monkeypatch.setattr(sampling_runs, "join_parts", damage_and_join)
+    sampling_runs.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes()
     assert "000002.npz is damaged or missing; generating it again" in caplog.text
     assert caplog.text.count("generating it again") == 1
@@ -178,10 +178,10 @@ def test_other_settings_are_refused(pipe, whole, tmp_path, changes, message):
     before = sorted(path.name for path in parts.iterdir())
     message = f"all.npz.parts holds samples made with other settings: {message}"
     with pytest.raises(UserError, match=message):
-        sampling.write_array(samples_of(pipe, **changes), out)
+        sampling_runs.write_array(samples_of(pipe, **changes), out)
     assert sorted(path.name for path in parts.iterdir()) == before and not out.exists()
     with pytest.raises(UserError, match="all.npz already exists and was made with other"):
-        sampling.write_array(samples_of(pipe, **changes), whole)
+        sampling_runs.write_array(samples_of(pipe, **changes), whole)
 
 
 def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
@@ -191,21 +191,32 @@ def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
     leaves[-1] = np.asarray(leaves[-1]) + np.float32(1e-3)
     other = Pipeline(pipe.metadata, jax.tree.unflatten(tree, leaves))
     with pytest.raises(UserError, match="model was '.*' and is '.*' now"):
-        sampling.write_array(samples_of(other), out)
+        sampling_runs.write_array(samples_of(other), out)
     # Settings given by hand that are those of the folder are the same settings.
     same = dict(flow_steps=2, top_p=0.5)
     assert samples_of(pipe, settings=same).describe() == samples_of(pipe).describe()
     (parts / "settings.json").unlink()
     with pytest.raises(UserError, match="no settings.json that says how they were made"):
-        sampling.write_array(samples_of(pipe), out)
+        sampling_runs.write_array(samples_of(pipe), out)
     out.write_bytes(b"something else")
     with pytest.raises(UserError, match="or not by this command"):
-        sampling.write_array(samples_of(pipe), out)
+        sampling_runs.write_array(samples_of(pipe), out)
     assert out.read_bytes() == b"something else"
 
 
+def test_the_weights_are_hashed_once(monkeypatch):
+    pipe, hashed = random_pipeline(), []
+    monkeypatch.setattr("nvg_jax.pipeline.fingerprint", lambda tree: hashed.append(1) or "0")
+    job = samples_of(pipe)
+    descriptions = [job.describe(), job.describe(), job.with_settings({"top_p": 0.9}).describe()]
+    assert len(hashed) == 1 and descriptions[0] == descriptions[1] != descriptions[2]
+    pipe.params = pipe.params  # other weights
+    job.describe()
+    assert len(hashed) == 2
+
+
 def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkeypatch):
-    out, make, made = tmp_path / "pictures", sampling.SamplingJob.sample, []
+    out, make, made = tmp_path / "pictures", sampling_runs.SamplingJob.sample, []
 
     def limited(samples, batch):
         if len(made) == 2:
@@ -213,17 +224,17 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
         made.append(batch)
         return make(samples, batch)
 
-    monkeypatch.setattr(sampling.SamplingJob, "sample", limited)
+    monkeypatch.setattr(sampling_runs.SamplingJob, "sample", limited)
     with pytest.raises(KeyboardInterrupt):
-        sampling.write_pictures(samples_of(pipe), out, columns=5)
+        sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [0, 1] and not (out / "grid.png").exists()
     (out / "000004_class7.png").rename(out / "000004_class7.png.tmp")  # killed while writing it
     made.clear()
     with pytest.raises(KeyboardInterrupt):
-        sampling.write_pictures(samples_of(pipe), out, columns=5)
+        sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [1, 2]
     made.clear()
-    sampling.write_pictures(samples_of(pipe), out, columns=5)
+    sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [3]
     names = [f"{i:06d}_class{7 if i < 5 else 2}.png" for i in range(10)]
     others = {"grid.png", "stages.png", "settings.json"}
@@ -231,10 +242,10 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
     images = np.stack([np.asarray(Image.open(out / name)) for name in names])
     np.testing.assert_array_equal(images, np.load(whole)["arr_0"])
     with pytest.raises(UserError, match="seed was 4 and is 5 now"):
-        sampling.write_pictures(samples_of(pipe, seed=5), out, columns=5)
+        sampling_runs.write_pictures(samples_of(pipe, seed=5), out, columns=5)
     (out / names[3]).write_bytes((out / names[3]).read_bytes()[:60])
     with pytest.raises(UserError, match="000003_class7.png is not a readable image.*Delete it"):
-        sampling.write_pictures(samples_of(pipe), out, columns=5)
+        sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
 
 
 def test_a_full_disk_and_missing_rights_end_in_a_sentence(pipe, whole, tmp_path):
@@ -247,14 +258,14 @@ def test_a_full_disk_and_missing_rights_end_in_a_sentence(pipe, whole, tmp_path)
         temporary = path.with_name(path.name + ".tmp")
         temporary.symlink_to("/dev/full")
         with pytest.raises(UserError, match=message.format(path)):
-            sampling.write_array(samples_of(pipe), out)
+            sampling_runs.write_array(samples_of(pipe), out)
         assert not temporary.is_symlink() and not out.exists()
-    sampling.write_array(samples_of(pipe), out)
+    sampling_runs.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes()
     if os.getuid():  # root may write anywhere
         tmp_path.chmod(0o500)
         with pytest.raises(PermissionError, match="other.npz.parts"):
-            sampling.write_array(samples_of(pipe), tmp_path / "other.npz")
+            sampling_runs.write_array(samples_of(pipe), tmp_path / "other.npz")
         tmp_path.chmod(0o700)
 
 
@@ -263,30 +274,31 @@ import sys, jax
 from pathlib import Path
 jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
 from nvg_jax import Pipeline
-from nvg_jax.jobs import comparison, features, sampling
-from nvg_jax.jobs.evaluation import evaluate
+from nvg_jax.jobs import classification, sampling_runs
+from nvg_jax.runtime.processes import barrier
 folder = Path({folder!r})
 pipe = Pipeline.from_pretrained({workdir!r})
-samples = sampling.SamplingJob(pipe, {classes}, {per_class}, {batch}, 4, dict())
-make, made = sampling.SamplingJob.sample, []
-sampling.SamplingJob.sample = lambda self, batch: made.append(batch) or make(self, batch)
-sampling.write_array(samples, folder / "all.npz")
-sampling.write_pictures(samples, folder / "pictures", 5)
+samples = sampling_runs.SamplingJob(pipe, {classes}, {per_class}, {batch}, 4, dict())
+make, made = sampling_runs.SamplingJob.sample, []
+sampling_runs.SamplingJob.sample = lambda self, batch: made.append(batch) or make(self, batch)
+sampling_runs.write_array(samples, folder / "all.npz")
+sampling_runs.write_pictures(samples, folder / "pictures", 5)
 (folder / ("made_%d" % jax.process_index())).write_text(repr(made))
-evaluate(pipe, {data}, folder, num_samples=10, seed=4, batch_size={batch})
+job = sampling_runs.SamplingJob(pipe, list(range(10)), 1, {batch}, 4, dict())
+classification.report(pipe, {data}, job, folder)
 sys.path.insert(0, {tests!r})
 from test_sampling_runs import compare_archives
 compare_archives(folder / "all.npz", folder)
-sampling.barrier("end")
+barrier("end")
 """
 
 
 def compare_archives(samples, folder):
     """The five figures of samples and of noise, in the features of test_comparison's stub."""
     judge = Judge()
-    known = features.extract(features.Archive(folder / "noise.npz", 3), judge, folder / "noise")
-    images = features.Archive(samples, BATCH)
-    return comparison.compare(images, known, judge, folder / "compared", {})
+    known = report.features_of(sets.Archive(folder / "noise.npz", 3), judge, folder / "noise")
+    images = sets.Archive(samples, BATCH)
+    return report.compare(images, known, judge, folder / "compared", {})
 
 
 @pytest.mark.slow
@@ -321,10 +333,12 @@ def test_two_processes_share_the_work(pipe, workdir, whole, tmp_path):
     shared = json.loads((tmp_path / "compared" / "metrics.json").read_text())
     for name in ("fid", "sfid", "inception_score", "precision", "recall"):
         assert shared[name] == pytest.approx(figures[name], rel=1e-9), name
-    one = evaluate(pipe, DATA, alone, num_samples=10, seed=4, batch_size=BATCH)
+    job = sampling_runs.SamplingJob(pipe, list(range(10)), 1, BATCH, 4, {})
+    one = classification.report(pipe, DATA, job, alone)
     two = json.loads((tmp_path / "metrics.json").read_text())
     assert one.pop("seconds_per_sample") > 0 < two.pop("seconds_per_sample")
-    assert two == json.loads(json.dumps(one))
+    for name, value in flatten_dict(one).items():
+        assert flatten_dict(two)[name] == pytest.approx(value, rel=1e-9), name
     for name in ("samples.png", "stages.png", "reconstructions.png"):
         assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()
 
@@ -340,17 +354,17 @@ def test_every_item_has_one_process(monkeypatch, count):
 
 
 def test_an_unreadable_image_is_named_or_left_out(tmp_path, caplog):
-    (tmp_path / "cat").mkdir()
-    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "cat" / "a.png")
-    (tmp_path / "cat" / "b.png").write_bytes(b"no image")
-    Image.new("RGB", (8, 8), (0, 0, 0)).save(tmp_path / "cat" / "c.png")
-    source = FolderSource(tmp_path, ["cat/a.png", "cat/b.png", "cat/c.png"], ["cat"])
-    transform = Transform((8, 8), 8)
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "b.png").write_bytes(b"no image")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "train" / "cat" / "a.png")
+    Image.new("RGB", (8, 8), (0, 0, 0)).save(tmp_path / "train" / "cat" / "c.png")
+    data = {"name": "image_folder", "data_dir": str(tmp_path), "resize": 8, "on_bad": "error"}
     with pytest.raises(UserError, match="b.png: not an image of a known format. Repair it"):
-        load_images(source, transform, 3)
-    images, labels = load_images(source, transform, 3, on_bad="skip")
-    np.testing.assert_array_equal(images[:, 0, 0], [[1, -1, -1], [-1, -1, -1]])
-    assert labels.tolist() == [0, 0] and "b.png" in caplog.text
-    source = FolderSource(tmp_path, ["cat/b.png"], ["cat"])
+        sets.load_split(data, "train", (8, 8))
+    data["on_bad"] = "skip"
+    loaded = sets.load_split(data, "train", (8, 8))
+    np.testing.assert_array_equal(loaded.images[:, 0, 0], [[255, 0, 0], [0, 0, 0]])
+    assert loaded.labels.tolist() == [0, 0] and "b.png" in caplog.text
     with pytest.raises(UserError, match="None of the 1 images"):
-        load_images(source, transform, 3, on_bad="skip")
+        sets.load_split(data, "test", (8, 8))

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax import workdir
 from nvg_jax.errors import UserError
+from nvg_jax.parts import PARTS
 from nvg_jax.runtime.files import atomic_write, fingerprint
 from nvg_jax.workdir import RunMetadata
 
@@ -64,14 +65,18 @@ def read(name: str) -> tuple[RunMetadata, dict[str, Any]]:
 def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, parameters) of a workdir, an exported or converted folder, or a bundled model.
 
-    A folder takes precedence over a bundled model of the same name.
+    A folder that holds a model takes precedence over a bundled model of the same name.
 
     Raises:
         UserError: there is no such folder, no model in it, or its parts do not belong together.
     """
-    if folder in MODELS and not os.path.exists(folder):
-        return read(folder)
-    return workdir.read_model(folder)
+    return read(os.fspath(folder)) if is_bundled(folder) else workdir.read_model(folder)
+
+
+def is_bundled(folder: str | os.PathLike) -> bool:
+    """Whether this is the name of a bundled model, and no folder of that name holds a model."""
+    parts = (workdir.EXPORT_FOLDER, *PARTS)
+    return os.fspath(folder) in MODELS and not any((Path(folder) / p).is_dir() for p in parts)
 
 
 def read_resize_filter(folder: str | os.PathLike) -> str | None:

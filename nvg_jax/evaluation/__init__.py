@@ -1,13 +1,15 @@
-"""Metrics of images and features, and small classifiers. Nothing here knows NVG."""
+"""Metrics of images and of features, judges, image sets, reports. Nothing here knows NVG."""
 
-from nvg_jax.evaluation.metrics import (
+from nvg_jax.evaluation.features import (
     Moments,
     class_agreement,
-    copying_report,
     frechet_distance,
     inception_score,
-    nearest_distances,
     precision_recall,
+)
+from nvg_jax.evaluation.image import (
+    copying_report,
+    nearest_distances,
     psnr,
     structural_similarity,
 )

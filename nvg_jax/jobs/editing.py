@@ -8,8 +8,8 @@ from PIL import Image
 
 from nvg_jax.data.transforms import Transform, decode
 from nvg_jax.errors import UserError
-from nvg_jax.jobs.features import image_to_uint8
-from nvg_jax.jobs.sampling import Given
+from nvg_jax.evaluation.image import from_float
+from nvg_jax.jobs.sampling_runs import Constraint
 from nvg_jax.pipeline import Pipeline, check_integer
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence
@@ -51,7 +51,7 @@ def fit(pipeline: Pipeline, pixels: np.ndarray) -> np.ndarray:
 
 def keep_stages(
     pipeline: Pipeline, path: str | os.PathLike, structure_stages: int, token_stages: int
-) -> Given:
+) -> Constraint:
     """The maps and tokens of the first stages of an image.
 
     Raises:
@@ -61,10 +61,10 @@ def keep_stages(
     check_integer("--token_stages", token_stages, 0, structure_stages)
     sequence = pipeline.encode(fit(pipeline, read_picture(path))[None])
     first = GranularitySequence(*(part[0] for part in sequence))
-    return Given(first, structure_stages, token_stages)
+    return Constraint(first, structure_stages, token_stages)
 
 
-def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Given:
+def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint:
     """The maps of a drawing: a PNG whose colors are regions, or the name of a ready-made one.
 
     Raises:
@@ -90,7 +90,7 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Given:
             )
         regions = colors
     structure, stages = control.structure_of_drawing(regions, config.latent_size)
-    return Given(GranularitySequence(structure, np.zeros_like(structure)), stages, 0)
+    return Constraint(GranularitySequence(structure, np.zeros_like(structure)), stages, 0)
 
 
 def edit_region(
@@ -99,7 +99,7 @@ def edit_region(
     mask: str | os.PathLike | None,
     start: int,
     feather: int | None,
-) -> Given:
+) -> Constraint:
     """An image to be resampled where a mask is white, and not transparent.
 
     Args:
@@ -120,6 +120,6 @@ def edit_region(
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
     sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))
     # The middle of the interval that `to_uint8` truncates to the same pixel value.
-    exact = np.clip((image_to_uint8(original) + 0.5) / 127.5 - 1, -1, 1).astype(np.float32)
+    exact = np.clip((from_float(original) + 0.5) / 127.5 - 1, -1, 1).astype(np.float32)
     pasted = {} if feather is None else dict(image=exact, mask=inside, feather=feather)
-    return Given(sequence, start, start, region, **pasted)
+    return Constraint(sequence, start, start, region, **pasted)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nvg_jax.jobs import editing
-from nvg_jax.jobs.sampling import SamplingJob, stage_images
+from nvg_jax.jobs.sampling_runs import SamplingJob, stage_images
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence
@@ -59,10 +59,10 @@ def drawings(pipe: Pipeline, classes: Sequence[int], seed: int) -> np.ndarray:
     """Samples of every class that follow each ready-made map (Figure 6): one row per map."""
     tiles = []
     for name in control.DRAWINGS:
-        given = editing.follow_drawing(pipe, name)
-        out = SamplingJob(pipe, classes, 1, len(classes), seed, {}, given).sample(0)
-        last = given.structure_stages - 1  # the finest map that the drawing determines
-        shown = picture_of(pipe, given.sequence.structure[last], last)
+        constraint = editing.follow_drawing(pipe, name)
+        out = SamplingJob(pipe, classes, 1, len(classes), seed, {}, constraint).sample(0)
+        last = constraint.structure_stages - 1  # the finest map that the drawing determines
+        shown = picture_of(pipe, constraint.sequence.structure[last], last)
         tiles.append([shown, *to_uint8(out.images)])
     heads = ["map", *(pipe.class_names[c] for c in classes)]
     return labeled_grid(tiles, [name.replace("_", " ") for name in control.DRAWINGS], heads)
@@ -80,8 +80,8 @@ def stages(pipe: Pipeline, class_id: int, columns: int, seed: int) -> np.ndarray
     for kept in range(config.num_stages + 1):
         row = [to_uint8(one.images[0])]
         for token_stages in (0, kept):
-            given = dict(prefix=prefix, structure_stages=kept, token_stages=token_stages)
-            out = pipe.sample([class_id] * columns, seed=seed, first_index=1, **given)
+            first = dict(prefix=prefix, structure_stages=kept, token_stages=token_stages)
+            out = pipe.sample([class_id] * columns, seed=seed, first_index=1, **first)
             row += list(to_uint8(out.images))
         tiles.append(row)
     rows = [f"{kept} stage{'' if kept == 1 else 's'} kept" for kept in range(config.num_stages + 1)]

@@ -89,18 +89,16 @@ def antialiased_inception_input(images):
     """Images resized as in PyTorch's antialiased bilinear mode, for rFID as published.
 
     Args:
-        images: float (B, H, W, 3) in [-1, 1].
+        images: (B, H, W, 3), uint8 or float in [-1, 1].
 
     Returns:
         float32 (B, 299, 299, 3) in [-1, 1]; pixel centers are at half positions.
-
-    Raises:
-        UserError: images that are not float and would thus have another range.
     """
+    x = jnp.asarray(images).astype(jnp.float32)
     if not _floating(images):
-        raise UserError(f"Expected float images in [-1, 1], got {images.dtype}.")
-    shape = (images.shape[0], IMAGE_SIZE, IMAGE_SIZE, 3)
-    return jax.image.resize(images.astype(jnp.float32), shape, "linear", antialias=True)
+        x = x / 127.5 - 1
+    shape = (x.shape[0], IMAGE_SIZE, IMAGE_SIZE, 3)
+    return jax.image.resize(x, shape, "linear", antialias=True)
 
 
 def _floating(images) -> bool:

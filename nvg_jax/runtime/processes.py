@@ -43,3 +43,13 @@ def gather(own: np.ndarray, count: int) -> np.ndarray:
         received = np.ascontiguousarray(received).view(own.dtype)
         gathered[row] = received.reshape(gathered.shape[1:])
     return gathered.reshape(-1, *own.shape[1:])[:count]
+
+
+def gather_rows(own: list[np.ndarray], count: int) -> np.ndarray:
+    """All processes' batches (B, D), concatenated in order; `own` are those of `own_share`."""
+    if jax.process_count() == 1:
+        return np.concatenate(own)
+    shape = np.array(own[0].shape if own else (0, 0))
+    shape = gather(shape[None], jax.process_count()).max(0)
+    stacked = np.stack(own) if own else np.empty((0, *shape), np.float32)
+    return gather(stacked, count).reshape(-1, shape[-1])

@@ -8,6 +8,7 @@ as `x["NAME"]` inside a stage if it has a value for each.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -250,3 +251,25 @@ class Settings:
 PUBLISHED = Settings(
     top_p=(1.0, 0.5), content_guidance=(1.0, 3.5), structure_guidance=(1.0, 2.5), flow_steps=25
 )
+
+
+def parse_sweep(text: str) -> list[dict[str, Any]]:
+    """All combinations of "NAME=VALUE;VALUE NAME=VALUE;..."; a value may be START,END.
+
+    Raises:
+        UserError: an unknown setting, or a value that is not a number.
+    """
+    specs, choices = Settings.specs(), {}
+    for item in text.split():
+        name, _, values = item.partition("=")
+        if name not in specs or not values:
+            raise UserError(
+                f"--sweep takes NAME=VALUE;VALUE, for example content_guidance=1,3.5;1,4.5, with "
+                f"the names {', '.join(specs)}; got {item!r}."
+            )
+        try:
+            choices[name] = [specs[name].parse(value) for value in values.split(";")]
+        except ValueError:
+            kind = "true or false" if specs[name].kind is bool else "numbers"
+            raise UserError(f"--sweep: {name} takes {kind}, got {values!r}.") from None
+    return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]

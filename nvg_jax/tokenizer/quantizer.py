@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from nvg_jax import granularity
@@ -154,3 +155,9 @@ class Quantizer(nn.Module):
             tuple(stage_tokens),
             jnp.stack(losses),
         )
+
+
+def codebook_usage(counts) -> dict[str, np.ndarray]:
+    """The share of the codebook in use, per stage and over all stages, from counts (S, V)."""
+    used = np.asarray(counts) > 0
+    return {"codebook_usage_stage": used.mean(1), "codebook_usage": used.any(0).mean()}

@@ -21,14 +21,13 @@ from nvg_jax.errors import UserError
 from nvg_jax.models import init_generator
 from nvg_jax.parts import GENERATORS, Part
 from nvg_jax.runtime import files, sharding
-from nvg_jax.runtime.processes import is_main
 from nvg_jax.sampling.guidance import Guidance
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
 from nvg_jax.structure.losses import Teacher, draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import Quantized, Tokenizer
-from nvg_jax.training.generators import check_heads, encode, sample_picture, sampling_settings
+from nvg_jax.training.generators import check_heads, encode, sampling_settings
 from nvg_jax.training.initial import with_params
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, TrainState
@@ -311,14 +310,6 @@ class DistillationTrainer(Trainer):
     def start(self, run: Run, inputs: Params) -> TrainState:
         params = jax.tree.map(jnp.copy, {"structure": inputs["teacher"]})
         return with_params(super().start(run, inputs), params)
-
-    def evaluate(self, run: Run, state: TrainState, inputs: Params, metadata: RunMetadata):
-        metrics = run.test_metrics(
-            run.config[self.part.section],
-            lambda batch: self.eval(state.ema_params, inputs, batch),
-        )
-        params = self.export(run, state, inputs)
-        return metrics, sample_picture(metadata, params, run.config.seed) if is_main() else None
 
     def export(self, run: Run, state: TrainState, inputs: Params) -> Params:
         return run.teacher[1] | jax.tree.map(sharding.to_host, state.ema_params)

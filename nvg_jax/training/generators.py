@@ -23,9 +23,7 @@ from nvg_jax.content.model import RepaProjector
 from nvg_jax.errors import UserError
 from nvg_jax.models import Generator, ModelConfig, init_generator
 from nvg_jax.parts import GENERATORS, Part
-from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
-from nvg_jax.runtime.processes import is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
@@ -35,10 +33,7 @@ from nvg_jax.training.initial import start_from, with_params
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, TrainState
 from nvg_jax.training.trainer import Batch, Trainer
-from nvg_jax.visualize import image_grid
 from nvg_jax.workdir import RunMetadata
-
-PICTURE_CLASSES, PICTURE_PER_CLASS = 10, 4  # samples in the picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,16 +306,6 @@ class GeneratorTrainer(Trainer):
         classes = run.train_source.class_names
         return with_params(state, start_from(run.config.init_from, state.params, classes))
 
-    def evaluate(self, run: Run, state: TrainState, inputs: Params, metadata: RunMetadata):
-        losses = run.test_metrics(
-            run.config[self.part.section],
-            lambda batch: self.eval(state.ema_params, inputs, batch),
-        )
-        if self.part.images != "samples":
-            return losses, None
-        params = self.export(run, state, inputs)
-        return losses, sample_picture(metadata, params, run.config.seed) if is_main() else None
-
     def export(self, run: Run, state: TrainState, inputs: Params) -> Params:
         params = {"tokenizer": inputs["tokenizer"]}
         for name in self.part.networks:
@@ -353,15 +338,6 @@ def init_projector(model: Generator, key: PRNGKeyArray) -> Params:
     """Initial parameters of the REPA projector, boxed with their logical axes."""
     features = jnp.zeros((1, 1, model.transformer.width))
     return make_projector(model.dtype).init(key, features)["params"]
-
-
-def sample_picture(metadata: RunMetadata, params: Params, seed: int) -> np.ndarray:
-    """A grid of samples, uint8 (H, W, 3), the same ones of a seed, drawn by this process alone."""
-    count = min(metadata.model.num_classes, PICTURE_CLASSES)
-    classes = np.arange(count).repeat(PICTURE_PER_CLASS)
-    # Not in the mesh of all processes, where every operation would wait for the others.
-    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
-        return image_grid(Pipeline(metadata, params).sample(classes, seed=seed).images, columns=8)
 
 
 def load_tokenizer(run: Run) -> tuple[RunMetadata, Params]:

@@ -9,9 +9,9 @@ import numpy as np
 from etils import epath, epy
 
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.metrics import codebook_usage
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import png
 
 with epy.lazy_imports():  # imports TensorFlow, which takes seconds

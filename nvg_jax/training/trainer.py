@@ -13,12 +13,17 @@ from jaxtyping import Array, PRNGKeyArray
 from nvg_jax import pretrained
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
+from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.processes import is_main
 from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, TrainState
+from nvg_jax.visualize import image_grid
 from nvg_jax.workdir import RunMetadata
+
+PICTURE_CLASSES, PICTURE_PER_CLASS = 10, 4  # samples in the picture of an evaluation
 
 # {"image": float32 (B, H, W, 3) in [-1, 1], or "structure" and "tokens" of cached sequences;
 # "label": int32 (B,); in an evaluation also "mask": bool (B,)}.
@@ -171,11 +176,17 @@ class Trainer(abc.ABC):
         """The initial state of a run."""
         return self.init(jax.random.fold_in(run.key, self.INIT_KEY), inputs)
 
-    @abc.abstractmethod
     def evaluate(
         self, run: Run, state: Any, inputs: Params, metadata: RunMetadata
     ) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Metrics on held-out images, and a picture uint8 (H, W, 3) if there is one."""
+        """Metrics of the averaged parameters on held-out images, and a picture uint8 (H, W, 3)."""
+        metrics = run.test_metrics(
+            run.config[self.part.section], lambda batch: self.eval(state.ema_params, inputs, batch)
+        )
+        if self.part.images != "samples":
+            return metrics, None
+        params = self.export(run, state, inputs)
+        return metrics, sample_picture(metadata, params, run.config.seed) if is_main() else None
 
     def finish(self, run: Run, state: Any, metadata: RunMetadata) -> RunMetadata:
         """The metadata of the last checkpoint."""
@@ -184,6 +195,15 @@ class Trainer(abc.ABC):
     @abc.abstractmethod
     def export(self, run: Run, state: Any, inputs: Params) -> Params:
         """{network: NumPy parameters} of the model as trained so far."""
+
+
+def sample_picture(metadata: RunMetadata, params: Params, seed: int) -> np.ndarray:
+    """A grid of samples, uint8 (H, W, 3), the same ones of a seed, drawn by this process alone."""
+    count = min(metadata.model.num_classes, PICTURE_CLASSES)
+    classes = np.arange(count).repeat(PICTURE_PER_CLASS)
+    # Not in the mesh of all processes, where every operation would wait for the others.
+    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
+        return image_grid(Pipeline(metadata, params).sample(classes, seed=seed).images, columns=8)
 
 
 def abstract_key():

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
-import reprlib
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,13 @@ import numpy as np
 
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
+from nvg_jax.evaluation.sets import ImageSet
 from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import MAX_SEED, Pipeline, SampleOutput, check_integer
-from nvg_jax.runtime.files import atomic_write, digest, fingerprint, make_folder
-from nvg_jax.runtime.processes import barrier, is_main, own_share
+from nvg_jax.runtime.files import atomic_write, digest, fingerprint
+from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.resumable import open_folder, own_missing
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import GranularitySequence
@@ -28,12 +29,11 @@ from nvg_jax.visualize import image_grid, save_png, stages_grid, to_uint8
 
 GRID_LIMIT = 400  # samples in the grid
 STAGES_LIMIT = 8  # samples in the picture of the stages
-SETTINGS_FILE = "settings.json"
 
 logger = logging.getLogger("nvg_jax")
 
 
-class Given(NamedTuple):
+class Constraint(NamedTuple):
     """What all samples of a job keep from a reference; see `Pipeline.sample`.
 
     sequence: maps and tokens, int (S, L) each. region: bool (L,), where to sample, or None.
@@ -51,7 +51,7 @@ class Given(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingJob:
+class SamplingJob(ImageSet):
     """The samples to draw: sample i is of the class classes[i // per_class].
 
     Batch n, the unit of work, has the `batch_size` samples from n * batch_size on.
@@ -59,7 +59,7 @@ class SamplingJob:
     Attributes:
         classes: class ids.
         settings: sampling settings for `Pipeline.sample`.
-        given: what the samples keep from a reference.
+        constraint: what all samples keep from a reference; None is nothing.
         walk_to: None, or the seed at which the samples of each class end. They then differ only in
             their structure noise, which is interpolated on a sphere, and begin at `seed`.
 
@@ -73,7 +73,7 @@ class SamplingJob:
     batch_size: int
     seed: int
     settings: dict[str, Any]
-    given: Given | None = None
+    constraint: Constraint | None = None
     walk_to: int | None = None
 
     def __post_init__(self):
@@ -87,10 +87,6 @@ class SamplingJob:
 
     def __len__(self) -> int:
         return len(self.classes) * self.per_class
-
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self) // self.batch_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -111,13 +107,16 @@ class SamplingJob:
         self.pipeline.metadata.check_settings(settings)
         return settings.expand(config.num_stages, config.codebook_size)
 
+    def with_settings(self, changes: dict[str, Any]) -> "SamplingJob":
+        return dataclasses.replace(self, settings={**self.settings, **changes})
+
     def indices(self, batch: int) -> range:
         """The samples of a batch; the last batch may be smaller."""
         first = batch * self.batch_size
         return range(first, min(first + self.batch_size, len(self)))
 
     def sample(self, batch: int) -> SampleOutput:
-        indices, given = self.indices(batch), self.given
+        indices, constraint = self.indices(batch), self.constraint
         ids = [self.classes[index // self.per_class] for index in indices]
         if self.walk_to is None:
             filled = ids + ids[-1:] * (self.batch_size - len(ids))  # one program for all batches
@@ -125,17 +124,20 @@ class SamplingJob:
         else:
             frames = [self._frame(index) for index in indices]
             out = jax.tree.map(lambda *parts: np.concatenate(parts), *frames)
-        if given and given.image is not None:
-            images = control.paste(given.image, out.images, given.mask, given.feather)
+        if constraint and constraint.image is not None:
+            images = control.paste(
+                constraint.image, out.images, constraint.mask, constraint.feather
+            )
             out = out._replace(images=images)
         return jax.tree.map(lambda x: x[: len(ids)], out)
 
     def _sample(self, ids: Sequence[int], first_index: int, noise=None) -> SampleOutput:
-        kept, given = {}, self.given
-        if given:
+        kept, constraint = {}, self.constraint
+        if constraint:
             repeat = lambda x: np.broadcast_to(x, (len(ids), *x.shape))
-            kept["prefix"] = jax.tree.map(repeat, given.sequence)
-            kept |= {n: getattr(given, n) for n in ("structure_stages", "token_stages", "region")}
+            kept["prefix"] = jax.tree.map(repeat, constraint.sequence)
+            for name in ("structure_stages", "token_stages", "region"):
+                kept[name] = getattr(constraint, name)
         return self.pipeline.sample(
             ids, self.seed, noise, first_index=first_index, **kept, **self.settings
         )
@@ -149,7 +151,6 @@ class SamplingJob:
         return self._sample([self.classes[number]], first, noise)
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields the batches with the given numbers as uint8 (B, H, W, 3)."""
         for output in self._ahead(numbers):
             yield to_uint8(output.images)
 
@@ -182,7 +183,7 @@ class SamplingJob:
         """
         metadata = self.pipeline.metadata.to_json()
         model = {name: metadata[name] for name in ("tokenizer", "canvas_scale", *GENERATORS)}
-        model["weights"] = fingerprint(self.pipeline.params)
+        model["weights"] = self.pipeline.weights
         description = {
             "model": digest(model)[:16],
             "dtype": self.pipeline.dtype,
@@ -191,7 +192,7 @@ class SamplingJob:
             "seed": self.seed,
             "walk_to": self.walk_to,
             "batch_size": self.batch_size,
-            "given": self.given and fingerprint(jax.tree.map(np.asarray, self.given)),
+            "given": self.constraint and fingerprint(jax.tree.map(np.asarray, self.constraint)),
             **dataclasses.asdict(self.expanded_settings()),
         }
         return json.loads(json.dumps(description))
@@ -211,64 +212,7 @@ def stages_picture(pipeline: Pipeline, output: SampleOutput, picks: np.ndarray) 
     return stages_grid(stage_images(pipeline, sequence), sequence.structure, latent_size)
 
 
-# Resumable output: every existing file is complete and was made with these settings.
-
-
-def open_folder(folder: Path, pattern: str, description: dict[str, Any]):
-    """Creates a folder of samples, or checks that it was created with the same settings.
-
-    Args:
-        pattern: glob pattern of the files with samples.
-        description: see `SamplingJob.describe`; stored in the folder.
-
-    Raises:
-        UserError: the folder holds samples with other or unknown settings, or not all processes
-            see the same folder.
-    """
-    path = folder / SETTINGS_FILE
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{path}, which says how the samples there were made, is damaged ({error}). Give "
-                "another --out, or delete that folder to start over."
-            ) from error
-        differ = [
-            f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
-            for name, value in description.items()
-            if stored.get(name) != value
-        ]
-        if differ:
-            raise UserError(
-                f"{folder} holds samples made with other settings: {'; '.join(differ)}. Give the "
-                "same settings to resume, or another --out; or delete that folder to start over. "
-                "(Another model: a run that was trained further has other weights.)"
-            )
-    elif folder.is_dir() and any(folder.glob(pattern)):
-        raise UserError(
-            f"{folder} holds samples but no {SETTINGS_FILE} that says how they were made. Give "
-            "another --out, or move them away."
-        )
-    elif is_main():
-        make_folder(folder)
-        with atomic_write(path) as file:
-            file.write(json.dumps(description).encode())
-    barrier(f"{path} is there")
-    if not path.exists():
-        raise UserError(
-            f"Process {jax.process_index()} does not see {path}, which process 0 wrote: --out "
-            "must be in a file system that all processes share."
-        )
-
-
-def own_missing(num_batches: int, files) -> list[int]:
-    """This process's batches for which one of `files(batch)` does not exist yet."""
-    own = own_share(num_batches)
-    missing = [batch for batch in own if not all(path.exists() for path in files(batch))]
-    if len(missing) < len(own):
-        logger.info("%d of %d batches exist already", len(own) - len(missing), len(own))
-    return missing
+# Files of samples.
 
 
 def write_array(job: SamplingJob, out: Path):
@@ -293,7 +237,7 @@ def write_array(job: SamplingJob, out: Path):
             )
         logger.info("%s already exists", out)
     else:
-        open_folder(folder, "*.npz", description)
+        open_folder(folder, "*.npz", description, "samples")
         for batch, output in job.sample_all(
             own_missing(job.num_batches, lambda batch: [part(batch)])
         ):
@@ -356,7 +300,7 @@ def write_pictures(job: SamplingJob, out: Path, columns: int):
     pictures = [out / f"{index:06d}_class{label}.png" for index, label in enumerate(classes)]
     stages = out / "stages.png"
     files = lambda batch: [pictures[i] for i in job.indices(batch)] + [stages] * (batch == 0)
-    open_folder(out, "*_class*.png", job.describe())
+    open_folder(out, "*_class*.png", job.describe(), "samples")
     for batch, output in job.sample_all(own_missing(job.num_batches, files)):
         for index, image in zip(job.indices(batch), to_uint8(output.images)):
             save_png(pictures[index], image)

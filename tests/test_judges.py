@@ -1,14 +1,15 @@
-"""Evaluation: metrics against values worked by hand, classifiers against real held-out images."""
+"""Judges on real held-out images, and metrics against values worked by hand."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from nvg_jax import evaluation
 from nvg_jax.data import open_source
 from nvg_jax.data.transforms import Transform, decode
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation import metrics
-from nvg_jax.evaluation.classifiers import DigitClassifier, area_resize, train_classifier
+from nvg_jax.evaluation.image import to_float
+from nvg_jax.evaluation.judges import DigitClassifier, area_resize, train_classifier
 
 
 def flat(*values, size=(2, 3), dtype=np.float32):
@@ -23,24 +24,24 @@ def flat(*values, size=(2, 3), dtype=np.float32):
 def test_psnr_of_constant_offsets():
     # Offsets 0.2 and 0.02 of a range of 2: a tenth and a hundredth, so 20 and 40 dB.
     images, restored = flat(0.5, -0.5, 1.0), flat(0.3, -0.48, 1.0)
-    np.testing.assert_allclose(metrics.psnr(images, restored)[:2], [20, 40], rtol=1e-5)
-    assert metrics.psnr(images, restored)[2] == np.inf
+    np.testing.assert_allclose(evaluation.psnr(images, restored)[:2], [20, 40], rtol=1e-5)
+    assert evaluation.psnr(images, restored)[2] == np.inf
     # An offset of 51 of 255 is a fifth, whatever the type of image: 20 log10(5) dB.
     gray = flat(100, dtype=np.uint8)
     for other in (flat(151, dtype=np.uint8), flat(151 / 127.5 - 1)):
-        np.testing.assert_allclose(metrics.psnr(gray, other), 20 * np.log10(5), rtol=1e-5)
+        np.testing.assert_allclose(evaluation.psnr(gray, other), 20 * np.log10(5), rtol=1e-5)
 
 
 def test_psnr_is_of_each_image_not_of_the_batch():
     images = np.zeros((2, 4, 4, 3), np.float32)
     restored = images.copy()
     restored[1, 0, 0, 0] = 1  # one of 48 values is off by 1: 10 log10(4 * 48) dB
-    np.testing.assert_allclose(metrics.psnr(images, restored), [np.inf, 22.833012], rtol=1e-6)
+    np.testing.assert_allclose(evaluation.psnr(images, restored), [np.inf, 22.833012], rtol=1e-6)
 
 
 def test_image_kinds():
-    np.testing.assert_array_equal(metrics.to_float(flat(0, 255, dtype=np.uint8)), flat(-1, 1))
-    half = metrics.to_float(flat(-0.5, 1, dtype=ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(to_float(flat(0, 255, dtype=np.uint8)), flat(-1, 1))
+    half = to_float(flat(-0.5, 1, dtype=ml_dtypes.bfloat16))
     assert half.dtype == np.float32
     np.testing.assert_array_equal(half, flat(-0.5, 1))
 
@@ -58,12 +59,12 @@ def test_image_kinds():
 )
 def test_arrays_that_are_no_images(images, message):
     with pytest.raises(UserError, match=message):
-        metrics.to_float(images)
+        to_float(images)
 
 
 def test_psnr_of_other_sizes():
     with pytest.raises(UserError, match="same shape"):
-        metrics.psnr(flat(0), flat(0, 0))
+        evaluation.psnr(flat(0), flat(0, 0))
 
 
 def with_moments(mean, covariance, count=40):
@@ -93,15 +94,15 @@ def with_moments(mean, covariance, count=40):
 )
 def test_frechet_distance_of_known_gaussians(mean, covariance, expected):
     a, b = with_moments([0, 0], [[1, 0], [0, 9]]), with_moments(mean, covariance)
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, abs=1e-9)
-    assert metrics.frechet_distance(b, a) == pytest.approx(expected, abs=1e-9)
+    assert evaluation.frechet_distance(a, b) == pytest.approx(expected, abs=1e-9)
+    assert evaluation.frechet_distance(b, a) == pytest.approx(expected, abs=1e-9)
 
 
 def test_frechet_distance_with_fewer_samples_than_features():
     # The covariances have rank 4 of 50. Moving all points moves nothing but the mean.
     a = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32)
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert metrics.frechet_distance(a, a + np.float32(2)) == pytest.approx(50 * 4, rel=1e-6)
+    assert evaluation.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert evaluation.frechet_distance(a, a + np.float32(2)) == pytest.approx(50 * 4, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -115,16 +116,16 @@ def test_frechet_distance_with_fewer_samples_than_features():
 )
 def test_features_that_cannot_be_compared(features, message):
     with pytest.raises(UserError, match=message):
-        metrics.frechet_distance(np.zeros((3, 4)), features)
+        evaluation.frechet_distance(np.zeros((3, 4)), features)
 
 
 def test_nearest_distances_of_three_points():
     references = flat(-1, 0, 1)
-    distances = metrics.nearest_distances(flat(-0.9, 0.25, 0.6, 1), references)
+    distances = evaluation.nearest_distances(flat(-0.9, 0.25, 0.6, 1), references)
     np.testing.assert_allclose(distances, [0.1, 0.25, 0.4, 0], atol=1e-6)
     assert distances[3] == 0
     with pytest.raises(UserError, match="size"):
-        metrics.nearest_distances(flat(0), flat(0, size=(3, 2)))
+        evaluation.nearest_distances(flat(0), flat(0, size=(3, 2)))
 
 
 def test_nearest_distances_against_all_pairs():
@@ -132,13 +133,15 @@ def test_nearest_distances_against_all_pairs():
     queries, references = (rng.integers(0, 256, (n, 3, 5, 3), np.uint8) for n in (7, 300))
     difference = (queries[:, None].astype(float) - references[None]) / 127.5
     expected = np.sqrt((difference**2).mean((2, 3, 4))).min(1)
-    np.testing.assert_allclose(metrics.nearest_distances(queries, references), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        evaluation.nearest_distances(queries, references), expected, rtol=1e-5
+    )
 
 
 def test_copying_report():
     # 101 held-out images at distances 0, 0.001 .. 0.1 from the only training image.
     train, held_out = flat(0), flat(*np.arange(101) / 1000)
-    report = metrics.copying_report(flat(*[0.06] * 96, *[0.001] * 4), train, held_out)
+    report = evaluation.copying_report(flat(*[0.06] * 96, *[0.001] * 4), train, held_out)
     assert report["held_out_median"] == pytest.approx(0.05)
     assert report["held_out_mean"] == pytest.approx(0.05)
     assert report["held_out_low_quantile"] == pytest.approx(0.005)
@@ -148,19 +151,19 @@ def test_copying_report():
     assert report["near_share_error"] == pytest.approx(np.sqrt(0.0475 * (1 / 100 + 1 / 101)))
     assert report["not_nearer"] is True
     # Some copies among distant samples, or all a little nearer: both are found out.
-    copies = metrics.copying_report(flat(*[0.06] * 90, *[0.001] * 10), train, held_out)
+    copies = evaluation.copying_report(flat(*[0.06] * 90, *[0.001] * 10), train, held_out)
     assert copies["near_share"] == pytest.approx(0.1) and copies["not_nearer"] is False
-    nearer = metrics.copying_report(flat(*[0.04] * 100), train, held_out)
+    nearer = evaluation.copying_report(flat(*[0.04] * 100), train, held_out)
     assert nearer["near_share"] == 0 and nearer["not_nearer"] is False
 
 
 def test_class_agreement():
-    overall, per_class = metrics.class_agreement([3, 3, 5, 0, 5], [3, 3, 3, 5, 5])
+    overall, per_class = evaluation.class_agreement([3, 3, 5, 0, 5], [3, 3, 3, 5, 5])
     assert overall == pytest.approx(3 / 5)
     assert per_class == {3: pytest.approx(2 / 3), 5: pytest.approx(1 / 2)}
     for predicted, asked in [([1], [1, 2]), ([], []), ([[1]], [[1]])]:
         with pytest.raises(UserError, match="same length"):
-            metrics.class_agreement(predicted, asked)
+            evaluation.class_agreement(predicted, asked)
 
 
 # Classifiers.
@@ -217,9 +220,10 @@ def test_train_classifier_on_bars():
     classifier = train_classifier(*bars(200, color=0.7), num_classes=3, steps=30)
     assert classifier.gray
     images, labels = bars(1100, color=0.7)  # more than are predicted at once
-    predicted, logits = classifier.predict(images), classifier.logits(images)
+    predicted = classifier.predict(images)
     assert (predicted == labels).mean() > 0.95
     found = classifier.image_features(images)
+    logits = found.logits
     assert logits.shape == (1100, 3) and found.pool.shape == (1100, 64)
     assert found.spatial.shape == (1100, 7 * 16)
     np.testing.assert_array_equal(logits.argmax(-1), predicted)
@@ -230,9 +234,8 @@ def test_train_classifier_on_bars():
     # A gray classifier sees the mean of the channels: opposite tints change nothing.
     tint = np.float32([0.1, -0.1, 0])
     dimmed = images * 0.8
-    np.testing.assert_allclose(
-        classifier.logits(dimmed + tint), classifier.logits(dimmed), atol=1e-3
-    )
+    tinted, plain = (classifier.image_features(x).logits for x in (dimmed + tint, dimmed))
+    np.testing.assert_allclose(tinted, plain, atol=1e-3)
 
 
 def test_train_classifier_sees_color_where_there_is_color():

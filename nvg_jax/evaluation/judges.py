@@ -1,22 +1,30 @@
-"""Classifiers fitted to real images, which tell whether a sample shows the requested class.
+"""Judges: networks in whose features sets of images are compared.
 
-Images are float32 (B, H, W, 3) in [-1, 1] or uint8 (B, H, W, 3) in 0..255, of any size: both
-classifiers resize them.
+`Inception` is the network behind published metrics. A classifier that is fitted to the data set
+needs no download, and can also tell whether a sample shows the requested class. Images are uint8
+(B, H, W, 3) of any size.
 """
 
 import dataclasses
+import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from nvg_jax import pretrained
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.metrics import to_float
+from nvg_jax.evaluation.image import to_float
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
+from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.processes import gather
+from nvg_jax.runtime.sharding import local_batch, make_mesh
 
 logger = logging.getLogger("nvg_jax")
 
@@ -24,6 +32,72 @@ DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
 BATCH_SIZE = 128
 CHUNK_SIZE = 1000  # images predicted at once
+
+
+class Judge(Protocol):
+    """Sees images as features.
+
+    A classifier has the method `predict` too: images -> int (B,), their classes.
+
+    Attributes:
+        name: what --judge and metrics.json call it.
+        fingerprint: a hash of everything its features depend on.
+    """
+
+    name: str
+    fingerprint: str
+
+    def image_features(self, images: np.ndarray) -> ImageFeatures:
+        """The float32 features of images, uint8 (B, H, W, 3), on this process's devices."""
+
+
+class Inception:
+    """The network behind the published metrics, on all local devices.
+
+    Args:
+        prepare: from uint8 images to its input: `tf1_inception_input` for generation,
+            `antialiased_inception_input` for reconstruction.
+
+    Raises:
+        UserError: the network's weights are missing; the message says how to import them.
+    """
+
+    name = "inception"
+
+    def __init__(self, prepare: Callable = pretrained.tf1_inception_input):
+        params = pretrained.load("inception")
+        self.fingerprint = fingerprint(params)
+        self._mesh = make_mesh(devices=jax.local_devices())
+        self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+        self._features = jax.jit(lambda params, x: pretrained.inception(params, prepare(x)))
+
+    def image_features(self, images: np.ndarray) -> ImageFeatures:
+        """Features (B, 2048), (B, 2023) and logits (B, 1008) of images, uint8 (B, H, W, 3)."""
+        if images.dtype != np.uint8:
+            raise TypeError(f"Expected uint8 images, got {images.dtype}.")
+        with jax.set_mesh(self._mesh):
+            features = self._features(self._params, local_batch(images, self._mesh))
+            features = jax.device_get(features)
+        return jax.tree.map(lambda x: x[: len(images)], features)
+
+
+def fit_classifier(data_name: str, images, labels, num_classes: int) -> Judge:
+    """The classifier of a data set, fitted to its training images; the same on every process.
+
+    Args:
+        data_name: the name in a config's `data`. "digits", which has few images, has its own kind.
+        images: uint8 (N, H, W, 3).
+        labels: int (N,), 0 to num_classes - 1.
+    """
+    if data_name == "digits":
+        return DigitClassifier(images, labels)
+    classifier = train_classifier(images, labels, num_classes)
+    # Processes on different machines may have trained to slightly different weights.
+    first = lambda x: gather(np.asarray(x)[None], jax.process_count())[0]
+    return dataclasses.replace(classifier, params=jax.tree.map(first, classifier.params))
+
+
+# Classifiers. They also take float images in [-1, 1].
 
 
 def area_resize(images: np.ndarray, size: int) -> np.ndarray:
@@ -74,11 +148,14 @@ class DigitClassifier:
         UserError: arrays that are not images, or labels that do not fit.
     """
 
+    name = "classifier"
+
     def __init__(self, images, labels):
         from sklearn.svm import SVC  # takes seconds to import
 
         features = self.features(images)
         labels = _labels(labels, features, num_classes=10)
+        self.fingerprint = fingerprint({"features": features, "labels": labels})
         self._svc = SVC(C=10, gamma="scale").fit(features, labels)
 
     def predict(self, images) -> np.ndarray:
@@ -128,13 +205,15 @@ class Classifier:
     gray: bool
     params: Any
 
+    name = "classifier"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.params)
+
     def predict(self, images) -> np.ndarray:
         """int (B,): the class of every image."""
-        return self.logits(images).argmax(-1)
-
-    def logits(self, images) -> np.ndarray:
-        """float32 (B, num_classes)."""
-        return self.image_features(images).logits
+        return self.image_features(images).logits.argmax(-1)
 
     def image_features(self, images) -> ImageFeatures:
         """Features (B, 64), (B, 112) and logits (B, num_classes).
@@ -142,10 +221,10 @@ class Classifier:
         `pool` is the layer before the logits; `spatial` is 7 channels of the last convolution at
         4 x 4 positions.
         """
-        images = _prepare(to_float(images), self.gray)
+        chunks = (images[start : start + CHUNK_SIZE] for start in range(0, len(images), CHUNK_SIZE))
         chunks = [
-            _forward(self.params, images[start : start + CHUNK_SIZE], self.num_classes)
-            for start in range(0, len(images), CHUNK_SIZE)
+            _forward(self.params, _prepare(to_float(chunk), self.gray), self.num_classes)
+            for chunk in chunks
         ]
         return ImageFeatures(*(np.concatenate(arrays) for arrays in zip(*chunks)))
 

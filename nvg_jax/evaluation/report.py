@@ -1,0 +1,220 @@
+"""From a judge, a set of images and a reference to numbers, and to metrics.json and tables.
+
+All processes share the work; its unit is a batch. A command stores the features of each batch in a
+folder, so that a run that was killed resumes where it stopped; during training, nothing is stored.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nvg_jax import pretrained
+from nvg_jax.evaluation.features import METRICS, FeatureSet, Moments, generation_metrics
+from nvg_jax.evaluation.judges import Judge
+from nvg_jax.evaluation.sets import Archive, ImageSet
+from nvg_jax.pretrained import ImageFeatures
+from nvg_jax.runtime.files import atomic_write, digest
+from nvg_jax.runtime.processes import barrier, gather, gather_rows, is_main
+from nvg_jax.runtime.resumable import own_parts, read_arrays
+from nvg_jax.sampling.settings import text_of
+
+logger = logging.getLogger("nvg_jax")
+REFERENCE_IMAGES = 10_000  # images of a data set used for precision and recall
+
+
+def measure(
+    images: ImageSet,
+    judge: Judge,
+    reference: FeatureSet,
+    folder: Path | None = None,
+    names: Sequence[str] = METRICS,
+) -> dict[str, float]:
+    """The metrics `names` of a set of images.
+
+    Args:
+        reference: the same judge's features of the images to compare with.
+        folder: stores the features of finished batches; see `features_of`.
+
+    Returns:
+        {name: value} on process 0, {} on the others.
+
+    Raises:
+        UserError: images that cannot be read, or too few of them.
+        Preempted: SIGTERM arrived.
+    """
+    keep = None if set(names) - {"fid", "sfid"} else 0
+    samples = features_of(images, judge, folder, keep)
+    return generation_metrics(reference, samples, names) if is_main() else {}
+
+
+def features_of(
+    images: ImageSet, judge: Judge, folder: Path | None = None, keep: int | None = None
+) -> FeatureSet:
+    """The features of all images, on every process.
+
+    Args:
+        folder: stores the features of each batch; it is kept, so that repeating the call takes no
+            time. None stores nothing.
+        keep: the number of images, from the first on, whose features the result has besides the
+            statistics of all; None is all.
+
+    Raises:
+        UserError: an image cannot be read, or `folder` holds features of other images.
+        Preempted: SIGTERM arrived.
+    """
+    size, count = images.batch_size, len(images)
+    pool_moments, spatial_moments, kept = Moments(), Moments(), []
+    keep = count if keep is None else min(keep, count)
+    keep_batches = -(-keep // size)
+    compute = lambda numbers: map(judge.image_features, images.filled(numbers))
+    description = folder and {
+        "network": judge.fingerprint,
+        "batch_size": size,
+        **images.describe(),
+    }
+    for number, part in own_parts(
+        compute, images.num_batches, min(size, count), "features", folder, description
+    ):
+        real = min(size, count - number * size)
+        features = ImageFeatures(**part)
+        pool_moments += Moments.of(features.pool[:real])
+        spatial_moments += Moments.of(features.spatial[:real])
+        if number < keep_batches:
+            kept.append(np.concatenate([features.pool, features.logits], axis=1))
+    pool_statistics = gather_moments(pool_moments).statistics
+    statistics = *pool_statistics, *gather_moments(spatial_moments).statistics
+    if not keep:
+        return FeatureSet(count, None, None, *statistics)
+    kept, width = gather_rows(kept, keep_batches)[:keep], len(pool_statistics[0])
+    return FeatureSet(count, kept[:, :width], kept[:, width:], *statistics)
+
+
+def gather_moments(own: Moments) -> Moments:
+    """The moments of all processes' features."""
+    if jax.process_count() == 1:
+        return own
+    width = gather(np.array([np.size(own.mean) if own.count else 0]), jax.process_count()).max()
+    own_row = np.zeros((1, 1 + width + width * width))
+    if own.count:
+        own_row[0] = np.concatenate([[own.count], own.mean, own.scatter.ravel()])
+    total = Moments()
+    for row in gather(own_row, jax.process_count()):
+        if row[0]:
+            mean, scatter = row[1 : 1 + width], row[1 + width :].reshape(width, width)
+            total += Moments(int(row[0]), mean, scatter)
+    return total
+
+
+def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
+    """The features to compare with, cached for the next call with the same images.
+
+    Statistics stored in a reference file take precedence over those of its images. For a data set,
+    statistics are computed from all images, and precision and recall from 10,000.
+    """
+    description = {"network": judge.fingerprint, **images.describe()}
+    folder = pretrained.cache_folder() / "references" / digest(description)[:16]
+    keep = None if isinstance(images, Archive) else REFERENCE_IMAGES
+    file = folder.with_suffix(".npz")
+    stored = read_arrays(file) if file.exists() else None
+    # Each machine may have its own cache, but all processes must take the same branch.
+    if gather(np.array([stored is not None]), jax.process_count()).all():
+        logger.info("features of the reference: %s", file)
+        features = FeatureSet(**stored | {"count": int(stored["count"])})
+    else:
+        features = features_of(images, judge, folder, keep)
+        if is_main():
+            with atomic_write(file) as out:
+                np.savez(out, **features._asdict())
+            shutil.rmtree(folder, ignore_errors=True)
+    barrier("the features of the reference are there")
+    if isinstance(images, Archive):
+        features = features._replace(**images.statistics())
+    return features
+
+
+# Files and tables.
+
+
+def compare(
+    images: ImageSet, reference: FeatureSet, judge: Judge, out: Path, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """The five metrics of a set of images; writes metrics.json into `out`.
+
+    Args:
+        facts: how the images were made, to be included in the result.
+
+    Returns:
+        {"fid", "sfid", "inception_score", "precision", "recall", "images", ...} on process 0, {} on
+        the others.
+
+    Raises:
+        UserError: images that cannot be read, or too few of them.
+    """
+    results = measure(images, judge, reference, out / "features")
+    if not is_main():
+        return {}
+    results |= {"images": len(images), "reference_images": reference.count}
+    results |= {"judge": judge.name, "network": judge.fingerprint, **facts}
+    write_results(out / "metrics.json", results)
+    return results
+
+
+def sweep(
+    points: Sequence[tuple[dict[str, Any], ImageSet, dict[str, Any]]],
+    reference: FeatureSet,
+    judge: Judge,
+    out: Path,
+) -> list[dict[str, Any]]:
+    """`compare` for every point of a sweep, each in its own folder; writes metrics.json.
+
+    Args:
+        points: for each point its settings, its images, and how they were made.
+
+    Returns:
+        The results of all points, each with its settings as "sweep"; [] on all processes but 0.
+    """
+    results = []
+    for number, (point, images, facts) in enumerate(points, 1):
+        logger.info("sweep: %d of %d: %s", number, len(points), point)
+        folder = out / digest(json.loads(json.dumps(point)))[:8]
+        results.append({"sweep": point, **compare(images, reference, judge, folder, facts)})
+    if not is_main():
+        return []
+    write_results(out / "metrics.json", results)
+    return results
+
+
+def write_results(path: Path, results: dict[str, Any] | list[dict[str, Any]]):
+    with atomic_write(path) as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+
+
+def check_sizes(images: ImageSet, reference: ImageSet):
+    """Warns if two sets have images of different sizes, which the network's resizing would hide."""
+    if tuple(images.image_size) != tuple(reference.image_size):
+        logger.warning(
+            "the samples have %d x %d pixels and the reference %d x %d: both are resized to the "
+            "network's input, so the figures also measure the difference in resolution",
+            *images.image_size,
+            *reference.image_size,
+        )
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Results as lines of text; if there are several, the one with the lowest FID is marked."""
+    heads = ("FID", "sFID", "IS", "precision", "recall")  # of METRICS
+    best = min(range(len(results)), key=lambda i: results[i]["fid"])
+    lines = ["".join(f"{head:>11}" for head in heads)]
+    for index, result in enumerate(results):
+        line = "".join(f"{result[name]:11.4f}" for name in METRICS)
+        if "sweep" in result:
+            line += "  " + " ".join(f"{k}={text_of(v)}" for k, v in result["sweep"].items())
+            line += "  <- lowest FID" if index == best else ""
+        lines.append(line)
+    return "\n".join(lines)

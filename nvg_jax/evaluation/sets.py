@@ -1,0 +1,309 @@
+"""Sets of images to measure: a file, a split of a data set, or images in memory.
+
+`jobs` adds the images that a model makes: samples and reconstructions.
+"""
+
+import abc
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvg_jax.data import SequenceSource, Transform, open_source
+from nvg_jax.data.sources import SPLITS
+from nvg_jax.data.transforms import decode
+from nvg_jax.errors import UserError
+from nvg_jax.evaluation.image import from_float
+from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.processes import gather, own_share
+from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.sharding import fill_batch
+
+logger = logging.getLogger("nvg_jax")
+# Arrays of a reference file, in pairs: what `FeatureSet` calls them.
+STATISTICS = (
+    {"mu": "pool_mean", "sigma": "pool_covariance"},
+    {"mu_s": "spatial_mean", "sigma_s": "spatial_covariance"},
+)
+SHUFFLE_SEED = 0
+DECODING_THREADS = 16
+MAX_IMAGES = {"train": 60_000, "test": 10_000}  # of a split in memory
+MAX_BYTES = 4 << 30  # of a split in memory, as float32
+
+
+class ImageSet(abc.ABC):
+    """A fixed sequence of images, in batches.
+
+    Attributes:
+        batch_size: the size of all batches but the last, which may be smaller.
+        image_size: height and width.
+    """
+
+    batch_size: int
+    image_size: tuple[int, int]
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yields the batches with these increasing numbers as uint8 (B, H, W, 3)."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Everything the images depend on, JSON-serializable."""
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self) // self.batch_size)
+
+    def filled(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """`batches`, all filled to the same size, so that one compiled program serves them."""
+        for batch in self.batches(numbers):
+            yield fill_batch(batch, min(self.batch_size, len(self)))
+
+    def collect(self, work: str) -> np.ndarray:
+        """All images, uint8 (N, H, W, 3), on every process; all processes share the work.
+
+        Args:
+            work: what the progress lines call it.
+        """
+        own, size = own_share(self.num_batches), min(self.batch_size, len(self))
+        images = np.zeros((len(own), size, *self.image_size, 3), np.uint8)
+        progress = Progress(work, images.shape[0] * size, "images")
+        for row, batch in enumerate(self.filled(own)):
+            images[row] = batch
+            progress.update((row + 1) * size)
+        return gather(images, self.num_batches).reshape(-1, *images.shape[2:])[: len(self)]
+
+
+class Archive(ImageSet):
+    """The images in an .npz file, "arr_0", uint8 (N, H, W, 3), read one batch at a time.
+
+    Raises:
+        UserError: the file does not exist, is damaged or has other contents.
+    """
+
+    def __init__(self, path: str | os.PathLike, batch_size: int):
+        self.path, self.batch_size = Path(path), batch_size
+        if not self.path.is_file():
+            raise UserError(f"There is no file {path}.")
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                if "arr_0" not in names:
+                    raise UserError(
+                        f"{path} has the arrays {', '.join(names) or '(none)'}; expected "
+                        'the images as "arr_0", which is what np.savez and `nvg_jax.sample` write.'
+                    )
+                self._checksum = archive.getinfo("arr_0.npy").CRC
+                with archive.open("arr_0.npy") as member:
+                    self.shape, fortran, dtype = read_header(member)
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise self._damaged(error) from error
+        if len(self.shape) != 4 or self.shape[-1] != 3 or dtype != np.uint8 or fortran:
+            raise UserError(
+                f"The images in {path} must be uint8 of shape (N, H, W, 3), got {dtype} "
+                f"{self.shape}{' in Fortran order' if fortran else ''}."
+            )
+        self.image_size = self.shape[1:3]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        numbers, bytes_per_image = set(numbers), int(np.prod(self.shape[1:]))
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                read_header(member)
+                for number in range(max(numbers, default=-1) + 1):
+                    count = min(self.batch_size, len(self) - number * self.batch_size)
+                    content = member.read(count * bytes_per_image)
+                    if number in numbers:
+                        yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+        except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """The statistics that a reference file holds besides its images, for `FeatureSet`."""
+        try:
+            with np.load(self.path) as archive:
+                pairs = [pair for pair in STATISTICS if all(name in archive for name in pair)]
+                return {pair[n]: archive[n].astype(np.float64) for pair in pairs for n in pair}
+        except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def describe(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "crc32": self._checksum}
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path} is damaged, incomplete or not an .npz file ({error}). Copy or make it "
+            "again."
+        )
+
+
+def read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, Fortran order, dtype) of an .npy file opened at its start."""
+    if np.lib.format.read_magic(member) == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabeledImages(ImageSet):
+    """Images in memory, uint8 (N, H, W, 3), with their classes, int (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    batch_size: int = 100
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.images.shape[1:3]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices) -> "LabeledImages":
+        """The images with these indices, in this order."""
+        return LabeledImages(self.images[indices], self.labels[indices], self.batch_size)
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        for number in numbers:
+            yield self.images[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def describe(self) -> dict[str, Any]:
+        return {"images": fingerprint(self.images)}
+
+
+class Split(ImageSet):
+    """The images of a split of a data set, cropped to one size, in a fixed random order.
+
+    Args:
+        data: "name", "data_dir", "resize" and optionally "on_bad", as in a config's `data`.
+        split: "train" or "test".
+        count: only the first images of that order; None is all.
+
+    Raises:
+        UserError: there is no such data set, or it has no images.
+    """
+
+    def __init__(
+        self,
+        data: dict[str, Any],
+        split: str,
+        image_size: tuple[int, int],
+        batch_size: int = 1,
+        count: int | None = None,
+    ):
+        self.source = open_source(data["name"], split, data_dir=data["data_dir"] or None)
+        if isinstance(self.source, SequenceSource):
+            raise UserError(
+                "Cached sequences have no images to evaluate with; give the data set they were "
+                "made from with --data_name (and --data_dir)."
+            )
+        self._data, self._split = data, split
+        self._transform = Transform(image_size, data["resize"] or None)
+        self.image_size, self.batch_size = image_size, batch_size
+        order = np.random.default_rng(SHUFFLE_SEED).permutation(len(self.source))
+        self._order = order[:count]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        with concurrent.futures.ThreadPoolExecutor(DECODING_THREADS) as threads:
+            for number in numbers:
+                start = number * self.batch_size
+                chosen = self._order[start : start + self.batch_size]
+                yield np.stack([image for image, _ in threads.map(self._read, chosen)])
+
+    def load(self) -> LabeledImages:
+        """All images of the set in memory, in the order of the data set.
+
+        An unreadable image is left out with a warning if data["on_bad"] is "skip".
+
+        Raises:
+            UserError: an image is unreadable, or all are.
+        """
+
+        def read(index: int):
+            try:
+                return self._read(index)
+            except UserError as error:
+                if self._data.get("on_bad") != "skip":
+                    raise
+                logger.warning("left out %s", error)
+
+        with concurrent.futures.ThreadPoolExecutor(DECODING_THREADS) as threads:
+            items = [item for item in threads.map(read, np.sort(self._order)) if item]
+        if not items:
+            raise UserError(f"None of the {len(self)} images to evaluate with can be read.")
+        images, labels = zip(*items)
+        return LabeledImages(np.stack(images), np.array(labels))
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        """(image uint8 (H, W, 3), label) of a record.
+
+        Raises:
+            UserError: the image is unreadable; the message names it.
+        """
+        name = f"record {index}"
+        try:
+            item = self.source[int(index)]
+            name = item["name"]
+            return from_float(self._transform(decode(item["image"]))), item["label"]
+        except UserError as error:
+            raise UserError(
+                f"{name}: {error}. Repair it or remove it from the data set to evaluate."
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        folder = self._data["data_dir"] and os.path.abspath(self._data["data_dir"])
+        first, last = (self.source[index]["name"] for index in (0, len(self.source) - 1))
+        return {
+            "data": [self._data["name"], folder, self._split],
+            "images": [len(self), first, last],
+            "size": [*self.image_size, *self._transform.cover],
+        }
+
+
+def load_split(data: dict[str, Any], split: str, image_size: tuple[int, int]) -> LabeledImages:
+    """A split in memory, or a fixed random choice of it; the arguments are those of `Split`."""
+    bytes_per_image = 4 * 3 * image_size[0] * image_size[1]
+    count = min(MAX_IMAGES[split], MAX_BYTES // bytes_per_image)
+    return Split(data, split, image_size, count=count).load()
+
+
+def open_reference(
+    text: str,
+    batch_size: int,
+    image_size: tuple[int, int] | None = None,
+    data: dict[str, Any] | None = None,
+) -> ImageSet:
+    """The reference images that --reference names: an .npz file, or a split of the data set.
+
+    Args:
+        image_size, data: the model's image size, and `data` as in a config; only for a split.
+
+    Raises:
+        UserError: `text` is neither, or `data` is missing.
+    """
+    if text in SPLITS:
+        if data is None:
+            raise UserError(
+                f"--reference={text} is a split of a data set, cropped to a model's image size; "
+                "give --workdir, or a reference file."
+            )
+        return Split(data, text, image_size, batch_size)
+    if not text.endswith(".npz"):
+        raise UserError(f"--reference must be train, test or an .npz file, got {text!r}.")
+    return Archive(text, batch_size)

@@ -1,0 +1,122 @@
+"""A model in the eyes of a classifier of its data set: class agreement, copying, FID, rFID."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvg_jax.errors import UserError
+from nvg_jax.evaluation.features import class_agreement
+from nvg_jax.evaluation.image import copying_report, psnr
+from nvg_jax.evaluation.judges import Judge, fit_classifier
+from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure, write_results
+from nvg_jax.evaluation.sets import LabeledImages, Split, load_split
+from nvg_jax.jobs.reconstruction import Reconstructions
+from nvg_jax.jobs.sampling_runs import SamplingJob, stages_picture
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime.processes import is_main
+from nvg_jax.visualize import image_grid, reconstruction_grid, save_png
+
+STAGES_SHOWN = 4  # samples in the picture of the stages
+COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
+
+
+def report(
+    pipeline: Pipeline, data: dict[str, Any], job: SamplingJob | None, out: Path
+) -> dict[str, Any]:
+    """Writes metrics.json and pictures into `out`; all processes share the work.
+
+    Args:
+        data: "name", "data_dir", "resize" and optionally "on_bad", as in a config's `data`.
+        job: the samples to measure, one for each entry of `classes`; None measures the tokenizer
+            alone.
+
+    Returns:
+        The metrics on process 0, {} on the others.
+
+    Raises:
+        UserError: the data is not what the model was trained on, or an image cannot be read.
+    """
+    size = pipeline.tokenizer.config.image_size
+    num_classes = Split(data, "train", size).source.num_classes
+    if num_classes != pipeline.metadata.model.num_classes:
+        raise UserError(
+            f"The model has {pipeline.metadata.model.num_classes} classes and the data set "
+            f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
+        )
+    test = load_split(data, "test", size)
+    restored = Reconstructions(pipeline, test).collect("reconstruction")
+    restored = dataclasses.replace(test, images=restored)
+    if job:
+        start = time.monotonic()
+        samples = LabeledImages(job.collect("sampling"), np.array(job.classes))
+        seconds = time.monotonic() - start
+    train = load_split(data, "train", size)
+    classifier = fit_classifier(data["name"], train.images, train.labels, num_classes)
+    results = reconstruction_metrics(classifier, restored, test)
+    if job:
+        results |= {"samples": len(job), "seconds_per_sample": seconds / len(job)}
+        results |= sample_metrics(classifier, samples, pipeline.class_names, train, test)
+    if not is_main():
+        return {}
+    pictures = reconstruction_grid(test.images[:12], restored.images[:12])
+    save_png(out / "reconstructions.png", pictures)
+    if job:
+        columns = num_classes if num_classes <= 20 else 10
+        save_png(out / "samples.png", image_grid(samples.images[: 8 * columns], columns=columns))
+        first = job.sample(0)
+        picks = np.arange(min(STAGES_SHOWN, len(first.images)))
+        save_png(out / "stages.png", stages_picture(pipeline, first, picks))
+    write_results(out / "metrics.json", results)
+    return results
+
+
+def reconstruction_metrics(
+    classifier: Judge, restored: LabeledImages, test: LabeledImages
+) -> dict[str, Any]:
+    """PSNR, rFID and the classifier's accuracy; only process 0 has the rFID."""
+    originals = features_of(test, classifier, keep=0)
+    results = {"test_psnr": float(psnr(test.images, restored.images).mean())}
+    results["rfid"] = measure(restored, classifier, originals, names=("fid",)).get("fid")
+    for name, images in (("real_test_images", test), ("reconstructions", restored)):
+        accuracy, _ = class_agreement(classifier.predict(images.images), images.labels)
+        results[f"classifier_accuracy_on_{name}"] = accuracy
+    return results
+
+
+def sample_metrics(
+    classifier: Judge,
+    samples: LabeledImages,
+    class_names: tuple[str, ...],
+    train: LabeledImages,
+    test: LabeledImages,
+) -> dict[str, Any]:
+    """Metrics of samples, whose labels are the requested classes; FID etc. only on process 0."""
+    agreement, per_class = class_agreement(classifier.predict(samples.images), samples.labels)
+    results = {
+        "class_agreement": agreement,
+        "class_agreement_per_class": {class_names[i]: share for i, share in per_class.items()},
+        "copying": copying_report(
+            samples.images[:COPY_CHECK_IMAGES], train.images, test.images[:COPY_CHECK_IMAGES]
+        ),
+    }
+    shuffled = train.select(np.random.default_rng(0).permutation(len(train)))
+    reference = features_of(shuffled, classifier, keep=REFERENCE_IMAGES)
+    chosen = balanced(test.labels, len(samples))
+    for name, images in (
+        ("samples", samples.select(np.arange(len(chosen)))),
+        ("real_test_images", test.select(chosen)),
+    ):
+        results[f"figures_of_{name}"] = measure(images, classifier, reference)
+    results["figures_images"] = len(chosen)
+    return results
+
+
+def balanced(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of at most `count` images, cycling through the classes while they last."""
+    turn = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    return np.argsort(turn, kind="stable")[:count]

@@ -1,0 +1,141 @@
+"""Long jobs in parts: a folder of files that several processes write and a killed run resumes.
+
+Every existing file is complete and was made with the settings that the folder names.
+"""
+
+import json
+import logging
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nvg_jax.errors import UserError
+from nvg_jax.runtime import preemption
+from nvg_jax.runtime.files import atomic_write, make_folder
+from nvg_jax.runtime.processes import barrier, is_main, own_share
+from nvg_jax.runtime.progress import Progress
+
+SETTINGS_FILE = "settings.json"
+
+logger = logging.getLogger("nvg_jax")
+
+
+def open_folder(folder: Path, pattern: str, description: dict[str, Any], noun: str):
+    """Creates a folder of parts, or checks that it was created with the same settings.
+
+    Args:
+        pattern: glob pattern of the parts.
+        description: everything the parts depend on, JSON-serializable; stored in the folder.
+        noun: what the parts are, such as "samples".
+
+    Raises:
+        UserError: the folder holds parts with other or unknown settings, or not all processes see
+            the same folder.
+    """
+    path = folder / SETTINGS_FILE
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{path}, which says how the {noun} there were made, is damaged ({error}). Give "
+                "another --out, or delete that folder to start over."
+            ) from error
+        differ = [
+            f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
+            for name, value in description.items()
+            if stored.get(name) != value
+        ]
+        if differ:
+            raise UserError(
+                f"{folder} holds {noun} made with other settings: {'; '.join(differ)}. Give the "
+                "same settings to resume, or another --out; or delete that folder to start over. "
+                "(Another model: a run that was trained further has other weights.)"
+            )
+    elif folder.is_dir() and any(folder.glob(pattern)):
+        raise UserError(
+            f"{folder} holds {noun} but no {SETTINGS_FILE} that says how they were made. Give "
+            "another --out, or move them away."
+        )
+    elif is_main():
+        make_folder(folder)
+        with atomic_write(path) as file:
+            file.write(json.dumps(description).encode())
+    barrier(f"{path} is there")
+    if not path.exists():
+        raise UserError(
+            f"Process {jax.process_index()} does not see {path}, which process 0 wrote: --out "
+            "must be in a file system that all processes share."
+        )
+
+
+def own_missing(num_batches: int, files: Callable[[int], Sequence[Path]]) -> list[int]:
+    """This process's batches for which one of `files(batch)` does not exist yet."""
+    own = own_share(num_batches)
+    missing = [batch for batch in own if not all(path.exists() for path in files(batch))]
+    if len(missing) < len(own):
+        logger.info("%d of %d batches exist already", len(own) - len(missing), len(own))
+    return missing
+
+
+def own_parts(
+    compute: Callable[[Sequence[int]], Iterator[Any]],
+    num_batches: int,
+    size: int,
+    noun: str,
+    folder: Path | None = None,
+    description: dict[str, Any] | None = None,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields (number, arrays) for each of this process's batches: computed, or read from a file.
+
+    Collective: every process must iterate to the end.
+
+    Args:
+        compute: batch numbers -> an iterator over their arrays, NamedTuples.
+        size: images in a batch, for the progress lines.
+        noun: what the parts are, such as "features".
+        folder: where the arrays are stored, one file per batch; None stores nothing.
+        description: everything the arrays depend on.
+
+    Raises:
+        UserError: `folder` holds arrays that were made with other settings.
+        Preempted: SIGTERM arrived.
+    """
+    own, path = own_share(num_batches), lambda number: folder / f"{number:06d}.npz"
+    if folder is None:
+        missing = list(own)
+    else:
+        open_folder(folder, "*.npz", description, noun)
+        missing = own_missing(num_batches, lambda number: [path(number)])
+    computed, progress = compute(missing), Progress(noun, len(missing) * size, "images")
+    done, missing = 0, set(missing)
+    for row in range(-(-num_batches // jax.process_count())):
+        if preemption.noticed():
+            raise preemption.Preempted("preempted during an evaluation")
+        if row == len(own):
+            return
+        number = own[row]
+        arrays = None if number in missing else read_arrays(path(number))
+        if arrays is None:
+            source = computed if number in missing else compute([number])
+            arrays = {k: np.asarray(v) for k, v in next(source)._asdict().items()}
+            if folder is not None:
+                with atomic_write(path(number)) as file:
+                    np.savez(file, **arrays)
+            done += size
+            progress.update(done)
+        yield number, arrays
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a part, or None if it is damaged."""
+    try:
+        with np.load(path) as archive:
+            return dict(archive)
+    except Exception as error:  # damage raises errors of many kinds
+        logger.warning("%s is damaged (%s); computing it again", path, error)
+        return None
