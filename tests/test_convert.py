@@ -237,7 +237,7 @@ def test_nothing_is_overwritten(files, folder):
 
 def test_one_generator_alone_has_no_published_file(folder, tmp_path):
     pipeline = Pipeline.from_pretrained(folder)
-    metadata = pipeline.metadata.replace(structure=None)
+    metadata = pipeline.metadata.replace(model=pipeline.metadata.model.only("content"))
     params = {k: v for k, v in pipeline.params.items() if k != "structure"}
     Pipeline(metadata, params).save_pretrained(tmp_path / "half")
     with pytest.raises(ValueError, match="has only the content generator"):

@@ -8,8 +8,12 @@ from helpers import random_pipeline, tiny_config
 from PIL import Image
 
 from nvg_jax import workdir
-from nvg_jax.data import SequenceSource, Transform, open_source
+from nvg_jax.data import SequenceSource, Transform, open_source, sequences
+from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
+from nvg_jax.evaluation.image import from_float
+from nvg_jax.evaluation.sets import Split
+from nvg_jax.jobs import editing
 from nvg_jax.jobs.encoding import encode_data_set
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
@@ -114,8 +118,6 @@ def test_sequences_are_encoded_as_the_model_was_trained(published, tmp_path):
 
 def test_what_an_old_folder_of_sequences_does_not_say(published, tmp_path):
     """An encoding begun before resize_filter was a setting goes on, with the old filter only."""
-    from nvg_jax.data import sequences
-
     settings = {"data": DIGITS, "format": 1}
     sequences.begin(tmp_path, settings)
     sequences.begin(tmp_path, {**settings, "data": DIGITS | {"resize_filter": "lanczos"}})
@@ -134,3 +136,20 @@ def test_an_old_run_resumes_with_its_own_filter_only(published, tmp_path):
         workdir.check_resume(
             old, new.replace(resize_filter="published"), "tokenizer_training", tmp_path
         )
+
+
+def test_evaluation_and_editing_prepare_as_the_model_was_trained(published, tmp_path):
+    digits = open_source("digits", "test")
+    split = Split(DIGITS | {"resize_filter": "published"}, "test", (8, 8), count=5)
+    expected = [
+        Transform((8, 8), 9, resize_filter="published")(decode(digits[i]["image"]))
+        for i in split._order
+    ]
+    np.testing.assert_array_equal(next(split.batches([0]))[0], from_float(expected[0]))
+    assert split.describe()["size"] == [8, 8, 9, 9, "published"]
+    assert Split(DIGITS, "test", (8, 8)).describe()["size"] == [8, 8, 9, 9]  # as ever
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    kept = editing.keep_stages(published, tmp_path / "photo.png", 5, 5)
+    sequence = published.encode(published.prepare(PHOTO)[None])
+    np.testing.assert_array_equal(kept.sequence.structure, sequence.structure[0])
+    np.testing.assert_array_equal(kept.sequence.tokens, sequence.tokens[0])

@@ -150,7 +150,7 @@ class SequenceSource(Source):
         super().__init__(meta["class_names"])
         self.tokenizer, self.fingerprint = meta["tokenizer"], meta["fingerprint"]
         self.crop_dtype = sequences.crop_dtype(self.tokenizer)
-        self.resize_filter = meta["data"].get("resize_filter", "lanczos")
+        self.resize_filter = meta.get("data", {}).get("resize_filter", "lanczos")
         self._folder, self._records = folder, sequences.Records(folder, split, meta)
 
     def __len__(self) -> int:
