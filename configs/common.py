@@ -81,7 +81,8 @@ def base() -> ml_collections.ConfigDict:
                 adversarial_weight=0.1,  # 0: no discriminator
                 lecam_weight=0.001,
                 discriminator="dino",  # or "small": for small images, needs no pretrained weights
-                discriminator_weight_decay=5e-4,
+                discriminator_weight_decay=5e-4,  # of all its parameters
+                discriminator_sees_generator_loss=False,  # True: as in the published code
                 index_backprop_epochs=1.0,  # IBQ warm-up: gradients through the choice of the token
                 optimizer=tokenizer_optimizer,
             ),

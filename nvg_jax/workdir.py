@@ -350,6 +350,8 @@ def check_resume(stored: RunMetadata, new: RunMetadata, section: str, folder: ep
 
     stored_settings = must_stay(stored)
     for key, value in must_stay(new).items():
+        if key not in stored_settings and not value:
+            continue  # a setting that is newer than the run, and off
         if stored_settings.get(key) != value:
             raise UserError(
                 f"{folder} holds a run with {key} = {stored_settings.get(key)}, which cannot be "

@@ -128,6 +128,7 @@ def test_what_an_old_folder_of_sequences_does_not_say(published, tmp_path):
 def test_an_old_run_resumes_with_its_own_filter_only(published, tmp_path):
     config = tiny_config().to_dict()
     del config["data"]["resize_filter"]
+    del config["tokenizer_training"]["discriminator_sees_generator_loss"]
     old = published.metadata.replace(config=config, resize_filter="lanczos", steps=12)
     old = old.replace(model=old.model.only())
     new = old.replace(config=tiny_config().to_dict())
@@ -136,6 +137,9 @@ def test_an_old_run_resumes_with_its_own_filter_only(published, tmp_path):
         workdir.check_resume(
             old, new.replace(resize_filter="published"), "tokenizer_training", tmp_path
         )
+    sees = tiny_config(tokenizer_training=dict(discriminator_sees_generator_loss=True)).to_dict()
+    with pytest.raises(UserError, match="discriminator_sees_generator_loss = None"):
+        workdir.check_resume(old, new.replace(config=sees), "tokenizer_training", tmp_path)
 
 
 def test_evaluation_and_editing_prepare_as_the_model_was_trained(published, tmp_path):

@@ -68,7 +68,7 @@ def test_one_step_has_the_gradients_of_two(state):
     both, (metrics, _) = jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
         state.params, opponent.params, opponent, {}, IMAGES, KEY
     )
-    fake_key, real_key = jax.random.split(KEY)
+    generator_key, real_key, fake_key = jax.random.split(KEY, 3)
     see = lambda images, key: tokenizer.discriminator_inputs(
         DISCRIMINATOR, {}, images, key, jnp.float32
     )
@@ -76,7 +76,7 @@ def test_one_step_has_the_gradients_of_two(state):
 
     def tokenizer_alone(params):
         restored, quantized = MODEL.apply({"params": params}, IMAGES)
-        logits = DISCRIMINATOR.apply(old, see(restored, fake_key))
+        logits = DISCRIMINATOR.apply(old, see(restored, generator_key))
         adversarial = jnp.log1p(jnp.exp(-logits.mean(1))).mean()
         return jnp.abs(restored - IMAGES).mean() + quantized.losses.mean() + 0.3 * adversarial
 
@@ -92,7 +92,14 @@ def test_one_step_has_the_gradients_of_two(state):
         )
         fake = DISCRIMINATOR.apply({"params": params, **new}, see(restored, fake_key))
         hinge = (jnp.maximum(1 - real, 0).mean() + jnp.maximum(1 + fake, 0).mean()) / 2
-        lecam = (jnp.maximum(real + 0.2, 0) ** 2).mean() + (jnp.maximum(0.3 - fake, 0) ** 2).mean()
+        # The averages, 0.3 and -0.2, are updated first.
+        average_real, average_fake = (
+            0.3 * 0.999 + real.mean() / 1000,
+            -0.2 * 0.999 + fake.mean() / 1000,
+        )
+        average_real, average_fake = jax.lax.stop_gradient((average_real, average_fake))
+        lecam = (jnp.maximum(real - average_fake, 0) ** 2).mean()
+        lecam += (jnp.maximum(average_real - fake, 0) ** 2).mean()
         return hinge + 0.5 * lecam
 
     value, grads = jax.jit(jax.value_and_grad(discriminator_alone))(opponent.params)
@@ -101,6 +108,54 @@ def test_one_step_has_the_gradients_of_two(state):
     )
     close(both[1], grads)
     assert min(np.abs(g).max() for g in jax.tree.leaves(both[0])) > 0
+
+
+def test_the_discriminator_may_see_the_generator_loss(state):
+    """Its gradient then has 0.3 times that of the adversarial loss in addition; no other has."""
+    opponent = state.discriminator
+
+    def gradients(sees: bool):
+        losses = dataclasses.replace(LOSSES, discriminator_sees_generator_loss=sees)
+        terms = functools.partial(tokenizer.loss_terms, NETWORKS._replace(losses=losses))
+        return jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
+            state.params, opponent.params, opponent, {}, IMAGES, KEY
+        )
+
+    (own, plain), (metrics, new) = gradients(False)
+    (same, more), (same_metrics, same_new) = gradients(True)
+    close(same, own)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), same_metrics, metrics)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), same_new, new)
+    restored = jax.jit(MODEL.apply)({"params": state.params}, IMAGES)[0]
+    seen = tokenizer.discriminator_inputs(
+        DISCRIMINATOR, {}, restored, jax.random.split(KEY, 3)[0], jnp.float32
+    )
+
+    def adversarial(params):
+        logits = DISCRIMINATOR.apply({"params": params, "spectral": opponent.spectral}, seen)
+        return jnp.log1p(jnp.exp(-logits.mean(1))).mean()
+
+    extra = jax.tree.map(lambda x: 0.3 * x, jax.jit(jax.grad(adversarial))(opponent.params))
+    close(jax.tree.map(jnp.subtract, more, plain), extra)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(extra)) > 1e-3
+
+
+def test_each_pass_of_the_discriminator_draws_its_own_augmentation(state, monkeypatch):
+    keys = []
+    augment = tokenizer.augment
+    monkeypatch.setattr(
+        tokenizer, "augment", lambda images, key: keys.append(key) or augment(images, key)
+    )
+    opponent = state.discriminator
+    jax.eval_shape(
+        lambda: (
+            keys.clear()
+            or tokenizer.loss_terms(
+                NETWORKS, state.params, opponent.params, opponent, {}, IMAGES, KEY
+            )[0]
+        )
+    )
+    assert len(keys) == 3
 
 
 def test_lpips_is_added_with_its_weight(state, monkeypatch):
