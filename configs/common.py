@@ -76,6 +76,7 @@ def base() -> ml_collections.ConfigDict:
             | dict(
                 length="100 epochs",  # or "800 steps"
                 batch_size=256,
+                dtype="",  # dtype of the computation of this part; "": config.dtype
                 reconstruction="l1",  # or "l2"
                 perceptual_weight=1.0,  # LPIPS; 0: off
                 adversarial_weight=0.1,  # 0: no discriminator

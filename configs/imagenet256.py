@@ -48,6 +48,7 @@ def get_config(arg: str | None = None):
     depth = int(size[1:])
     config = common.base()
     config.dtype = "bfloat16"
+    config.tokenizer_training.dtype = "float32"  # with the device's fast products, as published
     config.data.update(
         name="tfds:imagenet2012", resize_filter="published", num_workers=8, num_threads=4
     )

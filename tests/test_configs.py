@@ -199,6 +199,8 @@ def test_published_recipe():
     assert optimizer.decay_start * steps == pytest.approx(1000 + 0.8 * steps)
     assert dataclasses.replace(optimizer, decay_start=0.8) == optimizer_config()
     assert config.class_dropout == 0.1 and config.dtype == "bfloat16"
+    assert config.tokenizer_training.dtype == "float32"
+    assert config.data.resize_filter == "published" and config.data.resize == 0
     # Trained for more than 300 epochs: decay from epoch 200 of 350 to 0.01.
     long = load("imagenet256", "d24").generator_training.optimizer
     assert long.decay_start * 350 == pytest.approx(200) and long.final == 0.01

@@ -246,6 +246,18 @@ def test_a_step_moves_both_players_and_their_memory(state):
     assert np.isfinite(jax.tree.leaves(metrics)[0]).all()
 
 
+@pytest.mark.parametrize("own, expected", [("", "bfloat16"), ("float32", "float32")])
+def test_the_tokenizer_trains_in_its_own_precision(own, expected):
+    config = digits.get_config("runlocal")
+    config.update(dtype="bfloat16", tokenizer_training=dict(dtype=own, adversarial_weight=0.1))
+    config.tokenizer_training.discriminator = "small"
+    model = models.ModelConfig.from_config(config, num_classes=10)
+    trainer = make_trainer(TOKENIZER, config, model, sharding.make_mesh(), num_images=100)
+    features = trainer.modules.discriminator.layers[0]
+    assert trainer.modules.tokenizer.dtype == features.dtype == expected
+    assert trainer.model.dtype == "bfloat16"
+
+
 def test_wrong_losses_get_a_sentence():
     config = digits.get_config("runlocal")
     for change, message in (

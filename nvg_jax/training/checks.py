@@ -51,6 +51,7 @@ def check_sizes(config: ml_collections.ConfigDict):
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
     check_dtype(config.dtype)
+    check_dtype(config.tokenizer_training.dtype or config.dtype)
     for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
         if config[name][key] < 1:
             raise UserError(f"{name}.{key} must be at least 1, got {config[name][key]}.")

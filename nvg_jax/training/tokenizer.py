@@ -231,7 +231,8 @@ class TokenizerTrainer(Trainer):
 
     def make_networks(self):
         losses = loss_config(self.config)
-        tokenizer = self.model.make_tokenizer()
+        dtype = self.recipe.dtype or self.model.dtype
+        tokenizer = dataclasses.replace(self.model, dtype=dtype).make_tokenizer()
         self.modules = Networks(tokenizer, losses.make_discriminator(tokenizer.dtype), losses)
         self.discriminator_optimizer = make_optimizer(
             dataclasses.replace(
