@@ -1,5 +1,12 @@
 """The reader of PyTorch's files: every layout of tensors, and no way in for a hostile pickle."""
 
+import collections
+import contextlib
+import copyreg
+import functools
+import os
+import pickle
+import signal
 import struct
 import sys
 import tracemalloc
@@ -10,9 +17,10 @@ import numpy as np
 import pytest
 from torch_files import call, code, name, ordered, storage, tensor, write_legacy, write_zip
 
+from nvg_jax.errors import UserError
+from nvg_jax.torch_interop import checkpoint_files
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
-OWN_MODULE = "nvg_jax.torch_interop.checkpoint_files"
 WRITERS = pytest.mark.parametrize("write", [write_zip, write_legacy])
 X = np.arange(24, dtype=np.float32)
 
@@ -83,16 +91,16 @@ def test_views_of_the_first_releases(tmp_path):
 def test_lightning_file_with_callbacks(tmp_path, write):
     """Only the state_dict comes out; classes, optimizers and odd keys are passed over."""
     x = tensor(storage("0", 24), 0, (24,), (1,))
-    parameter = call(name("torch._utils", "_rebuild_parameter"), x, True, ordered())
+    parameter = call(PARAMETER, x, True, ordered())
     callback = call(name("callbacks", "EMA"), 999) + code({"decay": 1, "x": x}) + b"b"
     made_new = name("lightning", "Trainer") + b")\x81" + code({"a": 1}) + b"b"
     by_instance = b"(" + code("argument") + b"ilightning\nHook\n"
     filled = call(name("collections", "defaultdict"), name("builtins", "int"))
     content = {
         "epoch": 3,
-        "callbacks": {callback: made_new, ("a", "b"): [by_instance], (): {code([1]): None}},
+        "callbacks": {callback: made_new, ("a", "b"): [by_instance], (): {made_new: None}},
         "optimizer_states": [filled + b"(" + code("step") + code(1) + b"u"],
-        "set": call(name("__builtin__", "set"), [1, 2]),
+        "set": call(name("__builtin__", "set"), [b"U\x01\xe9", 2]),  # a string of Python 2
         "state_dict": ordered("weight", parameter, "again", x),
     }
     arrays = read_state_dict(write(tmp_path / "x.ckpt", content, {"0": X}))
@@ -111,7 +119,7 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     path = write_zip(tmp_path / "x.ckpt", content, {"0": X})
     arrays = read_state_dict(path, keep=lambda key: key == "want")
     assert list(arrays) == ["want"]
-    with pytest.raises(ValueError, match="data/1' is missing"):
+    with pytest.raises(UserError, match="data/1' is missing"):
         read_state_dict(path, keep=lambda key: key != "object")
 
 
@@ -140,61 +148,142 @@ def test_pack_has_the_same_tensors_in_both_containers(parity_dir):
 
 GOOD = tensor(storage("0", 24), 0, (24,), (1,))
 REBUILD = name("torch._utils", "_rebuild_tensor_v2")
+PARAMETER = name("torch._utils", "_rebuild_parameter")
+ORDERED = name("collections", "OrderedDict")
+CONJUGATED = call(REBUILD, storage("0", 24), 0, (24,), (1,), False, ordered(), {"conj": True})
 
 
-def attacks(marker) -> dict[str, bytes]:
-    """Opcodes that would leave the file `marker` if anything of theirs were called or imported."""
-    touch = f"open({str(marker)!r}, 'w')"
-    shell = f"touch {marker}"
-    get = name("builtins", "getattr")
-    module_name, function_name = code("os"), code("system")
+class Slots:
+    __slots__ = ("a",)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_python_objects_are_passed_over(tmp_path, protocol):
+    """As Python's own pickler writes them: with memo and frames, in every way of making objects."""
+    slots = Slots()
+    slots.a = [slots]
+    keys = (tmp_path, slots, ("a", 2.5), len, 1j, signal.SIGINT, b"bytes", np.float32, -1)
+    objects = [dict.fromkeys(keys), set(keys), frozenset(keys), collections.deque(keys)]
+    objects += [collections.defaultdict(list, a=keys), collections.OrderedDict.fromkeys(keys)]
+    objects += [bytearray(b"x"), np.arange(3), functools.partial(print, 1, end=""), str.upper]
+    other = pickle.dumps([*objects, objects], protocol)[2:-1]
+    path = write_zip(tmp_path / "x.ckpt", {"state_dict": {"x": GOOD}, "other": other}, {"0": X})
+    np.testing.assert_array_equal(read_state_dict(path)["x"], X)
+
+
+AUDITED = []
+sys.addaudithook(lambda event, arguments: AUDITED.append((event, *arguments)))
+
+
+@contextlib.contextmanager
+def nothing_runs(path):
+    """Only the file at `path` is opened: no import, no call, no change of the reader's own."""
+
+    def reader():
+        values = vars(checkpoint_files).items()
+        own = {k: v for k, v in values if getattr(v, "__module__", 0) == checkpoint_files.__name__}
+        tables = {key: dict(value) for key, value in values if isinstance(value, dict)}
+        return tables | {key: dict(vars(value)) for key, value in own.items()}
+
+    before, modules = reader(), set(sys.modules)
+    AUDITED.clear()
+    try:
+        yield
+    finally:
+        events = list(AUDITED)
+        assert {event[0] for event in events} <= {"open", "mmap.__new__"}, events
+        assert {event[1] for event in events if event[0] == "open"} <= {str(path)}, events
+        assert reader() == before and set(sys.modules) == modules
+        assert os.listdir(path.parent) == [path.name]
+
+
+def uses(module: str, function: str, x) -> dict[str, bytes]:
+    """Every way in which a pickle can call a name with `x`, or may make the reader do so."""
+    f = name(module, function)
+    state = {"__setstate__": f, "__call__": f, "__reduce__": f, "__class__": f, "args": (f, x)}
     return {
-        "system": call(name("os", "system"), shell),
-        "posix": call(name("posix", "system"), shell),
-        "eval": call(name("builtins", "eval"), touch),
-        "python 2": call(name("__builtin__", "eval"), touch),
-        "exec by instance": b"(" + code(touch) + b"ibuiltins\nexec\n",
-        "eval by object": b"(" + name("builtins", "eval") + code(touch) + b"o",
-        "eval by new": name("builtins", "eval") + code((touch,)) + b"\x81",
-        "eval by new with keywords": name("builtins", "eval") + code((touch,)) + b"}\x92",
-        "stack global": call(module_name + function_name + b"\x93", shell),
-        "getattr": call(call(get, name("os", "path"), "system"), shell),
-        "dotted name": call(name(OWN_MODULE, "io.open"), str(marker), "w"),
-        "our own function": call(name(OWN_MODULE, "mmap.mmap"), -1, 10),
-        "import": name("evil_module", "anything"),
-        "placeholder called": call(call(name("a", "B")), touch),
-        "placeholder from a tensor recipe": call(call(REBUILD, name("os", "system")), shell),
-        "state": call(name("a", "B")) + code({"__reduce__": touch, "__setstate__": touch}) + b"b",
-        "state of a function": REBUILD + code((None, {"__code__": touch})) + b"b",
-        "typed": call(
-            name("torch._tensor", "_rebuild_from_type_v2"),
-            name("os", "system"), name("torch", "Tensor"), (shell,), {},
-        ),
-        "hooks": call(
-            REBUILD, storage("0", 24), 0, (24,), (1,), False, call(name("os", "system"), shell)
-        ),
-        "module id": code(("module", name("os", "system"), shell, shell)) + b"Q",
-        "numpy": call(name("numpy", "memmap"), str(marker), "float32", "w+", 0, 4),
-        "loads": call(name("pickle", "loads"), b"C\x01."),
-    }  # fmt: skip
+        "REDUCE": call(f, x),
+        "STACK_GLOBAL": call(code(module) + code(function) + b"\x93", x),
+        "INST": b"(" + code(x) + f"i{module}\n{function}\n".encode(),
+        "OBJ": b"(" + f + code(x) + b"o",
+        "NEWOBJ": f + code((x,)) + b"\x81",
+        "NEWOBJ_EX": f + code((x,)) + b"}\x92",
+        "NEWOBJ_EX by keyword": f + b")" + code({"cls": x, "self": f}) + b"\x92",
+        "INST without arguments": f"(i{module}\n{function}\n".encode(),
+        "REDUCE of the result": call(call(f, x), x),
+        "REDUCE of an attribute": call(call(name("builtins", "getattr"), f, "__call__"), x),
+        "BUILD of the class": f + 2 * (code(state) + b"b" + code((None, state)) + b"b") + b")R",
+        "BUILD of the object": call(f, x) + 2 * (code(state) + b"b" + code((state, state)) + b"b"),
+        "APPEND": call(f, x) + code(x) + b"a",
+        "APPENDS": call(f, x) + b"(" + code(x) + f + b"e",
+        "SETITEM": call(f, x) + code(x) + f + b"s",
+        "SETITEMS": call(f, x) + b"(" + code(x) + f + b"u",
+        "ADDITEMS": call(f, x) + b"(" + code(x) + f + b"\x90",
+        "key": code({call(f, x): f, (f, call(f, x)): x}),
+        "set": b"\x8f(" + call(f, x) + f + b"\x90",
+        "pairs": call(ORDERED, [(x, call(f, x))]),
+        "defaultdict": call(name("collections", "defaultdict"), f) + code(x) + f + b"s",
+        "module": code(("module", f, x, x)) + b"Q",
+        "storage": code(("storage", f, "0", "cpu", 24)) + b"Q",
+        "tensor of a storage": tensor(code(("storage", f, "0", "cpu", 24)) + b"Q", 0, (2,), (1,)),
+        "tensor of an object": tensor(call(f, x), 0, (24,), (1,)),
+        "tensor with metadata": call(REBUILD, GOOD, 0, (24,), (1,), False, call(f, x), {"a": x}),
+        "parameter": call(PARAMETER, call(f, x), True, ordered()),
+        "subclass": call(name("torch._tensor", "_rebuild_from_type_v2"), f, f, (x,), {}),
+    }
 
 
-@WRITERS
-@pytest.mark.parametrize("attack", attacks(""))
-def test_nothing_in_a_pickle_is_called_or_imported(tmp_path, monkeypatch, write, attack):
-    marker = tmp_path / "marker"
-    (tmp_path / "evil_module.py").write_text(f"open({str(marker)!r}, 'w')")
-    monkeypatch.syspath_prepend(tmp_path)
-    opcodes = attacks(marker)[attack]
-    for content in ({"state_dict": {"x": GOOD}, "callbacks": opcodes}, {"x": opcodes}):
-        path = write(tmp_path / "x.ckpt", content, {"0": X})
-        if "x" in content and attack != "hooks":
-            with pytest.raises(ValueError, match="not a tensor"):
-                read_state_dict(path)
-        else:
-            assert list(read_state_dict(path)) == ["x"]
-        assert not marker.exists()
-        assert "evil_module" not in sys.modules
+@pytest.mark.parametrize(
+    "path",
+    """os:system posix:system os:mkdir subprocess:getoutput builtins:eval builtins:exec
+    __builtin__:eval builtins:open io:open builtins:__import__ importlib:import_module this:s
+    builtins:getattr builtins:type builtins:dict operator:attrgetter functools:partial pickle:loads
+    _pickle:Unpickler copyreg:add_extension copy_reg:_reconstructor torch:load numpy:load
+    torch.storage:_load_from_bytes numpy:memmap numpy.core.multiarray:scalar nvg_jax.cli:setup
+    collections:OrderedDict collections:OrderedDict.__class__ collections:OrderedDict.__setstate__
+    collections:abc.sys.modules.clear {own}:zipfile.os.mkdir {own}:_STORAGE_DTYPES.clear
+    {own}:_Storage {own}:_Unpickler.find_class {own}:_OrderedDict.__class__""".split(),
+)
+def test_nothing_in_a_pickle_runs(tmp_path, path):
+    module, function = path.format(own=checkpoint_files.__name__).split(":")
+    argument = f"open({str(tmp_path / 'marker')!r}, 'w')"
+    refuses = [UserError] * (path == "collections:OrderedDict")  # its argument is not a dictionary
+    for use, opcodes in uses(module, function, argument).items():
+        # Protocols 4 and 5 allow dots in names, the others map Python 2's modules.
+        for write, protocol in ((write_zip, b"\x80\x05"), (write_legacy, b"")):
+            content = {"state_dict": {"x": GOOD}, "other": protocol + opcodes}
+            file = write(tmp_path / "x.ckpt", content, {"0": X})
+            with nothing_runs(file), contextlib.suppress(*refuses):
+                assert list(read_state_dict(file)) == ["x"], use
+            write(file, {"x": protocol + opcodes}, {"0": X})
+            with nothing_runs(file), pytest.raises(UserError):
+                read_state_dict(file)
+
+
+@pytest.mark.parametrize("opcode", [b"\x82\xc8", b"\x83\xc8\0", b"\x84\xc8\0\0\0"])
+@pytest.mark.parametrize("cache", [{}, {200: os.mkdir}])
+def test_nothing_comes_from_the_extension_registry(tmp_path, monkeypatch, opcode, cache):
+    """Unpicklers take objects from its cache without calling find_class, and put theirs there."""
+    monkeypatch.setitem(copyreg._inverted_registry, 200, ("os", "mkdir"))
+    for number, value in cache.items():
+        monkeypatch.setitem(copyreg._extension_cache, number, value)
+    content = {"state_dict": {"x": GOOD}, "other": call(opcode, str(tmp_path / "marker"))}
+    path = write_zip(tmp_path / "x.ckpt", content, {"0": X})
+    with nothing_runs(path), pytest.raises(UserError, match="opcode EXT"):
+        read_state_dict(path)
+    assert copyreg._extension_cache == cache
+
+
+def test_deep_nesting_is_no_recursion(tmp_path):
+    depth = 100_000
+    deep = PARAMETER + b"q\0" + b"h\0" * (depth - 1) + GOOD + b"\x85R" * depth
+    content = {"state_dict": {"x": deep}, "other": b")" + b"\x85" * depth}
+    arrays = read_state_dict(write_zip(tmp_path / "x.ckpt", content, {"0": X}))
+    np.testing.assert_array_equal(arrays["x"], X)
+
+
+# States that would give storage "0" 99 elements, if a pickle could change it.
+STATES = {"total": 99, "size": 99}, (None, {"size": 99}), ["0", None, 99, 0, 99]
 
 
 @WRITERS
@@ -205,7 +294,9 @@ def test_nothing_in_a_pickle_is_called_or_imported(tmp_path, monkeypatch, write,
         (tensor(storage("0", 24), 0, (5, 5), (5, 1)), "reaches outside"),
         (tensor(storage("0", 24), 0, (2,), (10**30,)), "reaches outside"),
         (tensor(storage("0", 24), 0, (2**62,), (1,)), "reaches outside"),
+        (tensor(storage("0", 24), 25, (0,), (1,)), "reaches outside"),
         (tensor(storage("0", 24), 0, (2**40, 2**40), (0, 0)), "too large"),
+        (tensor(storage("0", 24), 0, (0, 2**70), (1, 1)), "too large"),
         (tensor(storage("0", 24), -4, (2,), (1,)), "malformed tensor"),
         (tensor(storage("0", 24), 0, (-1, -2), (1, 1)), "malformed tensor"),
         (tensor(storage("0", 24), 4, (2,), (-1,)), "malformed tensor"),
@@ -217,53 +308,46 @@ def test_nothing_in_a_pickle_is_called_or_imported(tmp_path, monkeypatch, write,
         (tensor(code("0"), 0, (2,), (1,)), "malformed tensor"),
         (tensor(storage("0", -24), 0, (2,), (1,)), "describes no storage"),
         (tensor(storage("0", 24, "FloatStorage", (1, 20, 5)), 0, (2,), (1,)), "malformed view"),
+        (tensor(storage("0", 24, "FloatStorage", (1, 20, 4)), 1, (4,), (1,)), "reaches outside"),
+        (tensor(storage("0", 24), 0, (b"\x8b\xff\x0f\0\0" + b"\1" * 4095,), (1,)), "digits"),
+        *[
+            (tensor(storage("0", 24) + code(state) + b"b", 0, (99,), (1,)), "reaches outside")
+            for state in STATES
+        ],
+        (storage("0", 25), "declared with two sizes"),
         (code(("storage",)) + b"Q", "describes no storage"),
         (code("storage") + b"Q", "describes no storage"),
         (code(("storage", "torch.FloatStorage", "0", "cpu", 24)) + b"Q", "describes no storage"),
         (code(("storage", name("torch", "FloatStorage"), 0, "cpu", 24)) + b"Q", "no storage"),
-        (b"Pstorage\n", "PERSID"),
-        (b"\x82\x01", "EXT1"),
-        (b"\x98", "unknown|READONLY_BUFFER"),
-        (b"h\x63", "damaged"),
-        (b"R", "damaged|not a function"),
-        (b"0" * 9, "damaged"),
-        (b"e", "malformed dictionary"),
-        (b"(u", "not a container"),
-        (code("a") + code("b") + b"a", "not a container"),
+        (code(("module", "torch.nn.Linear")) + b"Q", "no storage"),
+        (b"Pstorage\n", "no storage"),
+        (b"]r" + struct.pack("<I", 2**26), "large memo index"),  # would take 1 GiB
+        (b"]p%d\n" % 2**26, "large memo index"),
         (b"B\xff\xff\xff\x7f", "bytes"),
         (b"\x8e" + b"\xff" * 7 + b"\x7f", "bytes"),
-        (call(name("collections", "OrderedDict"), [(1, 2, 3)]), "malformed dictionary"),
-        (call(code("print"), 1), "not a function"),
-        (code(1) + code(2) + b"\x93", "not a string"),
+        (b"\xff", "unknown"),
+        (b"h\x63", "damaged"),
+        (b"R", "damaged"),
+        (b"0" * 9, "damaged"),
+        (b"e", "damaged"),
+        (code("a") + code("b") + b"a", "damaged"),
+        (code("a") + code({"b": 1}) + b"b", "damaged"),
+        (code({1: [1]}) + b"(]Nu", "damaged"),
+        (b"\x97", "damaged"),
+        (b"\x80\x06", "damaged"),
+        (call(ORDERED, [(1, 2, 3)]), "damaged"),
+        (call(code("print"), 1), "damaged"),
+        (code("print") + b")\x81", "damaged"),
+        (code(1) + code(2) + b"\x93", "damaged"),
+        (name("a\0b", "c"), "damaged"),
+        (name("a", "B") + b")" + code({1: 2}) + b"\x92", "damaged"),
     ],
 )
 def test_malformed_pickles_are_refused(tmp_path, write, opcodes, sentence):
     path = write(tmp_path / "x.ckpt", {"x": GOOD, "y": opcodes}, {"0": X})
-    with pytest.raises(ValueError, match=sentence) as error:
+    with pytest.raises(UserError, match=sentence) as error:
         read_state_dict(path)
     assert str(path) in str(error.value)
-
-
-@WRITERS
-def test_a_large_memo_index_takes_no_memory(tmp_path, write):
-    """An array of so many slots, as pickle.Unpickler keeps, would take 512 MiB."""
-    content = {"state_dict": {"x": GOOD}, "other": b"]r" + struct.pack("<I", 2**26)}
-    path = write(tmp_path / "x.ckpt", content, {"0": X})
-    tracemalloc.start()
-    arrays = read_state_dict(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    np.testing.assert_array_equal(arrays["x"], X)
-    assert peak < 2**20
-
-
-@WRITERS
-@pytest.mark.parametrize("opcodes", [b"\x85" * 300_000, b"2\x86" * 64], ids=["deep", "wide"])
-def test_nested_tuples_as_keys_are_not_hashed(tmp_path, write, opcodes):
-    """Hashing ((((...,),),),) overflows the C stack; 64 levels of (t, t) have 2**64 elements."""
-    content = {"state_dict": {"x": GOOD}, "other": b"})" + opcodes + b"Ns"}
-    arrays = read_state_dict(write(tmp_path / "x.ckpt", content, {"0": X}))
-    np.testing.assert_array_equal(arrays["x"], X)
 
 
 @WRITERS
@@ -272,37 +356,31 @@ def test_nested_tuples_as_keys_are_not_hashed(tmp_path, write, opcodes):
     [
         ({}, "empty dictionary"),
         ([GOOD], "a list"),
-        (GOOD, "a tensor"),
+        (GOOD, "an object of torch._utils._rebuild_tensor_v2"),
         (3, "is an int, not a dictionary"),
         ({"state_dict": [GOOD]}, "a list"),
         ({"state_dict": None}, "is None, not a dictionary"),
         ({"x": GOOD, "epoch": 3}, "an int as 'epoch'"),
         ({1: GOOD}, "where a name is expected"),
         ({"x": name("torch.nn", "Linear")}, "torch.nn.Linear as 'x'"),
+        ({"x": CONJUGATED}, "_rebuild_tensor_v2 as 'x', which is not a tensor"),
         (
             {"x": tensor(storage("0", 24, "QInt8Storage"), 0, (2,), (1,))},
-            "not a tensor|unknown type",
+            "QInt8Storage, which is not supported|unknown type",
         ),
         ({"x": tensor(storage("1", 24), 0, (2,), (1,))}, "missing|unknown type"),
         ({"x": tensor(storage("0", 25), 0, (25,), (1,))}, "25 elements|100 are expected"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, write, content, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         read_state_dict(write(tmp_path / "x.ckpt", content, {"0": X}))
 
 
-def test_lazily_conjugated_tensors_are_refused(tmp_path):
-    store = storage("0", 24)
-    x = call(REBUILD, store, 0, (24,), (1,), False, ordered(), {"conj": True})
-    with pytest.raises(ValueError, match="not a tensor"):
-        read_state_dict(write_zip(tmp_path / "x.ckpt", {"x": x}, {"0": X}))
-
-
 def test_big_endian_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="big-endian"):
+    with pytest.raises(UserError, match="big-endian"):
         read_state_dict(write_zip(tmp_path / "x.ckpt", {"x": GOOD}, {"0": X}, byteorder=b"big"))
-    with pytest.raises(ValueError, match="big-endian"):
+    with pytest.raises(UserError, match="big-endian"):
         read_state_dict(write_legacy(tmp_path / "y.ckpt", {"x": GOOD}, {"0": X}, False))
 
 
@@ -321,7 +399,7 @@ def test_big_endian_is_refused(tmp_path):
 def test_other_files_are_refused(tmp_path, body, sentence):
     path = tmp_path / "x.ckpt"
     path.write_bytes(body)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         read_state_dict(path)
 
 
@@ -329,11 +407,11 @@ def test_other_zips_are_refused(tmp_path):
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/readme", "hello")
-    with pytest.raises(ValueError, match="one data.pkl, this one has 0"):
+    with pytest.raises(UserError, match="one data.pkl, this one has 0"):
         read_state_dict(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
-    with pytest.raises(ValueError, match="compressed"):
+    with pytest.raises(UserError, match="compressed"):
         read_state_dict(path)
 
 
@@ -346,10 +424,10 @@ def test_truncated_and_damaged_files(tmp_path, write):
     path = tmp_path / "y.ckpt"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="y.ckpt"):
+        with pytest.raises(UserError, match="y.ckpt"):
             read_state_dict(path)
     path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="ends within storage '0'|zip directory"):
+    with pytest.raises(UserError, match="ends within storage '0'|zip directory"):
         read_state_dict(path)
     rng = np.random.default_rng(0)
     refused = 0
@@ -359,7 +437,7 @@ def test_truncated_and_damaged_files(tmp_path, write):
         path.write_bytes(body.tobytes())
         try:
             arrays = read_state_dict(path)
-        except ValueError:
+        except UserError:
             refused += 1
         else:
             if write is write_zip:  # the checksums leave only the zip's own fields

@@ -120,15 +120,15 @@ def test_from_published():
     [
         (
             {"content_embed.weight": WEIGHT, "content_embed.biases": BIAS},
-            ["missing (1): content_embed.bias\n", "left over (1): content_embed.biases\n"],
+            ["missing (1): content_embed.bias (2,)\n", "unexpected (1): content_embed.biases"],
         ),
         (
             {"content_embed.weight": WEIGHT.T, "content_embed.bias": BIAS},
-            ["content_embed.weight (3, 2), expected (2, 3)", "missing (0): none"],
+            ["of another shape (1): content_embed.weight (3, 2), expected (2, 3)"],
         ),
         (
             {"content_embed.weight": WEIGHT, "content_embed.bias": BIAS.astype(np.float64)},
-            ["content_embed.bias float64"],
+            ["of another type (1): content_embed.bias float64"],
         ),
     ],
 )

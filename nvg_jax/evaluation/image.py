@@ -7,8 +7,12 @@ the float value v / 127.5 - 1.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 
 from nvg_jax.errors import UserError
+
+with epy.lazy_imports():  # slow
+    from sklearn import metrics
 
 LOW_QUANTILE = 0.05  # of held-out distances; smaller distances are unusually small
 SSIM_WINDOW = 7  # pixels of the square window
@@ -142,7 +146,6 @@ def nearest_distances(queries, references) -> np.ndarray:
     Raises:
         UserError: images of different sizes, or arrays that are not images.
     """
-    from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import
 
     queries, references = to_float(queries), to_float(references)
     if queries.shape[1:] != references.shape[1:]:
@@ -151,7 +154,7 @@ def nearest_distances(queries, references) -> np.ndarray:
             f"{references.shape[1:3]}; resize all to one size."
         )
     queries, references = queries.reshape(len(queries), -1), references.reshape(len(references), -1)
-    nearest = pairwise_distances_argmin(queries, references)  # in chunks
+    nearest = metrics.pairwise_distances_argmin(queries, references)  # in chunks
     return np.sqrt(np.square(queries - references[nearest]).mean(1, dtype=np.float64))
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import pretrained
@@ -25,6 +26,9 @@ from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.processes import gather
 from nvg_jax.runtime.sharding import local_batch, make_mesh
+
+with epy.lazy_imports():  # slow
+    from sklearn import svm
 
 logger = logging.getLogger("nvg_jax")
 
@@ -151,12 +155,10 @@ class DigitClassifier:
     name = "classifier"
 
     def __init__(self, images, labels):
-        from sklearn.svm import SVC  # takes seconds to import
-
         features = self.features(images)
         labels = _labels(labels, features, num_classes=10)
         self.fingerprint = fingerprint({"features": features, "labels": labels})
-        self._svc = SVC(C=10, gamma="scale").fit(features, labels)
+        self._svc = svm.SVC(C=10, gamma="scale").fit(features, labels)
 
     def predict(self, images) -> np.ndarray:
         """int (B,): the digit in every image."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -32,7 +31,7 @@ from nvg_jax.pretrained.networks import (
     VisionTransformer,
 )
 from nvg_jax.runtime.files import atomic_write, fingerprint, make_folder
-from nvg_jax.torch_interop.checkpoint_files import read_state_dict
+from nvg_jax.torch_interop.checkpoint_files import check_tensors, listed, read_state_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +135,7 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
         # lpips keeps torchvision's layer numbers, but divides the layers into five slices.
         found = {re.sub(r"^net\.slice\d\.", "features.", key): x for key, x in found.items()}
         if twice := [key for key in found if key in tensors]:
-            raise UserError(f"{file} repeats tensors of another file: {_listed(twice)}.")
+            raise UserError(f"{file} repeats tensors of another file: {listed(twice)}.")
         tensors |= found
     _check(name, files, tensors)
     tensors = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
@@ -227,12 +226,6 @@ def _files(source: Source) -> str:
     return " and ".join(f"{file} from {address}" for file, address in source.files.items())
 
 
-def _listed(items: Sequence[str]) -> str:
-    """The first ten items, so that the message for an entirely wrong file stays readable."""
-    more = f" and {len(items) - 10} more" if len(items) > 10 else ""
-    return ", ".join(items[:10]) + more
-
-
 def _read(file: Path, unneeded: str) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise UserError(f"There is no file {file}.")
@@ -257,30 +250,10 @@ def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray
         needed = (1, 1 + (VIT_IMAGE // SIZES[name]["patch"]) ** 2, SIZES[name]["width"])
         if "pos_embed" in tensors and tensors["pos_embed"].shape == needed:
             shapes["pos_embed"] = needed
-    problems = {
-        "missing": [f"{key} {shape}" for key, shape in shapes.items() if key not in tensors],
-        "unexpected": [key for key in tensors if key not in shapes],
-        "of another shape": [
-            f"{key} {tensors[key].shape}, expected {shape}"
-            for key, shape in shapes.items()
-            if key in tensors and tensors[key].shape != shape
-        ],
-        "of another type": [
-            f"{key} {tensor.dtype}"
-            for key, tensor in tensors.items()
-            if tensor.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16)
-        ],
-    }
-    if any(problems.values()):
-        lists = [
-            f"{problem} ({len(keys)}): {_listed(keys)}"
-            for problem, keys in problems.items()
-            if keys
-        ]
+    if problems := check_tensors(tensors, shapes):
         raise UserError(
-            f"The tensors in {', '.join(map(str, files))} are not those of {name}.\n"
-            + "\n".join(lists)
-            + f"\nGive {_files(SOURCES[name])}."
+            f"The tensors in {', '.join(map(str, files))} are not those of {name}.\n{problems}\n"
+            f"Give {_files(SOURCES[name])}."
         )
 
 

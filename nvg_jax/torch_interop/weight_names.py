@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from nvg_jax.errors import UserError
-from nvg_jax.torch_interop.checkpoint_files import read_state_dict
+from nvg_jax.torch_interop.checkpoint_files import check_tensors, read_state_dict
 
 # Our path of a module (a pattern) -> the published one; {} is the index of a stacked block.
 _BLOCK = r"/(norm|conv)(\d)"
@@ -128,33 +127,16 @@ def from_published(
         shapes: path -> shape of each of our parameters.
 
     Raises:
-        UserError: tensors are missing, left over, or of another shape or type; the message lists
+        UserError: tensors are missing, unexpected, or of another shape or type; the message lists
             them.
     """
     params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
     views = published_views(params)
-    problems = {
-        "missing": [name for name in views if name not in tensors],
-        "left over": [name for name in tensors if name not in (*views, "rope_ids")],
-        "of another shape": [
-            f"{name} {tensors[name].shape}, expected {view.shape}"
-            for name, view in views.items()
-            if name in tensors and tensors[name].shape != view.shape
-        ],
-        "of another type": [
-            f"{name} {tensor.dtype}"
-            for name, tensor in tensors.items()
-            if tensor.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16)
-        ],
-    }
-    if any(problems.values()):
-        lists = [
-            f"{problem} ({len(names)}): {', '.join(names) or 'none'}"
-            for problem, names in problems.items()
-        ]
+    expected = {name: view.shape for name, view in views.items()}
+    if problems := check_tensors({k: x for k, x in tensors.items() if k != "rope_ids"}, expected):
         raise UserError(
             "The checkpoint's tensors are not those of the published model at the sizes it "
-            "tells.\n" + "\n".join(lists)
+            f"tells.\n{problems}"
         )
     for name, view in views.items():
         view[...] = tensors[name]
