@@ -37,9 +37,10 @@ run() {
     fi
 }
 
-# Checks the arguments after -- and sets train_arguments, workdir and jax_cache.
+# Sets train_arguments, workdir and jax_cache from the arguments after --, after training itself has
+# checked them: with its own parser, without data and accelerators, also in a dry run.
 take_train_arguments() {
-    local argument config=
+    local argument config='' code=0
     workdir=
     for argument; do
         case $argument in
@@ -47,11 +48,15 @@ take_train_arguments() {
             --workdir=*) workdir=${argument#*=} ;;
         esac
     done
+    workdir=${workdir%/}
     [[ $config ]] || fail "no --config=FILE among the training arguments, which come after --; see $0 --help"
     [[ $workdir ]] || fail "no --workdir=FOLDER among the training arguments, which come after --; see $0 --help"
     train_arguments=("$@")
     # Only the first process writes the cache and all read it, so it is kept beside the checkpoints.
     jax_cache=JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/jax_cache}
+    (cd "$root" && "${PYTHON:-python}" -m nvg_jax.train --check_only "$@") || code=$?
+    ((code != 2)) || exit 2 # the error has been printed
+    ((code == 0)) || fail "${PYTHON:-python} cannot check the training arguments, see above; install the requirements, or name the Python that has them with PYTHON=..."
 }
 
 # Requires a workdir that outlives the machines.
@@ -62,8 +67,25 @@ require_shared_workdir() {
     esac
 }
 
-# Packs the code as it is here, including uncommitted changes, but without the tests and their data.
+# started_from HEARTBEAT: the part and the step that the process started from. They change only
+# when a checkpoint was saved, so two runs with the same ones made no progress.
+started_from() {
+    local beat=$1
+    echo "${beat%%, \"step\"*}"
+}
+
+# pack FILE: packs the code that git knows, or would know after `git add .`, without the tests.
 pack() {
-    run tar --exclude-vcs --exclude=./.venv --exclude=./.pytest_cache --exclude=./tests --exclude=./runs \
-        --exclude=__pycache__ -czf "$1" -C "$root" .
+    local list=(git -C "$root" ls-files -z -co --exclude-standard -- . ':!tests')
+    local file
+    if [[ $dry_run ]]; then
+        echo "$(quote "${list[@]}") | $(quote tar -czf "$1" -C "$root" --null -T -)"
+        return
+    fi
+    "${list[@]}" | while IFS= read -r -d '' file; do
+        if [[ -e $root/$file ]]; then # not deleted since the last commit
+            printf '%s\0' "$file"
+        fi
+    done | tar -czf "$1" -C "$root" --null -T - ||
+        fail "the code in $root cannot be packed, see above; outside a git checkout, run git init there"
 }

@@ -17,7 +17,11 @@
 #     --xpk_flags="..."     more flags for xpk: --zone=..., --project=..., --spot, --priority=...
 #     --dry_run             print the commands without running them (DRY_RUN=1 does the same)
 #
-# Environment: JAX_COMPILATION_CACHE_DIR (default WORKDIR/jax_cache).
+# The arguments are checked before anything is created. The code that git knows is sent, with
+# uncommitted changes. At the end, the command that deletes the workload is printed.
+#
+# Environment: PYTHON (default python) checks the arguments; JAX_COMPILATION_CACHE_DIR (default
+# WORKDIR/jax_cache).
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -60,11 +64,25 @@ if [[ $docker_image ]]; then
     image=("--docker-image=$docker_image")
 else
     stage=${TMPDIR:-/tmp}/nvg_jax-$name
+    run rm -rf "$stage"
     run mkdir -p "$stage"
     pack "$stage.tar.gz"
     run tar -xzf "$stage.tar.gz" -C "$stage"
     image=(--base-docker-image=python:3.12 "--script-dir=$stage")
     command="pip install --quiet --requirement requirements.txt 'jax[tpu]' && $command"
+fi
+
+# On every way out: a request that failed or was interrupted may have left a workload, too.
+delete=(xpk workload delete "--cluster=$cluster" "--workload=$name")
+for flag in ${xpk_flags[@]+"${xpk_flags[@]}"}; do
+    [[ $flag != --zone=* && $flag != --project=* ]] || delete+=("$flag")
+done
+remind() {
+    echo "gke_xpk.sh: a workload $name runs until its training ends; this deletes it:" >&2
+    echo "    $(quote "${delete[@]}")" >&2
+}
+if [[ ! $dry_run ]]; then
+    trap remind EXIT
 fi
 run xpk workload create "--cluster=$cluster" "--workload=$name" "--tpu-type=$tpu_type" \
     "--num-slices=$num_slices" "--max-restarts=$max_restarts" --restart-on-exit-codes=75 \

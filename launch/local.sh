@@ -11,6 +11,8 @@
 #     --port=PORT      port of their coordinator (12355)
 #     --dry_run        print the commands without running them (DRY_RUN=1 does the same)
 #
+# The arguments are checked before anything starts.
+#
 # Environment: PYTHON (default python), JAX_COMPILATION_CACHE_DIR (default WORKDIR/jax_cache),
 # and the variables of launch/restart.sh.
 

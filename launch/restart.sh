@@ -7,16 +7,20 @@
 #     0        done: exits with 0
 #     2        a mistake that a restart cannot mend, or a loss that is not finite: exits with 2
 #     75       preempted, state saved: restarts the command at once
-#     other    crashed or killed: restarts the command after a pause; exits with 1 after too
-#              many crashes in a row
+#     other    crashed, killed or stood still: restarts the command after a pause; exits with 1
+#              after too many crashes in a row without a new checkpoint
 #
 # SIGTERM and Ctrl-C are forwarded to the command, which saves its state. This script then exits
 # with the command's exit code and does not restart it, since the machine is going away.
 #
 # Environment:
-#     NVG_MAX_CRASHES=5       restarts after consecutive crashes
+#     NVG_MAX_CRASHES=5       restarts after consecutive crashes; training that goes on from
+#                             another checkpoint than the run before, or exits with 75, resets
+#                             the count
 #     NVG_RESTART_PAUSE=15    seconds between a crash and the restart
-#     NVG_LONG_RUN=600        a run of at least this many seconds resets the crash count
+#     NVG_LOG=FILE            add all output to this file, and
+#     NVG_LOG_FOLDER=FOLDER   copy the file to TIME-HOST.log there (also in gs://BUCKET, with
+#                             gcloud), every NVG_LOG_SECONDS=60 and at the end
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -33,10 +37,9 @@ done
 (($#)) || fail "no command to run; see $0 --help"
 max_crashes=${NVG_MAX_CRASHES:-5}
 pause=${NVG_RESTART_PAUSE:-15}
-long_run=${NVG_LONG_RUN:-600}
-for number in "$max_crashes" "$pause" "$long_run"; do
+for number in "$max_crashes" "$pause"; do
     [[ $number =~ ^[0-9]+$ ]] ||
-        fail "NVG_MAX_CRASHES, NVG_RESTART_PAUSE and NVG_LONG_RUN must be whole numbers, not '$number'"
+        fail "NVG_MAX_CRASHES and NVG_RESTART_PAUSE must be whole numbers, not '$number'"
 done
 if [[ $dry_run ]]; then
     quote "$@"
@@ -76,9 +79,30 @@ run_child() {
     child=
 }
 
+# Training writes its heartbeat there, too: the one in the workdir may be in a bucket.
+NVG_HEARTBEAT=$(mktemp)
+export NVG_HEARTBEAT
+trap 'rm -f "$NVG_HEARTBEAT"' EXIT
+
+if [[ ${NVG_LOG:-} ]]; then
+    exec >>"$NVG_LOG" 2>&1
+    log_copy=${NVG_LOG_FOLDER:?}/$(date +%Y%m%d-%H%M%S)-$(hostname).log
+    copy_log() {
+        case $log_copy in
+            gs://*) timeout 300 gcloud storage cp --quiet "$NVG_LOG" "$log_copy" ;;
+            *) mkdir -p "$NVG_LOG_FOLDER" && cp "$NVG_LOG" "$log_copy" ;;
+        esac >/dev/null 2>&1 || true
+    }
+    while sleep "${NVG_LOG_SECONDS:-60}"; do
+        copy_log
+    done &
+    copier=$!
+    trap 'rm -f "$NVG_HEARTBEAT"; kill "$copier" 2>/dev/null; copy_log' EXIT
+fi
+
 crashes=0
+last_start=
 while true; do
-    started=$SECONDS
     run_child "$@"
     if ((code == 0 || code == 2)) || [[ $stopping ]]; then
         exit "$code"
@@ -88,12 +112,14 @@ while true; do
         say "exit code 75 (preempted, state saved); restarting"
         continue
     fi
-    if ((SECONDS - started >= long_run)); then
+    start=$(started_from "$(<"$NVG_HEARTBEAT")")
+    if [[ $start != "$last_start" ]]; then
         crashes=0
+        last_start=$start
     fi
     crashes=$((crashes + 1))
     if ((crashes > max_crashes)); then
-        say "exit code $code; $crashes crashes in a row; giving up"
+        say "exit code $code; $crashes crashes in a row without a new checkpoint; giving up"
         exit 1
     fi
     say "exit code $code (crash $crashes of at most $max_crashes in a row); restarting in $pause s"

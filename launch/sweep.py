@@ -30,6 +30,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from nvg_jax.errors import UserError
+from nvg_jax.training import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME_LENGTH = 180  # file systems allow 255, and the scheduler may add to a job name
@@ -100,7 +101,9 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
                 raise UserError(f"{min(both)} is also in FIXED; set it in one place only.")
             every = typed_overrides(config, {**fixed, **overrides})
             arguments = [f"--config.{key}={as_text(value)}" for key, value in every.items()]
-            check_parsed(parse_config(config_name, arguments + list(extra)), every)
+            parsed = parse_config(config_name, arguments + list(extra))
+            check_parsed(parsed, every)
+            checks.check_config(parsed)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         name = run_name({key: every[key] for key in overrides})

@@ -19,14 +19,26 @@
 #     --runtime_version=NAME   runtime version, by default the usual one of the type
 #     --create_flags="..."     more flags for `queued-resources create`: --reserved, ...
 #     --ssh_flags="..."        more flags for ssh and scp: --tunnel-through-iap, ...
-#     --setup="COMMAND"        run on every worker after the installation, to mount the data
-#                              for example
+#     --setup="COMMANDS"       run on every worker after the installation, to mount the data
+#                              for example; the first that fails ends the attempt
+#     --stall=SECONDS          without a sign of life (a new heartbeat in the workdir) for this
+#                              long, training is started again; without one from workers that
+#                              cannot be reached, or from gcloud, the script gives up. Also the
+#                              time limit of an installation. (3600; 0: never)
+#     --attempts=N             give up after so many attempts in a row (to request TPU VMs, to
+#                              install, to train) without a new checkpoint (5)
 #     --poll_seconds=N         seconds between two checks (60)
-#     --delete_at_end          delete the TPU VMs when training has ended or failed
+#     --delete_at_end          delete the TPU VMs on every way out of this script: training has
+#                              ended or failed, the script gave up, Ctrl-C, SIGTERM, SIGHUP
 #     --dry_run                print the commands without running them (DRY_RUN=1 does the same)
 #
-# Environment: JAX_COMPILATION_CACHE_DIR (default WORKDIR/jax_cache); CLOUDSDK_CORE_PROJECT
-# selects a project other than gcloud's default.
+# The training arguments are checked before anything is created. The code that git knows is sent,
+# with uncommitted changes. Every worker adds its output to ~/train.log and copies it to
+# WORKDIR/logs every minute. Without --delete_at_end the script ends with what still runs and the
+# command that deletes it.
+#
+# Environment: PYTHON (default python) checks the arguments; JAX_COMPILATION_CACHE_DIR (default
+# WORKDIR/jax_cache); CLOUDSDK_CORE_PROJECT selects a project other than gcloud's default.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -42,6 +54,8 @@ zone=
 type=
 slices=1
 runtime_version=
+stall=3600
+max_attempts=5
 poll_seconds=60
 spot=()
 create_flags=()
@@ -59,6 +73,8 @@ while (($#)); do
         --create_flags=*) read -ra create_flags <<<"${1#*=}" ;;
         --ssh_flags=*) read -ra ssh_flags <<<"${1#*=}" ;;
         --setup=*) setup=${1#*=} ;;
+        --stall=*) stall=${1#*=} ;;
+        --attempts=*) max_attempts=${1#*=} ;;
         --poll_seconds=*) poll_seconds=${1#*=} ;;
         --delete_at_end) delete_at_end=1 ;;
         --dry_run) dry_run=1 ;;
@@ -72,32 +88,33 @@ done
 [[ $zone ]] || fail "give --zone=ZONE; see $0 --help"
 
 queued=(gcloud compute tpus queued-resources)
+delete=("${queued[@]}" delete "$name" "--zone=$zone" --force --quiet)
+describe=("${queued[@]}" describe "$name" "--zone=$zone")
 
-delete() {
-    run "${queued[@]}" delete "$name" "--zone=$zone" --force --quiet
-}
-
-# on_workers WORKERS COMMAND
+# on_workers WORKERS COMMAND: sets ssh to what runs a command there.
 on_workers() {
-    run "${queued[@]}" ssh "$name" "--zone=$zone" ${ssh_flags[@]+"${ssh_flags[@]}"} \
-        "--node=$1" "--worker=$1" "--command=$2"
+    ssh=("${queued[@]}" ssh "$name" "--zone=$zone" ${ssh_flags[@]+"${ssh_flags[@]}"}
+        "--node=$1" "--worker=$1" "--command=$2")
 }
 
 case $action in
     logs)
         on_workers 0 'tail -n 100 -F train.log'
+        run "${ssh[@]}"
         exit
         ;;
     delete)
-        delete
+        run "${delete[@]}"
         exit
         ;;
 esac
 
 [[ $type ]] || fail "give --type=TYPE, such as v5p-128; see $0 --help"
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices must be a positive integer, not '$slices'"
-take_train_arguments "$@"
-require_shared_workdir
+for number in "$stall" "$max_attempts" "$poll_seconds"; do
+    [[ $number =~ ^[0-9]+$ ]] ||
+        fail "--stall, --attempts and --poll_seconds must be whole numbers, not '$number'"
+done
 if [[ ! $runtime_version ]]; then
     case $type in
         v6e-*) runtime_version=v2-alpha-tpuv6e ;;
@@ -107,86 +124,198 @@ if [[ ! $runtime_version ]]; then
         *) fail "no runtime version is known for --type=$type; give --runtime_version=NAME" ;;
     esac
 fi
+take_train_arguments "$@"
+require_shared_workdir
+for program in gcloud timeout git; do
+    [[ $dry_run ]] || command -v "$program" >/dev/null || fail "there is no command '$program'"
+done
 nodes=("--node-id=$name")
 if ((slices > 1)); then
     nodes=("--node-count=$slices" "--node-prefix=$name")
 fi
 
+create=("${queued[@]}" create "$name" "--zone=$zone" "--accelerator-type=$type"
+    "--runtime-version=$runtime_version" "${nodes[@]}" ${spot[@]+"${spot[@]}"}
+    ${create_flags[@]+"${create_flags[@]}"} --async)
+
 say() {
     echo "tpu_vm.sh: $(date +%H:%M:%S) $*" >&2
 }
 
-create() {
-    run "${queued[@]}" create "$name" "--zone=$zone" "--accelerator-type=$type" \
-        "--runtime-version=$runtime_version" "${nodes[@]}" ${spot[@]+"${spot[@]}"} \
-        ${create_flags[@]+"${create_flags[@]}"} --async
+give_up() {
+    say "$*; giving up"
+    exit 1
 }
 
-state() {
-    run "${queued[@]}" describe "$name" "--zone=$zone" '--format=value(state.state)'
+# call SECONDS COMMAND: runs a command for at most this long (ssh waits for a lost worker for ever).
+# Bash handles signals during the wait, but not before a command in the foreground ends.
+call() {
+    if [[ $dry_run ]]; then
+        quote "${@:2}"
+        return
+    fi
+    timeout --kill-after=10 "$@" &
+    wait $!
 }
 
-# One line per worker: training=idle, training=running or training=EXIT_CODE.
-worker_states() {
-    # shellcheck disable=SC2016 # expanded on the worker
-    on_workers all 'if tmux has-session -t nvg_jax 2>/dev/null; then echo training=running; elif [ -f exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
-}
-
-# The runtime's own Python is too old; uv installs a newer one.
-archive=${TMPDIR:-/tmp}/nvg_jax-$name.tar.gz
-install='mkdir -p nvg_jax && tar -xzf nvg_jax.tar.gz -C nvg_jax'
-install+=' && python3 -m pip install --user --quiet uv'
-install+=' && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 env'
-install+=" && ~/.local/bin/uv pip install --quiet --python env --requirement nvg_jax/requirements.txt 'jax[tpu]'"
-install+=${setup:+" && $setup"}
-train="cd nvg_jax && $(quote env "$jax_cache" bash launch/restart.sh ../env/bin/python -m nvg_jax.train --distributed "${train_arguments[@]}")"
-train+=' >>../train.log 2>&1; echo $? >../exit_code'
-start="tmux has-session -t nvg_jax 2>/dev/null || { rm -f exit_code; tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
-
-install_and_start() {
-    pack "$archive" &&
-        run "${queued[@]}" scp "$archive" "$name:nvg_jax.tar.gz" "--zone=$zone" \
-            ${ssh_flags[@]+"${ssh_flags[@]}"} --node=all --worker=all &&
-        on_workers all "$install" &&
-        on_workers all "$start"
-}
-
-finish() {
-    if [[ $delete_at_end ]]; then
-        delete
-    else
-        say "the TPU VMs are still running; launch/tpu_vm.sh delete --name=$name --zone=$zone deletes them"
+pause() {
+    local before=$SECONDS
+    call 0 sleep "$poll_seconds"
+    if ((SECONDS - before > poll_seconds + 60)); then
+        alive=$SECONDS # this machine was asleep, not the TPU
     fi
 }
 
+# state: sets now to the state of the request, NOT_FOUND, or unknown if gcloud fails, which says
+# nothing about the TPU.
+state() {
+    if call 120 "${describe[@]}" '--format=value(state.state)' >"$answer" 2>"$answer.error"; then
+        now=$(<"$answer")
+    elif grep -q NOT_FOUND "$answer.error"; then
+        now=NOT_FOUND
+    else
+        now=unknown
+        cat "$answer.error" >&2
+    fi
+}
+
+# On every way out: deletes the TPU VMs, or says what still runs and how to delete it. Nothing stops
+# it: no signal, and no terminal or pipe that is gone.
+finish() {
+    local code=$? try now
+    set +e
+    trap - EXIT
+    trap '' HUP INT PIPE TERM
+    # shellcheck disable=SC2046 # one word for each job
+    kill $(jobs -p) 2>/dev/null
+    for try in 1 2 3 4; do
+        state
+        if [[ $now == NOT_FOUND ]]; then
+            say "$name does not exist (any more); nothing runs"
+            break
+        elif [[ ! $delete_at_end ]] || ((try == 4)); then
+            say "$name is $now and may cost money; this deletes it:"
+            echo "    ${CLOUDSDK_CORE_PROJECT:+CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT }$(quote "${delete[@]}")" >&2
+            break
+        fi
+        say "deleting $name"
+        if call 1200 "${delete[@]}" >"$answer" 2>&1; then
+            say "$name is deleted"
+            break
+        fi
+        cat "$answer" >&2
+        pause
+    done
+    rm -rf "$folder"
+    exit "$code"
+}
+
+# One line per worker: training=idle, training=running or training=EXIT_CODE.
+# shellcheck disable=SC2016 # expanded on the worker
+look='if tmux has-session -t nvg_jax 2>/dev/null; then echo training=running; elif [ -f exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
+
+# The runtime's own Python is too old; uv installs a newer one.
+install='rm -rf nvg_jax && mkdir nvg_jax && tar -xzf nvg_jax.tar.gz -C nvg_jax'
+install+=' && python3 -m pip install --user --quiet uv'
+install+=' && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 env'
+install+=" && ~/.local/bin/uv pip install --quiet --python env --requirement nvg_jax/requirements.txt 'jax[tpu]'"
+install+=${setup:+" && bash -ec $(quote "$setup")"}
+# A worker whose training goes on keeps its code.
+install="tmux has-session -t nvg_jax 2>/dev/null || { $install; }"
+train="cd nvg_jax && $(quote env "$jax_cache" NVG_LOG=../train.log "NVG_LOG_FOLDER=$workdir/logs" \
+    bash launch/restart.sh ../env/bin/python -m nvg_jax.train --distributed "${train_arguments[@]}")"
+train+='; echo $? >../exit_code'
+start="tmux has-session -t nvg_jax 2>/dev/null || { rm -f exit_code; tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
+# Training may no longer react to other signals. The process of the pane leads the group of all.
+# shellcheck disable=SC2016 # expanded on the worker
+stop='kill -KILL -- -$(tmux list-panes -t nvg_jax -F "#{pane_pid}"); tmux kill-session -t nvg_jax; true'
+
+install_and_start() {
+    [[ $dry_run || -e $archive ]] || pack "$archive" # temporary folders may be cleaned up
+    call "$stall" "${queued[@]}" scp "$archive" "$name:nvg_jax.tar.gz" "--zone=$zone" \
+        ${ssh_flags[@]+"${ssh_flags[@]}"} --node=all --worker=all || return
+    on_workers all "$install"
+    call "$stall" "${ssh[@]}" || return
+    on_workers all "$start"
+    call 300 "${ssh[@]}"
+}
+
+read_heartbeat=(gcloud storage cat "$workdir/heartbeat.json")
+if [[ $workdir != gs://* ]]; then
+    on_workers 0 "cat $(quote "$workdir/heartbeat.json")"
+    read_heartbeat=("${ssh[@]}")
+fi
+
 if [[ $dry_run ]]; then
-    state
+    archive=${TMPDIR:-/tmp}/nvg_jax.tar.gz
+    pack "$archive"
+    show_state=("${describe[@]}" '--format=value(state.state)')
+    quote "${show_state[@]}"
     echo "# if it does not exist:"
-    create
+    quote "${create[@]}"
     echo "# every $poll_seconds seconds:"
-    state
+    quote "${show_state[@]}"
     echo "# if ACTIVE:"
-    worker_states
+    quote "${read_heartbeat[@]}"
+    on_workers all "$look"
+    quote "${ssh[@]}"
     echo "# if a worker is idle or was stopped by a signal:"
     install_and_start
+    echo "# if the heartbeat stood still for $stall seconds, before it is started again:"
+    on_workers all "$stop"
+    quote "${ssh[@]}"
     echo "# if SUSPENDED or FAILED after it was ACTIVE:"
-    delete
-    create
+    quote "${delete[@]}"
+    quote "${create[@]}"
     if [[ $delete_at_end ]]; then
-        echo "# when training has ended:"
-        delete
+        echo "# on every way out:"
+        quote "${delete[@]}"
     fi
     exit
 fi
 
-if ! state >/dev/null 2>&1; then
-    create
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+answer=$folder/answer
+archive=$folder/nvg_jax.tar.gz
+pack "$archive"
+state
+[[ $now != unknown ]] || fail "gcloud cannot tell whether $name exists, see above; nothing was requested"
+trap finish EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 141' PIPE
+trap 'exit 143' TERM
+
+alive=$SECONDS # time of the last sign of life
+silent() {
+    ((stall && SECONDS - alive > stall))
+}
+
+attempts=0
+beat=
+last_start=
+# attempt WHAT: begins an attempt, or gives up after too many without a new checkpoint.
+attempt() {
+    local start
+    start=$(started_from "$beat")
+    if [[ $start != "$last_start" ]]; then
+        attempts=0
+        last_start=$start
+    fi
+    ((attempts < max_attempts)) || give_up "$attempts attempts in a row without a new checkpoint"
+    attempts=$((attempts + 1))
+    alive=$SECONDS
+    say "$* (attempt $attempts of $max_attempts)"
+}
+
+if [[ $now == NOT_FOUND ]]; then
+    call 300 "${create[@]}" || give_up "the request for $name failed, see above"
 fi
 was_active=
-failures=0
 shown=
 while true; do
-    now=$(state) || now=unknown # a failed check says nothing about the TPU
+    state
     if [[ $now != "$shown" ]]; then
         say "$name is $now"
         shown=$now
@@ -194,39 +323,56 @@ while true; do
     case $now in
         ACTIVE)
             was_active=1
-            workers=$(worker_states) || workers=
-            [[ $workers ]] || say "no worker can be reached; retrying"
-            codes=$(grep -oE 'training=[0-9]+' <<<"$workers" | cut -d= -f2 | sort -un) || true
+            if call 120 "${read_heartbeat[@]}" >"$answer" 2>"$folder/unread" &&
+                [[ $(<"$answer") != "$beat" ]]; then
+                beat=$(<"$answer")
+                alive=$SECONDS
+            fi
+            reached=1
+            on_workers all "$look"
+            call 120 "${ssh[@]}" >"$answer" || reached=
+            codes=$(grep -oE 'training=[0-9]+' "$answer" | cut -d= -f2 | sort -un) || true
             final=$(grep -vxE '0|75|134|137|143' <<<"$codes" | head -n 1) || true
             if [[ $final ]]; then
-                say "training ended with exit code $final; launch/tpu_vm.sh logs shows why"
-                finish
+                say "training ended with exit code $final; its logs are in $workdir/logs"
                 exit "$final"
-            elif grep -qE 'training=(idle|75|134|137|143)' <<<"$workers"; then
-                say "installing and starting on all workers"
+            elif [[ ! $reached ]]; then
+                say "not all workers can be reached; last sign of life $((SECONDS - alive)) s ago"
+                ! silent || give_up "not all workers can be reached"
+            elif grep -qE 'training=(idle|75|134|137|143)' "$answer"; then
+                attempt "installing and starting on all workers"
                 if install_and_start; then
-                    failures=0
                     say "training; launch/tpu_vm.sh logs --name=$name --zone=$zone shows its log"
+                    alive=$SECONDS
                 else
-                    failures=$((failures + 1))
-                    ((failures < 5)) || fail "the installation failed $failures times in a row; see above"
-                    say "the installation failed; retrying"
+                    say "the installation failed"
                 fi
-            elif [[ $codes == 0 ]] && ! grep -q 'training=running' <<<"$workers"; then
+            elif [[ $codes == 0 ]] && ! grep -q 'training=running' "$answer"; then
                 say "training is done"
-                finish
                 exit 0
+            elif silent; then
+                say "no new heartbeat in $workdir for $((SECONDS - alive)) s; stopping training to start it again"
+                cat "$folder/unread" >&2
+                on_workers all "$stop"
+                call 120 "${ssh[@]}" || true
             fi
             ;;
         SUSPENDED | FAILED)
             if [[ $now == FAILED && ! $was_active ]]; then
-                fail "the request for $name failed: $("${queued[@]}" describe "$name" "--zone=$zone" '--format=value(state)')"
+                call 120 "${describe[@]}" '--format=value(state)' >&2 || true
+                give_up "the request for $name failed"
             fi
-            say "requesting new TPU VMs"
-            if delete && create; then
+            attempt "requesting new TPU VMs"
+            if call 1200 "${delete[@]}"; then
+                until call 300 "${create[@]}"; do
+                    pause
+                    attempt "requesting new TPU VMs"
+                done
                 shown=
             fi
             ;;
+        unknown | NOT_FOUND) ! silent || give_up "nothing is known of $name for $((SECONDS - alive)) s" ;;
+        *) alive=$SECONDS ;; # waiting, which costs nothing
     esac
-    sleep "$poll_seconds"
+    pause
 done

@@ -7,7 +7,8 @@
 
 Axes: B batch; H W image; h w latent grid; L = h*w positions; D latent channels; S = K+1 stages
 (numbered 0..K, stage i has 2**i unique tokens); N_i unique tokens of stage i; V codebook; C model
-width; K bits of a structure embedding.
+width; K bits of a structure embedding. N counts the tokens of a transformer, or clusters.
+Signatures show shapes with jaxtyping: `Float[Array, "B L D"]`, and "*batch" for any number of axes.
 """
 
 import os

@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from nvg_jax.kernels.cpu_attention import LENGTH_BY_HEAD, folded_attention
 from nvg_jax.kernels.rotary import Rotary, normalize_and_rotate
@@ -17,18 +19,18 @@ from nvg_jax.runtime.sharding import tensor_shards
 
 
 def attention(
-    q: Array, k: Array, v: Array, rotary: Rotary | None = None, length: int | None = None
-) -> Array:
+    q: Float[Array, "B N heads head_dim"],
+    k: Float[Array, "B N heads head_dim"],
+    v: Float[Array, "B N heads head_dim"],
+    rotary: Rotary | None = None,
+    length: int | None = None,
+) -> Float[Array, "B N heads head_dim"]:
     """Softmax attention over the whole sequence, without a mask, scaled by 1 / sqrt(head_dim).
 
     Args:
-        q, k, v: (B, N, heads, head_dim).
         rotary: None uses q and k unchanged.
         length: the number of tokens that are attended to; None means all N. The others, at the end,
             are padding, see `padded_length`.
-
-    Returns:
-        (B, N, heads, head_dim).
     """
     platform = hardware.platform()
     if platform == "tpu" and length is None and fits_kernel(q):
@@ -54,7 +56,7 @@ def attention(
     return out[:, :count]
 
 
-def padded_length(batch: int, length: int, dtype: jnp.dtype, head_dim: int) -> int:
+def padded_length(batch: int, length: int, dtype: DTypeLike, head_dim: int) -> int:
     """The length to which `attention` pads sequences on GPUs.
 
     cuDNN's gradient needs an even length, and XLA would pad the operands of every matrix product to
@@ -66,8 +68,8 @@ def padded_length(batch: int, length: int, dtype: jnp.dtype, head_dim: int) -> i
     return length + -length % (8 // math.gcd(batch, 4))
 
 
-def fits_cudnn(dtype: jnp.dtype, head_dim: int) -> bool:
+def fits_cudnn(dtype: DTypeLike, head_dim: int) -> bool:
     """Whether cuDNN's kernel supports such heads on this platform."""
     if hardware.platform() != "gpu":
         return False
-    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128

@@ -38,6 +38,12 @@ FAST_COMPILE = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version__.startswith("0.10."):  # later versions stop at this flag
     FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 
+# On CPUs, XLA starts independent collectives of a program on several threads, in any order, and
+# gloo pairs those of two processes by their order: they exchange the wrong data, or wait for each
+# other forever. Without these threads, the order is that of the program. (Seen with jax 0.10.2,
+# which also loses this flag for programs that come from the compilation cache.)
+ORDERED_COLLECTIVES = "--xla_cpu_multi_thread_eigen=false"
+
 logger = logging.getLogger("nvg_jax")
 
 
@@ -57,6 +63,8 @@ def main(command, set_up=lambda: None):
         set_up()
         join_processes()
         find_devices()
+        if jax.process_count() > 1 and jax.default_backend() == "cpu":
+            jax.config.update("jax_enable_compilation_cache", False)  # see ORDERED_COLLECTIVES
         if jax.process_index():  # one process reports the progress
             logger.setLevel(logging.WARNING)
         command(argv)
@@ -80,11 +88,16 @@ def main(command, set_up=lambda: None):
         exit_with_error(error)
 
 
+def add_xla_flags(*flags: str):
+    """Sets flags of XLA; before JAX looks for devices."""
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+
+
 def compile_fast():
     """Compiles with little optimization if the config says so; before JAX looks for devices."""
     if flags.FLAGS.config.fast_compile:
         jax.config.update("jax_disable_most_optimizations", True)
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE])
+        add_xla_flags(*FAST_COMPILE)
 
 
 def define_model_flags():
@@ -183,8 +196,10 @@ def join_processes():
                 "--coordinator_address, --num_processes and --process_id belong together, with "
                 f"process_id in 0 .. num_processes - 1; got {address}, {count} and {index}."
             )
+        add_xla_flags(ORDERED_COLLECTIVES)
         jax.distributed.initialize(address, count, index)
     elif flags.FLAGS.distributed:
+        add_xla_flags(ORDERED_COLLECTIVES)
         try:
             jax.distributed.initialize()
         except ValueError as error:

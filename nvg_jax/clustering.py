@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from nvg_jax.granularity import all_stages, num_stages
 
@@ -18,7 +19,7 @@ take = jnp.take_along_axis
 
 
 @jax.jit
-def greedy_hierarchy(points: Array) -> Array:
+def greedy_hierarchy(points: Float[Array, "*batch L D"]) -> Int32[Array, "*batch S L"]:
     """The structure maps of all stages, from a single cluster to one cluster per position.
 
     The centroid of a cluster is the mean of its points, in float32. Ties between pairs go to the
@@ -28,11 +29,8 @@ def greedy_hierarchy(points: Array) -> Array:
     next stage, the other half cluster 2j+1. A distance that is not finite counts as the largest
     finite one, so every input gives even maps. Gradients are stopped.
 
-    Args:
-        points: float (..., L, D), L a power of two.
-
     Returns:
-        int32 (..., S, L): labels of stage i = 0..K in 0..2**i-1, each used L / 2**i times.
+        Labels of stage i = 0..K in 0..2**i-1, each used L / 2**i times.
 
     Raises:
         UserError: L is not a power of two, or is less than 2.
@@ -58,8 +56,8 @@ def greedy_hierarchy(points: Array) -> Array:
     return all_stages(finest).astype(jnp.int32).reshape(*batch, stages, length)
 
 
-def pairwise_distances(points: Array) -> Array:
-    """Euclidean distances, (B, n, D) -> float32 (B, n, n); finite, except inf on the diagonal.
+def pairwise_distances(points: Float[Array, "B n D"]) -> Float32[Array, "B n n"]:
+    """Euclidean distances; finite, except inf on the diagonal.
 
     Squared differences are summed channel by channel, so the result is exactly symmetric, which
     the rounds of `match` rely on, and equal points have equal distances.
@@ -76,8 +74,10 @@ def pairwise_distances(points: Array) -> Array:
     return jnp.sqrt(jnp.where(jnp.eye(n, dtype=bool), jnp.inf, total))
 
 
-def greedy_pairs(distances: Array) -> tuple[Array, Array]:
-    """The greedy pairs, earliest first: (B, n, n) -> two int (B, n/2), smaller index first."""
+def greedy_pairs(
+    distances: Float[Array, "B n n"],
+) -> tuple[Int[Array, "B n//2"], Int[Array, "B n//2"]]:
+    """The greedy pairs, earliest first; the smaller index of each pair, and the larger one."""
     batch, n, _ = distances.shape
     partner, distance = match(distances, jnp.ones((batch, n), bool))
     distance = jnp.where(jnp.arange(n) < partner, distance, jnp.inf)  # each pair once
@@ -85,15 +85,17 @@ def greedy_pairs(distances: Array) -> tuple[Array, Array]:
     return first, take(partner, first, -1)
 
 
-def match(distances: Array, free: Array) -> tuple[Array, Array]:
+def match(
+    distances: Float[Array, "B n n"], free: Bool[Array, "B n"]
+) -> tuple[Int[Array, "B n"], Float[Array, "B n"]]:
     """The greedy partner of every free index, and the distance to it.
 
     Args:
-        distances: float32 (B, n, n), symmetric.
-        free: bool (B, n), with an even number of True values per row; other indices are ignored.
+        distances: symmetric.
+        free: an even number of True values per row; other indices are ignored.
 
     Returns:
-        int (B, n) and float32 (B, n); meaningless where not free.
+        (partner, distance), meaningless where not free.
     """
     n = free.shape[-1]
     index = jnp.arange(n)

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from nvg_jax import cli
 from nvg_jax.errors import UserError
 from nvg_jax.parts import DISTILLATION
-from nvg_jax.runtime import preemption
+from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training.checks import check_recipe
 
 with epy.lazy_imports():  # slow, and not needed to report an invalid setting
@@ -65,6 +65,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
 
 def main(_):
     preemption.watch()
+    watchdog.start(FLAGS.config.stall_timeout)
     distill(FLAGS.config, FLAGS.teacher, FLAGS.workdir)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float, Float32, Int, Int32, PRNGKeyArray
 
 from nvg_jax.errors import UserError
 
@@ -30,7 +31,9 @@ def num_stages(num_positions: int) -> int:
     return num_positions.bit_length()
 
 
-def structure_embedding(labels: Array, stage: int | Array, num_bits: int) -> Array:
+def structure_embedding(
+    labels: Int[Array, "*batch L"], stage: int | Int[Array, "..."], num_bits: int
+) -> Int32[Array, "*batch L K"]:
     """The structure embedding of a map (Section 3.2 of the paper).
 
     Channels j < i hold bit j of the label, most significant bit first, as 0 or 2; channels j >= i
@@ -38,12 +41,12 @@ def structure_embedding(labels: Array, stage: int | Array, num_bits: int) -> Arr
     valid integer position for the rotary embedding.
 
     Args:
-        labels: int (..., L), labels of stage i in 0..2**i-1.
-        stage: i in 0..K; an integer, or an integer array that broadcasts to labels.shape[:-1].
+        labels: labels of stage i in 0..2**i-1.
+        stage: i in 0..K; an array broadcasts to labels.shape[:-1].
         num_bits: K, the number of channels.
 
     Returns:
-        int32 (..., L, K) with values 0, 1 and 2.
+        Values 0, 1 and 2.
     """
     # Shift of a label that reads the bit of channel j; negative for a padding channel.
     shift = jnp.asarray(stage)[..., None, None] - 1 - jnp.arange(num_bits)
@@ -51,22 +54,23 @@ def structure_embedding(labels: Array, stage: int | Array, num_bits: int) -> Arr
     return jnp.where(shift >= 0, 2 * bits, 1).astype(jnp.int32)
 
 
-def all_stages(finest: Array) -> Array:
-    """The maps of all stages: int (..., L), labels 0..L-1 of the finest one -> int (..., S, L)."""
+def all_stages(finest: Int[Array | np.ndarray, "*batch L"]) -> Int[Array, "*batch S L"]:
+    """The maps of all stages, from the labels 0..L-1 of the finest one."""
     stages = num_stages(finest.shape[-1])
-    return finest[..., None, :] >> jnp.arange(stages)[::-1, None]
+    return jnp.asarray(finest)[..., None, :] >> jnp.arange(stages)[::-1, None]
 
 
-def cluster_means(values: Array, labels: Array, num_clusters: int) -> Array:
+def cluster_means(
+    values: Float[Array, "*batch L D"], labels: Int[Array, "*batch L"], num_clusters: int
+) -> Float32[Array, "*batch N D"]:
     """The mean value of each cluster; differentiable with respect to the values.
 
     Args:
-        values: float (..., L, D).
-        labels: int (..., L) in 0..num_clusters-1.
+        labels: values in 0..num_clusters-1.
         num_clusters: N, which may exceed the number of labels in use.
 
     Returns:
-        float32 (..., N, D), zero for a label that no position has.
+        The means, zero for a label that no position has.
     """
     members = jax.nn.one_hot(labels, num_clusters, dtype=jnp.float32)
     sums = jnp.einsum(
@@ -76,12 +80,12 @@ def cluster_means(values: Array, labels: Array, num_clusters: int) -> Array:
 
 
 def split(
-    labels: Array,
-    scores: Array,
-    stage: int | Array,
-    key: Array | None = None,
-    kept: Array | None = None,
-) -> Array:
+    labels: Int[Array, "*batch L"],
+    scores: Float[Array, "*batch L"],
+    stage: int | Int[Array, ""],
+    key: PRNGKeyArray | None = None,
+    kept: Int[Array, "*batch L"] | None = None,
+) -> Int32[Array, "*batch L"]:
     """Splits every cluster of stage i evenly into two clusters of stage i+1.
 
     Within cluster j, the half of the positions with the larger scores becomes cluster 2j+1 and the
@@ -93,17 +97,16 @@ def split(
     score.
 
     Args:
-        labels: int (..., L), a map of stage i with clusters of equal size.
-        scores: float (..., L).
-        stage: i in 0..K-1, an integer or a traced scalar.
+        labels: a map of stage i with clusters of equal size.
+        stage: i in 0..K-1.
         key: None, or one random key for all of `scores`. To make the split of a sample independent
             of its batch, `vmap` over samples and keys.
-        kept: int (..., L), the child (0 or 1) that a position must take, or -1 if it is free. The
-            free positions of a cluster fill the remaining places; those with the larger scores
-            go to 2j+1. At most half of a cluster's positions may be assigned to one child.
+        kept: the child (0 or 1) that a position must take, or -1 if it is free. The free positions
+            of a cluster fill the remaining places; those with the larger scores go to 2j+1. At most
+            half of a cluster's positions may be assigned to one child.
 
     Returns:
-        int32 (..., L), a map of stage i+1.
+        A map of stage i+1.
     """
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
     first_by = scores
@@ -128,11 +131,11 @@ def split(
     return (2 * labels + odd).astype(jnp.int32)
 
 
-def check_structure(structure: np.ndarray):
+def check_structure(structure: Int[np.ndarray, "B stages L"]):
     """Checks maps that a user supplies.
 
     Args:
-        structure: int (B, stages, L), the maps of the first stages.
+        structure: the maps of the first stages.
 
     Raises:
         UserError: a map does not split every cluster j of the previous stage evenly into 2j and
@@ -151,11 +154,15 @@ def check_structure(structure: np.ndarray):
             )
 
 
-def check_tokens(structure: np.ndarray, tokens: np.ndarray, codebook_size: int):
+def check_tokens(
+    structure: Int[np.ndarray, "B stages L"],
+    tokens: Int[np.ndarray, "B stages L"],
+    codebook_size: int,
+):
     """Checks tokens that a user supplies.
 
     Args:
-        structure, tokens: int (B, stages, L), for the first stages; the maps are valid.
+        structure, tokens: those of the first stages; the maps are valid.
 
     Raises:
         UserError: ids outside the codebook, or ids that differ within a cluster.

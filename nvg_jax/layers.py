@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
 from nvg_jax.attention import attention, padded_length
 from nvg_jax.errors import UserError
 from nvg_jax.kernels import block_linears
 from nvg_jax.kernels.rotary import Rotary
-from nvg_jax.runtime.sharding import unshard
+from nvg_jax.runtime.sharding import constrain, parameter, unshard
 
 ROPE_THETA = 10_000.0
 EMBEDDING_INIT = nn.initializers.normal(0.02)
@@ -53,24 +55,26 @@ def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
 
 
 def rotary_tables(
-    structure: Array, kinds: Sequence[int], grid: tuple[int, int], head_dim: int
-) -> tuple[Array, Array]:
+    structure: Int[Array, "B L K"], kinds: Sequence[int], grid: tuple[int, int], head_dim: int
+) -> tuple[Float32[Array, "B N pairs"], Float32[Array, "B N pairs"]]:
     """(cos, sin) of `rope_angles` at the positions of `rope_positions`."""
     positions = rope_positions(structure, kinds, grid)
     return rope_angles(positions, rope_split(head_dim, structure.shape[-1]))
 
 
-def rope_positions(structure: Array, kinds: Sequence[int], grid: tuple[int, int]) -> Array:
+def rope_positions(
+    structure: Int[Array, "B L K"], kinds: Sequence[int], grid: tuple[int, int]
+) -> Float32[Array, "B N axes"]:
     """Rotary positions of the sequence [class token, L tokens of each kind in `kinds`].
 
     Args:
-        structure: structure embedding, int (B, L, K), values 0, 1, 2.
+        structure: structure embedding, values 0, 1, 2.
         kinds: the kind of each group of L tokens (0: image or structure, 2: condition canvas).
         grid: (h, w) with h * w = L.
 
     Returns:
-        float32 (B, 1 + L * len(kinds), 3 + K): kind, K structure channels, row, column. The class
-        token is at 1 on every axis.
+        The positions of N = 1 + L * len(kinds) tokens on 3 + K axes: kind, K structure channels,
+        row, column. The class token is at 1 on every axis.
     """
     batch, length, num_bits = structure.shape
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
@@ -87,8 +91,10 @@ def rope_positions(structure: Array, kinds: Sequence[int], grid: tuple[int, int]
     return jnp.concatenate(groups, axis=1)
 
 
-def rope_angles(positions: Array, split: Sequence[int]) -> tuple[Array, Array]:
-    """(cos, sin), each float32 (B, N, head_dim / 2), of positions (B, N, len(split)).
+def rope_angles(
+    positions: Float[Array, "B N axes"], split: Sequence[int]
+) -> tuple[Float32[Array, "B N pairs"], Float32[Array, "B N pairs"]]:
+    """(cos, sin) of the angle by which each channel pair of a head rotates.
 
     On an axis with `dim` channels, pair p rotates with frequency theta ** (-2 p / dim).
     """
@@ -110,7 +116,7 @@ def cast_blocks(params, dtype):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def layer_norm(x: Array) -> Array:
+def layer_norm(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     """Layer normalization over the last axis without parameters, eps 1e-6, in float32."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
@@ -118,8 +124,10 @@ def layer_norm(x: Array) -> Array:
     return y.astype(x.dtype)
 
 
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """(1 + scale) * x + shift; shift and scale (B, C) apply to all positions of x (B, N, C)."""
+def modulate(
+    x: Float[Array, "B N C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
+) -> Float[Array, "B N C"]:
+    """(1 + scale) * x + shift, the same at all positions."""
     return (1 + scale[:, None]) * x + shift[:, None]
 
 
@@ -128,23 +136,21 @@ class Dense(nn.Module):
 
     features: int
     axes: tuple[str | None, str | None]
-    dtype: jnp.dtype
+    dtype: DTypeLike
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
-    def parameters(self, width: int) -> tuple[Array, Array]:
-        """The unsharded kernel (width, features) and bias (features,) in `dtype`."""
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (width, self.features),
-        )
-        bias_init = nn.with_logical_partitioning(ZEROS, self.axes[1:])
-        bias = self.param("bias", bias_init, (self.features,))
+    def parameters(
+        self, width: int
+    ) -> tuple[Float[Array, "width features"], Float[Array, " features"]]:
+        """The unsharded kernel and bias in `dtype`."""
+        shape = (width, self.features)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, self.axes)
+        bias = parameter(self, "bias", ZEROS, shape[1:], self.axes[1:])
         return unshard(kernel.astype(self.dtype)), unshard(bias.astype(self.dtype))
 
-    def __call__(self, x: Array) -> Array:
-        """x (..., width) -> (..., features) in `dtype`."""
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch features"]:
+        """The linear layer in `dtype`."""
         kernel, bias = self.parameters(x.shape[-1])
         return x.astype(self.dtype) @ kernel + bias
 
@@ -154,13 +160,13 @@ class Embedding(nn.Module):
 
     count: int
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, ids: Array) -> Array:
-        """ids int (...) -> (..., width) in `dtype`."""
-        init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, "embed"))
-        table = self.param("embedding", init, (self.count, self.width))
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        """The vectors of these ids in `dtype`."""
+        shape = (self.count, self.width)
+        table = parameter(self, "embedding", EMBEDDING_INIT, shape, (None, "embed"))
         return unshard(table.astype(self.dtype))[ids]
 
 
@@ -168,9 +174,8 @@ class HeadScale(nn.Module):
     """The learned scale of the normalization of a head's queries or keys."""
 
     @nn.compact
-    def __call__(self, head_dim: int) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        return self.param("scale", init, (head_dim,))
+    def __call__(self, head_dim: int) -> Float32[Array, " head_dim"]:
+        return parameter(self, "scale", nn.initializers.ones, (head_dim,), (None,))
 
 
 class Block(nn.Module):
@@ -181,27 +186,31 @@ class Block(nn.Module):
 
     num_heads: int
     mlp_ratio: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     length: int | None = None  # number of tokens without padding, see `attention`
 
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        drop_rate: Array,
-        vec: Array | None,
-        cos: Array,
-        sin: Array,
+        x: Float[Array, "B N C"],
+        drop_rate: Float[Array, ""],
+        vec: Float[Array, "B C"] | None,
+        cos: Float[Array, "B N pairs"],
+        sin: Float[Array, "B N pairs"],
         deterministic: bool,
-        modulation: Array | None = None,
-    ) -> Array:
-        """x (B, N, C), drop_rate scalar, vec (B, C), cos and sin of `rope_angles` -> (B, N, C).
+        modulation: Float[Array, "B 3*C"] | None = None,
+    ) -> Float[Array, "B N C"]:
+        """The hidden states after this block.
 
-        A precomputed `modulation` (B, 3C) replaces vec, which is then None.
+        Args:
+            vec: the conditioning vector.
+            cos, sin: from `rope_angles`.
+            modulation: precomputed from vec, which is then None.
         """
         width = x.shape[-1]
-        x = nn.with_logical_constraint(x, ACTIVATION_AXES)
+        x = constrain(x, ACTIVATION_AXES)
         if modulation is None:
+            assert vec is not None
             dense = Dense(3 * width, ("embed", "mlp"), self.dtype, ZEROS, name="modulation")
             modulation = dense(nn.silu(vec))
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
@@ -209,21 +218,28 @@ class Block(nn.Module):
         linear2 = Dense(width, ("mlp", "embed"), self.dtype, name="linear2")
         weights1 = linear1.parameters(width)
         weights2 = linear2.parameters((1 + self.mlp_ratio) * width)
-        scales = [HeadScale(name=n)(width // self.num_heads) for n in ("query_norm", "key_norm")]
+        head_dim = width // self.num_heads
+        q_scale, k_scale = (HeadScale(name=name)(head_dim) for name in ("query_norm", "key_norm"))
 
         y, gate = modulate(layer_norm(x), shift, scale), gate[:, None]
         q, k, v, hidden = block_linears.linear1(y, *weights1)
-        attended = self.attend(q, k, v, Rotary(*scales, cos, sin))
+        attended = self.attend(q, k, v, Rotary(q_scale, k_scale, cos, sin))
         hidden = nn.gelu(hidden, approximate=True)
         out = block_linears.linear2(attended, hidden, gate, *weights2)
         if not deterministic:
             keep = 1 - drop_rate
             kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (len(x), 1, 1))
             out = jnp.where(kept, out / keep.astype(out.dtype), 0)
-        return nn.with_logical_constraint(x + out, ACTIVATION_AXES)
+        return constrain(x + out, ACTIVATION_AXES)
 
-    def attend(self, q: Array, k: Array, v: Array, rotary: Rotary) -> Array:
-        """Attention; all arrays are (B, N, C)."""
+    def attend(
+        self,
+        q: Float[Array, "B N C"],
+        k: Float[Array, "B N C"],
+        v: Float[Array, "B N C"],
+        rotary: Rotary,
+    ) -> Float[Array, "B N C"]:
+        """Attention of all heads."""
         q, k, v = (x.reshape(*x.shape[:2], self.num_heads, -1) for x in (q, k, v))
         attended = attention(q, k, v, rotary, self.length)
         return checkpoint_name(attended, "attention").reshape(*attended.shape[:2], -1)
@@ -269,31 +285,28 @@ class Transformer(nn.Module):
     """
 
     config: TransformerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self,
-        x: Array,
-        vec: Array | None,
-        cos: Array,
-        sin: Array,
+        x: Float[Array, "B N C"],
+        vec: Float[Array, "B C"] | None,
+        cos: Float[Array, "B N pairs"],
+        sin: Float[Array, "B N pairs"],
         deterministic: bool,
         feature_block: int = 0,
-        modulations: Array | None = None,
-    ) -> tuple[Array, Array]:
+        modulations: Float[Array, "depth B 3*C"] | None = None,
+    ) -> tuple[Float[Array, "B N C"], Float[Array, "B N C"]]:
         """The hidden states after all blocks, and after the first `feature_block` blocks.
 
         Args:
-            x: (B, N, C), the embedded tokens.
-            vec: (B, C), the conditioning vector that modulates every block.
-            cos, sin: (B, N, head_dim / 2), from `rotary_tables`.
+            x: the embedded tokens.
+            vec: the conditioning vector that modulates every block.
+            cos, sin: from `rotary_tables`.
             deterministic: False turns on drop path (rng "drop_path").
             feature_block: 0 .. depth; 0 gives x itself. REPA aligns these hidden states.
-            modulations: precomputed, (depth, B, 3C); they replace vec, which is then None.
-
-        Returns:
-            Two arrays (B, N, C).
+            modulations: precomputed from vec, which is then None.
         """
         c = self.config
         block = Block
@@ -324,8 +337,8 @@ class Transformer(nn.Module):
         )[0]
         return x[:, :length], features[:, :length]
 
-    def modulations(self, vec: Array) -> Array:
-        """The modulations of all blocks for conditioning vectors: (..., C) -> (depth, ..., 3C)."""
+    def modulations(self, vec: Float[Array, "*batch C"]) -> Float[Array, "depth *batch 3*C"]:
+        """The modulations of all blocks for conditioning vectors."""
         weights = self.variables["params"]["blocks"]["modulation"]
         kernel, bias = (unshard(weights[k].astype(self.dtype)) for k in ("kernel", "bias"))
         product = jnp.einsum("...c,ncd->n...d", nn.silu(vec), kernel)
@@ -337,24 +350,28 @@ class Head(nn.Module):
 
     width: int
     features: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def setup(self):
         self.modulation = Dense(2 * self.width, ("embed", "mlp"), self.dtype, ZEROS)
         self.linear = Dense(self.features, ("embed", None), self.dtype, ZEROS)
 
-    def modulations(self, vec: Array) -> Array:
-        """(..., C) -> (..., 2C)."""
+    def modulations(self, vec: Float[Array, "*batch C"]) -> Float[Array, "*batch 2*C"]:
+        """The modulation for conditioning vectors."""
         return self.modulation(nn.silu(vec))
 
-    def __call__(self, x: Array, modulation: Array) -> Array:
-        """x (B, N, C), modulation (B, 2C) -> float32 (B, N, features)."""
+    def __call__(
+        self, x: Float[Array, "B N C"], modulation: Float[Array, "B 2*C"]
+    ) -> Float32[Array, "B N features"]:
+        """The outputs at all positions."""
         shift, scale = jnp.split(modulation, 2, axis=-1)
         return self.linear(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
 
 
-def timestep_embedding(t: Array, dim: int = 64) -> Array:
-    """Sinusoidal embedding of 1000 * t, cosines first: t float (...) -> float32 (..., dim)."""
+def timestep_embedding(
+    t: Float[Array, "*batch"], dim: int = 64
+) -> Float32[Array, "*batch channels"]:
+    """Sinusoidal embedding of 1000 * t in `dim` channels, cosines first."""
     frequency = np.exp(-np.log(10_000.0) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
     angles = 1000.0 * t.astype(jnp.float32)[..., None] * frequency
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class ModelConfig:
         Raises:
             UserError: the latent is too small for a structure generator.
         """
-        shared = dict(
+        shared: dict[str, Any] = dict(
             grid=self.tokenizer.latent_size,
             latent_dim=self.tokenizer.latent_dim,
             num_classes=self.num_classes,
@@ -124,7 +125,7 @@ def init_generator(model: Generator, key, codebook=None):
     else:
         noisy = jnp.zeros(structure.shape)
         args = noisy, jnp.zeros((1,)), structure, canvas, stage, class_ids
-    params = model.init(key, *args)["params"]
+    params = cast(dict[str, Any], model.init(key, *args)["params"])
     if codebook is not None and isinstance(model, ContentGenerator):
         scale = 2 * jnp.square(codebook).mean()
         head = {"kernel": codebook.T / scale, "bias": -jnp.square(codebook).sum(1) / (2 * scale)}

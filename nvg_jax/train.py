@@ -2,10 +2,12 @@
 
 Trains the tokenizer, then the generators on what it encodes. Run the same command again to resume.
 `--config.part=` picks one part: tokenizer, structure, content, generators (both on the same
-batches), separate (one after the other), or all.
+batches), separate (one after the other), or all. `--check_only` checks the arguments and ends:
+launchers do so before they pay for a machine.
 """
 
 import os
+import sys
 
 import ml_collections
 from absl import flags
@@ -14,7 +16,7 @@ from ml_collections import config_flags
 
 from nvg_jax import cli
 from nvg_jax.parts import CHOICES
-from nvg_jax.runtime import preemption
+from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training import checks
 
 with epy.lazy_imports():  # slow, and not needed to report an invalid setting
@@ -52,7 +54,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
 
 def main(_):
     preemption.watch()
+    watchdog.start(FLAGS.config.stall_timeout)
     train(FLAGS.config, FLAGS.workdir)
+
+
+def set_up():
+    if FLAGS.check_only:
+        checks.check_config(FLAGS.config)
+        sys.exit()
+    cli.compile_fast()
 
 
 if __name__ == "__main__":
@@ -60,5 +70,8 @@ if __name__ == "__main__":
         "config", None, "Configuration, e.g. configs/digits.py or configs/imagenet256.py:d16."
     )
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
+    flags.DEFINE_boolean(
+        "check_only", False, "Check the flags and the config, without data and devices, and end."
+    )
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.main(main, cli.compile_fast)
+    cli.main(main, set_up)

@@ -83,7 +83,7 @@ def map_tile(
     """The structure map of a stage, int (L,), colored and resized to an image: (H, W, 3)."""
     colors = structure_colors(np.reshape(labels, latent_size), stage)
     height, width = image_size
-    return np.asarray(Image.fromarray(colors).resize((width, height), Image.NEAREST))
+    return np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.NEAREST))
 
 
 def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.ndarray:

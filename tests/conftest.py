@@ -19,6 +19,18 @@ os.environ |= {
 }
 
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Calls are checked against the types and shapes in the signatures of these modules, which must be
+# imported after this line. Not here: `sampling.settings` and `tokenizer.model`, whose dataclasses
+# take values of other types and check or convert them.
+TYPED = ("granularity", "clustering", "attention", "layers", "kernels", "structure", "content")
+TYPED += tuple(
+    f"tokenizer.{name}"
+    for name in ("autoencoder", "diffaug", "discriminator", "losses", "quantizer")
+)
+TYPED += tuple(f"sampling.{name}" for name in ("control", "generate", "guidance", "networks"))
+install_import_hook([f"nvg_jax.{name}" for name in TYPED], "shapes.checked")
 
 from nvg_jax.cli import FAST_COMPILE  # noqa: E402
 

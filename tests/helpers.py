@@ -88,13 +88,6 @@ def with_devices(count: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
 
 
-# For processes that compute together. On CPUs, XLA starts independent collectives of a program at
-# the same time, and each holds one of NPROC threads (by default, one per core) until the other
-# process has started the same one. When two processes fill all threads with different collectives,
-# both wait forever; with more threads than collectives, they cannot.
-TOGETHER = {"NPROC": "64"}
-
-
 def on_eight_devices(script: str) -> dict:
     """The JSON that a test file prints when run as a script with eight devices."""
     run = subprocess.run(

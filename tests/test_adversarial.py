@@ -65,7 +65,7 @@ def test_lecam():
 
     start = losses.LeCam.create()
     assert (start.real, start.fake) == (0, 0)
-    after = start.update(jnp.full((2, 3), 4.0), jnp.array([[-1.0], [-3.0]]))
+    after = start.update(jnp.full((2, 3), 4.0), jnp.array([[-1.0] * 3, [-3.0] * 3]))
     assert (after.real, after.fake) == (pytest.approx(0.004), pytest.approx(-0.002))
     halved = state.update(real, fake, decay=0.5)  # means -0.75 and 1.5
     assert (halved.real, halved.fake) == (pytest.approx(0.125), pytest.approx(0.5))
@@ -95,7 +95,9 @@ def test_the_largest_singular_value_is_one(kernel_size):
     sides = (9,) * len(kernel_size)
     impulses = np.zeros((width, *sides, width), np.float32)
     impulses[(np.arange(width), *(4,) * len(sides), np.arange(width))] = 1
-    answers = conv.apply(variables, impulses)  # (in, positions, out); other positions are zero
+    answers = conv.apply(
+        variables, jnp.asarray(impulses)
+    )  # (in, positions, out); other positions are zero
     matrix = np.moveaxis(answers, -1, 0).reshape(width, -1)
     assert np.linalg.svd(matrix, compute_uv=False)[0] == pytest.approx(1, rel=0.01)
     stored = np.moveaxis(variables["params"]["kernel"], -1, 0).reshape(width, -1)
@@ -121,7 +123,7 @@ def test_the_gradient_passes_the_weight_and_not_its_vectors():
 
 
 def test_vectors_move_only_where_they_may():
-    images = draw(2, 4, 8, 8, 3)
+    images = jnp.asarray(draw(2, 4, 8, 8, 3))
     variables = init(SMALL, images)
     kernels = [p for p in paths(variables["params"]) if p.endswith("kernel")]
     vectors = {p.replace("kernel", name) for p in kernels for name in "uv"}
@@ -166,12 +168,14 @@ def slow_head(x, params, vectors, size: int):
 
 
 def test_heads_against_a_slow_reference():
-    features = [draw(3, 2, 12, 4), draw(4, 2, 9, 6)]
+    features = [jnp.asarray(draw(3, 2, 12, 4)), jnp.asarray(draw(4, 2, 9, 6))]
     heads = DiscriminatorHeads()
     variables = drawn(heads, features)
     found, updated = jax.jit(lambda v: heads.apply(v, features, mutable=["spectral"]))(variables)
     expected = [
-        slow_head(x.astype(np.float64), variables["params"][name], updated["spectral"][name], 9)
+        slow_head(
+            np.asarray(x, np.float64), variables["params"][name], updated["spectral"][name], 9
+        )
         for x, name in zip(features, ("head0", "head1"))
     ]
     assert found.dtype == jnp.float32
@@ -204,7 +208,7 @@ def test_patches_must_fit():
 
 
 def test_images_get_a_gradient():
-    images = draw(6, 4, 8, 8, 3)
+    images = jnp.asarray(draw(6, 4, 8, 8, 3))
     variables = drawn(SMALL, images)
     variables |= jax.jit(lambda v: SMALL.apply(v, images, mutable=["spectral"])[1])(variables)
     value = lambda images: losses.generator_loss(
@@ -247,7 +251,7 @@ def test_pure_cutout():
             corners[name].add(int(found[0]))
     assert corners["y"] == set(range(19)) and corners["x"] == set(range(28))
 
-    images = draw(8, 4, 20, 30, 3)
+    images = jnp.asarray(draw(8, 4, 20, 30, 3))
     result = np.asarray(jax.jit(diffaug.cutout)(images, KEY))
     assert ((result == images) | (result == 0)).all()
     np.testing.assert_array_equal(diffaug.cutout(images, KEY, ratio=0.0), images)
@@ -324,8 +328,8 @@ def test_area_resize_of_unlike_sizes():
 
 
 def test_input_sizes():
-    images = draw(10, 2, 4, 4, 3)
-    assert diffaug.discriminator_input(images, KEY, 4) is images
-    assert diffaug.discriminator_input(draw(10, 2, 6, 9, 3), KEY, 4).shape == (2, 4, 4, 3)
+    fitting, large, small = (jnp.zeros((2, *size, 3)) for size in ((4, 4), (6, 9), (3, 8)))
+    assert diffaug.discriminator_input(fitting, KEY, 4) is fitting
+    assert diffaug.discriminator_input(large, KEY, 4).shape == (2, 4, 4, 3)
     with pytest.raises(UserError, match="is 4 x 4 and cannot be cut from images of 3 x 8"):
-        diffaug.discriminator_input(draw(10, 2, 3, 8, 3), KEY, 4)
+        diffaug.discriminator_input(small, KEY, 4)

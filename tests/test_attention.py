@@ -19,7 +19,7 @@ def arguments(length, heads, head_dim, batch=2, seed=0):
     scales = (rng.uniform(0.5, 1.5, head_dim).astype(np.float32) for _ in range(2))
     angles = rng.uniform(-9, 9, (batch, length, head_dim // 2))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    return q, k, v, Rotary(*scales, cos, sin)
+    return q, k, v, Rotary(*map(jnp.asarray, (*scales, cos, sin)))
 
 
 def expected(q, k, v, rotary=None):

@@ -69,6 +69,7 @@ def test_kept_positions_follow_the_path_to_their_target():
     rng = np.random.default_rng(1)
     noise, target, known = rng.normal(size=(3, 1, 4, 3)).astype(np.float32)
     known[..., :1] = target[..., :1]
+    noise, target, known = map(jnp.asarray, (noise, target, known))
     kept, seen = jnp.array([[True, False, True, False]]), []
     times = jnp.array([1.0, 0.6, 0.0])
 

@@ -16,7 +16,6 @@ import pytest
 from absl import flags
 from helpers import (
     ROOT,
-    TOGETHER,
     free_port,
     is_even_hierarchy,
     logged,
@@ -285,7 +284,7 @@ def start_two(workdir, *arguments):
         subprocess.Popen(
             [*command, f"--process_id={index}"],
             cwd=ROOT,
-            env=with_devices(2) | TOGETHER,
+            env=with_devices(2),
             stderr=subprocess.PIPE,
             text=True,
         )

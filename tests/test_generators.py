@@ -72,7 +72,7 @@ def test_the_tokens_of_a_stage_see_the_mean_of_what_is_missing_in_their_cluster(
         seen.append(missing)
         return jax.nn.one_hot(jnp.concatenate(q.stage_tokens, 1), 5) * 100
 
-    out, _ = content_losses(lambda x, *_: (x + jnp.arange(4.0)[:, None], None), logits, q)
+    out, _ = content_losses(lambda x, *_: (x + jnp.arange(4.0)[:, None], x), logits, q)
     # Positions 0..3 miss 0..3: one cluster 1.5; clusters {0, 2}, {1, 3}: 1, 2; then 0, 2, 1, 3.
     np.testing.assert_allclose(seen[0][0, :, 0], [1.5, 1, 2, 0, 2, 1, 3], rtol=1e-6)
     np.testing.assert_allclose(out["token_accuracy"], 1)

@@ -103,7 +103,7 @@ def test_split_of_a_drawn_map():
     ],
 )
 def test_split_of_difficult_scores(scores, odd):
-    np.testing.assert_array_equal(split(jnp.zeros(4, int), jnp.array(scores), 0), odd)
+    np.testing.assert_array_equal(split(jnp.zeros(4, int), jnp.array(scores, float), 0), odd)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -1,12 +1,15 @@
 """The launchers: the commands of their dry runs, and their behavior with stand-in programs."""
 
+import json
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -65,6 +68,27 @@ def program(path: Path, text: str) -> Path:
     path.write_text("#!/usr/bin/env bash\n" + text)
     path.chmod(0o755)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def python(tmp_path_factory):
+    """A stand-in for Python that accepts all training arguments; only some tests really check."""
+    folder = program(tmp_path_factory.mktemp("bin") / "python", "").parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        yield
+
+
+def beat(workdir: Path, start: int):
+    """Writes the heartbeat of a training that started from a step."""
+    text = json.dumps({"part": "tokenizer", "start": start, "step": start + random.randrange(99)})
+    (workdir / "heartbeat.json").write_text(text)
+
+
+def packed(file: str) -> list[str]:
+    """The words of the line that a dry run prints for the packing of the code."""
+    names = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard", "--", "."]
+    return [*names, ":!tests", "|", "tar", "-czf", file, "-C", str(ROOT), "--null", "-T", "-"]
 
 
 def wait_for(condition):
@@ -131,6 +155,111 @@ def test_user_errors_are_one_line(arguments, environment, message):
     assert len(result.stderr.splitlines()) == 1
 
 
+# The training arguments, before anything else.
+
+LAUNCHERS = [("local.sh", []), ("slurm.sbatch", []), ("gke_xpk.sh", GKE), ("tpu_vm.sh", TPU)]
+CREATORS = ("gcloud", "xpk", "srun", "scontrol")
+
+
+def launch_with(folder, script, *arguments, **environment):
+    """`launch` with stand-ins that record every call of what creates or starts something."""
+    for name in CREATORS:
+        program(folder / "bin" / name, f'echo "{name} $*" >>{folder}/created')
+    path = f"{folder}/bin:{os.environ['PATH']}"
+    result = launch(script, *arguments, PATH=path, **SLURM, **environment)
+    created = folder / "created"
+    return result, created.read_text() if created.exists() else ""
+
+
+@pytest.mark.parametrize("script, options", LAUNCHERS)
+@pytest.mark.parametrize("dry_run", ["", "1"])
+@pytest.mark.parametrize("code", [1, 2])
+def test_nothing_is_created_for_arguments_that_training_refuses(
+    tmp_path, script, options, dry_run, code
+):
+    python = program(
+        tmp_path / "python",
+        f"""echo "$PWD" "$@" >>{tmp_path}/asked; echo "error: no" >&2; exit {code}""",
+    )
+    arguments = [script, *options, "--", *TRAIN]
+    environment = {"DRY_RUN": dry_run, "PYTHON": str(python)}
+    result, created = launch_with(tmp_path, *arguments, **environment)
+    assert result.returncode == 2 and result.stdout == "" and created == ""
+    checked = ["-m", "nvg_jax.train", "--check_only", *TRAIN]
+    assert (tmp_path / "asked").read_text() == f"{ROOT} {' '.join(checked)}\n"
+    # 2: a mistake in the arguments; anything else: this Python cannot check them.
+    assert result.stderr.startswith("error: no\n")
+    assert ("PYTHON=" in result.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    "script, options, training, message",
+    [
+        ("tpu_vm.sh", TPU, ["--config=configs/nope.py"], "configs/nope.py"),
+        ("gke_xpk.sh", GKE, ["--config=configs/imagenet256.py:d61"], "'d61'; choose from d16,"),
+        ("slurm.sbatch", [], ["--config=configs/digits.py", "--config.sed=4"], "'seed'"),
+        ("local.sh", [], ["--config=configs/digits.py", "--config.part=x"], "Unknown part 'x'"),
+        ("local.sh", [], ["--config=configs/digits.py", "--congif.seed=4"], "congif"),
+        (
+            "tpu_vm.sh",
+            TPU,
+            ["--config=configs/digits.py", "--config.tokenizer_training.length=5"],
+            "800 steps",
+        ),
+    ],
+)
+def test_training_itself_checks_the_arguments(tmp_path, script, options, training, message):
+    arguments = [*options, "--", "--workdir=gs://bucket/run", *training]
+    result, created = launch_with(tmp_path, script, *arguments, PYTHON=sys.executable)
+    assert result.returncode == 2 and created == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_valid_training_arguments_need_no_data_and_no_device(tmp_path):
+    training = ["--config=configs/imagenet256.py:d24", "--workdir=gs://bucket/run"]
+    result = subprocess.run(
+        [sys.executable, "-m", "nvg_jax.train", "--check_only", "--distributed", *training],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "none", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# The code that is sent.
+
+
+def test_the_code_that_git_knows_is_packed(tmp_path):
+    """Also what is new or changed; not what is ignored, deleted or a test."""
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    names = ("launch/common.sh", "kept.py", "gone.py", "tests/test.py", "models/d16", "new file")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    shutil.copy(LAUNCH / "common.sh", tmp_path / "launch")
+    (tmp_path / ".gitignore").write_text("/models/\n")
+    git("init", "--quiet")
+    git("add", "kept.py", "gone.py", "tests")
+    (tmp_path / "gone.py").unlink()
+    (tmp_path / "kept.py").write_text("changed")
+    script = f"set -euo pipefail; source {tmp_path}/launch/common.sh; pack {tmp_path}/.git/code.tar"
+    subprocess.run(["bash", "-c", script], check=True)
+    with tarfile.open(tmp_path / ".git/code.tar") as archive:
+        names = set(archive.getnames())
+        assert archive.extractfile("kept.py").read() == b"changed"
+    assert names == {".gitignore", "kept.py", "launch/common.sh", "new file"}
+
+
+def test_code_outside_git_is_refused(tmp_path):
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    script = f"source {tmp_path}/launch/common.sh; set -euo pipefail; pack {tmp_path}/code.tar"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 2 and "git init" in result.stderr
+
+
 # Restarting.
 
 
@@ -147,6 +276,11 @@ class Job:
             echo "$@" >>runs
             read -r code <codes
             sed -i 1d codes
+            if [[ $code == *@* ]]; then # CODE@START: training that writes its heartbeat
+                start=${code#*@}
+                printf '{"part": "a", "start": %s, "step": %s}' "$start" $RANDOM >"$NVG_HEARTBEAT"
+                code=${code%@*}
+            fi
             if [[ $code == kill ]]; then kill -9 $$; fi
             exit "$code"
             """,
@@ -173,7 +307,10 @@ class Job:
         ([1, 1, 1, 0], {"NVG_MAX_CRASHES": "2"}, 1, 3),
         (["kill", "kill", 0], {"NVG_MAX_CRASHES": "1"}, 1, 2),
         ([1, 1, 75, 1, 1, 0], {"NVG_MAX_CRASHES": "2"}, 0, 6),  # 75 resets the count
-        ([1] * 6 + [0], {"NVG_MAX_CRASHES": "1", "NVG_LONG_RUN": "0"}, 0, 7),
+        (["1@0", "1@0", "1@0", 0], {"NVG_MAX_CRASHES": "2"}, 1, 3),
+        # A checkpoint between two crashes resets the count, however far a run came without one.
+        (["1@0", "kill@4", "1@8", "1@8", 0], {"NVG_MAX_CRASHES": "2"}, 0, 5),
+        (["1@0", "1@4", 1, "1@4", 0], {"NVG_MAX_CRASHES": "2"}, 1, 4),
     ],
 )
 def test_restart(tmp_path, codes, environment, code, runs):
@@ -236,6 +373,26 @@ def test_restart_is_ended_by_a_signal_in_the_pause(tmp_path):
     assert process.returncode == 143 and job.count() == 1
 
 
+def test_restart_copies_its_log_while_it_runs_and_at_the_end(tmp_path):
+    """All output is in it, of every run, and an earlier log is not overwritten."""
+    (tmp_path / "log").write_text("before\n")
+    job = program(
+        tmp_path / "job",
+        f"""
+        echo "hello $RANDOM"; echo trouble >&2
+        while ! grep -qs hello {tmp_path}/logs/*; do sleep 0.02; done
+        echo the end
+        """,
+    )
+    environment = {"NVG_LOG": "log", "NVG_LOG_FOLDER": "logs", "NVG_LOG_SECONDS": "0.1"}
+    result = launch("restart.sh", job, cwd=tmp_path, **environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    (copy,) = (tmp_path / "logs").iterdir()
+    assert copy.name.endswith(f"-{os.uname().nodename}.log")
+    assert copy.read_text() == (tmp_path / "log").read_text()
+    assert re.fullmatch(r"before\nhello \d+\ntrouble\nthe end\n", copy.read_text())
+
+
 # One machine.
 
 
@@ -280,6 +437,7 @@ def test_local_processes_end_together(tmp_path):
     python = program(
         tmp_path / "python",
         f"""
+        [[ $* != *--check_only* ]] || exit 0
         if [[ ${{@: -1}} == --process_id=1 ]]; then
             while [[ ! -e {tmp_path}/started ]]; do sleep 0.02; done
             exit 2
@@ -320,14 +478,15 @@ def test_slurm_asks_for_the_signal_and_the_requeue():
     assert {"--requeue", "--signal=TERM@300", "--open-mode=append"} <= set(directives)
 
 
-def slurm_job(folder: Path, srun: str):
+def slurm_job(folder: Path, srun: str, training=MINIMAL[1:]):
     """Runs a copy of the job script, as SLURM does; returns (exit code, what was requeued)."""
+    shutil.copytree(LAUNCH, folder / "launch", dirs_exist_ok=True)
     program(folder / "bin/srun", srun)
     program(folder / "bin/scontrol", f'echo "$@" >>{folder}/scontrol')
     script = shutil.copy(LAUNCH / "slurm.sbatch", folder / "slurm_script")
-    environment = SLURM | {"SLURM_SUBMIT_DIR": str(ROOT)}
+    environment = SLURM | {"SLURM_SUBMIT_DIR": str(folder)}
     environment["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
-    result = launch(script, *MINIMAL, cwd=folder, **environment)
+    result = launch(script, "--", *training, cwd=folder, **environment)
     requeued = folder / "scontrol"
     return result.returncode, requeued.read_text() if requeued.exists() else ""
 
@@ -351,17 +510,34 @@ def test_slurm_does_not_requeue_what_slurm_itself_ends(tmp_path):
     assert slurm_job(tmp_path, "kill -TERM $PPID; sleep 0.1; exit 75") == (75, "")
 
 
+@pytest.mark.parametrize("code", [134, 143])
+def test_slurm_does_not_requeue_for_ever_what_never_saves(tmp_path, code):
+    """As when the time limit is shorter than the way to the first checkpoint."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    requeued = lambda start: (
+        beat(workdir, start)
+        or slurm_job(tmp_path, f"exit {code}", ["--config=c", f"--workdir={workdir}"])
+    )
+    assert [requeued(start) for start in (0, 400, 800, 800)] == [
+        (0, "requeue 7\n"),
+        (0, "requeue 7\n" * 2),
+        (0, "requeue 7\n" * 3),
+        (code, "requeue 7\n" * 3),
+    ]
+
+
 # GKE.
 
 
 def test_gke_dry_run(tmp_path):
     arguments = ["--num_slices=2", "--xpk_flags=--zone=us-east5-a --spot", "--", *TRAIN]
-    make, pack, unpack, xpk = commands(
+    empty, make, pack, unpack, xpk = commands(
         "gke_xpk.sh", *GKE, *arguments, DRY_RUN="1", TMPDIR=str(tmp_path)
     )
     stage = f"{tmp_path}/nvg_jax-nvg-d16"
-    assert make == ["mkdir", "-p", stage]
-    assert pack[0] == "tar" and pack[-4:] == ["-czf", f"{stage}.tar.gz", "-C", str(ROOT), "."][-4:]
+    assert empty == ["rm", "-rf", stage] and make == ["mkdir", "-p", stage]
+    assert pack == packed(f"{stage}.tar.gz")
     assert unpack == ["tar", "-xzf", f"{stage}.tar.gz", "-C", stage]
     assert xpk[:-1] == [
         *["xpk", "workload", "create", "--cluster=pods", "--workload=nvg-d16"],
@@ -373,6 +549,24 @@ def test_gke_dry_run(tmp_path):
     install, command = xpk[-1].removeprefix("--command=").split(" && ", 1)
     assert shlex.split(install)[:2] == ["pip", "install"] and "jax[tpu]" in shlex.split(install)
     assert shlex.split(command) == ["exec", "env", CACHE, *RESTART, "--distributed", *TRAIN]
+
+
+@pytest.mark.parametrize("ends", ["exit 0", "exit 1", "kill -INT $PPID; exit 1"])
+def test_gke_says_on_every_way_out_how_to_delete_the_workload(tmp_path, ends):
+    program(tmp_path / "bin/xpk", f'echo "$3" >>{tmp_path}/calls; {ends}')
+    flags_ = "--xpk_flags=--zone=us-east5-a --spot --project=mine"
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    stale = tmp_path / "nvg_jax-nvg-d16/stale"
+    stale.mkdir(parents=True)
+    result = launch("gke_xpk.sh", *GKE, flags_, *MINIMAL, PATH=path, TMPDIR=str(tmp_path))
+    assert (result.returncode == 0) == (ends == "exit 0")
+    last = result.stderr.splitlines()[-1]
+    assert last.split() == [
+        *["xpk", "workload", "delete", "--cluster=pods", "--workload=nvg-d16"],
+        *["--zone=us-east5-a", "--project=mine"],
+    ]
+    assert not stale.exists() and (stale.parent / "nvg_jax/train.py").exists()
+    assert not (stale.parent / "tests").exists()
 
 
 def test_gke_with_an_image_of_ones_own():
@@ -395,21 +589,25 @@ def test_tpu_dry_run(tmp_path):
         *[*QUEUED, "create", "nvg", zone, "--accelerator-type=v5p-128"],
         *["--runtime-version=v2-alpha-tpuv5", "--node-id=nvg", "--spot", "--async"],
     ]
-    archive = f"{tmp_path}/nvg_jax-nvg.tar.gz"
-    look, pack, copy, install, start = found[3:8]
-    assert found[:3] == [describe, create, describe]
-    assert look[:-1] == install[:-1] == start[:-1] == [*QUEUED, "ssh", "nvg", zone, *everywhere]
-    assert pack[0] == "tar" and archive in pack
+    archive = f"{tmp_path}/nvg_jax.tar.gz"
+    beat, look, copy, install, start, stop = found[4:10]
+    assert found[:4] == [packed(archive), describe, create, describe]
+    assert beat == ["gcloud", "storage", "cat", "gs://bucket/my run/heartbeat.json"]
+    for ssh in (look, install, start, stop):
+        assert ssh[:-1] == [*QUEUED, "ssh", "nvg", zone, *everywhere]
     assert copy == [*QUEUED, "scp", archive, "nvg:nvg_jax.tar.gz", zone, *everywhere]
     assert "jax[tpu]" in install[-1] and "requirements.txt" in install[-1]
-    assert install[-1].endswith(" && gcsfuse 'my data' ~/data")
-    assert found[8:] == [[*QUEUED, "delete", "nvg", zone, "--force", "--quiet"], create]
+    setup = shlex.split(install[-1].removesuffix("; }").split(" && ")[-1])
+    assert setup == ["bash", "-ec", "gcsfuse 'my data' ~/data"]
+    assert found[10:] == [[*QUEUED, "delete", "nvg", zone, "--force", "--quiet"], create]
 
     in_tmux = shlex.split(start[-1].split("new-session -d -s nvg_jax ")[1].removesuffix("; }"))
     assert in_tmux[:2] == ["bash", "-c"]
     training = [*RESTART[:2], "../env/bin/python", *RESTART[3:], "--distributed", *TRAIN]
-    words = shlex.split(in_tmux[2])
-    assert words[: 5 + len(training)] == ["cd", "nvg_jax", "&&", "env", CACHE, *training]
+    words = shlex.split(in_tmux[2].removesuffix("; echo $? >../exit_code"))
+    logs = ["NVG_LOG=../train.log", "NVG_LOG_FOLDER=gs://bucket/my run/logs"]
+    assert words[:7] == ["cd", "nvg_jax", "&&", "env", CACHE, *logs]
+    assert words[7:] == training
 
 
 @pytest.mark.parametrize(
@@ -418,7 +616,7 @@ def test_tpu_dry_run(tmp_path):
 )
 def test_tpu_runtime_versions_and_slices(kind, runtime):
     flags_ = ["run", "--name=n", "--zone=z", f"--type={kind}", "--slices=3"]
-    create = commands("tpu_vm.sh", *flags_, *MINIMAL, DRY_RUN="1")[1]
+    create = commands("tpu_vm.sh", *flags_, *MINIMAL, DRY_RUN="1")[2]
     assert next(word for word in create if "runtime" in word).endswith(runtime)
     assert {"--node-count=3", "--node-prefix=n"} <= set(create) and "--spot" not in create
 
@@ -432,15 +630,25 @@ def test_tpu_logs_and_delete():
     ]
 
 
-GCLOUD = """
-# Two workers in folders; `describe` returns the states in the file `states` one by one.
+GCLOUD = r"""
+# Two workers in folders, a bucket in a folder. `describe` returns the states in the file `states`
+# one by one, and the last one for ever. The file `VERB_fails` makes a verb fail, `VERB_hangs` hang.
 verb=$4
-echo "$verb" >>"$FAKE/calls"
+[[ $1 != storage ]] || verb=$2
+[[ $verb == c[ap]* ]] || echo "$verb" >>"$FAKE/calls"
+if [[ -e $FAKE/${verb}_hangs ]]; then
+    trap "echo $verb >>$FAKE/ended; exit 1" TERM
+    while true; do sleep 0.02; done
+fi
+[[ ! -e $FAKE/${verb}_fails ]] || exit 1
 case $verb in
     describe)
         read -r state <"$FAKE/states"
-        sed -i 1d "$FAKE/states"
-        [[ $state != none ]] || exit 1
+        [[ $(wc -l <"$FAKE/states") == 1 ]] || sed -i 1d "$FAKE/states"
+        case $state in
+            none) echo "ERROR: NOT_FOUND: there is no nvg" >&2; exit 1 ;;
+            error) exit 1 ;;
+        esac
         echo "$state"
         ;;
     create)
@@ -449,26 +657,36 @@ case $verb in
             cp "$FAKE/uv" "$FAKE/$worker/.local/bin/uv"
         done
         ;;
-    delete) rm -r "$FAKE/0" "$FAKE/1" ;;
+    delete) rm -r "$FAKE/0" "$FAKE/1"; echo none >"$FAKE/states" ;;
     scp) for worker in 0 1; do cp "$5" "$FAKE/$worker/${6#*:}"; done ;;
     ssh)
         for last; do :; done
+        code=0
         for worker in 0 1; do
-            (cd "$FAKE/$worker" && HOME=$PWD bash -c "${last#--command=}") || exit
+            if [[ -e $FAKE/lost_$worker ]]; then code=255; continue; fi
+            (cd "$FAKE/$worker" && HOME=$PWD bash -c "${last#--command=}") || code=$?
         done
+        exit "$code"
         ;;
+    cat) cat "$FAKE${3#gs:/}" ;;
+    cp) mkdir -p "$FAKE/$(dirname "${5#gs://}")" && cp "$4" "$FAKE/${5#gs://}" ;;
 esac
 """
 TMUX = """
-# The first session of each worker never ends; the later ones end at once.
+# Sessions never end in the folders that FOREVER names by a pattern; others end at once.
+echo "$1" >>"$HOME/tmux"
 case $1 in
-    has-session) [[ -e $HOME/running ]] ;;
+    has-session) [[ -e $HOME/session ]] ;;
+    list-panes) cat "$HOME/session" ;;
+    kill-session) rm "$HOME/session" ;;
     new-session)
-        if [[ ! -e $FAKE/began_$(basename "$HOME") ]]; then
-            touch "$HOME/running" "$FAKE/began_$(basename "$HOME")"
-        else
+        echo new >>"$FAKE/began_$(basename "$HOME")"
+        if (($(wc -l <"$FAKE/began_$(basename "$HOME")") > $(cat "$FAKE/forever"))); then
             shift 4
             "$@"
+        else
+            setsid sleep 60 </dev/null >/dev/null 2>&1 &
+            echo $! >"$HOME/session"
         fi
         ;;
 esac
@@ -480,63 +698,323 @@ if [[ $1 == venv ]]; then
     cp "$FAKE/python" env/bin/python
 fi
 """
+TIMEOUT = """
+# The real one: questions may take three seconds instead of 120, all else as long as usual.
+[[ $2 != 120 ]] || set -- "$1" 3 "${@:3}"
+exec /usr/bin/timeout "$@"
+"""
 
 
-def watch_tpu(folder: Path, states, code, *arguments):
-    """Runs `tpu_vm.sh run` with stand-ins for gcloud and the workers' programs.
+class Tpu:
+    """`tpu_vm.sh run` with stand-ins for gcloud, the bucket and the workers' programs.
 
-    Training exits with `code`. Returns the result and the verbs of the calls.
+    Args:
+        states: of the request; the last one stays.
+        code: the exit code of training.
+        forever: the number of sessions of each worker that never end (the first ones).
+        files: what is in the folder of the stand-ins, see `GCLOUD`.
     """
-    program(folder / "bin/gcloud", GCLOUD)
-    program(folder / "bin/tmux", TMUX)
-    program(folder / "bin/python3", "")
-    program(folder / "uv", UV)
-    program(folder / "python", f"""printf '%s\\n' "$@" >"$HOME/seen"; exit {code}""")
-    (folder / "states").write_text("".join(f"{state}\n" for state in states))
-    result = launch(
-        *["tpu_vm.sh", *TPU, "--poll_seconds=0", *arguments, "--", *TRAIN],
-        PATH=f"{folder}/bin:{os.environ['PATH']}",
-        TMPDIR=str(folder),
-        FAKE=str(folder),
-        NVG_RESTART_PAUSE="0",
-        NVG_MAX_CRASHES="0",
-    )
-    return result, (folder / "calls").read_text().split()
+
+    def __init__(self, folder: Path, states, code=0, forever=0, files=()):
+        program(folder / "bin/gcloud", GCLOUD)
+        program(folder / "bin/tmux", TMUX)
+        program(folder / "bin/timeout", TIMEOUT)
+        program(folder / "bin/python3", "")
+        program(folder / "bin/hostname", 'basename "$HOME"')
+        program(folder / "uv", UV)
+        program(
+            folder / "python",
+            f"""printf '%s\\n' "$@" >"$HOME/seen"; echo "the log"; exit {code}""",
+        )
+        (folder / "states").write_text("".join(f"{state}\n" for state in states))
+        (folder / "forever").write_text(str(forever))
+        (folder / "calls").touch()
+        for name in files:
+            (folder / name).touch()
+        self.folder, self.workdir = folder, folder / "bucket/my run"
+        self.workdir.mkdir(parents=True)
+        shutil.copytree(LAUNCH, folder / "code/launch")  # a small repository is sent quickly
+        subprocess.run(["git", "init", "--quiet", folder / "code"], check=True)
+
+    def start(self, *arguments, training=TRAIN) -> subprocess.Popen:
+        script = self.folder / "code/launch/tpu_vm.sh"
+        return subprocess.Popen(
+            ["bash", script, *TPU, "--poll_seconds=0", *arguments, "--", *training],
+            env={
+                "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+                "HOME": "/nonexistent",
+                "TMPDIR": str(self.folder),
+                "FAKE": str(self.folder),
+                "NVG_RESTART_PAUSE": "0",
+                "NVG_MAX_CRASHES": "0",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments) -> tuple[int, str]:
+        """The exit code and what was said."""
+        return self.end(self.start(*arguments))
+
+    def end(self, process) -> tuple[int, str]:
+        try:
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+        assert not list(self.folder.glob("tmp.*")), "a temporary folder is left"
+        return process.returncode, said
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.folder / "calls").read_text().split()
+
+    @property
+    def exists(self) -> bool:
+        return (self.folder / "0").exists()
 
 
 INSTALL = ["ssh", "scp", "ssh", "ssh"]  # look, copy, install, start
+DELETE = [*QUEUED, "delete", "nvg", "--zone=us-east5-a", "--force", "--quiet"]
+# What a way out does with the TPU VMs, without and with --delete_at_end.
+ENDINGS = pytest.mark.parametrize("ending", [[], ["--delete_at_end"]], ids=["list", "delete"])
+
+
+def assert_cannot_burn_money(tpu: Tpu, said: str, ending):
+    """The TPU VMs are deleted, or the last line is the command that deletes them."""
+    if ending:
+        assert tpu.calls[-1] == "delete" and not tpu.exists
+        assert "nvg is deleted" in said.splitlines()[-1]
+    else:
+        assert "delete" not in tpu.calls[-2:] and shlex.split(said.splitlines()[-1]) == DELETE
+        assert "may cost money" in said.splitlines()[-2]
 
 
 def test_tpu_is_asked_for_again_after_a_preemption(tmp_path):
     states = ["none", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]
-    states += ["WAITING_FOR_RESOURCES", "none", "ACTIVE", "ACTIVE"]  # none: a failed check
-    result, calls = watch_tpu(tmp_path, states, 0)
-    assert result.returncode == 0, result.stderr
-    assert calls == [
+    after = ["WAITING_FOR_RESOURCES", "error", "ACTIVE"]  # error: a failed check
+    tpu = Tpu(tmp_path, states, forever=1)
+    process = tpu.start()
+    wait_for(lambda: tpu.calls.count("create") == 2)
+    (tmp_path / "states").write_text("".join(f"{state}\n" for state in after))
+    code, said = tpu.end(process)
+    assert code == 0, said
+    calls = tpu.calls
+    assert calls[:14] == [
         *["describe", "create", "describe"],
         *["describe", *INSTALL, "describe", "ssh"],  # ACTIVE, running
-        *["describe", "describe", "delete", "create", "describe", "describe"],
-        *["describe", *INSTALL, "describe", "ssh"],  # ACTIVE again, done
+        *["describe", "describe", "delete", "create"],
     ]
+    assert calls[-8:] == ["describe", *INSTALL, "describe", "ssh", "describe"]  # done, still there
     for worker in "01":
         seen = (tmp_path / worker / "seen").read_text().splitlines()
         assert seen == ["-m", "nvg_jax.train", "--distributed", *TRAIN]
         assert (tmp_path / worker / "exit_code").read_text() == "0\n"
+        (log,) = tpu.workdir.glob(f"logs/*-{worker}.log")
+        assert log.read_text() == "the log\n"
 
 
-@pytest.mark.parametrize("code, expected", [(2, 2), (1, 1), (137, 1)])
-def test_tpu_run_ends_with_the_exit_code_of_training(tmp_path, code, expected):
+@ENDINGS
+@pytest.mark.parametrize("code, expected", [(0, 0), (2, 2), (1, 1), (137, 1)])
+def test_tpu_run_ends_with_the_exit_code_of_training(tmp_path, code, expected, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], code)
+    found, said = tpu.run(*ending)
+    assert found == expected, said
+    assert_cannot_burn_money(tpu, said, ending)
+    after = ["describe", "delete"] if ending else ["describe"]
+    assert tpu.calls == ["describe", "create", "describe", *INSTALL, "describe", "ssh", *after]
+    assert {log.name[-6:] for log in tpu.workdir.glob("logs/*")} == {"-0.log", "-1.log"}
+
+
+@ENDINGS
+def test_tpu_setup_that_fails(tmp_path, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"])
+    code, said = tpu.run("--setup=false\ntrue # several lines", "--attempts=3", *ending)
+    assert code == 1 and "3 attempts in a row without a new checkpoint; giving up" in said
+    assert tpu.calls.count("scp") == 3
+    assert_cannot_burn_money(tpu, said, ending)
+
+
+@ENDINGS
+def test_tpu_that_is_preempted_again_and_again(tmp_path, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE", "SUSPENDED"], forever=9)
+    program(tmp_path / "bin/gcloud", GCLOUD.replace("echo none >", "echo SUSPENDED >"))
+    code, said = tpu.run("--attempts=3", *ending)
+    assert code == 1 and "3 attempts in a row" in said
+    assert tpu.calls.count("create") == 3  # after the first one, one installation and two requests
+    assert_cannot_burn_money(tpu, said, ending)
+
+
+def test_a_new_checkpoint_resets_the_attempts(tmp_path):
+    """Preempted four times, each time after a checkpoint; two attempts would be allowed."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE", "SUSPENDED"], forever=4)
+    count = '$(wc -l <"$FAKE/began_0")'
+    again = f"""
+        echo '{{"part": "a", "start": '{count}', "step": 9}}' >"$FAKE/bucket/my run/heartbeat.json"
+        printf 'ACTIVE\\nACTIVE\\nSUSPENDED\\n' >"$FAKE/states"
+    """
+    program(tmp_path / "bin/gcloud", GCLOUD.replace('echo none >"$FAKE/states"', again))
+    code, said = tpu.run("--attempts=2")
+    assert code == 0, said
+    assert tpu.calls.count("delete") == 4
+
+
+@pytest.mark.usefixtures("interrupts")
+@ENDINGS
+@pytest.mark.parametrize(
+    "number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_tpu_run_that_is_interrupted(tmp_path, number, expected, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
+    process = tpu.start("--poll_seconds=1000", *ending)
+    wait_for(lambda: tpu.calls.count("ssh") == 3)
+    time.sleep(0.3)  # it waits for the next check
+    process.send_signal(number)
+    code, said = tpu.end(process)
+    assert code == expected, said
+    assert_cannot_burn_money(tpu, said, ending)
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_tpu_vms_are_deleted_even_if_nobody_listens(tmp_path):
+    """As in `tpu_vm.sh ... 2>&1 | tee log`, where Ctrl-C also ends tee."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
+    process = tpu.start("--poll_seconds=1000", "--delete_at_end")
+    wait_for(lambda: tpu.calls.count("ssh") == 3)
+    time.sleep(0.3)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert tpu.calls[-1] == "delete" and not tpu.exists
+
+
+@ENDINGS
+def test_tpu_run_that_is_interrupted_while_gcloud_stands_still(tmp_path, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], files=["scp_hangs"])
+    process = tpu.start(*ending)
+    wait_for(lambda: "scp" in tpu.calls)
+    process.terminate()
+    code, said = tpu.end(process)
+    assert code == 143, said
+    assert (tmp_path / "ended").read_text() == "scp\n"  # nothing goes on in the background
+    assert_cannot_burn_money(tpu, said, ending)
+
+
+@ENDINGS
+@pytest.mark.parametrize("lost", ["lost_1", "ssh_fails", "ssh_hangs"])
+def test_tpu_with_a_worker_that_is_lost(tmp_path, lost, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
+    process = tpu.start("--stall=2", *ending)
+    wait_for(lambda: tpu.calls.count("ssh") >= 4)
+    (tmp_path / lost).touch()
+    code, said = tpu.end(process)
+    assert code == 1 and "not all workers can be reached; giving up" in said
+    assert_cannot_burn_money(tpu, said, ending)
+
+
+def test_tpu_that_cannot_be_reached_goes_on_while_there_is_a_heartbeat(tmp_path):
+    """As when the keys of ssh are gone on the machine that watches."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
+    process = tpu.start("--stall=2")
+    wait_for(lambda: tpu.calls.count("ssh") >= 4)
+    (tmp_path / "ssh_fails").touch()
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        beat(tpu.workdir, 0)
+        time.sleep(0.1)
+    assert process.poll() is None
+    (tmp_path / "ssh_fails").unlink()
     for worker in "01":
-        (tmp_path / f"began_{worker}").touch()
-    result, calls = watch_tpu(tmp_path, ["none", "ACTIVE", "ACTIVE"], code, "--delete_at_end")
-    assert result.returncode == expected, result.stderr
-    assert calls == ["describe", "create", "describe", *INSTALL, "describe", "ssh", "delete"]
+        (tmp_path / worker / "session").unlink()
+        (tmp_path / worker / "exit_code").write_text("0\n")
+    assert tpu.end(process)[0] == 0
 
 
-def test_failed_tpu_request_is_an_error(tmp_path):
-    result, calls = watch_tpu(tmp_path, ["none", "FAILED", "quota"], 0)
-    assert result.returncode == 2 and "quota" in result.stderr
-    assert calls == ["describe", "create", "describe", "describe"]
+def test_tpu_training_that_stands_still_is_started_again(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
+    code, said = tpu.run("--stall=1")
+    assert code == 0 and "stopping training to start it again" in said
+    for worker in "01":
+        done = (tmp_path / worker / "tmux").read_text().split()
+        assert done.count("new-session") == 2 and done.count("kill-session") == 1
+        assert (tmp_path / worker / "exit_code").read_text() == "0\n"
+
+
+@ENDINGS
+def test_tpu_training_that_stands_still_each_time(tmp_path, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=9)
+    beat(tpu.workdir, 7)  # of an earlier run: stands still, too
+    code, said = tpu.run("--stall=1", "--attempts=2", *ending)
+    assert code == 1 and "2 attempts in a row without a new checkpoint; giving up" in said
+    assert_cannot_burn_money(tpu, said, ending)
+    assert (tmp_path / "began_0").read_text() == "new\n" * 2
+
+
+def test_tpu_training_with_a_heartbeat_is_left_alone(tmp_path):
+    """Here in a folder that the workers mount; the first one is asked."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
+    training = ["--config=configs/digits.py", f"--workdir={tpu.workdir}"]
+    process = tpu.start("--stall=4", training=training)
+    until = time.monotonic() + 8
+    while time.monotonic() < until:
+        beat(tpu.workdir, 0)
+        time.sleep(0.1)
+    process.terminate()
+    code, said = tpu.end(process)
+    assert code == 143 and "no new heartbeat" not in said
+    assert "kill-session" not in (tmp_path / "0/tmux").read_text()
+
+
+@ENDINGS
+def test_failed_tpu_request_is_an_error(tmp_path, ending):
+    tpu = Tpu(tmp_path, ["none", "FAILED", "quota", "FAILED"])
+    code, said = tpu.run(*ending)
+    assert code == 1 and "quota" in said
+    assert_cannot_burn_money(tpu, said, ending)
+
+
+def test_tpu_request_that_gcloud_refuses(tmp_path):
+    tpu = Tpu(tmp_path, ["none"], files=["create_fails"])
+    code, said = tpu.run("--delete_at_end")
+    assert code == 1 and "nothing runs" in said.splitlines()[-1]
+    assert tpu.calls == ["describe", "create", "describe"]
+
+
+def test_gcloud_that_fails_before_anything_is_requested(tmp_path):
+    tpu = Tpu(tmp_path, ["error"])
+    code, said = tpu.run("--delete_at_end")
+    assert code == 2 and "nothing was requested" in said
+    assert tpu.calls == ["describe"]
+
+
+@ENDINGS
+def test_gcloud_that_fails_for_long(tmp_path, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE", "error"], forever=1)
+    process = tpu.start("--stall=1", *ending)
+    code, said = tpu.end(process)
+    assert code == 1 and "nothing is known of nvg" in said
+    if ending:
+        assert_cannot_burn_money(tpu, said, ending)
+    else:
+        assert shlex.split(said.splitlines()[-1]) == DELETE and "nvg is unknown" in said
+
+
+def test_tpu_request_that_fails_after_a_preemption_is_repeated(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE", "SUSPENDED"], forever=1)
+    process = tpu.start("--attempts=3", "--delete_at_end")
+    wait_for(lambda: "create" in tpu.calls)
+    (tmp_path / "create_fails").touch()
+    code, said = tpu.end(process)
+    assert code == 1 and "3 attempts in a row" in said
+    assert tpu.calls.count("create") == 3 and "nothing runs" in said.splitlines()[-1]
+
+
+def test_tpu_vms_that_cannot_be_deleted_are_named(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], files=["delete_fails"])
+    code, said = tpu.run("--delete_at_end")
+    assert code == 0 and tpu.calls.count("delete") == 3
+    assert shlex.split(said.splitlines()[-1]) == DELETE
 
 
 # Sweeps.

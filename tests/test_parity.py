@@ -195,9 +195,8 @@ def test_hierarchies_of_points(expected):
 def test_structure_embedding(expected):
     feature = expected["structure_feat"]
     stages = feature.shape[1]
-    same(
-        granularity.structure_embedding(expected["labels"], np.arange(stages), stages - 1), feature
-    )
+    labels = jnp.asarray(expected["labels"])
+    same(granularity.structure_embedding(labels, jnp.arange(stages), stages - 1), feature)
 
 
 @pytest.mark.parametrize("name, kinds", [("content", (0,)), ("structure", (2, 0))])
@@ -292,14 +291,15 @@ def test_splits_of_scores(expected):
         batch, clusters, size = scores.shape
         labels = np.broadcast_to(np.repeat(np.arange(clusters), size), (batch, clusters * size))
         flat = scores.reshape(batch, -1)
-        got = granularity.split(labels, jnp.asarray(flat), clusters.bit_length() - 1)
+        got = granularity.split(jnp.asarray(labels), jnp.asarray(flat), clusters.bit_length() - 1)
         chosen = expected[row + "_out"].reshape(batch, -1)
         assert same_splits(got, 2 * labels + chosen, flat, labels)
 
 
 def test_split_of_a_map(expected):
     labels, scores = expected["cluster_cur"], expected["cluster_logits"]
-    got = granularity.split(labels, jnp.asarray(scores), int(expected["cluster_stage"]))
+    stage = int(expected["cluster_stage"])
+    got = granularity.split(jnp.asarray(labels), jnp.asarray(scores), stage)
     assert same_splits(got, expected["cluster_out"], scores, labels)
 
 
@@ -419,7 +419,7 @@ def test_velocity_of_one_flow_step(raw, expected):
             params,
             jnp.asarray(row["z"]),
             jnp.full(batch, row["t"]),
-            granularity.structure_embedding(row["structure"], stage, num_bits),
+            granularity.structure_embedding(jnp.asarray(row["structure"]), stage, num_bits),
             jnp.asarray(row["canvas"]),
             jnp.full(batch, stage),
             jnp.asarray(expected["vel_txt"][:, 0]),
@@ -516,7 +516,7 @@ def test_each_stage_from_the_true_canvas_and_map(raw, expected, meta, one_stage)
         else:
             got = scores(after, map_, stage, class_ids, structure_scale[stage], noise, FLOW_STEPS)
         close(got, expected["gentf_cluster_in"][stage], NETWORK)
-        split = granularity.split(map_, got, stage)
+        split = granularity.split(jnp.asarray(map_), got, stage)
         same(split, expected["gentf_structure"][stage], f"map of stage {stage + 1}")
 
 
@@ -591,5 +591,5 @@ def test_networks_inside_a_generation(expected, meta, one_stage):
             canvas, scale = row["canvas"][stage], structure_scale[stage]
             got = scores(canvas, maps[stage], stage, class_ids, scale, noise, FLOW_STEPS)
             close(got, theirs, NETWORK)
-        split = granularity.split(maps[stage], jnp.asarray(theirs), stage)
+        split = granularity.split(jnp.asarray(maps[stage]), jnp.asarray(theirs), stage)
         assert same_splits(split, row["structure"][stage], theirs, maps[stage])

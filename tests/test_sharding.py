@@ -38,6 +38,7 @@ def test_between_slices_lies_the_data_axis():
     slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
     assert slices.shape == (4, 2, 2) and (np.ptp(slices, axis=(1, 2)) == 0).all()
     assert sorted(slices[:, 0, 0]) == [0, 0, 1, 1]
+    assert sharding.processes_split_batch(mesh)
     with pytest.raises(
         UserError, match=r"mesh.data=1 must be a multiple of the number of slices, 2"
     ):

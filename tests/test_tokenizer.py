@@ -39,7 +39,7 @@ def test_upsampling_is_nearest_neighbor_and_a_convolution():
     expected = np.einsum("bhwirc,rcio->bhwo", windows, kernel) + bias
     for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
         upsample = Upsample(4, dtype).bind({"params": {"kernel": kernel, "bias": bias}})
-        found = upsample(x)
+        found = upsample(jnp.asarray(x))
         assert found.dtype == dtype
         error = np.abs(found.astype(jnp.float32) - expected).max()
         assert error < tolerance * np.abs(expected).max()

@@ -50,7 +50,7 @@ def state():
     return state.replace(discriminator=state.discriminator.replace(lecam=averages))
 
 
-IMAGES = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)), jnp.float32)
 KEY = jax.random.key(3)
 
 
@@ -300,9 +300,8 @@ def test_alignment_is_one_minus_the_cosine_of_each_stage():
 
 def test_the_feature_block_is_the_output_of_a_transformer_of_so_many_blocks():
     rng = np.random.default_rng(0)
-    x, vec = rng.normal(size=(2, 5, 32)), rng.normal(size=(2, 32))
-    angles = rng.normal(size=(2, 5, 8))
-    cos, sin = np.cos(angles), np.sin(angles)
+    x, vec, angles = (jnp.asarray(rng.normal(size=n)) for n in ((2, 5, 32), (2, 32), (2, 5, 8)))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     deep = Transformer(TransformerConfig(32, 3, head_dim=16), jnp.float32)
     init = functools.partial(deep.init, deterministic=True)
     variables = sharding.unbox(jax.eval_shape(init, jax.random.key(0), x, vec, cos, sin))
@@ -321,16 +320,13 @@ def test_the_feature_block_is_the_output_of_a_transformer_of_so_many_blocks():
 def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monkeypatch):
     """One product or several, hidden channels as one axis or two, and padding for a kernel."""
     rng = np.random.default_rng(0)
-    x, vec, grad = (rng.normal(size=shape) for shape in ((2, 5, 32), (2, 32), (2, 5, 32)))
-    angles = rng.normal(size=(2, 5, 8))
+    shapes = (2, 5, 32), (2, 32), (2, 5, 32), (2, 5, 8)
+    x, vec, grad, angles = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     model = Transformer(TransformerConfig(32, 2, head_dim=16), jnp.float32)
-    apply = lambda variables, x: model.apply(
-        variables, x, vec, np.cos(angles), np.sin(angles), True, 1
-    )
+    apply = lambda variables, x: model.apply(variables, x, vec, cos, sin, True, 1)
     init = functools.partial(model.init, deterministic=True)
-    variables = sharding.unbox(
-        jax.eval_shape(init, jax.random.key(0), x, vec, np.cos(angles), np.sin(angles))
-    )
+    variables = sharding.unbox(jax.eval_shape(init, jax.random.key(0), x, vec, cos, sin))
     variables = jax.tree.map(lambda leaf: rng.normal(0.5, 0.2, leaf.shape), variables)
     results = []
     cases = ("tpu", 0, "parts"), ("cpu", 0, "separate"), ("gpu", 3, "separate"), ("gpu", 3, "joint")
@@ -358,9 +354,8 @@ def test_how_linear_layers_are_computed_where(monkeypatch):
 def test_the_gradient_of_one_image_does_not_depend_on_what_is_recomputed():
     """At this size XLA once summed the gradient of the gates over the wrong products."""
     rng = np.random.default_rng(0)
-    x, vec = rng.normal(size=(1, 65, 96)), rng.normal(size=(1, 96))
-    angles = rng.normal(size=(1, 65, 16))
-    cos, sin = np.cos(angles), np.sin(angles)
+    x, vec, angles = (jnp.asarray(rng.normal(size=n)) for n in ((1, 65, 96), (1, 96), (1, 65, 16)))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     sizes = TransformerConfig(96, 2, head_dim=32)
     init = functools.partial(Transformer(sizes, jnp.float32).init, deterministic=True)
     variables = sharding.unbox(jax.eval_shape(init, jax.random.key(0), x, vec, cos, sin))
@@ -397,7 +392,7 @@ def test_repa_reaches_the_blocks_up_to_its_own_and_no_later_one():
     weights = jax.jit(lambda key: sharding.unbox(init(key)))(jax.random.key(1))
     encode = jax.jit(functools.partial(generators.encode, encoder))
     quantized = encode(weights, {"image": images})
-    targets = rng.normal(size=(1, 256, 768)).astype(np.float32)
+    targets = jnp.asarray(rng.normal(size=(1, 256, 768)), jnp.float32)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)

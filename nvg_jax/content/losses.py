@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32
 
 from nvg_jax import granularity
 from nvg_jax.tokenizer.quantizer import Quantized
@@ -17,8 +18,8 @@ def content_losses(
     predict_canvas: Callable[[Array, Array, Array], tuple[Array, Array]],
     token_logits: Callable[[Array], Array],
     quantized: Quantized,
-    weights: Array | None = None,
-) -> tuple[dict[str, Array], Array]:
+    weights: Float[Array, " B"] | None = None,
+) -> tuple[dict[str, Float32[Array, " S"]], Array]:
     """The losses of each stage, averaged over the batch, and the hidden states to align.
 
     Args:
@@ -27,12 +28,11 @@ def content_losses(
             once, on a batch of B * S with the stages of an image adjacent.
         token_logits: (..., D) -> (..., V), such as `ContentGenerator.token_logits`.
         quantized: sequences, canvases and unique tokens of the images.
-        weights: float32 (B,), per-image weights that sum to 1; None means uniform.
+        weights: per-image weights that sum to 1; None means uniform.
 
     Returns:
         {"canvas_loss": mean squared error of the final canvas, "token_loss": cross-entropy of the
-        unique tokens, "token_accuracy"}, each float32 (S,); and the hidden states, for
-        `alignment_loss`.
+        unique tokens, "token_accuracy"}; and the hidden states, for `alignment_loss`.
     """
     structure, canvases = quantized.sequence.structure, quantized.canvases
     batch, stages, length = structure.shape
@@ -67,15 +67,16 @@ def content_losses(
     return terms, hidden
 
 
-def alignment_loss(projected: Array, targets: Array) -> Array:
-    """REPA: one minus the cosine similarity of features and targets, averaged over positions.
+def alignment_loss(
+    projected: Float[Array, "B_S L features"], targets: Float[Array, "B L features"]
+) -> Float32[Array, " S"]:
+    """REPA: one minus the cosine similarity of features and targets.
+
+    Averaged over images and positions.
 
     Args:
-        projected: float (B * S, L, F), with the stages of an image adjacent.
-        targets: float32 (B, L, F), shared by the stages of an image.
-
-    Returns:
-        float32 (S,), averaged over the images.
+        projected: the stages of an image are adjacent.
+        targets: shared by the stages of an image.
     """
     projected = projected.astype(jnp.float32).reshape(len(targets), -1, *targets.shape[1:])
     unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)

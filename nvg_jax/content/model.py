@@ -3,8 +3,11 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
 from nvg_jax import layers
+from nvg_jax.runtime.sharding import parameter
 
 
 class ContentGenerator(nn.Module):
@@ -18,15 +21,14 @@ class ContentGenerator(nn.Module):
     codebook_size: int
     num_classes: int
     transformer: layers.TransformerConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         t, length = self.transformer, self.grid[0] * self.grid[1]
         self.num_stages = length.bit_length()
-        self.start_canvas = self.param(
-            "start_canvas",
-            nn.with_logical_partitioning(layers.EMBEDDING_INIT, (None, None, None)),
-            (1, length, self.latent_dim),
+        shape = (1, length, self.latent_dim)
+        self.start_canvas = parameter(
+            self, "start_canvas", layers.EMBEDDING_INIT, shape, (None, None, None)
         )
         self.canvas_embed = layers.Dense(t.width, (None, "embed"), self.dtype)
         self.class_embed = layers.Embedding(self.num_classes + 1, t.width, self.dtype)
@@ -37,23 +39,22 @@ class ContentGenerator(nn.Module):
 
     def predict_canvas(
         self,
-        canvas: Array,
-        structure: Array,
-        stage: Array,
-        class_ids: Array,
-        canvas_scale: Array,
+        canvas: Float[Array, "B L D"],
+        structure: Int[Array, "B L K"],
+        stage: Int[Array, " B"],
+        class_ids: Int[Array, " B"],
+        canvas_scale: Float[Array, " K+2"],
         deterministic: bool = True,
         feature_block: int = 0,
-    ) -> tuple[Array, Array]:
-        """The predicted final canvas, float32 (B, L, D), and hidden states (B, L, C).
+    ) -> tuple[Float32[Array, "B L D"], Float[Array, "B L C"]]:
+        """The predicted final canvas, and hidden states.
 
         Args:
-            canvas: float32 (B, L, D), the canvas before the stage; stage 0 has none and takes a
-                learned one.
-            structure: int (B, L, K), the structure embedding of the stage, values 0, 1, 2.
-            stage: int32 (B,), 0 .. K.
-            class_ids: int32 (B,), `num_classes` for the null class.
-            canvas_scale: float32 (S + 1,). The values of the canvas grow with every stage; these
+            canvas: the canvas before the stage; stage 0 has none and takes a learned one.
+            structure: the structure embedding of the stage, values 0, 1, 2.
+            stage: 0 .. K.
+            class_ids: `num_classes` for the null class.
+            canvas_scale: S + 1 factors. The values of the canvas grow with every stage; these
                 factors, 1 / std over training images, bring them to unit variance. Entry i < S
                 scales the input of stage i (1 for stage 0, whose input is learned); entry S is for
                 the final canvas, which the network predicts at unit variance.
@@ -71,34 +72,39 @@ class ContentGenerator(nn.Module):
         final = self.canvas_head(x[:, 1:], self.canvas_head.modulations(vec))
         return final / canvas_scale[-1], features[:, 1:]
 
-    def token_logits(self, missing: Array) -> Array:
-        """Logits of a token, float32 (..., V).
+    def token_logits(self, missing: Float[Array, "*batch D"]) -> Float32[Array, "*batch V"]:
+        """Logits of tokens.
 
         Args:
-            missing: float32 (..., D), the mean of (predicted final canvas - canvas before the
-                stage) over the positions of the token's cluster.
+            missing: the mean of (predicted final canvas - canvas before the stage) over the
+                positions of a token's cluster.
         """
         return self.token_head(missing)
 
     def __call__(
-        self, canvas: Array, structure: Array, stage: Array, class_ids: Array, canvas_scale: Array
-    ) -> Array:
+        self,
+        canvas: Float[Array, "B L D"],
+        structure: Int[Array, "B L K"],
+        stage: Int[Array, " B"],
+        class_ids: Int[Array, " B"],
+        canvas_scale: Float[Array, " K+2"],
+    ) -> Float32[Array, "B L V"]:
         """Logits at each position as if it were a cluster of its own; initializes all parameters.
 
-        Takes the arguments of `predict_canvas`, returns float32 (B, L, V).
+        Takes the arguments of `predict_canvas`.
         """
         canvas_hat, _ = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
         return self.token_logits(canvas_hat - canvas)
 
 
 class RepaProjector(nn.Module):
-    """Projects hidden states (..., C) to DINOv2's features (..., width); in training only."""
+    """Projects hidden states to DINOv2's features; in training only."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch width"]:
         for name in ("hidden1", "hidden2"):
             x = nn.silu(layers.Dense(2048, ("embed", "mlp"), self.dtype, name=name)(x))
         return layers.Dense(self.width, ("embed", "mlp"), self.dtype, name="out")(x)

@@ -234,7 +234,7 @@ class _Load:
         """Loads one example per index, from either kind of source."""
         if isinstance(source, SequenceSource):
             zeros = np.zeros((), source.crop_dtype)
-            make, blank = _draw, {name: zeros[name] for name in zeros.dtype.names}
+            make, blank = _draw, {name: zeros[name] for name in zeros.dtype.names or ()}
         else:
             make = functools.partial(_crop, options.transform)
             blank = {"image": np.zeros((*options.transform.image_size, 3), np.float32)}
@@ -301,22 +301,22 @@ def _iterate(
                 )
         return batch
 
-    batches = batches.to_iter_dataset(
+    loaded = batches.to_iter_dataset(
         grain.ReadOptions(
             num_threads=options.num_threads,
             prefetch_buffer_size=max(options.prefetch, options.num_threads),
         )
     )
     if options.num_workers:
-        batches = batches.mp_prefetch(
+        loaded = loaded.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=options.num_workers, per_worker_buffer_size=options.prefetch
             )
         )
-    return iter(batches.map(note_unreadable))
+    return iter(loaded.map(note_unreadable))
 
 
-def _stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     unreadable = [record for example in examples for record in example.pop("unreadable")]
     batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
     return batch | {"unreadable": unreadable}

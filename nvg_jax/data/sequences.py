@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from etils import epy
@@ -21,7 +21,7 @@ from nvg_jax.runtime.files import atomic_path, make_folder, read_json, write_jso
 
 with epy.lazy_imports():  # slow
     import grain
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 FORMAT = 1
 SHARD_SIZE = 4096  # images per file
@@ -183,7 +183,7 @@ def finish(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     for shard in plan(settings):
         path = folder / shard.file
         try:
-            content = grain.sources.ArrayRecordDataSource([str(path)])
+            content = cast(Any, grain.sources.ArrayRecordDataSource([str(path)]))
             records = len(content) - 1
             names = json.loads(content[records])
         except Exception as error:  # damage comes as errors of many kinds

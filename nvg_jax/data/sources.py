@@ -11,7 +11,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from etils import epy
@@ -241,7 +241,7 @@ def _digits(split: str) -> Source:
 
     The split is random but fixed, and stratified by class.
     """
-    digits = datasets.load_digits()
+    digits = cast(Any, datasets.load_digits())
     indices = model_selection.train_test_split(
         np.arange(len(digits.target)),
         test_size=DIGITS_TEST_SIZE,
@@ -390,7 +390,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Source:
             "configurations.)"
         )
     newest = max(versions, key=lambda folder: [int(n) for n in folder.name.split(".")])
-    builder = tfds.builder_from_directory(str(newest))
+    builder = cast(Any, tfds.builder_from_directory(str(newest)))
     features = dict(builder.info.features)
     if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
         raise UserError(

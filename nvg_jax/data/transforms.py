@@ -109,7 +109,8 @@ class Transform:
         """Height and width that the resized image must cover."""
         short = min(self.image_size)
         resize = round(short * 288 / 256) if self.resize is None else self.resize
-        return tuple(round(n * resize / short) for n in self.image_size)
+        height, width = self.image_size
+        return round(height * resize / short), round(width * resize / short)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         """Returns float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None takes the center."""

@@ -6,12 +6,14 @@ The paper's block has one linear layer from its input to [q k v | hidden] and on
 
 import math
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from nvg_jax.runtime import hardware
-from nvg_jax.runtime.sharding import tensor_shards, unshard
+from nvg_jax.runtime.sharding import constrain, tensor_shards, unshard
+
+Channels = Float[Array, "B N C"]
 
 
 def form(tokens: int, width: int) -> str:
@@ -34,11 +36,13 @@ def form(tokens: int, width: int) -> str:
     return "joint" if platform == "gpu" and tokens <= 4 * width else "separate"
 
 
-def linear1(x: Array, kernel: Array, bias: Array) -> tuple[Array, Array, Array, Array]:
-    """Queries, keys, values (B, N, C) and hidden channels of x (B, N, C).
+def linear1(
+    x: Channels, kernel: Float[Array, "C features"], bias: Float[Array, " features"]
+) -> tuple[Channels, Channels, Channels, Float[Array, "B N *hidden"]]:
+    """Queries, keys, values and hidden channels of x.
 
     Args:
-        kernel, bias: (C, (3 + r) C) and ((3 + r) C,), unsharded, r the MLP ratio.
+        kernel, bias: unsharded, with (3 + r) C features, r the MLP ratio.
 
     Returns:
         (q, k, v, hidden); hidden is (B, N, r, C) in the form "parts", else (B, N, r C).
@@ -52,7 +56,7 @@ def linear1(x: Array, kernel: Array, bias: Array) -> tuple[Array, Array, Array, 
     kernel = unshard(kernel.reshape(width, parts, width), (None, None, "mlp"))
     bias = unshard(bias.reshape(parts, width), (None, "mlp"))
     q, k, v = (
-        nn.with_logical_constraint(
+        constrain(
             jnp.einsum("bnc,cd->bnd", x, kernel[:, part]) + bias[part], ("batch", "length", "mlp")
         )
         for part in range(3)
@@ -63,17 +67,21 @@ def linear1(x: Array, kernel: Array, bias: Array) -> tuple[Array, Array, Array, 
         equation, shape, axes = "bnc,cpd->bnpd", (-1, width), (None, "mlp")
     hidden = jnp.einsum(equation, x, kernel[:, 3:].reshape(width, *shape))
     hidden = hidden + bias[3:].reshape(shape)
-    return q, k, v, nn.with_logical_constraint(hidden, ("batch", "length", *axes))
+    return q, k, v, constrain(hidden, ("batch", "length", *axes))
 
 
-def linear2(attended: Array, hidden: Array, gate: Array, kernel: Array, bias: Array) -> Array:
-    """The gated output (B, N, C) of a block.
+def linear2(
+    attended: Channels,
+    hidden: Float[Array, "B N *hidden"],
+    gate: Float[Array, "B 1 C"],
+    kernel: Float[Array, "features C"],
+    bias: Float[Array, " C"],
+) -> Channels:
+    """The gated output of a block.
 
     Args:
-        attended: (B, N, C).
         hidden: activated hidden channels, in the shape that `linear1` returns.
-        gate: (B, 1, C).
-        kernel, bias: ((1 + r) C, C) and (C,), unsharded.
+        kernel, bias: unsharded, with (1 + r) C features, r the MLP ratio.
     """
     width = attended.shape[-1]
     how = form(math.prod(attended.shape[:-1]), width)

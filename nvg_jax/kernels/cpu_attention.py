@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 LENGTH_BY_HEAD = 256  # from this length on, one head at a time is faster (measured on 2 cores)
 
 
-def folded_attention(q: Array, k: Array, v: Array, by_head: bool = False) -> Array:
-    """Attention of q, k and v (B, N, heads, head_dim), each head scaled by 1 / sqrt(head_dim).
+def folded_attention(
+    q: Float[Array, "B N heads head_dim"],
+    k: Float[Array, "B N heads head_dim"],
+    v: Float[Array, "B N heads head_dim"],
+    by_head: bool = False,
+) -> Float[Array, "B N heads head_dim"]:
+    """Attention, scaled by 1 / sqrt(head_dim).
 
     The softmax denominator is applied after the product with the values. Heads that are sharded
     over "tensor" cannot be folded in place.
@@ -29,8 +35,10 @@ def folded_attention(q: Array, k: Array, v: Array, by_head: bool = False) -> Arr
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 
-def _attend(q: Array, k: Array, v: Array) -> Array:
-    """Attention of one head (N, head_dim)."""
+def _attend(
+    q: Float[Array, "N head_dim"], k: Float[Array, "N head_dim"], v: Float[Array, "N head_dim"]
+) -> Float[Array, "N head_dim"]:
+    """Attention of one head."""
     scores = ((q * q.shape[-1] ** -0.5) @ k.T).astype(jnp.float32)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     return weights.astype(v.dtype) @ v / weights.sum(-1, keepdims=True).astype(v.dtype)

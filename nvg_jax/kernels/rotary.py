@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32
 
 from nvg_jax.runtime import hardware
 
@@ -15,18 +16,20 @@ EPSILON = 1e-6
 class Rotary(NamedTuple):
     """How queries and keys are normalized and rotated before they are multiplied.
 
-    q_scale, k_scale: float32 (head_dim,), the learned scales of the RMS normalizations.
-    cos, sin: float32 (B, N, head_dim / 2), from `layers.rope_angles`.
+    q_scale, k_scale: the learned scales of the RMS normalizations.
+    cos, sin: the angle of each pair of channels, from `layers.rope_angles`.
     """
 
-    q_scale: Array
-    k_scale: Array
-    cos: Array
-    sin: Array
+    q_scale: Float32[Array, " head_dim"]
+    k_scale: Float32[Array, " head_dim"]
+    cos: Float32[Array, "B N pairs"]
+    sin: Float32[Array, "B N pairs"]
 
 
-def normalize_and_rotate(q: Array, k: Array, rotary: Rotary) -> tuple[Array, Array]:
-    """The queries and keys to multiply; all arrays are (B, N, heads, head_dim)."""
+def normalize_and_rotate(
+    q: Float[Array, "B N heads head_dim"], k: Float[Array, "B N heads head_dim"], rotary: Rotary
+) -> tuple[Float[Array, "B N heads head_dim"], Float[Array, "B N heads head_dim"]]:
+    """The queries and keys to multiply."""
     q, k = (
         rotate(rms_norm(x, scale), rotary.cos, rotary.sin)
         for x, scale in ((q, rotary.q_scale), (k, rotary.k_scale))
@@ -34,22 +37,24 @@ def normalize_and_rotate(q: Array, k: Array, rotary: Rotary) -> tuple[Array, Arr
     return q, k
 
 
-def rms_norm(x: Array, scale: Array) -> Array:
-    """RMS normalization of each head (..., head_dim) with a learned scale, in float32."""
+def rms_norm(
+    x: Float[Array, "*batch head_dim"], scale: Float[Array, " head_dim"]
+) -> Float[Array, "*batch head_dim"]:
+    """RMS normalization of each head with a learned scale, in float32."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON)
     return (y * scale).astype(x.dtype)
 
 
 @jax.custom_vjp
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates the interleaved channel pairs of x (B, N, heads, head_dim).
+def rotate(
+    x: Float[Array, "B N heads head_dim"],
+    cos: Float[Array, "B N pairs"],
+    sin: Float[Array, "B N pairs"],
+) -> Float[Array, "B N heads head_dim"]:
+    """Rotates the interleaved channel pairs of x.
 
     Each pair (even, odd) becomes (cos * even - sin * odd, sin * even + cos * odd).
-
-    Args:
-        x: float (B, N, heads, head_dim).
-        cos, sin: float32 (B, N, head_dim / 2), from `layers.rope_angles`.
     """
     cos, sin = cos[:, :, None], sin[:, :, None]
     if hardware.platform() == "tpu":
@@ -71,7 +76,11 @@ rotate.defvjp(
 )
 
 
-def _rotate_by_product(x: Array, cos: Array, sin: Array) -> Array:
+def _rotate_by_product(
+    x: Float[Array, "B N heads head_dim"],
+    cos: Float[Array, "B N 1 pairs"],
+    sin: Float[Array, "B N 1 pairs"],
+) -> Float[Array, "B N heads head_dim"]:
     """`rotate` for a TPU: swaps the channels of each pair by an exact product with a fixed matrix.
 
     Slicing them apart would account for a quarter of the memory traffic of a block.

@@ -8,13 +8,16 @@ channels have to be moved.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
+from jaxtyping import Float
 
 from nvg_jax.kernels.rotary import EPSILON, Rotary
 from nvg_jax.runtime.sharding import BATCH_SPEC, batch_shards, tensor_shards
@@ -24,8 +27,8 @@ MAX_LENGTH = 640  # longest sequence for the kernel; compiled with 513
 ROWS = 16  # bfloat16 rows of a register
 
 
-def fits_kernel(q: Array) -> bool:
-    """Whether the kernel supports q (B, N, heads, head_dim) in the current mesh.
+def fits_kernel(q: Float[Array | np.ndarray, "B N heads head_dim"]) -> bool:
+    """Whether the kernel supports these queries in the current mesh.
 
     A row of scores must fit on the chip, whole heads must fill the lanes on every device, and the
     images must divide evenly over the devices. (`init` runs one image, which may not divide.)
@@ -39,8 +42,12 @@ def fits_kernel(q: Array) -> bool:
 
 
 def fused_attention(
-    q: Array, k: Array, v: Array, rotary: Rotary | None = None, interpret: bool = False
-) -> Array:
+    q: Float[Array, "B N heads head_dim"],
+    k: Float[Array, "B N heads head_dim"],
+    v: Float[Array, "B N heads head_dim"],
+    rotary: Rotary | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B N heads head_dim"]:
     """`attention` as one kernel, plus one for its gradient, on each device's images and heads.
 
     Args:
@@ -53,12 +60,19 @@ def fused_attention(
         scales = [jnp.tile(x.astype(jnp.float32), copies)[None] for x in rotary[:2]]
         angles = [jnp.tile(jnp.repeat(x, 2, axis=-1), copies) for x in rotary[2:]]
         rotary = Rotary(*scales, *angles)
-    return _fused(head_dim, interpret, *flat, rotary).reshape(q.shape)
+    return cast(Array, _fused(head_dim, interpret, *flat, rotary)).reshape(q.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fused(head_dim: int, interpret: bool, q, k, v, rotary: Rotary | None):
-    """q, k, v (B, N, C) -> (B, N, C); scales (1, lanes), angles (B, N, lanes)."""
+def _fused(
+    head_dim: int,
+    interpret: bool,
+    q: Float[Array, "B N C"],
+    k: Float[Array, "B N C"],
+    v: Float[Array, "B N C"],
+    rotary: Rotary | None,
+) -> Float[Array, "B N C"]:
+    """The scales in `rotary` are (1, lanes), the angles (B, N, lanes)."""
     return _on_each_device(_forward_kernel, head_dim, interpret, (q, k, v), rotary, outputs=1)[0]
 
 
@@ -90,7 +104,7 @@ def _on_each_device(kernel, head_dim, interpret, arrays, rotary: Rotary | None, 
         outputs: number of results (B, N, C). With a gradient and `rotary`, they are followed by
             the sums for both scales, (B, groups, 1, lanes).
     """
-    rotary, gradient = rotary or (), len(arrays) > 3
+    rotations, gradient = tuple(rotary or ()), len(arrays) > 3
     call = functools.partial(_call, kernel, head_dim, interpret, len(arrays), outputs)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
@@ -99,11 +113,11 @@ def _on_each_device(kernel, head_dim, interpret, arrays, rotary: Rotary | None, 
         scales, sums = PartitionSpec(), PartitionSpec(images, "tensor")
         call = jax.shard_map(
             call,
-            in_specs=(channels,) * len(arrays) + (scales, scales, angles, angles)[: len(rotary)],
-            out_specs=(channels,) * outputs + (sums, sums) * bool(rotary and gradient),
+            in_specs=(channels,) * len(arrays) + (scales, scales, angles, angles)[: len(rotations)],
+            out_specs=(channels,) * outputs + (sums, sums) * bool(rotations and gradient),
             check_vma=False,
         )
-    return call(*arrays, *rotary)
+    return call(*arrays, *rotations)
 
 
 def _call(kernel, head_dim: int, interpret: bool, num_arrays: int, outputs: int, q, *args):

@@ -7,7 +7,7 @@ a max pool where the last block should average. Modules carry torchvision's name
 Results are compared with published ones, so everything is computed in float32, on accelerators too.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -58,7 +58,7 @@ def inception(params, images) -> ImageFeatures:
             f"{images.dtype} {images.shape}. Resize with tf1_inception_input or "
             "antialiased_inception_input."
         )
-    return Inception().apply({"params": params}, images.astype(jnp.float32))
+    return cast(ImageFeatures, Inception().apply({"params": params}, images.astype(jnp.float32)))
 
 
 def tf1_inception_input(images):

@@ -5,27 +5,30 @@ Images are float (B, H, W, 3) in [-1, 1]. Parameters are float32 and come from
 """
 
 import functools
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 
 from nvg_jax.attention import attention
 from nvg_jax.errors import UserError
 
 VGG_CHANNELS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 # LPIPS normalizes images in [-1, 1] with these.
-LPIPS_SHIFT = np.float32([-0.030, -0.088, -0.188])
-LPIPS_SCALE = np.float32([0.458, 0.448, 0.450])
+LPIPS_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+LPIPS_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 # Statistics of ImageNet, for images in [0, 1].
-IMAGENET_MEAN = np.float32([0.485, 0.456, 0.406])
-IMAGENET_STD = np.float32([0.229, 0.224, 0.225])
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 DEPTH = 12  # blocks of both transformers
 HEAD_DIM = 64
 VIT_IMAGE = 224  # pixels of their square input
 DINO_WIDTH, DINOV2_WIDTH = 384, 768  # channels of a token
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "dino": {"width": DINO_WIDTH, "patch": 16},
     "dinov2": {"width": DINOV2_WIDTH, "patch": 14},
 }
@@ -79,8 +82,7 @@ def dino(params, images, dtype=jnp.float32):
     """
     size = (VIT_IMAGE, VIT_IMAGE)
     _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
-    model = VisionTransformer(**SIZES["dino"], tanh_gelu=True, dtype=dtype)  # as published
-    embedded, outputs, _ = model.apply({"params": params}, imagenet_normalized(images))
+    embedded, outputs, _ = _tokens("dino", params, images, dtype, tanh_gelu=True)  # as published
     return (embedded, *(outputs[i] for i in DINO_BLOCKS))
 
 
@@ -101,12 +103,19 @@ def dinov2(params, images, dtype=jnp.float32):
     """
     _check(images, True, "any number of pixels")
     images = resize_bicubic(images.astype(jnp.float32), (VIT_IMAGE, VIT_IMAGE))
-    model = VisionTransformer(**SIZES["dinov2"], dtype=dtype)
-    _, _, tokens = model.apply({"params": params}, imagenet_normalized(images))
+    _, _, tokens = _tokens("dinov2", params, images, dtype)
     return tokens[:, 1:].astype(jnp.float32)
 
 
-def resize_bicubic(images, size: tuple[int, int]):
+def _tokens(
+    name: str, params, images, dtype, tanh_gelu: bool = False
+) -> tuple[Array, Array, Array]:
+    """What `VisionTransformer` returns for images in [-1, 1]."""
+    model = VisionTransformer(**SIZES[name], tanh_gelu=tanh_gelu, dtype=dtype)
+    return cast(Any, model.apply({"params": params}, imagenet_normalized(images)))
+
+
+def resize_bicubic(images, size: tuple[int, int]) -> Array:
     """PyTorch's bicubic resizing of float32 (B, H, W, C): a = -0.75, and no antialiasing."""
     rows, columns = (bicubic_matrix(n, target) for n, target in zip(images.shape[1:3], size))
     images = jnp.einsum("yh,bhwc->bywc", rows, images, precision="highest")
@@ -157,7 +166,7 @@ def imagenet_normalized(images):
 class VGG16(nn.Module):
     """The convolutions of VGG16 (Simonyan and Zisserman, arXiv 1409.1556)."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):
@@ -176,7 +185,7 @@ class VGG16(nn.Module):
 class AlexNet(nn.Module):
     """The convolutions of torchvision's AlexNet (Krizhevsky, arXiv 1404.5997)."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):
@@ -196,7 +205,7 @@ class Lpips(nn.Module):
     """Squared differences of unit features, weighted by channel, averaged over positions."""
 
     network: str  # "vgg" or "alex"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images_a, images_b):
@@ -228,7 +237,7 @@ class VisionTransformer(nn.Module):
     width: int
     patch: int
     tanh_gelu: bool = False  # GELU by its approximation with tanh
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images):
@@ -256,7 +265,7 @@ class VisionTransformer(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each after a layer norm and added to its input."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
     tanh_gelu: bool
 
     @nn.compact

@@ -12,9 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen import spmd
 from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax.errors import UserError
 
@@ -98,7 +99,7 @@ def shardings(abstract, mesh: Mesh):
 
     def sharding(leaf):
         names = leaf.names if is_boxed(leaf) else ()
-        spec = nn.logical_to_mesh_axes(names, RULES)
+        spec = spmd.logical_to_mesh_axes(names, RULES) or ()
         shape = unbox(leaf).shape
         fits = [
             axis if axis is not None and size % mesh.shape[axis] == 0 else None
@@ -109,13 +110,30 @@ def shardings(abstract, mesh: Mesh):
     return jax.tree.map(sharding, abstract, is_leaf=is_boxed)
 
 
-def unshard(parameter: Array, axes: Sequence[str | None] | None = None) -> Array:
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+) -> Array:
+    """A parameter of a module, float32, with one logical axis per dimension."""
+    boxed: Any = nn.with_logical_partitioning(init, tuple(axes))
+    return module.param(name, boxed, shape)
+
+
+def constrain(x: Array, axes: Sequence[str | None]) -> Array:
+    """Shards an activation by the logical axes of its dimensions (None: unsharded)."""
+    return spmd.with_logical_constraint(x, tuple(axes))
+
+
+def unshard(x: Array, axes: Sequence[str | None] | None = None) -> Array:
     """Unshards a parameter at its point of use.
 
     XLA then all-gathers weights layer by layer instead of moving activations. `axes` are the
     logical axes, one per dimension, that stay sharded (None: unsharded); by default none.
     """
-    return nn.with_logical_constraint(parameter, axes or (None,) * parameter.ndim)
+    return constrain(x, axes or (None,) * x.ndim)
 
 
 def with_shardings(tree, placed):
@@ -144,7 +162,7 @@ def sharded_init(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
     return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), with_shardings(tree, placed)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

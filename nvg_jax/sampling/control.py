@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from nvg_jax import granularity
 from nvg_jax.errors import UserError
@@ -11,14 +12,11 @@ from nvg_jax.errors import UserError
 MAX_DIVIDED = 16  # up to this many regions, all ways to divide them are compared
 
 
-def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
+def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> Bool[np.ndarray, " L"]:
     """The positions of the latent in which any pixel of a mask is set, row by row.
 
     Args:
         mask: bool (H, W), H and W multiples of the latent's height and width.
-
-    Returns:
-        bool (h * w,).
 
     Raises:
         UserError: another shape or type, or a mask that covers no position or all of them.
@@ -45,7 +43,7 @@ def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray
 
 def structure_of_drawing(
     drawing: np.ndarray, latent_size: tuple[int, int]
-) -> tuple[np.ndarray, int]:
+) -> tuple[Int32[np.ndarray, "S L"], int]:
     """The structure maps determined by a drawing of regions.
 
     The positions are halved repeatedly. Each time, the regions are divided between the two children
@@ -59,7 +57,7 @@ def structure_of_drawing(
             among its pixels.
 
     Returns:
-        All maps, int32 (S, L), and the number of stages that the drawing determines: stage 0, and
+        All maps, and the number of stages that the drawing determines: stage 0, and
         one for every doubling up to the number of regions. Pass them to `Pipeline.sample` as the
         prefix's structure and structure_stages.
 
@@ -90,8 +88,10 @@ def structure_of_drawing(
     return np.asarray(granularity.all_stages(finest)), stages
 
 
-def regions_of_positions(drawing: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
-    """int (h * w,): for each position of the latent, the most common value among its pixels."""
+def regions_of_positions(
+    drawing: np.ndarray, latent_size: tuple[int, int]
+) -> Int[np.ndarray, " L"]:
+    """For each position of the latent, the most common value among its pixels."""
     drawing = np.asarray(drawing)
     (height, width), shape = latent_size, drawing.shape
     if drawing.ndim != 2 or drawing.dtype.kind not in "iu" or shape[0] % height or shape[1] % width:
@@ -105,8 +105,10 @@ def regions_of_positions(drawing: np.ndarray, latent_size: tuple[int, int]) -> n
     return votes.argmax(-1).ravel()
 
 
-def half_of(regions: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """bool (n,): True for the positions that form the first half; see `divide`."""
+def half_of(
+    regions: Int[np.ndarray, " n"], places: Float[np.ndarray, "n 2"]
+) -> Bool[np.ndarray, " n"]:
+    """True for the positions that form the first half; see `divide`."""
     size = len(regions) // 2
     if len(np.unique(regions)) == 1:  # not decided by the drawing: halves along the longer axis
         axis = np.ptp(places, axis=0).argmax()
@@ -127,14 +129,16 @@ def half_of(regions: np.ndarray, places: np.ndarray) -> np.ndarray:
     return filled if smaller is chosen else ~filled
 
 
-def divide(regions: np.ndarray, places: np.ndarray) -> np.ndarray:
+def divide(
+    regions: Int[np.ndarray, " n"], places: Float[np.ndarray, "n 2"]
+) -> Int[np.ndarray, " regions"]:
     """The regions that form one part when they are divided into two parts of nearly equal size.
 
     Of the divisions with the smallest difference in size, this takes one with the shortest border.
     With more than `MAX_DIVIDED` regions, only cuts across the longer axis are considered.
 
     Args:
-        regions: int (n,), the region of each position. places: float (n, 2), row and column.
+        regions: the region of each position. places: row and column of each position.
 
     Returns:
         The numbers of the regions, a non-empty proper subset.
@@ -155,22 +159,22 @@ def divide(regions: np.ndarray, places: np.ndarray) -> np.ndarray:
     return names[first[np.lexsort((border, difference))[0]] == 1]
 
 
-def circle(center: float, size: int) -> np.ndarray:
-    """Bool (size, size): a disc of half the area, horizontally at `center`: 0 left .. 1 right."""
+def circle(center: float, size: int) -> Bool[np.ndarray, "{size} {size}"]:
+    """A disc of half the area, horizontally at `center`: 0 left .. 1 right."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size
     radius = np.sqrt(0.5 / np.pi)
     return np.square(x - radius - center * (1 - 2 * radius)) + np.square(y - 0.5) <= radius**2
 
 
-def rings(size: int) -> np.ndarray:
-    """Int (size, size): four rings of equal area around the center."""
+def rings(size: int) -> Int[np.ndarray, "{size} {size}"]:
+    """Four rings of equal area around the center."""
     y, x = np.mgrid[:size, :size] - (size - 1) / 2
     order = np.argsort(np.argsort((x * x + y * y).ravel(), kind="stable"))
     return (4 * order // order.size).reshape(size, size)
 
 
-def rectangle(size: int) -> np.ndarray:
-    """Bool (size, size): a centered square of half the area."""
+def rectangle(size: int) -> Bool[np.ndarray, "{size} {size}"]:
+    """A centered square of half the area."""
     far = np.abs(np.mgrid[:size, :size] - (size - 1) / 2).max(0)
     return far <= size * np.sqrt(0.5) / 2
 
@@ -186,8 +190,8 @@ DRAWINGS: dict[str, Callable[[int], np.ndarray]] = {
 }
 
 
-def ready_made(name: str, size: int = 256) -> np.ndarray:
-    """A drawing by its name in `DRAWINGS`, int (size, size).
+def ready_made(name: str, size: int = 256) -> Int32[np.ndarray, "{size} {size}"]:
+    """A drawing by its name in `DRAWINGS`.
 
     Raises:
         UserError: there is no such drawing.
@@ -200,12 +204,16 @@ def ready_made(name: str, size: int = 256) -> np.ndarray:
 # Pixels and noise.
 
 
-def paste(original: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: int) -> np.ndarray:
+def paste(
+    original: Float[np.ndarray, "*#batch H W 3"],
+    edited: Float[np.ndarray, "*#batch H W 3"],
+    mask: Bool[np.ndarray, "H W"],
+    feather: int,
+) -> Float32[np.ndarray, "*#batch H W 3"]:
     """The edited image inside a mask, the original outside, blended over `feather` pixels.
 
     Args:
-        original, edited: float (..., H, W, 3).
-        mask: bool (H, W). All pixels in it come from the edited image.
+        mask: all pixels in it come from the edited image.
     """
     weight = np.asarray(mask, np.float32)
     grown = np.asarray(mask, bool)
@@ -217,8 +225,10 @@ def paste(original: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: i
     return (weight * edited + (1 - weight) * original).astype(np.float32)
 
 
-def between(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
-    """Spherical interpolation of two noise arrays of the same shape: `start` at 0, `end` at 1.
+def between(
+    start: Float[np.ndarray, "*noise"], end: Float[np.ndarray, "*noise"], share: float
+) -> Float[np.ndarray, "*noise"]:
+    """Spherical interpolation of two noise arrays: `start` at 0, `end` at 1.
 
     Unlike a weighted mean, it keeps the norm that the sampler expects. `Pipeline.structure_noise`
     gives the noise of a seed.

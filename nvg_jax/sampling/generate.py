@@ -6,10 +6,12 @@ branches share one `lax.scan`.
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Float32, Int, Key
 
 from nvg_jax import granularity
 from nvg_jax.sampling.guidance import Guidance, filter_logits
@@ -29,9 +31,9 @@ class Networks(NamedTuple):
     null_id: the id of the null class. latent_dim: D.
     """
 
-    logits: Callable
-    flow_velocity: Callable
-    add_stage: Callable
+    logits: Callable[..., Array]
+    flow_velocity: Callable[..., tuple[Callable[..., Array], Any]]
+    add_stage: Callable[..., Array]
     null_id: int
     latent_dim: int
 
@@ -71,11 +73,13 @@ def make_plan(
         token_stages: the tokens of stages 0 .. token_stages - 1 come from the prefix.
         region: whether only a region is generated in the other stages.
     """
-    count = len(settings.content_guidance)
+    content_guidance = settings.per_stage("content_guidance")
+    structure_guidance = settings.per_stage("structure_guidance")
+    count = len(content_guidance)
     stages = []
     for stage in range(count):
-        content = "plain" if settings.content_guidance[stage] == 1 else "guided"
-        split = "plain" if settings.structure_guidance[stage] == 1 else "guided"
+        content = "plain" if content_guidance[stage] == 1 else "guided"
+        split = "plain" if structure_guidance[stage] == 1 else "guided"
         if stage < token_stages:
             content = "prefix"
         if stage == count - 1:
@@ -89,37 +93,36 @@ def make_plan(
         stages=tuple(stages),
         settings=settings.static(),
         greedy=settings.temperature == 0,
-        top_k=any(settings.top_k),
-        top_p=any(p < 1 for p in settings.top_p),
+        top_k=any(settings.per_stage("top_k")),
+        top_p=any(p < 1 for p in settings.per_stage("top_p")),
         region=region,
     )
 
 
 def generate(
     networks: Networks,
-    class_ids,
-    keys,
-    noise,
+    class_ids: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    noise: Float[Array, "B L K"],
     plan: SamplingPlan,
-    values: dict[str, jax.Array],
+    values: dict[str, Array],
     prefix: GranularitySequence,
-    region,
-) -> tuple[GranularitySequence, jax.Array]:
+    region: Bool[Array, "B L"],
+) -> tuple[GranularitySequence, Float32[Array, "B L D"]]:
     """Generates the sequences of a batch.
 
     Args:
-        class_ids: int32 (B,).
-        keys: a random key for each sample (B,), the source of all its randomness.
-        noise: float32 (B, L, K), the noise that every stage's flow starts from.
+        keys: a random key for each sample, the source of all its randomness.
+        noise: the noise that every stage's flow starts from.
         plan: what each stage runs; static.
         values: `Settings.traced()`; "temperature" is a scalar, the others are (S,).
-        prefix: maps and tokens int32 (B, S, L), read where the plan says "prefix" or "region". The
-            first map is always read, and must be zero.
-        region: bool (B, L), read if the plan says so. Positions outside keep all maps and tokens of
+        prefix: maps and tokens, read where the plan says "prefix" or "region". The first map is
+            always read, and must be zero.
+        region: read if the plan says so. Positions outside keep all maps and tokens of
             `prefix`, and a cluster that contains such a position keeps its token.
 
     Returns:
-        The sequence, and the final canvas float32 (B, L, D).
+        The sequence, and the final canvas.
     """
     batch, length, num_bits = noise.shape
     stages = num_bits + 1

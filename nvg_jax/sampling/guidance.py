@@ -1,7 +1,11 @@
 """Classifier-free guidance and the filters of the token distribution."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int, Shaped
 
 
 class Guidance:
@@ -11,26 +15,29 @@ class Guidance:
     class. The copies are adjacent, so sharding the batch keeps them on one device.
 
     Attributes:
-        classes: int32 (2B,), the classes of that batch.
+        classes: the classes of that batch.
 
     Args:
-        class_ids: int32 (B,).
         scale: a scalar, or an array that broadcasts to the output; None disables guidance: the
             batch is then (B, ...) and the null class is not computed.
     """
 
-    def __init__(self, class_ids, null_id: int, scale):
+    classes: Int[Array, " rows"]
+
+    def __init__(
+        self, class_ids: Int[Array, " B"], null_id: int, scale: float | Float[Array, "..."] | None
+    ):
         self.classes, self._scale = class_ids, scale
         if scale is not None:
             nulls = jnp.full_like(class_ids, null_id)
             self.classes = jnp.stack([class_ids, nulls], axis=1).ravel()
 
-    def double(self, x):
-        """(B, ...) -> (2B, ...)."""
+    def double(self, x: Shaped[Array, " B *rest"]) -> Shaped[Array, " rows *rest"]:
+        """The rows of the network's batch: 2B, or B without guidance."""
         return x if self._scale is None else jnp.repeat(x, 2, axis=0)
 
-    def __call__(self, output):
-        """The guided output (B, ...), from the network's (2B, ...)."""
+    def __call__(self, output: Float[Array, " rows *rest"]) -> Float[Array, " B *rest"]:
+        """The guided output."""
         if self._scale is None:
             return output
         output = output.reshape(-1, 2, *output.shape[1:])
@@ -38,14 +45,17 @@ class Guidance:
         return null + self._scale * (cond - null)
 
 
-def filter_logits(logits, top_k=None, top_p=None):
+def filter_logits(
+    logits: Float[Array, "*batch V"],
+    top_k: int | Int[Array, ""] | None = None,
+    top_p: float | Float[Array, ""] | None = None,
+) -> Float[Array, "*batch V"]:
     """Applies top-k, then top-p (nucleus): sets other logits to -inf; always keeps the best token.
 
     Args:
-        logits: float32 (..., V).
-        top_k: int scalar, may be traced; 0 keeps all; None leaves the filter out of the program.
-        top_p: float scalar in (0, 1], may be traced; None leaves the filter out. Tokens are dropped
-            starting with the least likely while their total probability is at most 1 - top_p.
+        top_k: 0 keeps all; None leaves the filter out of the program.
+        top_p: in (0, 1]; None leaves the filter out. Tokens are dropped, starting with the least
+            likely, while their total probability is at most 1 - top_p.
     """
     if top_k is not None:
         vocabulary = logits.shape[-1]
@@ -58,15 +68,16 @@ def filter_logits(logits, top_k=None, top_p=None):
     return logits
 
 
-def _keep_top(logits, enough):
+def _keep_top(
+    logits: Float[Array, "*batch V"],
+    enough: Callable[[Bool[Array, "*batch V"]], Bool[Array, "*batch 1"]],
+) -> Float[Array, "*batch V"]:
     """Sets logits below a threshold to -inf: the lowest x for which enough(logits <= x) holds.
 
     Bisects over the bits: on a CPU, sorting takes five times as long.
 
     Args:
-        logits: float32 (..., V).
-        enough: bool (..., V) -> bool (..., 1); must be monotonic in x, and is assumed to hold for
-            the highest logit.
+        enough: must be monotonic in x, and is assumed to hold for the highest logit.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
     # Integers in the order of the floats; 0.0 equals -0.0 (the lowest integer).

@@ -4,9 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int, Key
 
 from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
@@ -56,9 +59,10 @@ class SamplingProgram(NamedTuple):
         split, replicated = (
             NamedSharding(mesh, spec) for spec in (sharding.BATCH_SPEC, PartitionSpec())
         )
-        batch = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
-            (batch_size, *shape), dtype, sharding=split
-        )
+
+        def batch(*shape: int, dtype=jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)
+
         return (
             sharding.with_shardings(
                 {name: self.model.abstract_params(name) for name in self.model.networks}, replicated
@@ -86,28 +90,24 @@ def sampling_program(model: ModelConfig) -> SamplingProgram:
 
 
 def sample_batch(
-    params,
-    canvas_scale,
-    class_ids,
-    keys,
-    noise,
-    values,
-    prefix,
-    region,
+    params: dict[str, Any],
+    canvas_scale: Float[Array, " factors"],
+    class_ids: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    noise: Float[Array, "B L K"],
+    values: dict[str, Array],
+    prefix: GranularitySequence,
+    region: Bool[Array, "B L"],
     *,
     plan: SamplingPlan,
     tokenizer: Tokenizer,
     content: ContentGenerator,
     structure: StructureGenerator,
-):
+) -> tuple[Float32[Array, "B H W 3"], GranularitySequence]:
     """Samples a batch of images; see `generate` for the arguments.
 
     Args:
         params: {"tokenizer", "content", "structure"}.
-        canvas_scale: float32 (S + 1,).
-
-    Returns:
-        (images float32 (B, H, W, 3), GranularitySequence).
     """
     networks, decode = bind(params, canvas_scale, tokenizer, content, structure)
     sequence, canvas = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
@@ -115,8 +115,8 @@ def sample_batch(
 
 
 def bind(
-    params,
-    canvas_scale,
+    params: dict[str, Any],
+    canvas_scale: Float[Array, " factors"],
     tokenizer: Tokenizer,
     content: ContentGenerator,
     structure: StructureGenerator,
@@ -128,19 +128,19 @@ def bind(
     def logits(canvas, labels, stage, classes):
         stages = jnp.full(classes.shape, stage)
         embedding = granularity.structure_embedding(labels, stage, num_bits)
-        apply = functools.partial(content.apply, {"params": params["content"]})
+        apply = apply_with(content, params["content"])
         final, _ = apply(canvas, embedding, stages, classes, canvas_scale, method="predict_canvas")
         missing = granularity.cluster_means(final - canvas, labels, length)
         return apply(missing, method="token_logits")
 
     def flow_velocity(labels, canvas, stage, classes, times):
         embedding = granularity.structure_embedding(labels, stage, num_bits)
-        apply = functools.partial(structure.apply, {"params": params["structure"]})
+        apply = apply_with(structure, params["structure"])
         condition = apply(embedding, canvas, classes, method="condition")
         per_time = apply(times, jnp.full(classes.shape, stage), classes, method="modulations")
         return lambda z, at_time: apply(z, condition, at_time, method="velocity"), per_time
 
-    apply = functools.partial(tokenizer.apply, {"params": params["tokenizer"]})
+    apply = apply_with(tokenizer, params["tokenizer"])
     networks = Networks(
         logits=logits,
         flow_velocity=flow_velocity,
@@ -149,3 +149,8 @@ def bind(
         latent_dim=tokenizer.config.latent_dim,
     )
     return networks, functools.partial(apply, method="decode")
+
+
+def apply_with(module: nn.Module, params) -> Callable[..., Any]:
+    """`module.apply` with these parameters."""
+    return functools.partial(module.apply, {"params": params})

@@ -72,8 +72,8 @@ class Spec:
             return text == "true"
         if self.per_stage is None:
             return self.kind(text)
-        numbers = tuple(float(number) for number in text.split(","))
-        return numbers if len(numbers) > 1 else numbers[0]
+        numbers = [float(number) for number in text.split(",")]
+        return tuple(numbers) if len(numbers) > 1 else numbers[0]
 
     def expand(self, name: str, value, num_stages: int, codebook_size: int):
         """A checked value of `kind`, or a tuple of one per stage.
@@ -102,8 +102,9 @@ class Spec:
         values = np.atleast_1d(values.astype(np.float64))
         if values.shape == (1,):
             values = np.repeat(values, num_stages)
-        elif values.shape == (2,) and num_stages != 2:
-            values = self.per_stage(*values, num_stages)
+        elif self.per_stage is not None and values.shape == (2,) and num_stages != 2:
+            start, end = values
+            values = self.per_stage(start, end, num_stages)
         if values.shape != (num_stages,):
             raise UserError(
                 f"{name} takes a number, a (start, end) pair or {num_stages} values (one per "
@@ -204,7 +205,8 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":
         """Settings from a dictionary, possibly read from JSON, which turns tuples into lists."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**values)
 
     def updated(self, changes: dict[str, Any]) -> "Settings":
         """These settings, updated with the values of `changes` that are not None.
@@ -225,12 +227,15 @@ class Settings:
         Raises:
             UserError: an invalid value; the message names the setting and the valid range.
         """
-        return Settings(
-            **{
-                name: spec.expand(name, getattr(self, name), num_stages, codebook_size)
-                for name, spec in self.specs().items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: spec.expand(name, getattr(self, name), num_stages, codebook_size)
+            for name, spec in self.specs().items()
+        }
+        return Settings(**values)
+
+    def per_stage(self, name: str) -> tuple[float, ...]:
+        """The values of a per-stage setting, after `expand`."""
+        return getattr(self, name)
 
     def traced(self) -> dict[str, np.ndarray]:
         """The values that the compiled sampler takes as arguments: float32 or int32, () or (S,)."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
 from nvg_jax.errors import UserError
 
@@ -38,33 +39,33 @@ def shifted_times(num_steps: int, num_positions: int, shift: float = 0.0) -> np.
     return shift * t / (shift * t + 1 - t)
 
 
-def call_times(times: Array, solver: str) -> Array:
+def call_times(times: Float[Array, " times"], solver: str) -> Float[Array, " calls"]:
     """The times at which `solve` calls the velocity: all n + 1, or all but the last."""
     return times if solver == "heun" else times[:-1]
 
 
-def known_channels(stage: int | Array, num_bits: int) -> Array:
-    """bool (..., 1, K): the channels that the map of a stage already fixes.
-
-    Args:
-        stage: i, int (...); the map of stage i fixes the first i channels.
-        num_bits: K.
-    """
+def known_channels(stage: int | Int[Array, "*batch"], num_bits: int) -> Bool[Array, "*batch 1 K"]:
+    """The channels that the map of stage i already fixes: the first i of K (`num_bits`)."""
     return jnp.arange(num_bits) < jnp.asarray(stage)[..., None, None]
 
 
-def path(noise: Array, target: Array, time: Array, stage: Array) -> tuple[Array, Array]:
+def path(
+    noise: Float[Array, "B L K"],
+    target: Float[Array, "B L K"],
+    time: Float[Array, " B"],
+    stage: Int[Array, " B"],
+) -> tuple[Float[Array, "B L K"], Float[Array, "B L K"]]:
     """The point z_t between noise (t = 1) and target (t = 0), and the noise used for it.
 
     In the known channels the noise is replaced by the target, so z_t equals the target at all t.
 
     Args:
-        noise, target: float32 (B, L, K); the target is the finest structure embedding minus 1.
-        time: float32 (B,) in [0, 1].
-        stage: int32 (B,), the stage that is split.
+        target: the finest structure embedding minus 1.
+        time: values in [0, 1].
+        stage: the stage that is split.
 
     Returns:
-        (z_t, noise), both float32 (B, L, K); the velocity to learn is noise - target.
+        (z_t, noise); the velocity to learn is noise - target.
     """
     noise = jnp.where(known_channels(stage, noise.shape[-1]), target, noise)
     time = time[:, None, None]
@@ -72,15 +73,15 @@ def path(noise: Array, target: Array, time: Array, stage: Array) -> tuple[Array,
 
 
 def solve(
-    velocity: Callable[[Array, Any], Array],
-    noise: Array,
-    known: Array,
-    stage: int | Array,
-    times: Array,
-    kept: tuple[Array, Array] | None = None,
+    velocity: Callable[[Float[Array, "B L K"], Any], Float[Array, "B L K"]],
+    noise: Float[Array, "B L K"],
+    known: Float[Array, "B L K"],
+    stage: int | Int[Array, "..."],
+    times: Float[Array, " times"],
+    kept: tuple[Bool[Array, "B L"], Float[Array, "B L K"]] | None = None,
     solver: str = "euler",
     per_time: Any = None,
-) -> Array:
+) -> Float[Array, "B L K"]:
     """Integrates from noise to a structure; resets the known channels after every step.
 
     "euler" uses the velocity at the start of a step. "heun" uses the mean of the velocities at the
@@ -89,20 +90,19 @@ def solve(
     predicted structure z - t v, here linearly in t, and integrates it exactly.
 
     Args:
-        velocity: (z float32 (B, L, K), time scalar) -> float32 (B, L, K).
-        noise: float32 (B, L, K).
-        known: float32 (B, L, K), the structure embedding of the stage minus 1, which holds the
-            values of the known channels.
-        stage: int scalar or (B,), may be traced.
-        times: float32 (n + 1,), decreasing from 1 to 0.
-        kept: None, or (bool (B, L), target float32 (B, L, K)): the positions that follow the path
-            to a known target instead of the velocity.
+        velocity: (z, time) -> the velocity at z.
+        known: the structure embedding of the stage minus 1, which holds the values of the known
+            channels.
+        stage: one for all images, or one for each.
+        times: decreasing from 1 to 0.
+        kept: None, or (positions, target): these positions follow the path to a known target
+            instead of the velocity.
         solver: one of `SOLVERS`.
         per_time: None, or arrays (n or n + 1, ...) over `call_times`: `velocity` gets their entry
             instead of the time.
 
     Returns:
-        float32 (B, L, K), the structure embedding minus 1 at t = 0, not rounded.
+        The structure embedding minus 1 at t = 0, not rounded.
     """
     mask = known_channels(stage, noise.shape[-1])
 

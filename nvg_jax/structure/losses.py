@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32, Int, PRNGKeyArray
 
 from nvg_jax import granularity
 from nvg_jax.structure import flow
@@ -31,14 +32,14 @@ class Teacher(NamedTuple):
 
 def structure_losses(
     velocity: Callable[..., Array],
-    structure: Array,
-    canvases: Array,
-    noise: Array,
-    times: Array,
-    weights: Array | None = None,
+    structure: Int[Array, "B S L"],
+    canvases: Float[Array, "B S L D"],
+    noise: Float[Array, "B L K"],
+    times: Float[Array, "B K-1"],
+    weights: Float[Array, " B"] | None = None,
     teacher: Teacher | None = None,
-) -> Array:
-    """Flow-matching loss of each learned split, float32 (K - 1,).
+) -> Float32[Array, " K-1"]:
+    """Flow-matching loss of each learned split.
 
     The splits of stages 0 .. K - 2 are learned. The last split, of pairs, is not learned: either
     order is valid.
@@ -47,11 +48,10 @@ def structure_losses(
         velocity: (noisy, time, structure embedding, canvas, stage) -> velocity, such as
             `StructureGenerator` with class ids and randomness bound. It is called once, on a batch
             of B * (K - 1) with the stages of an image adjacent.
-        structure: int32 (B, S, L).
-        canvases: float32 (B, S, L, D), the canvas after each stage.
-        noise: float32 (B, L, K), shared by the stages of an image.
-        times: float32 (B, K - 1) in [0, 1].
-        weights: float32 (B,), per-image weights that sum to 1; None means uniform.
+        canvases: the canvas after each stage.
+        noise: shared by the stages of an image.
+        times: values in [0, 1].
+        weights: per-image weights that sum to 1; None means uniform.
         teacher: what to learn instead of the structure of the images.
     """
     batch, stages, length = structure.shape
@@ -76,6 +76,6 @@ def structure_losses(
     return jnp.average(error.reshape(batch, learned), axis=0, weights=weights)
 
 
-def draw_times(key: Array, batch: int, learned: int) -> Array:
-    """Training times: sigmoid of a standard normal, per image and stage, float32 (B, K - 1)."""
+def draw_times(key: PRNGKeyArray, batch: int, learned: int) -> Float32[Array, "B learned"]:
+    """Training times: sigmoid of a standard normal, per image and learned split."""
     return jax.nn.sigmoid(jax.random.normal(key, (batch, learned)))

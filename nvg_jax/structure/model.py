@@ -5,6 +5,8 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
 from nvg_jax import layers
 
@@ -14,12 +16,12 @@ CANVAS_KIND = 2  # rotary kind of condition tokens; image and structure tokens h
 class Condition(NamedTuple):
     """What all velocities of a split share.
 
-    tokens: (B, 1 + L, C), embedded class and canvas. cos, sin: from `layers.rotary_tables`.
+    tokens: embedded class and canvas. cos, sin: from `layers.rotary_tables`.
     """
 
-    tokens: Array
-    cos: Array
-    sin: Array
+    tokens: Float[Array, "B 1+L C"]
+    cos: Float32[Array, "B N pairs"]
+    sin: Float32[Array, "B N pairs"]
 
 
 class StructureGenerator(nn.Module):
@@ -32,7 +34,7 @@ class StructureGenerator(nn.Module):
     latent_dim: int
     num_classes: int
     transformer: layers.TransformerConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         t = self.transformer
@@ -48,24 +50,24 @@ class StructureGenerator(nn.Module):
 
     def __call__(
         self,
-        noisy: Array,
-        time: Array,
-        structure: Array,
-        canvas: Array,
-        stage: Array,
-        class_ids: Array,
+        noisy: Float[Array, "B L K"],
+        time: Float[Array, " B"],
+        structure: Int[Array, "B L K"],
+        canvas: Float[Array, "B L D"],
+        stage: Int[Array, " B"],
+        class_ids: Int[Array, " B"],
         deterministic: bool = True,
-    ) -> Array:
-        """The velocity noise - target, float32 (B, L, K).
+    ) -> Float32[Array, "B L K"]:
+        """The velocity noise - target.
 
         Args:
-            noisy: float32 (B, L, K), the structure embedding minus 1, mixed with noise except in
-                the known channels (those below `stage`, see `flow`).
-            time: float32 (B,) in [0, 1]; 1 is pure noise.
-            structure: int (B, L, K), the structure embedding of the stage, values 0, 1, 2.
-            canvas: float32 (B, L, D), the canvas after the stage.
-            stage: int32 (B,), 0 .. K-2, the stage whose clusters are split.
-            class_ids: int32 (B,), `num_classes` for the null class.
+            noisy: the structure embedding minus 1, mixed with noise except in the known channels
+                (those below `stage`, see `flow`).
+            time: values in [0, 1]; 1 is pure noise.
+            structure: the structure embedding of the stage, values 0, 1, 2.
+            canvas: the canvas after the stage.
+            stage: 0 .. K-2, the stage whose clusters are split.
+            class_ids: `num_classes` for the null class.
             deterministic: False turns on drop path (rng "drop_path").
         """
         condition = self.condition(structure, canvas, class_ids)
@@ -76,41 +78,57 @@ class StructureGenerator(nn.Module):
     # The sampler calls the network in three parts: what all times of a split share, what depends
     # only on the time, and the rest.
 
-    def condition(self, structure: Array, canvas: Array, class_ids: Array) -> Condition:
+    def condition(
+        self,
+        structure: Int[Array, "B L K"],
+        canvas: Float[Array, "B L D"],
+        class_ids: Int[Array, " B"],
+    ) -> Condition:
         """What all velocities of a split share; see `__call__` for the arguments."""
         tokens = [self.class_embed(class_ids)[:, None], self.canvas_embed(canvas)]
         head_dim = self.transformer.head_dim
         tables = layers.rotary_tables(structure, (CANVAS_KIND, 0), self.grid, head_dim)
         return Condition(jnp.concatenate(tokens, axis=1), *tables)
 
-    def vector(self, time: Array, stage: Array, class_ids: Array) -> Array:
-        """The conditioning vectors (..., B, C) of times (..., B)."""
+    def vector(
+        self, time: Float[Array, "*T B"], stage: Int[Array, " B"], class_ids: Int[Array, " B"]
+    ) -> Float[Array, "*T B C"]:
+        """The conditioning vectors of one time or of several times for each image."""
         embedding = layers.timestep_embedding(time).astype(self.dtype)
         vec = self.class_embed(class_ids) + self.time_out(nn.silu(self.time_in(embedding)))
         return vec + self.stage_embed(stage)
 
-    def modulations(self, times: Array, stage: Array, class_ids: Array) -> tuple[Array, Array]:
-        """The modulations of all blocks, (T, depth, B, 3C), and of the head, (T, B, 2C).
-
-        Args:
-            times: float32 (T,). stage, class_ids: int32 (B,).
-        """
+    def modulations(
+        self, times: Float[Array, " T"], stage: Int[Array, " B"], class_ids: Int[Array, " B"]
+    ) -> tuple[Float[Array, "T depth B block_channels"], Float[Array, "T B head_channels"]]:
+        """The modulations of all blocks and of the head at each time."""
         times = jnp.broadcast_to(times[:, None], (len(times), len(class_ids)))
         vec = self.vector(times, stage, class_ids)
         return self.blocks.modulations(vec).swapaxes(0, 1), self.head.modulations(vec)
 
     def velocity(
-        self, noisy: Array, condition: Condition, modulations: tuple[Array, Array]
-    ) -> Array:
-        """The velocity float32 (B, L, K) of `noisy` (B, L, K) at one time.
+        self,
+        noisy: Float[Array, "B L K"],
+        condition: Condition,
+        modulations: tuple[Float[Array, "depth B block_channels"], Float[Array, "B head_channels"]],
+    ) -> Float32[Array, "B L K"]:
+        """The velocity of `noisy` at one time.
 
         Args:
-            modulations: the modulations for that time, (depth, B, 3C) and (B, 2C).
+            modulations: what `modulations` returns, at this time.
         """
         return self._velocity(noisy, condition, None, *modulations, deterministic=True)
 
-    def _velocity(self, noisy, condition, vec, of_blocks, of_head, deterministic) -> Array:
-        """Like `velocity`; the blocks take either vec (B, C) or their modulations."""
+    def _velocity(
+        self,
+        noisy: Float[Array, "B L K"],
+        condition: Condition,
+        vec: Float[Array, "B C"] | None,
+        of_blocks: Float[Array, "depth B block_channels"] | None,
+        of_head: Float[Array, "B head_channels"],
+        deterministic: bool,
+    ) -> Float32[Array, "B L K"]:
+        """Like `velocity`; the blocks take either vec or their modulations."""
         x = jnp.concatenate([condition.tokens, self.structure_embed(noisy)], axis=1)
         x, _ = self.blocks(
             x, vec, condition.cos, condition.sin, deterministic, modulations=of_blocks

@@ -6,8 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
 
 from nvg_jax.errors import UserError
+from nvg_jax.runtime.sharding import constrain, parameter
 
 
 def group_count(channels: int) -> int:
@@ -25,10 +28,9 @@ def group_count(channels: int) -> int:
     )
 
 
-KERNEL_INIT = nn.with_logical_partitioning(
-    nn.initializers.lecun_normal(), (None, None, "conv_in", "conv_out")
-)
-BIAS_INIT = nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",))
+KERNEL_AXES = (None, None, "conv_in", "conv_out")
+KERNEL_INIT = nn.with_logical_partitioning(nn.initializers.lecun_normal(), KERNEL_AXES)
+BIAS_INIT = nn.with_logical_partitioning(nn.initializers.zeros, KERNEL_AXES[-1:])
 
 
 def conv(features: int, size: int, dtype, name: str, **kwargs) -> nn.Conv:
@@ -60,17 +62,17 @@ class ResidualBlock(nn.Module):
     """GroupNorm, swish and 3x3 convolution, twice; a 1x1 shortcut if the width changes."""
 
     features: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W features"]:
         h = nn.silu(group_norm(x.shape[-1], self.dtype, "norm1")(x))
         h = conv(self.features, 3, self.dtype, "conv1")(h)
         h = nn.silu(group_norm(self.features, self.dtype, "norm2")(h))
         h = conv(self.features, 3, self.dtype, "conv2")(h)
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.dtype, "shortcut")(x)
-        return nn.with_logical_constraint(x + h, ("batch", "height", "width", None))
+        return constrain(x + h, ("batch", "height", "width", None))
 
 
 class Upsample(nn.Module):
@@ -83,14 +85,14 @@ class Upsample(nn.Module):
     """
 
     features: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x (B, H, W, C) -> (B, 2H, 2W, features)."""
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W features"]:
         batch, height, width, channels = x.shape
-        kernel = self.param("kernel", KERNEL_INIT, (3, 3, channels, self.features))
-        bias = self.param("bias", BIAS_INIT, (self.features,))
+        shape = (3, 3, channels, self.features)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape, KERNEL_AXES)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape[-1:], KERNEL_AXES[-1:])
         x = x.astype(self.dtype)
 
         def halves(weights, axis):
@@ -119,17 +121,17 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, H, W, 3) in [-1, 1] -> latents (B, h, w, latent_dim), float32."""
+    """From images in [-1, 1] to latents."""
 
     base_width: int  # channels after the first convolution
     widths: Sequence[int]  # channels of each level, finest first
     num_downsamples: int
     blocks_per_level: int
     latent_dim: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float32[Array, "B h w D"]:
         x = conv(self.base_width, 3, self.dtype, "conv_in")(images)
         for level, width in enumerate(self.widths):
             for block in range(self.blocks_per_level):
@@ -146,15 +148,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, h, w, latent_dim) -> images (B, H, W, 3), float32, not clamped."""
+    """From latents to images, not clamped."""
 
     widths: Sequence[int]
     num_downsamples: int
     blocks_per_level: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, latents: Array) -> Array:
+    def __call__(self, latents: Float[Array, "B h w D"]) -> Float32[Array, "B H W 3"]:
         x = conv(self.widths[-1], 3, self.dtype, "conv_in")(latents)
         for block in range(2):
             x = ResidualBlock(self.widths[-1], self.dtype, name=f"middle_block{block}")(x)

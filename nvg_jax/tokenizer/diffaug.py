@@ -1,20 +1,23 @@
 """Prepares images for the discriminator: DiffAug, then a crop or resize to its input size.
 
 All functions are pure, differentiable with respect to the images, and draw separately for each
-image, except for the choice between crop and resize. Images are float32 (B, H, W, 3) in [-1, 1]; 0
-is gray. Two calls with the same key apply the same transformations to image b of both batches.
+image, except for the choice between crop and resize. Images are in [-1, 1]; 0 is gray. Two calls
+with the same key apply the same transformations to image b of both batches.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int, PRNGKeyArray
 
 from nvg_jax.errors import UserError
 
 
-def resample(images: Array, rows: Array, columns: Array) -> Array:
-    """Images (B, H, W, 3), rows (B, y, H), columns (B, x, W) -> weighted sums (B, y, x, 3).
+def resample(
+    images: Float[Array, "B H W 3"], rows: Float[Array, "B y H"], columns: Float[Array, "B x W"]
+) -> Float[Array, "B y x 3"]:
+    """Weighted sums of the pixels of images.
 
     Shifts, crops and area averages all have this form. Matrix products need no communication when
     the batch is sharded over a mesh. Precision "highest" keeps copied pixels exact where the
@@ -24,8 +27,8 @@ def resample(images: Array, rows: Array, columns: Array) -> Array:
     return jnp.einsum("bxw,bywc->byxc", columns, images, precision="highest")
 
 
-def selection(start: Array, count: int, size: int) -> Array:
-    """float32 (B, count, size): selects `count` adjacent positions, the first at `start` int (B,).
+def selection(start: Int[Array, " B"], count: int, size: int) -> Float32[Array, "B {count} {size}"]:
+    """Selects `count` adjacent positions, the first at `start`.
 
     Positions outside 0 .. size - 1 give zeros.
     """
@@ -33,7 +36,9 @@ def selection(start: Array, count: int, size: int) -> Array:
     return (positions[..., None] == jnp.arange(size)).astype(jnp.float32)
 
 
-def translate(images: Array, key: Array, ratio: float = 1 / 8) -> Array:
+def translate(
+    images: Float[Array, "B H W 3"], key: PRNGKeyArray, ratio: float = 1 / 8
+) -> Float[Array, "B H W 3"]:
     """Shifts by whole pixels, up to `ratio` of the side in each direction; fills with zeros."""
     matrices = []
     for axis_key, size in zip(jax.random.split(key), images.shape[1:3]):
@@ -43,7 +48,7 @@ def translate(images: Array, key: Array, ratio: float = 1 / 8) -> Array:
     return resample(images, *matrices)
 
 
-def color(images: Array, key: Array) -> Array:
+def color(images: Float[Array, "B H W 3"], key: PRNGKeyArray) -> Float[Array, "B H W 3"]:
     """Brightness + U(-0.5, 0.5), then saturation x U(0, 2), then contrast x U(0.5, 1.5).
 
     Saturation scales the deviation of each pixel from its channel mean, contrast the deviation
@@ -59,7 +64,9 @@ def color(images: Array, key: Array) -> Array:
     return mean + (images - mean) * contrast
 
 
-def cutout(images: Array, key: Array, ratio: float = 0.2) -> Array:
+def cutout(
+    images: Float[Array, "B H W 3"], key: PRNGKeyArray, ratio: float = 0.2
+) -> Float[Array, "B H W 3"]:
     """Zeros a rectangle of `ratio` of each side, centered anywhere in the image.
 
     Near an edge only part of the rectangle, at least half of each side, lies within the image.
@@ -74,14 +81,14 @@ def cutout(images: Array, key: Array, ratio: float = 0.2) -> Array:
     return jnp.where(cut, 0.0, images)
 
 
-def augment(images: Array, key: Array) -> Array:
+def augment(images: Float[Array, "B H W 3"], key: PRNGKeyArray) -> Float[Array, "B H W 3"]:
     """DiffAug (Zhao et al. 2020): translation, color and cutout, all applied to every image."""
     for_translation, for_color, for_cutout = jax.random.split(key, 3)
     return cutout(color(translate(images, for_translation), for_color), for_cutout)
 
 
-def area_matrix(size: int, target: int) -> np.ndarray:
-    """float32 (target, size): the matrix of adaptive average pooling along one side.
+def area_matrix(size: int, target: int) -> Float32[np.ndarray, "{target} {size}"]:
+    """The matrix of adaptive average pooling along one side.
 
     Target pixel i is the unweighted mean of the pixels from floor(i r) up to, but not including,
     ceil((i + 1) r), with r = size / target.
@@ -93,8 +100,10 @@ def area_matrix(size: int, target: int) -> np.ndarray:
     return matrix
 
 
-def discriminator_input(images: Array, key: Array, size: int = 224) -> Array:
-    """A random crop or an area resize of the images, equally likely: (B, size, size, 3).
+def discriminator_input(
+    images: Float[Array, "B H W 3"], key: PRNGKeyArray, size: int = 224
+) -> Float[Array, "B {size} {size} 3"]:
+    """A random crop or an area resize of the images, equally likely.
 
     The whole batch is either cropped, each image at its own place, or resized. Images that already
     have this size are returned unchanged.

@@ -18,26 +18,34 @@ training. Vectors are small and replicated on every device.
 import functools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
 
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.sharding import unshard
+from nvg_jax.runtime.sharding import parameter, unshard
 
 INITIAL_POWER_ITERATIONS = 15
 
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def unit(x: Array) -> Array:
+def unit(x: Float[Array, " n"]) -> Float[Array, " n"]:
     """x scaled to length 1; a zero vector stays zero."""
     return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 
 
-def power_iterations(matrix: Array, u: Array, v: Array, rounds: int) -> tuple[Array, Array]:
+def power_iterations(
+    matrix: Float[Array, "rows columns"],
+    u: Float[Array, " rows"],
+    v: Float[Array, " columns"],
+    rounds: int,
+) -> tuple[Float[Array, " rows"], Float[Array, " columns"]]:
     """u and v after power iterations toward the leading singular vectors; no gradients."""
     matrix = jax.lax.stop_gradient(matrix)
 
@@ -58,16 +66,15 @@ class SpectralConv(nn.Module):
     features: int
     kernel_size: tuple[int, ...]
     padding: str  # "CIRCULAR", "SAME" (zeros) or "VALID"
-    dtype: jnp.dtype
+    dtype: DTypeLike
     strides: int = 1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x (B, *positions, in) -> (B, *positions, features) in `dtype`."""
+    def __call__(self, x: Float[Array, "B *positions C"]) -> Float[Array, "B *moved features"]:
+        """The convolution in `dtype`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         axes = (*(None,) * len(self.kernel_size), "conv_in", "conv_out")
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-        kernel = self.param("kernel", init, shape)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape, axes)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:])
         # Workaround: sharded along both channel axes, XLA (jax 0.10.2) computes wrong gradients.
         kernel = unshard(kernel)
@@ -92,14 +99,15 @@ class SpectralConv(nn.Module):
             dtype=self.dtype,
             parent=None,
         )
-        return conv.apply({"params": {"kernel": kernel / sigma, "bias": bias}}, x)
+        weights = {"kernel": kernel / sigma, "bias": bias}
+        return cast(Array, conv.apply({"params": weights}, x))
 
 
 class BatchNorm(nn.Module):
-    """Normalizes each channel of x (B, ..., C) over all other axes; eps 1e-6, in float32."""
+    """Normalizes each channel over all other axes; eps 1e-6, in float32."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         others = tuple(range(x.ndim - 1))
@@ -110,31 +118,31 @@ class BatchNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Shape-preserving convolution, batch norm and leaky ReLU: (B, ..., C) -> (B, ..., C)."""
+    """Shape-preserving convolution, batch norm and leaky ReLU."""
 
     kernel_size: tuple[int, ...]
     padding: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         x = SpectralConv(x.shape[-1], self.kernel_size, self.padding, self.dtype, name="conv")(x)
         return nn.leaky_relu(BatchNorm(name="norm")(x), 0.2)
 
 
-def residual(x: Array, y: Array) -> Array:
+def residual(x: Float[Array, "*batch"], y: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The sum of two branches, scaled to the variance of one."""
     return (x + y) * math.sqrt(0.5)
 
 
 class Head(nn.Module):
-    """Features (B, N, C) of one layer -> logits float32 (B, N)."""
+    """The logits of the features of one layer."""
 
     kernel_size: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B N C"]) -> Float32[Array, "B N"]:
         x = Block((1,), "CIRCULAR", self.dtype, name="block")(x)
         x = residual(x, Block((self.kernel_size,), "CIRCULAR", self.dtype, name="residual")(x))
         logits = SpectralConv(1, (1,), "CIRCULAR", self.dtype, name="logit")(x)
@@ -148,11 +156,11 @@ class DiscriminatorHeads(nn.Module):
     """
 
     kernel_size: int = 9
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Sequence[Array]) -> Array:
-        """Features float (B, N, C) of each layer, N row-major -> logits float32 (B, sum of N)."""
+    def __call__(self, features: Sequence[Float[Array, "B _ _"]]) -> Float32[Array, "B positions"]:
+        """The logits at all positions of all layers; the positions of a layer are row-major."""
         heads = [Head(self.kernel_size, self.dtype, name=f"head{i}") for i in range(len(features))]
         return jnp.concatenate([head(x) for head, x in zip(heads, features)], axis=1)
 
@@ -167,14 +175,14 @@ class SmallFeatures(nn.Module):
     width: int = 64
     num_layers: int = 3
     patch_size: int = 4
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Array) -> list[Array]:
-        """The features of each layer, (B, H W / patch_size^2, width).
+    def __call__(self, images: Float[Array, "B H W 3"]) -> list[Float[Array, "B N width"]]:
+        """The features of each layer at N = H W / patch_size^2 positions.
 
         Args:
-            images: float (B, H, W, 3) in [-1, 1].
+            images: values in [-1, 1].
 
         Raises:
             UserError: H or W is not a multiple of patch_size.

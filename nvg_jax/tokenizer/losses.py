@@ -1,13 +1,16 @@
 """Pixel and adversarial losses of the tokenizer; the quantizer loss is in quantizer.py.
 
-Logits are the discriminator's output, float32 (B, P), P the number of positions of all its heads.
+Logits are the discriminator's output at all positions of all its heads.
 `training.tokenizer.loss_terms` weights and adds the losses.
 """
+
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 RECONSTRUCTION_LOSSES = {
     "l1": lambda restored, images: jnp.abs(restored - images).mean(),
@@ -15,12 +18,14 @@ RECONSTRUCTION_LOSSES = {
 }
 
 
-def generator_loss(fake: Array) -> Array:
+def generator_loss(fake: Float[Array, "B positions"]) -> Float[Array, ""]:
     """Non-saturating loss: mean over the images of softplus(-m), with m an image's mean logit."""
     return jax.nn.softplus(-fake.mean(axis=1)).mean()
 
 
-def discriminator_loss(real: Array, fake: Array) -> Array:
+def discriminator_loss(
+    real: Float[Array, "B positions"], fake: Float[Array, "B positions"]
+) -> Float[Array, ""]:
     """Hinge loss: half the sum of mean relu(1 - real) and mean relu(1 + fake), as in VQGAN."""
     return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
 
@@ -32,14 +37,16 @@ class LeCam(flax.struct.PyTreeNode):
     first steps near "undecided" without a special case.
     """
 
-    real: Array  # float32 scalar
-    fake: Array  # float32 scalar
+    real: Any  # float32 scalar, or what takes its place in an abstract state
+    fake: Any
 
     @classmethod
     def create(cls) -> "LeCam":
         return cls(real=jnp.zeros(()), fake=jnp.zeros(()))
 
-    def loss(self, real: Array, fake: Array) -> Array:
+    def loss(
+        self, real: Float[Array, "B positions"], fake: Float[Array, "B positions"]
+    ) -> Float[Array, ""]:
         """Mean relu(real - average fake)^2 plus mean relu(average real - fake)^2.
 
         The averages include the same logits already: call this on what `update` returns.
@@ -49,7 +56,12 @@ class LeCam(flax.struct.PyTreeNode):
             + jnp.square(jax.nn.relu(self.real - fake)).mean()
         )
 
-    def update(self, real: Array, fake: Array, decay: float = 0.999) -> "LeCam":
+    def update(
+        self,
+        real: Float[Array, "B positions"],
+        fake: Float[Array, "B positions"],
+        decay: float = 0.999,
+    ) -> "LeCam":
         """The averages after one step's logits; gradients are stopped."""
         step = lambda average, logits: decay * average + (1 - decay) * logits.mean()
         new = LeCam(real=step(self.real, real), fake=step(self.fake, fake))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
 from nvg_jax import clustering, granularity
 from nvg_jax.errors import UserError
@@ -72,11 +75,11 @@ class Tokenizer(nn.Module):
     """Encoder, decoder and quantizer. Latents and canvases are (B, L, D), L row-major."""
 
     config: TokenizerConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         c = self.config
-        shared = dict(
+        shared: dict[str, Any] = dict(
             widths=c.widths,
             num_downsamples=c.num_downsamples,
             blocks_per_level=c.blocks_per_level,
@@ -86,47 +89,51 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(**shared)
         self.quantizer = Quantizer(c.latent_size, c.codebook_size, c.latent_dim)
 
-    def latents(self, images: Array) -> Array:
-        """Images float32 (B, H, W, 3) in [-1, 1] -> latents float32 (B, L, D)."""
+    def latents(self, images: Float[Array, "B H W 3"]) -> Float32[Array, "B L D"]:
+        """The latents of images in [-1, 1]."""
         z = self.encoder(images)
         return z.reshape(z.shape[0], self.config.num_positions, self.config.latent_dim)
 
-    def decode_unclamped(self, canvas: Array) -> Array:
-        """Final canvas (B, L, D) -> images float32 (B, H, W, 3), not clamped."""
+    def decode_unclamped(self, canvas: Float[Array, "B L D"]) -> Float32[Array, "B H W 3"]:
+        """The images of final canvases, not clamped."""
         grid = canvas.reshape(-1, *self.config.latent_size, self.config.latent_dim)
         return self.decoder(grid)
 
-    def quantize(self, latents: Array, index_backprop: bool = False) -> Quantized:
-        """Clusters latents (B, L, D) into structure maps and quantizes them along the maps."""
+    def quantize(self, latents: Float[Array, "B L D"], index_backprop: bool = False) -> Quantized:
+        """Clusters latents into structure maps and quantizes them along the maps."""
         structure = clustering.greedy_hierarchy(latents)
         return self.quantizer(latents, structure, index_backprop)
 
-    def encode(self, images: Array) -> Quantized:
-        """Images float32 (B, H, W, 3) in [-1, 1] -> their sequences and canvases."""
+    def encode(self, images: Float[Array, "B H W 3"]) -> Quantized:
+        """The sequences and canvases of images in [-1, 1]."""
         return self.quantize(self.latents(images))
 
-    def canvases(self, sequence: GranularitySequence) -> Array:
-        """float32 (B, S, L, D), the canvas after each stage of a sequence."""
+    def canvases(self, sequence: GranularitySequence) -> Float32[Array, "B S L D"]:
+        """The canvas after each stage of a sequence."""
         return self.quantizer.canvases(sequence)
 
-    def add_stage(self, canvas: Array, tokens: Array, stage: int | Array) -> Array:
-        """The canvas (B, L, D) after adding the tokens, int (B, L), of a stage."""
+    def add_stage(
+        self, canvas: Float[Array, "B L D"], tokens: Int[Array, "B L"], stage: int | Int[Array, ""]
+    ) -> Float[Array, "B L D"]:
+        """The canvas after adding a stage's tokens, one per position."""
         return self.quantizer.add_stage(canvas, tokens, stage)
 
-    def decode(self, canvas: Array) -> Array:
-        """Final canvas (B, L, D) -> images float32 (B, H, W, 3) clamped to [-1, 1]."""
+    def decode(self, canvas: Float[Array, "B L D"]) -> Float32[Array, "B H W 3"]:
+        """The images of final canvases, clamped to [-1, 1]."""
         return jnp.clip(self.decode_unclamped(canvas), -1, 1)
 
-    def __call__(self, images: Array, index_backprop: bool = False) -> tuple[Array, Quantized]:
+    def __call__(
+        self, images: Float[Array, "B H W 3"], index_backprop: bool = False
+    ) -> tuple[Float32[Array, "B H W 3"], Quantized]:
         """The training pass.
 
         Args:
-            images: float32 (B, H, W, 3) in [-1, 1].
+            images: values in [-1, 1].
             index_backprop: see `Quantizer`.
 
         Returns:
-            The reconstruction, float32 (B, H, W, 3) clamped to [-1, 1], with straight-through
-            gradients to the latents but none through clamped values; and the quantized latents.
+            The reconstruction, clamped to [-1, 1], with straight-through gradients to the latents
+            but none through clamped values; and the quantized latents.
         """
         latents = self.latents(images)
         quantized = self.quantize(latents, index_backprop)

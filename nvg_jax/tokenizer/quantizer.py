@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int, Int32, Shaped
 
 from nvg_jax import granularity
+from nvg_jax.runtime.sharding import parameter
 
 SMOOTHING_RATIO = 0.5
 COMMITMENT_WEIGHT = 0.25
@@ -18,31 +20,33 @@ FLOAT32_MATMUL = jax.lax.Precision.HIGHEST
 class GranularitySequence(NamedTuple):
     """A visual granularity sequence: the structure map and the tokens of every stage.
 
-    structure: int32 (B, S, L), the cluster of each position, 0 .. 2**i - 1 in stage i.
-    tokens: int32 (B, S, L), the token id at each position, equal within a cluster.
+    structure: the cluster of each position, 0 .. 2**i - 1 in stage i.
+    tokens: the token id at each position, equal within a cluster.
     """
 
-    structure: Array
-    tokens: Array
+    structure: Int32[Array, "B S L"]
+    tokens: Int32[Array, "B S L"]
 
 
 class Quantized(NamedTuple):
-    """The result of quantizing latents (B, L, D).
+    """The result of quantizing latents.
 
     sequence: the visual granularity sequence.
-    canvases: float32 (B, S, L, D), the canvas after each stage.
-    stage_tokens: S arrays int32 (B, N_i), the id of each unique token.
-    losses: float32 (S,), the training loss of the quantizer in each stage.
+    canvases: the canvas after each stage.
+    stage_tokens: the id of each unique token, an array for each stage.
+    losses: the training loss of the quantizer in each stage.
     """
 
     sequence: GranularitySequence
-    canvases: Array
-    stage_tokens: tuple[Array, ...]
-    losses: Array
+    canvases: Float32[Array, "B S L D"]
+    stage_tokens: tuple[Int32[Array, "B N_i"], ...]
+    losses: Float32[Array, " S"]
 
 
-def at_positions(cluster_values: Array, labels: Array) -> Array:
-    """Gathers cluster values (B, N, ...) to positions with labels (B, L): -> (B, L, ...)."""
+def at_positions(
+    cluster_values: Shaped[Array, "B N *value"], labels: Int[Array, "B L"]
+) -> Shaped[Array, "B L *value"]:
+    """Gathers the values of clusters to the positions with their labels."""
     index = labels.reshape(*labels.shape, *(1,) * (cluster_values.ndim - 2))
     return jnp.take_along_axis(cluster_values, index, axis=1)
 
@@ -58,29 +62,23 @@ class Quantizer(nn.Module):
         stages = granularity.num_stages(self.grid[0] * self.grid[1])
         bound = 1.0 / self.codebook_size
         uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-        self.codebook = self.param(
-            "codebook",
-            nn.with_logical_partitioning(uniform, ("vocab", None)),
-            (self.codebook_size, self.latent_dim),
-        )
+        shape = (self.codebook_size, self.latent_dim)
+        self.codebook = parameter(self, "codebook", uniform, shape, ("vocab", None))
         kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
-        self.smooth_kernel = self.param(
-            "smooth_kernel",
-            nn.with_logical_partitioning(kernel_init, (None,) * 5),
-            (stages, 3, 3, self.latent_dim, self.latent_dim),
-        )
-        self.smooth_bias = self.param(
-            "smooth_bias",
-            nn.with_logical_partitioning(nn.initializers.zeros, (None, None)),
-            (stages, self.latent_dim),
-        )
+        shape = (stages, 3, 3, self.latent_dim, self.latent_dim)
+        self.smooth_kernel = parameter(self, "smooth_kernel", kernel_init, shape, (None,) * 5)
+        shape = (stages, self.latent_dim)
+        zeros = nn.initializers.zeros
+        self.smooth_bias = parameter(self, "smooth_bias", zeros, shape, (None, None))
 
-    def smooth(self, vectors: Array, stage: int | Array) -> Array:
-        """The contribution of stage i to the canvas: H + 0.5 * conv3x3_i(H), float32 (B, L, D).
+    def smooth(
+        self, vectors: Float[Array, "B L D"], stage: int | Int[Array, ""]
+    ) -> Float[Array, "B L D"]:
+        """The contribution of stage i to the canvas: H + 0.5 * conv3x3_i(H).
 
         Args:
-            vectors: H, float32 (B, L, D), the codebook vector of the token at each position.
-            stage: i, may be traced.
+            vectors: H, the codebook vector of the token at each position.
+            stage: i.
         """
         grid = vectors.reshape(-1, *self.grid, self.latent_dim)
         mixed = jax.lax.conv_general_dilated(
@@ -94,12 +92,14 @@ class Quantizer(nn.Module):
         mixed = (mixed + self.smooth_bias[stage]).reshape(vectors.shape)
         return vectors + SMOOTHING_RATIO * mixed
 
-    def add_stage(self, canvas: Array, tokens: Array, stage: int | Array) -> Array:
-        """The canvas (B, L, D) after adding a stage's tokens, int (B, L), one per position."""
+    def add_stage(
+        self, canvas: Float[Array, "B L D"], tokens: Int[Array, "B L"], stage: int | Int[Array, ""]
+    ) -> Float[Array, "B L D"]:
+        """The canvas after adding a stage's tokens, one per position."""
         return canvas + self.smooth(self.codebook[tokens], stage)
 
-    def canvases(self, sequence: GranularitySequence) -> Array:
-        """float32 (B, S, L, D), the canvas after each stage of a sequence."""
+    def canvases(self, sequence: GranularitySequence) -> Float32[Array, "B S L D"]:
+        """The canvas after each stage of a sequence."""
         batch, stages, length = sequence.tokens.shape
         canvas = jnp.zeros((batch, length, self.latent_dim), jnp.float32)
         after = []
@@ -108,14 +108,19 @@ class Quantizer(nn.Module):
             after.append(canvas)
         return jnp.stack(after, axis=1)
 
-    def squared_distances(self, vectors: Array) -> Array:
-        """Squared Euclidean distances of vectors (..., D) to all codes, float32 (..., V)."""
+    def squared_distances(self, vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Squared Euclidean distances of vectors to all codes."""
         dot = jnp.einsum("...d,vd->...v", vectors, self.codebook, precision=FLOAT32_MATMUL)
         norms = jnp.square(vectors).sum(-1, keepdims=True) + jnp.square(self.codebook).sum(-1)
         return norms - 2 * dot
 
-    def __call__(self, latents: Array, structure: Array, index_backprop: bool = False) -> Quantized:
-        """Quantizes latents (B, L, D) along structure maps, int (B, S, L).
+    def __call__(
+        self,
+        latents: Float[Array, "B L D"],
+        structure: Int[Array, "B S L"],
+        index_backprop: bool = False,
+    ) -> Quantized:
+        """Quantizes latents along structure maps.
 
         `index_backprop` (the IBQ warm-up) backpropagates through the choice of the token, one-hot +
         soft - stop_gradient(soft) with soft = softmax(-squared distances), and through the residual

@@ -3,6 +3,8 @@
 A single setting is checked by the dataclass that it becomes; here is what involves several of them.
 """
 
+import math
+
 import ml_collections
 from etils import epy
 
@@ -12,7 +14,7 @@ from nvg_jax.sampling.settings import Settings, check_dtype
 
 with epy.lazy_imports():  # slow
     from nvg_jax import models
-    from nvg_jax.training import initial
+    from nvg_jax.training import initial, length, optimizers
 
 
 def check_config(config: ml_collections.ConfigDict):
@@ -52,9 +54,15 @@ def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
     check_dtype(config.dtype)
     check_dtype(config.tokenizer_training.dtype or config.dtype)
+    if not 0 <= config.stall_timeout < math.inf:
+        raise UserError(
+            f"stall_timeout must be 0 (off) or a number of seconds, got {config.stall_timeout}."
+        )
     for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
         if config[name][key] < 1:
             raise UserError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
+    length.training_length(config[name].length, 10**6, config[name].batch_size)
+    optimizers.OptimizerConfig(**config[name].optimizer)
     if config[name].eval_images < 0:
         raise UserError(
             f"{name}.eval_images must be 0 (all) or more, got {config[name].eval_images}."

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from nvg_jax.runtime import checkpoint, preemption, sharding
+from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
@@ -56,6 +56,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
         stack.enter_context(contextlib.closing(reporter))
         best = score and BestModel(run.workdir / f"best_{name}", score, new=start == 0)
         for step in range(start, steps):
+            watchdog.progress(slow=step == start)  # the first step compiles
             reporter.start_step()
             batch = sharding.global_batch(next(batches), run.mesh)
             state, metrics = trainer.step(

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath, epy
 
 from nvg_jax.errors import UserError
+from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.tokenizer import codebook_usage
@@ -30,14 +31,20 @@ class Reporter:
         writers = [metric_writers.SummaryWriter(str(folder))] if is_main() else []
         self._writer = metric_writers.MultiWriter(writers)
         self._part, self._folder, self._batch_size = part, folder, batch_size
+        self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
         if start:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
+        self._beat(start)
 
     def close(self):
         self._writer.close()
+
+    def _beat(self, step: int):
+        more = {"steps": self._steps, "loss": self._losses}
+        heartbeat.beat(self._folder.parent, self._part, self._start, step, **more)
 
     def start_step(self):
         """Restarts the timer at the first step after a report, so that saving is not timed."""
@@ -59,8 +66,9 @@ class Reporter:
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
         self._writer.write_scalars(step, scalars)
-        losses = (f"{k} {v:.4g}" for k, v in scalars.items() if k.endswith("loss"))
-        self._progress.update(step, "  ".join(losses))
+        self._losses = {k: v for k, v in scalars.items() if k.endswith("loss")}
+        self._progress.update(step, "  ".join(f"{k} {v:.4g}" for k, v in self._losses.items()))
+        self._beat(step)
         self._window = []
 
     def evaluation(self, step: int, metrics: dict[str, Any], picture: np.ndarray | None):
@@ -69,6 +77,7 @@ class Reporter:
         self._writer.write_scalars(step, scalars)
         shown = (f"{k} {v:.4g}" for k, v in scalars.items() if not k.split("/")[-1].isdigit())
         logger.info("%s: %d  held out: %s", self._part, step, "  ".join(shown))
+        self._beat(step)
         if picture is not None and is_main():
             (self._folder / f"pictures_{step:07d}.png").write_bytes(png(picture))
             self._writer.write_images(step, {"pictures": picture[None]})
@@ -77,6 +86,7 @@ class Reporter:
         """Writes the FID of the model at this step; `best` is the lowest one so far."""
         self._writer.write_scalars(step, {"fid": fid})
         logger.info("%s: %d  FID %.4g  (best so far: %.4g)", self._part, step, fid, best)
+        self._beat(step)
 
 
 def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[str, float]:

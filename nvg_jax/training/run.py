@@ -25,7 +25,7 @@ from nvg_jax.data import (
 )
 from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
-from nvg_jax.runtime import preemption, sharding
+from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.files import storage_path
 from nvg_jax.workdir import RunMetadata
 
@@ -136,6 +136,7 @@ class Run:
             for batch in batches:
                 if preemption.noticed():
                     raise preemption.Preempted("preempted during an evaluation")
+                watchdog.progress(slow=True)
                 yield sharding.global_batch(batch, self.mesh)
 
     def test_metrics(

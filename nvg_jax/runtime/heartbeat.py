@@ -1,0 +1,41 @@
+"""Signs of life of a training, for launchers and people: where it is, and since when."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from etils import epath
+
+from nvg_jax.runtime.files import atomic_write
+from nvg_jax.runtime.processes import is_main
+
+FILE = "heartbeat.json"
+VARIABLE = "NVG_HEARTBEAT"  # names a file on this machine, which launch/restart.sh reads
+
+logger = logging.getLogger("nvg_jax")
+
+
+def beat(workdir: epath.Path, part: str, start: int, step: int, **more):
+    """Process 0 replaces WORKDIR/heartbeat.json; every process replaces the file of `VARIABLE`.
+
+    The content is one line of JSON: the arguments in this order, and the time (Unix, seconds). A
+    failure is logged and ends nothing.
+
+    Args:
+        start: the step from which this process started; it grows when a checkpoint was saved.
+    """
+    text = json.dumps({"part": part, "start": start, "step": step, "time": time.time(), **more})
+    places = [workdir / FILE] if is_main() else []
+    if os.environ.get(VARIABLE):
+        places.append(epath.Path(os.environ[VARIABLE]))
+    for place in places:
+        try:
+            if "://" in os.fspath(place):  # objects in buckets appear whole
+                place.write_text(text + "\n")
+            else:
+                with atomic_write(Path(place)) as file:
+                    file.write(text.encode() + b"\n")
+        except Exception as error:  # libraries for buckets raise errors of many kinds
+            logger.warning("%s cannot be written: %s", place, error)
