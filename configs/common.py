@@ -50,6 +50,7 @@ def base() -> ml_collections.ConfigDict:
                 name="",  # digits, fashion_mnist, image_folder, tfds:NAME, sequences
                 data_dir="",
                 resize=0,  # short side before the crop; 0: image size * 288 / 256
+                resize_filter="",  # lanczos, published; "": as the model to build on, else lanczos
                 pad=0,  # random shifts by up to this many pixels
                 on_bad="error",  # what to do with unreadable images; or "skip": skip and count them
                 num_threads=2,
@@ -76,12 +77,14 @@ def base() -> ml_collections.ConfigDict:
             | dict(
                 length="100 epochs",  # or "800 steps"
                 batch_size=256,
+                dtype="",  # dtype of the computation of this part; "": config.dtype
                 reconstruction="l1",  # or "l2"
                 perceptual_weight=1.0,  # LPIPS; 0: off
                 adversarial_weight=0.1,  # 0: no discriminator
                 lecam_weight=0.001,
                 discriminator="dino",  # or "small": for small images, needs no pretrained weights
-                discriminator_weight_decay=5e-4,
+                discriminator_weight_decay=5e-4,  # of all its parameters
+                discriminator_sees_generator_loss=False,  # True: as in the published code
                 index_backprop_epochs=1.0,  # IBQ warm-up: gradients through the choice of the token
                 optimizer=tokenizer_optimizer,
             ),

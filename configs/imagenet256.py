@@ -13,14 +13,18 @@ On a TPU pod (docs/launch.md has SLURM and GKE):
         -- --config=configs/imagenet256.py:d16 --workdir=gs://BUCKET/d16 \\
            --config.data.data_dir=/mnt/data/tfds --config.pretrained_dir=/mnt/data/pretrained
 
-Cost of both generators at the global batch size of 768. These are compile-time estimates, not
-measurements: memory per device, and the roofline's upper bound on epochs per day
-(docs/scaling.md, which also covers v6e and the tokenizer).
+The published batch sizes, and the cost of both generators at a global batch size of 768. These are
+compile-time estimates, not measurements: memory per device, and the roofline's upper bound on
+epochs per day (docs/scaling.md, which also covers v6e and the tokenizer).
 
-    size  epochs  64 chips of v5p (v5p-128)    256 chips of v5e (v5litepod-256)
-    d16   200     20.7 of 95 GiB, 427 a day    8.1 of 16 GiB, 563 a day
-    d20   250     34.2 of 95 GiB, 232 a day
-    d24   350     50.6 of 95 GiB, 138 a day
+    size  epochs  batch  64 chips of v5p (v5p-128)    256 chips of v5e (v5litepod-256)
+    d16   200     768    20.7 of 95 GiB, 427 a day    8.1 of 16 GiB, 563 a day
+    d20   250     720    34.2 of 95 GiB, 232 a day
+    d24   350     864    50.6 of 95 GiB, 138 a day
+
+A batch must divide over the devices: 720 over up to 16 devices of a power-of-two mesh, 864 over 32.
+With more of them give the nearest multiple, such as --config.generator_training.batch_size=768; the
+learning rate follows it.
 
 Those for v5p keep more results for the backward pass than the default:
 --config.content.remat=linears --config.structure.remat=linears.
@@ -32,6 +36,7 @@ pretrained networks, and combines with a size (`:d20,runlocal`).
 from configs import common
 
 EPOCHS = {"d16": 200, "d20": 250, "d24": 350}
+BATCH_SIZES = {"d16": 768, "d20": 720, "d24": 864}
 
 
 def get_config(arg: str | None = None):
@@ -43,11 +48,14 @@ def get_config(arg: str | None = None):
     depth = int(size[1:])
     config = common.base()
     config.dtype = "bfloat16"
-    config.data.update(name="tfds:imagenet2012", num_workers=8, num_threads=4)
+    config.tokenizer_training.dtype = "float32"  # with the device's fast products, as published
+    config.data.update(
+        name="tfds:imagenet2012", resize_filter="published", num_workers=8, num_threads=4
+    )
     config.content = common.transformer(64 * depth, depth)
     config.structure = common.transformer(32 * depth, depth)
     config.content.remat = config.structure.remat = "blocks"
-    config.generator_training.length = f"{EPOCHS[size]} epochs"
+    config.generator_training.update(length=f"{EPOCHS[size]} epochs", batch_size=BATCH_SIZES[size])
     optimizer = config.generator_training.optimizer
     if size == "d24":  # as published for training longer than 300 epochs
         optimizer.update(decay_start=200 / 350, final=0.01)

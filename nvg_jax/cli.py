@@ -112,23 +112,27 @@ def define_data_flags():
     flags.DEFINE_integer("resize", None, "Short side before the crop; 0: image size * 288 / 256.")
 
 
-def data_section(config: dict[str, Any] | None) -> dict[str, Any]:
-    """The `data` section of a training config, overridden by the flags that were given.
+def data_section(config: dict[str, Any] | None, resize_filter: str) -> dict[str, Any]:
+    """The `data` section of a model's config, overridden by the flags that were given.
+
+    Args:
+        resize_filter: the filter that the model was trained with, which no flag overrides.
 
     Raises:
         UserError: there is neither a config nor --data_name.
     """
+    own = {"resize_filter": resize_filter}
     changes = {"name": flags.FLAGS.data_name}
     changes |= {n: flags.FLAGS[n].value for n in ("data_dir", "resize", "pad") if n in flags.FLAGS}
     changes = {name: value for name, value in changes.items() if value is not None}
     if "name" in changes:
-        return {"data_dir": "", "resize": 0, "pad": 0} | changes
+        return {"data_dir": "", "resize": 0, "pad": 0} | changes | own
     if config is None:
         raise UserError(
             "This folder does not say what data it was trained on (converted weights do not); "
             "give --data_name, for example tfds:imagenet2012, and --data_dir."
         )
-    return config["data"] | changes
+    return config["data"] | changes | own
 
 
 def define_sampling_flags():

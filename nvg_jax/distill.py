@@ -52,7 +52,9 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     with sharding.in_mesh(mesh):
         opened = run.open_run(config, workdir, mesh, teacher=(metadata, params))
         trainer = trainers.open_trainer(opened, DISTILLATION)
-        scorers = scoring.make_scorers(config, (DISTILLATION,), opened.model.num_classes)
+        scorers = scoring.make_scorers(
+            config, (DISTILLATION,), opened.model.num_classes, opened.resize_filter
+        )
         loop.fit(trainer, opened, scorers.get(DISTILLATION))
     student, state = folders.read(
         workdir / DISTILLATION.name,

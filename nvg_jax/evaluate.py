@@ -84,7 +84,9 @@ def evaluate_model(judge: str, settings):
     """(results, table or None) for a model."""
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
-    data = cli.data_section(pipe.metadata.config) if needs_data else None
+    data = (
+        cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter) if needs_data else None
+    )
     out = out_folder()
     make_folder(out)
     if FLAGS.reconstruction:

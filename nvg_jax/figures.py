@@ -41,7 +41,7 @@ def main(_):
 
     def draw(name: str) -> np.ndarray:
         if name == "sequence" and FLAGS.image:
-            image = editing.fit(pipe, editing.read_picture(FLAGS.image))[None]
+            image = pipe.prepare(editing.read_picture(FLAGS.image))[None]
             visual = pipe.encode(image)
             return figures.sequence(pipe, visual, [Path(FLAGS.image).stem])
         if name == "sequence":

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 
 from nvg_jax import bundled, granularity, workdir
+from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.parts import GENERATORS
@@ -153,6 +155,31 @@ class Pipeline:
         workdir.write_export(folder, self.metadata, self.params)
 
     # Images and sequences.
+
+    def prepare(self, image) -> np.ndarray:
+        """An image of any size as the model expects it, float32 (H, W, 3) in [-1, 1].
+
+        It is resized and center-cropped as the images that the model was trained with were. An
+        image that has the model's size already keeps its pixels.
+
+        Args:
+            image: a PIL image, or uint8 (h, w) or (h, w, 3).
+
+        Raises:
+            UserError: an image of another shape or type.
+        """
+        if not isinstance(image, Image.Image):
+            image = np.asarray(image)
+            gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+            if image.dtype != np.uint8 or not gray_or_rgb or 0 in image.shape:
+                raise UserError(
+                    "An image to prepare must be a PIL image, or uint8 of shape (height, width) or "
+                    f"(height, width, 3), got {image.dtype} {image.shape}."
+                )
+        image, transform = decode(image), self.metadata.transform
+        if (image.height, image.width) == transform.image_size:
+            return np.asarray(image).astype(np.float32) / 127.5 - 1
+        return transform(image)
 
     def encode(self, images) -> GranularitySequence:
         """The visual granularity sequences of images.

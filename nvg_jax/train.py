@@ -45,7 +45,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
         opened = run.open_run(config, workdir, mesh, trainers.pretrained_names(parts, config))
         # All trainers first, so that no setting of a later part is refused after days of training.
         todo = [trainers.open_trainer(opened, part) for part in parts]
-        scorers = scoring.make_scorers(config, parts, opened.model.num_classes)
+        scorers = scoring.make_scorers(
+            config, parts, opened.model.num_classes, opened.resize_filter
+        )
         for trainer in todo:
             loop.fit(trainer, opened, scorers.get(trainer.part))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from nvg_jax.data.transforms import Transform
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
@@ -28,6 +29,7 @@ SIZES = ("tokenizer", *GENERATORS)  # keys of the sizes in the stored metadata
 MAY_CHANGE = frozenset(
     ("log_every", "eval_every", "eval_images", "save_every", "keep", "fid_every", "fid_samples")
     + ("data_dir", "num_threads", "prefetch", "on_bad")
+    + ("resize_filter",)  # what it comes to, `RunMetadata.resize_filter`, may not
 )
 
 
@@ -49,6 +51,8 @@ class RunMetadata:
         steps: the length of the training.
         fid: the Frechet distance of a model that was kept as the best of its training.
         sources: the files that converted weights come from.
+        resize_filter: how its training images were resized, see `Transform`. Checkpoints that do
+            not say it were trained with "lanczos", converted weights with "published".
         step: the training step of the checkpoint that was read; not stored.
     """
 
@@ -63,7 +67,15 @@ class RunMetadata:
     steps: int | None = None
     fid: float | None = None
     sources: dict[str, Any] | None = None
+    resize_filter: str = "lanczos"
     step: int | None = None
+
+    @property
+    def transform(self) -> Transform:
+        """The preparation of the images that the model was trained with."""
+        resize = (self.config or {}).get("data", {}).get("resize")
+        size = self.model.tokenizer.image_size
+        return Transform(size, resize or None, resize_filter=self.resize_filter)
 
     def check_settings(self, settings: Settings):
         """Raises UserError for settings that a distilled structure generator does not support.
@@ -109,6 +121,8 @@ class RunMetadata:
         """
         try:
             content = dict(content)
+            if content.get("sources") and not content.get("config"):
+                content = {"resize_filter": "published"} | content
             sizes = {name: content.pop(name) for name in SIZES}
             generators = {
                 name: sizes[name] and TransformerConfig(**sizes[name]) for name in GENERATORS
@@ -144,6 +158,16 @@ def read(
     """
     found = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)))
     return found and (RunMetadata.from_json(found[0]), found[1])
+
+
+def read_resize_filter(folder: str | os.PathLike) -> str | None:
+    """How the images of the model in a folder were resized, None if it holds no model."""
+    folder = files.storage_path(folder)
+    for part in (EXPORT_FOLDER, BOTH_GENERATORS.name, *GENERATORS, TOKENIZER.name):
+        metadata = read_metadata(folder / part)
+        if metadata is not None:
+            return metadata.resize_filter
+    return None
 
 
 def read_metadata(folder: str | os.PathLike) -> RunMetadata | None:
@@ -228,7 +252,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             part_folder, lambda m: {"ema_params": {name: m.model.abstract_params(name)}}
         )
         params[name] = state["ema_params"][name]
-        of_generator = ("class_names", "sampling", "config", "steps", "step")
+        of_generator = ("class_names", "sampling", "config", "resize_filter", "steps", "step")
         metadata = metadata.replace(
             model=dataclasses.replace(
                 metadata.model,
@@ -316,7 +340,7 @@ def check_resume(stored: RunMetadata, new: RunMetadata, section: str, folder: ep
     def must_stay(metadata: RunMetadata) -> dict[str, Any]:
         content = metadata.to_json()
         config = content["config"]
-        settings = {name: content[name] for name in (*SIZES, "teacher")}
+        settings = {name: content[name] for name in (*SIZES, "teacher", "resize_filter")}
         settings |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
         settings |= {name: content[name] for name in ("class_names", "steps")}
         for name in ("data", section):
@@ -326,6 +350,8 @@ def check_resume(stored: RunMetadata, new: RunMetadata, section: str, folder: ep
 
     stored_settings = must_stay(stored)
     for key, value in must_stay(new).items():
+        if key not in stored_settings and not value:
+            continue  # a setting that is newer than the run, and off
         if stored_settings.get(key) != value:
             raise UserError(
                 f"{folder} holds a run with {key} = {stored_settings.get(key)}, which cannot be "

@@ -31,7 +31,7 @@ def test_the_bundled_model_draws_the_class_that_is_asked_for():
 
 def test_a_local_change_reaches_far_pixels_and_pasting_restores_them():
     pipe = Pipeline.from_pretrained("fashion_mnist")
-    boot = editing.fit(pipe, editing.read_picture(ROOT / "docs" / "control" / "boot.png"))
+    boot = pipe.prepare(editing.read_picture(ROOT / "docs" / "control" / "boot.png"))
     canvas = pipe.canvases(pipe.encode(boot[None]))[0, -1]
     changed = canvas.copy()
     changed[15] = canvas[0]  # the lower right corner becomes background

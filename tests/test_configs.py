@@ -18,7 +18,7 @@ from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.checks import check_config
 from nvg_jax.training.length import training_length
-from nvg_jax.training.optimizers import OptimizerConfig
+from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule
 from nvg_jax.training.trainers import pretrained_names
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -134,14 +134,14 @@ def test_changing_one_configuration_leaves_the_next_alone():
 
 
 @pytest.mark.parametrize(
-    "size, width, content, structure, epochs",
+    "size, width, content, structure",
     [
-        ("d16", 1024, 255_183_904, 64_369_672, 200),
-        ("d20", 1280, 496_602_912, 124_972_808, 250),
-        ("d24", 1536, 856_271_392, 215_176_712, 350),
+        ("d16", 1024, 255_183_904, 64_369_672),
+        ("d20", 1280, 496_602_912, 124_972_808),
+        ("d24", 1536, 856_271_392, 215_176_712),
     ],
 )
-def test_published_generators(size, width, content, structure, epochs):
+def test_published_generators(size, width, content, structure):
     config = load("imagenet256", size)
     depth = int(size[1:])
     for name, expected, wide in (("content", content, width), ("structure", structure, width // 2)):
@@ -149,8 +149,27 @@ def test_published_generators(size, width, content, structure, epochs):
         assert layers.TransformerConfig(**config[name]).drop_path == pytest.approx(0.1 * depth / 24)
         model = generator(name, config, num_classes=1000)
         assert count(parameters(models.init_generator, model)) == expected
-    training = config.generator_training
-    assert (training.length, training.batch_size) == (f"{epochs} epochs", 768)
+
+
+@pytest.mark.parametrize(
+    "size, epochs, batch_size, iterations, rate",
+    [
+        ("d16", 200, 768, 333_000, 3e-4),
+        ("d20", 250, 720, 444_000, 2.8125e-4),
+        ("d24", 350, 864, 519_000, 3.375e-4),
+    ],
+)
+def test_published_batch_sizes(size, epochs, batch_size, iterations, rate):
+    """They make the iterations of the paper, which are given in thousands, and the rates."""
+    training = load("imagenet256", size).generator_training
+    assert (training.length, training.batch_size) == (f"{epochs} epochs", batch_size)
+    steps = training_length(training.length, 1_281_167, training.batch_size)
+    assert abs(steps - iterations) < 1000
+    optimizer = OptimizerConfig(**training.optimizer)
+    schedule = learning_rate_schedule(optimizer, training.batch_size, steps)
+    assert schedule(steps // 2) == pytest.approx(rate)
+    if size != "d24":  # constant for 80% of all steps after the warm-up
+        assert optimizer.decay_start * steps == pytest.approx(1000 + 0.8 * steps, abs=1)
 
 
 def test_published_tokenizer():
@@ -180,6 +199,8 @@ def test_published_recipe():
     assert optimizer.decay_start * steps == pytest.approx(1000 + 0.8 * steps)
     assert dataclasses.replace(optimizer, decay_start=0.8) == optimizer_config()
     assert config.class_dropout == 0.1 and config.dtype == "bfloat16"
+    assert config.tokenizer_training.dtype == "float32"
+    assert config.data.resize_filter == "published" and config.data.resize == 0
     # Trained for more than 300 epochs: decay from epoch 200 of 350 to 0.01.
     long = load("imagenet256", "d24").generator_training.optimizer
     assert long.decay_start * 350 == pytest.approx(200) and long.final == 0.01

@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
+from reference import resizing
 
-from nvg_jax.data import LoaderOptions, Transform, eval_batches, open_source, train_batches
+from nvg_jax.data import (
+    LoaderOptions,
+    Transform,
+    eval_batches,
+    lanczos4,
+    open_source,
+    train_batches,
+)
 from nvg_jax.data.sources import ArraySource
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
@@ -314,6 +322,63 @@ def test_resize_covers_and_range():
     assert Transform((32, 16), resize=16)(image).max() == 1
     with pytest.raises(UserError, match=r"resized to 8 pixels .* at least 16"):
         Transform((16, 16), resize=8)
+    with pytest.raises(UserError, match="resize_filter must be one of lanczos, published, got 'x'"):
+        Transform((16, 16), resize_filter="x")
+
+
+PUBLISHED = Transform((256, 256), resize_filter="published")
+
+
+def pixels_of(crop):
+    return np.round((crop + 1) * 127.5).astype(np.uint8)
+
+
+@pytest.mark.parametrize("number", range(len(resizing.SIZES)))
+def test_published_images_are_those_of_albumentations_and_opencv(number):
+    expected = json.loads(resizing.FILE.read_text())[number]
+    photograph = resizing.photograph(*resizing.SIZES[number])
+    found = resizing.summary(pixels_of(PUBLISHED(Image.fromarray(photograph))))
+    assert found["pixels"] == expected["pixels"]
+    assert found["sha256"] == expected["sha256"]
+
+
+def test_published_sizes_and_places():
+    """The long side is rounded, to even between two integers; odd room is one more at the end."""
+    for size, expected in (
+        ((64, 67), (288, 302)),
+        ((65, 64), (292, 288)),
+        ((640, 427), (432, 288)),
+    ):
+        assert PUBLISHED.resized(*size) == expected
+    assert Transform((256, 256)).resized(640, 427) == (431, 288)  # ours rounds down
+    odd = coordinates(5, 7)
+    assert corner(Transform((4, 4), 5, resize_filter="published")(odd)) == (0, 1)
+    assert corner(Transform((4, 4), 5)(odd)) == (0, 2)
+
+
+def test_published_random_crops_are_parts_of_the_whole():
+    image = Image.fromarray(resizing.photograph("chelsea", 80, 97))
+    whole = Transform((72, 87), resize=72, resize_filter="published")(image)
+    transform = Transform((64, 64), resize=72, pad=2, resize_filter="published")
+    padded = np.pad(whole, ((2, 2), (2, 2), (0, 0)), "edge")
+    for seed in range(20):
+        draws = np.random.default_rng(seed)  # the same draws as without the filter
+        top, left = (draws.integers(-2, room + 3) for room in (72 - 64, 87 - 64))
+        crop = transform(image, np.random.default_rng(seed))
+        np.testing.assert_array_equal(crop, padded[top + 2 : top + 66, left + 2 : left + 66])
+
+
+def test_lanczos4_by_hand():
+    """On a tap only that one counts; halfway the weights are symmetric; edges are repeated."""
+    on_tap = lanczos4.kernel(np.zeros(1, np.float32))
+    np.testing.assert_allclose(on_tap, [[0, 0, 0, 1, 0, 0, 0, 0]], atol=1e-9)
+    half = lanczos4.kernel(np.array([0.5], np.float32))[0]
+    lanczos = np.sinc(x := np.arange(-3.5, 4)) * np.sinc(x / 4)
+    np.testing.assert_allclose(half, lanczos / lanczos.sum(), atol=1e-6)
+    places, weights = lanczos4.taps(6, 3)  # each pixel is between two: 0.5, 2.5, 4.5
+    assert places.tolist()[0] == [0, 0, 0, 0, 1, 2, 3, 4]
+    assert places.tolist()[2] == [1, 2, 3, 4, 5, 5, 5, 5]
+    np.testing.assert_array_equal(weights, np.rint([half * 2048] * 3))
 
 
 # Loader.

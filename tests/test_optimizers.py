@@ -102,6 +102,9 @@ def test_without_a_gradient_only_the_decay_moves_a_parameter():
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"], np.full((2, 2), -2.0))
     np.testing.assert_array_equal(updates["bias"], np.zeros(2))
+    optimizer = make_optimizer(config, batch_size=512, steps=10, decay_all=True)  # discriminators
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["bias"], np.full(2, -2.0))
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_parameters():

@@ -15,7 +15,7 @@ from torch_files import ordered, storage, tensor, write_legacy, write_zip
 
 from nvg_jax import pretrained
 from nvg_jax.errors import UserError
-from nvg_jax.pretrained.networks import layer_norm, unit_channels
+from nvg_jax.pretrained.networks import bicubic_matrix, layer_norm, resize_bicubic, unit_channels
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
 CLOSE = 1e-4  # largest difference over largest value
@@ -112,6 +112,15 @@ def test_dino_agrees_with_timm(expected, tmp_path):
     for ours, reference in zip(outputs, expected["dino"], strict=True):
         assert ours.shape == (1, 197, 384)
         assert relative_error(sample(np.asarray(ours)), reference) < CLOSE
+
+
+def test_bicubic_resizing_agrees_with_torch(expected):
+    resized = resize_bicubic(images("first", 256), (224, 224))
+    # PyTorch rounds the places of the pixels, up to 256, to float32.
+    np.testing.assert_allclose(resized[:, ::32, ::32], expected["dinov2_input"], atol=3e-5)
+    # Halfway: a / 8 and (4 - a) / 8 with a = -0.75, of which the edge takes both.
+    matrix = bicubic_matrix(4, 2)
+    np.testing.assert_allclose(matrix, [[0.5, 0.59375, -0.09375, 0], [0, -0.09375, 0.59375, 0.5]])
 
 
 @pytest.mark.slow

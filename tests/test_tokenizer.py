@@ -103,7 +103,7 @@ def test_encoding_splits_evenly_and_decoding_equals_reconstruction(latent_size, 
     np.testing.assert_allclose(replayed, out.canvases, atol=1e-6)
     decoded = apply(replayed[:, -1], method="decode")
     trained, _ = apply(images)
-    np.testing.assert_allclose(decoded, np.clip(trained, -1, 1), atol=1e-5)
+    np.testing.assert_allclose(decoded, trained, atol=1e-5)
 
 
 def test_code_counts():

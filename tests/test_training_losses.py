@@ -68,7 +68,7 @@ def test_one_step_has_the_gradients_of_two(state):
     both, (metrics, _) = jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
         state.params, opponent.params, opponent, {}, IMAGES, KEY
     )
-    fake_key, real_key = jax.random.split(KEY)
+    generator_key, real_key, fake_key = jax.random.split(KEY, 3)
     see = lambda images, key: tokenizer.discriminator_inputs(
         DISCRIMINATOR, {}, images, key, jnp.float32
     )
@@ -76,7 +76,7 @@ def test_one_step_has_the_gradients_of_two(state):
 
     def tokenizer_alone(params):
         restored, quantized = MODEL.apply({"params": params}, IMAGES)
-        logits = DISCRIMINATOR.apply(old, see(restored, fake_key))
+        logits = DISCRIMINATOR.apply(old, see(restored, generator_key))
         adversarial = jnp.log1p(jnp.exp(-logits.mean(1))).mean()
         return jnp.abs(restored - IMAGES).mean() + quantized.losses.mean() + 0.3 * adversarial
 
@@ -92,7 +92,14 @@ def test_one_step_has_the_gradients_of_two(state):
         )
         fake = DISCRIMINATOR.apply({"params": params, **new}, see(restored, fake_key))
         hinge = (jnp.maximum(1 - real, 0).mean() + jnp.maximum(1 + fake, 0).mean()) / 2
-        lecam = (jnp.maximum(real + 0.2, 0) ** 2).mean() + (jnp.maximum(0.3 - fake, 0) ** 2).mean()
+        # The averages, 0.3 and -0.2, are updated first.
+        average_real, average_fake = (
+            0.3 * 0.999 + real.mean() / 1000,
+            -0.2 * 0.999 + fake.mean() / 1000,
+        )
+        average_real, average_fake = jax.lax.stop_gradient((average_real, average_fake))
+        lecam = (jnp.maximum(real - average_fake, 0) ** 2).mean()
+        lecam += (jnp.maximum(average_real - fake, 0) ** 2).mean()
         return hinge + 0.5 * lecam
 
     value, grads = jax.jit(jax.value_and_grad(discriminator_alone))(opponent.params)
@@ -101,6 +108,54 @@ def test_one_step_has_the_gradients_of_two(state):
     )
     close(both[1], grads)
     assert min(np.abs(g).max() for g in jax.tree.leaves(both[0])) > 0
+
+
+def test_the_discriminator_may_see_the_generator_loss(state):
+    """Its gradient then has 0.3 times that of the adversarial loss in addition; no other has."""
+    opponent = state.discriminator
+
+    def gradients(sees: bool):
+        losses = dataclasses.replace(LOSSES, discriminator_sees_generator_loss=sees)
+        terms = functools.partial(tokenizer.loss_terms, NETWORKS._replace(losses=losses))
+        return jax.jit(jax.grad(terms, argnums=(0, 1), has_aux=True))(
+            state.params, opponent.params, opponent, {}, IMAGES, KEY
+        )
+
+    (own, plain), (metrics, new) = gradients(False)
+    (same, more), (same_metrics, same_new) = gradients(True)
+    close(same, own)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), same_metrics, metrics)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), same_new, new)
+    restored = jax.jit(MODEL.apply)({"params": state.params}, IMAGES)[0]
+    seen = tokenizer.discriminator_inputs(
+        DISCRIMINATOR, {}, restored, jax.random.split(KEY, 3)[0], jnp.float32
+    )
+
+    def adversarial(params):
+        logits = DISCRIMINATOR.apply({"params": params, "spectral": opponent.spectral}, seen)
+        return jnp.log1p(jnp.exp(-logits.mean(1))).mean()
+
+    extra = jax.tree.map(lambda x: 0.3 * x, jax.jit(jax.grad(adversarial))(opponent.params))
+    close(jax.tree.map(jnp.subtract, more, plain), extra)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(extra)) > 1e-3
+
+
+def test_each_pass_of_the_discriminator_draws_its_own_augmentation(state, monkeypatch):
+    keys = []
+    augment = tokenizer.augment
+    monkeypatch.setattr(
+        tokenizer, "augment", lambda images, key: keys.append(key) or augment(images, key)
+    )
+    opponent = state.discriminator
+    jax.eval_shape(
+        lambda: (
+            keys.clear()
+            or tokenizer.loss_terms(
+                NETWORKS, state.params, opponent.params, opponent, {}, IMAGES, KEY
+            )[0]
+        )
+    )
+    assert len(keys) == 3
 
 
 def test_lpips_is_added_with_its_weight(state, monkeypatch):
@@ -116,6 +171,41 @@ def test_lpips_is_added_with_its_weight(state, monkeypatch):
     assert metrics["perceptual_loss"] == 0 and metrics["loss"] == plain
     np.testing.assert_allclose(more["perceptual_loss"], 3 * metrics["reconstruction_loss"], 1e-5)
     np.testing.assert_allclose(weighted - plain, 0.7 * more["perceptual_loss"], 1e-4)
+
+
+def test_all_losses_see_the_clamped_reconstruction(state, monkeypatch):
+    """A decoder that answers (2, -0.5, -3) everywhere: only green, inside, gets a gradient.
+
+    Its gradient of L1 is the mean sign of the difference, of which green is one channel in three.
+    """
+    monkeypatch.setattr(
+        pretrained, "lpips", lambda params, a, b, dtype: jnp.square(a).mean((1, 2, 3))
+    )
+    last = state.params["decoder"]["conv_out"]
+    answer = {"kernel": 0 * last["kernel"], "bias": jnp.array([2, -0.5, -3])}
+    params = state.params | {"decoder": state.params["decoder"] | {"conv_out": answer}}
+
+    def bias_gradient(*weights):
+        losses = tokenizer.TokenizerLossConfig("l1", *weights, 0.0, "small")
+        opponent = state.discriminator if losses.adversarial_weight else None
+        networks = NETWORKS._replace(discriminator=opponent and DISCRIMINATOR, losses=losses)
+        terms = functools.partial(tokenizer.loss_terms, networks)
+        grads, (metrics, _) = jax.jit(jax.grad(terms, has_aux=True))(
+            params, opponent and opponent.params, opponent, {"lpips": 0.0}, IMAGES, KEY
+        )
+        return grads["decoder"]["conv_out"]["bias"], metrics
+
+    grads, metrics = bias_gradient(0.0, 0.0)
+    distance = np.abs(np.array([1, -0.5, -1]) - IMAGES).mean()
+    np.testing.assert_allclose(metrics["reconstruction_loss"], distance, rtol=1e-5)
+    np.testing.assert_allclose(
+        grads, [0, np.sign(-0.5 - IMAGES[..., 1]).mean() / 3, 0], rtol=1e-4, atol=1e-8
+    )
+    for weights in ((1.0, 0.0), (0.0, 0.3)):
+        more, metrics = bias_gradient(*weights)
+        assert more[0] == more[2] == 0 and abs(more[1] - grads[1]) > 1e-4
+        if weights[0]:
+            np.testing.assert_allclose(metrics["perceptual_loss"], (1 + 0.25 + 1) / 3, rtol=1e-5)
 
 
 def test_what_the_heads_on_dino_see(monkeypatch):
@@ -154,6 +244,18 @@ def test_a_step_moves_both_players_and_their_memory(state):
     again, _ = step(state, {}, {"image": IMAGES}, KEY)
     jax.tree.map(np.testing.assert_array_equal, new, again)
     assert np.isfinite(jax.tree.leaves(metrics)[0]).all()
+
+
+@pytest.mark.parametrize("own, expected", [("", "bfloat16"), ("float32", "float32")])
+def test_the_tokenizer_trains_in_its_own_precision(own, expected):
+    config = digits.get_config("runlocal")
+    config.update(dtype="bfloat16", tokenizer_training=dict(dtype=own, adversarial_weight=0.1))
+    config.tokenizer_training.discriminator = "small"
+    model = models.ModelConfig.from_config(config, num_classes=10)
+    trainer = make_trainer(TOKENIZER, config, model, sharding.make_mesh(), num_images=100)
+    features = trainer.modules.discriminator.layers[0]
+    assert trainer.modules.tokenizer.dtype == features.dtype == expected
+    assert trainer.model.dtype == "bfloat16"
 
 
 def test_wrong_losses_get_a_sentence():

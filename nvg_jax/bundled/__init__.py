@@ -79,6 +79,13 @@ def is_bundled(folder: str | os.PathLike) -> bool:
     return os.fspath(folder) in MODELS and not any((Path(folder) / p).is_dir() for p in parts)
 
 
+def read_resize_filter(folder: str | os.PathLike) -> str | None:
+    """How the images of such a model were resized, None if the folder holds no model."""
+    if folder in MODELS and not os.path.exists(folder):
+        return read(folder)[0].resize_filter
+    return workdir.read_resize_filter(folder)
+
+
 def write(path: str | Path, metadata: RunMetadata, params: dict[str, Any]) -> str:
     """Writes the file of a model to bundle and returns its SHA-256, for `MODELS`."""
     small = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), params)

@@ -6,10 +6,13 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from nvg_jax.data import lanczos4
 from nvg_jax.errors import UserError
 
+RESIZE_FILTERS = ("lanczos", "published")
 
-def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
+
+def decode(image: bytes | np.ndarray | Image.Image, background: str = "white") -> Image.Image:
     """Returns an 8-bit RGB image.
 
     Grayscale is repeated to RGB, 16 bits are scaled to 8, transparency is composited on the
@@ -17,7 +20,7 @@ def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
     EXIF orientation is not applied.
 
     Args:
-        image: content of an image file, or uint8 (H, W) or (H, W, 3).
+        image: content of an image file, an opened one, or uint8 (H, W) or (H, W, 3).
 
     Raises:
         UserError: not an image, a damaged one, or one that cannot be converted to RGB.
@@ -25,22 +28,27 @@ def decode(image: bytes | np.ndarray, background: str = "white") -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image).convert("RGB")
     try:
+        if isinstance(image, Image.Image):
+            return _to_rgb(image, background)
         with Image.open(io.BytesIO(image)) as opened:
-            opened.load()
-            if opened.mode.startswith("I"):
-                return Image.fromarray(_to_8_bits(np.asarray(opened))).convert("RGB")
-            if opened.mode == "F":
-                raise UserError("floating-point values have no fixed range")
-            if opened.has_transparency_data:
-                rgba = opened.convert("RGBA")
-                return Image.alpha_composite(
-                    Image.new("RGBA", rgba.size, background), rgba
-                ).convert("RGB")
-            return opened.convert("RGB")
+            return _to_rgb(opened, background)
     except UnidentifiedImageError as error:
         raise UserError("not an image of a known format") from error
     except Exception as error:  # damaged files raise errors of many kinds inside Pillow
         raise UserError(f"not a readable image ({error})") from error
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+    image.load()
+    if image.mode.startswith("I"):
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "F":
+        raise UserError("floating-point values have no fixed range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, background)
+        return Image.alpha_composite(ground, rgba).convert("RGB")
+    return image.convert("RGB")
 
 
 def _to_8_bits(gray: np.ndarray) -> np.ndarray:
@@ -54,10 +62,10 @@ def _to_8_bits(gray: np.ndarray) -> np.ndarray:
 class Transform:
     """Resizes, crops and scales like the paper at 256 pixels; no flips.
 
-    The image is resized (Lanczos, aspect ratio kept) to just cover a rectangle with the aspect
-    ratio of `image_size` and a short side of `resize`. Then `image_size` is cropped from it, at
-    random in training and from the center otherwise. For a square `image_size`, `resize` is the
-    short side of the resized image.
+    The image is resized (aspect ratio kept) to just cover a rectangle with the aspect ratio of
+    `image_size` and a short side of `resize`. Then `image_size` is cropped from it, at random in
+    training and from the center otherwise. For a square `image_size`, `resize` is the short side of
+    the resized image.
 
     Attributes:
         image_size: height and width of the result.
@@ -65,16 +73,26 @@ class Transform:
         pad: in training, the resized image is padded by this many pixels on every side, with
             copies of its edge, before the crop. If `resize` leaves no room to crop, this shifts
             the image by up to `pad` pixels.
+        resize_filter: "lanczos" is antialiased (Pillow). "published" resizes as the images of the
+            published weights were, without antialiasing (OpenCV), and rounds the long side and the
+            place of the center crop as they do.
 
     Raises:
-        UserError: a size that is not positive, or `resize` smaller than the crop.
+        UserError: a size that is not positive, `resize` smaller than the crop, or an unknown
+            filter.
     """
 
     image_size: tuple[int, int]
     resize: int | None = None
     pad: int = 0
+    resize_filter: str = "lanczos"
 
     def __post_init__(self):
+        if self.resize_filter not in RESIZE_FILTERS:
+            raise UserError(
+                f"data.resize_filter must be one of {', '.join(RESIZE_FILTERS)}, got "
+                f"{self.resize_filter!r}."
+            )
         if min(self.image_size) < 1 or self.pad < 0:
             raise UserError(
                 f"image_size must be positive and pad not negative, got {self.image_size} and "
@@ -96,20 +114,31 @@ class Transform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         """Returns float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None takes the center."""
-        height, width = self.cover
-        if height * image.width >= width * image.height:
-            width = height * image.width // image.height
+        height, width = size = self.resized(image.height, image.width)
+        room = height - self.image_size[0], width - self.image_size[1]
+        if rng is not None:
+            top, left = (rng.integers(-self.pad, n + self.pad + 1) for n in room)
+        elif self.resize_filter == "published":
+            top, left = (n // 2 for n in room)
         else:
-            height = width * image.height // image.width
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        if rng is None:
-            top = round((height - self.image_size[0]) / 2)
-            left = round((width - self.image_size[1]) / 2)
-        else:
-            top = rng.integers(-self.pad, height - self.image_size[0] + self.pad + 1)
-            left = rng.integers(-self.pad, width - self.image_size[1] + self.pad + 1)
+            top, left = (round(n / 2) for n in room)
         # Rows and columns outside the image are copies of its edge.
         rows = np.arange(top, top + self.image_size[0]).clip(0, height - 1)
         columns = np.arange(left, left + self.image_size[1]).clip(0, width - 1)
-        return np.asarray(image)[rows][:, columns].astype(np.float32) / 127.5 - 1
+        if self.resize_filter == "published":
+            pixels = lanczos4.resize(np.asarray(image), size, rows, columns)
+        else:
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.LANCZOS)
+            pixels = np.asarray(image)[rows][:, columns]
+        return pixels.astype(np.float32) / 127.5 - 1
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which an image of height x width is resized."""
+        rows, columns = self.cover
+        if self.resize_filter == "published":
+            scale = max(rows / height, columns / width)
+            return round(height * scale), round(width * scale)
+        if rows * width >= columns * height:
+            return rows, rows * width // height
+        return columns * height // width, columns

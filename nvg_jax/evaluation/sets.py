@@ -188,7 +188,8 @@ class Split(ImageSet):
     """The images of a split of a data set, cropped to one size, in a fixed random order.
 
     Args:
-        data: "name", "data_dir", "resize" and optionally "on_bad", as in a config's `data`.
+        data: "name", "data_dir", "resize" and optionally "resize_filter" ("lanczos" if it is empty)
+            and "on_bad", as in a config's `data`.
         split: "train" or "test".
         count: only the first images of that order; None is all.
 
@@ -211,7 +212,11 @@ class Split(ImageSet):
                 "made from with --data_name (and --data_dir)."
             )
         self._data, self._split = data, split
-        self._transform = Transform(image_size, data["resize"] or None)
+        self._transform = Transform(
+            image_size,
+            data["resize"] or None,
+            resize_filter=data.get("resize_filter") or "lanczos",
+        )
         self.image_size, self.batch_size = image_size, batch_size
         order = np.random.default_rng(SHUFFLE_SEED).permutation(len(self.source))
         self._order = order[:count]
@@ -269,10 +274,12 @@ class Split(ImageSet):
     def describe(self) -> dict[str, Any]:
         folder = self._data["data_dir"] and os.path.abspath(self._data["data_dir"])
         first, last = (self.source[index]["name"] for index in (0, len(self.source) - 1))
+        # Said only where it differs, so that measurements begun before it was a setting go on.
+        filters = [name for name in [self._transform.resize_filter] if name != "lanczos"]
         return {
             "data": [self._data["name"], folder, self._split],
             "images": [len(self), first, last],
-            "size": [*self.image_size, *self._transform.cover],
+            "size": [*self.image_size, *self._transform.cover, *filters],
         }
 
 

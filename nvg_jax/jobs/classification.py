@@ -29,7 +29,8 @@ def report(
     """Writes metrics.json and pictures into `out`; all processes share the work.
 
     Args:
-        data: "name", "data_dir", "resize" and optionally "on_bad", as in a config's `data`.
+        data: "name", "data_dir", "resize" and optionally "on_bad", as in a config's `data`. Images
+            are resized with the filter that the model was trained with.
         job: the samples to measure, one for each entry of `classes`; None measures the tokenizer
             alone.
 
@@ -39,6 +40,7 @@ def report(
     Raises:
         UserError: the data is not what the model was trained on, or an image cannot be read.
     """
+    data = data | {"resize_filter": pipeline.metadata.resize_filter}
     size = pipeline.tokenizer.config.image_size
     num_classes = Split(data, "train", size).source.num_classes
     if num_classes != pipeline.metadata.model.num_classes:

@@ -64,6 +64,7 @@ def read_published(
         metadata = RunMetadata(
             model=model,
             class_names=classes,
+            resize_filter="published",
             sources={
                 part: {"file": Path(file).name, "weights": weights, "sha256": _sha256(Path(file))}
                 for part, (file, weights) in files.items()

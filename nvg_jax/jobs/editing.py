@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import from_float
 from nvg_jax.jobs.sampling_runs import Constraint
@@ -43,12 +43,6 @@ def read_picture(
     return pixels
 
 
-def fit(pipeline: Pipeline, pixels: np.ndarray) -> np.ndarray:
-    """Resizes and center-crops uint8 pixels (H, W, 3) to the model's image size, float32."""
-    size = pipeline.tokenizer.config.image_size
-    return Transform(size, resize=min(size))(Image.fromarray(pixels))
-
-
 def keep_stages(
     pipeline: Pipeline, path: str | os.PathLike, structure_stages: int, token_stages: int
 ) -> Constraint:
@@ -59,7 +53,7 @@ def keep_stages(
     """
     check_integer("--structure_stages", structure_stages, 1, pipeline.tokenizer.config.num_stages)
     check_integer("--token_stages", token_stages, 0, structure_stages)
-    sequence = pipeline.encode(fit(pipeline, read_picture(path))[None])
+    sequence = pipeline.encode(pipeline.prepare(read_picture(path))[None])
     first = GranularitySequence(*(part[0] for part in sequence))
     return Constraint(first, structure_stages, token_stages)
 
@@ -115,8 +109,8 @@ def edit_region(
     if mask is None:
         raise UserError("--edit needs --mask, a PNG that is white where the image may change.")
     pixels = read_picture(image)
-    inside = fit(pipeline, read_picture(mask, pixels.shape[:2], "black")).mean(-1) > 0
-    original = fit(pipeline, pixels)
+    inside = pipeline.prepare(read_picture(mask, pixels.shape[:2], "black")).mean(-1) > 0
+    original = pipeline.prepare(pixels)
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
     sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))
     # The middle of the interval that `to_uint8` truncates to the same pixel value.

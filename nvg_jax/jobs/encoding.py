@@ -37,7 +37,8 @@ def encode_data_set(
     """Writes the cached sequences of a data set; all processes share the work.
 
     Args:
-        data: "name", "data_dir", "resize" and "pad", as in a config's `data`.
+        data: "name", "data_dir", "resize" and "pad", as in a config's `data`. Images are resized
+            with the filter that the model was trained with.
         crops: random crops of each training image. Test images have one center crop.
         seed: seed of the crops.
         options: keyword arguments of `write_shards`.
@@ -90,7 +91,8 @@ def plan_encoding(
         "tokenizer": metadata.to_json()["tokenizer"],
         "fingerprint": metadata.fingerprint,
         "class_names": sources["train"].class_names,
-        "data": {name: data[name] for name in ("name", "data_dir", "resize", "pad")},
+        "data": {name: data[name] for name in ("name", "data_dir", "resize", "pad")}
+        | {"resize_filter": metadata.resize_filter},
         "crops": crops,
         "seed": seed,
         "images": {split: len(source) for split, source in sources.items()},
@@ -131,9 +133,9 @@ def write_shards(
             continue
         crops = settings["crops"] if split == "train" else 0
         images = max(1, batch_size // max(crops, 1))
-        data = settings["data"]
+        data, size = settings["data"], pipeline.tokenizer.config.image_size
         options = LoaderOptions(
-            Transform(pipeline.tokenizer.config.image_size, data["resize"] or None, data["pad"]),
+            Transform(size, data["resize"] or None, data["pad"], data["resize_filter"]),
             batch_size=images,
             on_bad=on_bad,
             num_threads=num_threads,

@@ -53,12 +53,18 @@ class Scorer:
 
 
 def make_scorers(
-    config: ml_collections.ConfigDict, parts: Sequence[Part], num_classes: int
+    config: ml_collections.ConfigDict,
+    parts: Sequence[Part],
+    num_classes: int,
+    resize_filter: str = "lanczos",
 ) -> dict[Part, Scorer]:
     """{part: its scorer} for the parts with a `fid_every`.
 
     The tokenizer's reconstructions are compared with their originals, held-out images; samples with
     `config.evaluation.reference`.
+
+    Args:
+        resize_filter: how the run resizes its images.
 
     Raises:
         UserError: a network, a file or data is missing.
@@ -66,7 +72,8 @@ def make_scorers(
     parts = [part for part in parts if config[part.section].fid_every]
     if not parts:
         return {}
-    data, size = config.data.to_dict(), tuple(config.tokenizer.image_size)
+    data = config.data.to_dict() | {"resize_filter": resize_filter}
+    size = tuple(config.tokenizer.image_size)
     scorers, classifier = {}, None
     # Not in the mesh of all processes: a judge works on this process's devices.
     with jax.set_mesh(make_mesh(devices=jax.local_devices())):

@@ -8,7 +8,6 @@ import functools
 from typing import Any, cast
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -83,7 +82,7 @@ def dino(params, images, dtype=jnp.float32):
     """
     size = (VIT_IMAGE, VIT_IMAGE)
     _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
-    embedded, outputs, _ = _tokens("dino", params, images, dtype)
+    embedded, outputs, _ = _tokens("dino", params, images, dtype, tanh_gelu=True)  # as published
     return (embedded, *(outputs[i] for i in DINO_BLOCKS))
 
 
@@ -92,7 +91,7 @@ def dinov2(params, images, dtype=jnp.float32):
 
     Args:
         params: parameters of "dinov2".
-        images: float (B, H, W, 3) in [-1, 1]; resized to 224 x 224, bicubic with antialiasing.
+        images: float (B, H, W, 3) in [-1, 1]; resized to 224 x 224, see `resize_bicubic`.
         dtype: dtype of the computation.
 
     Returns:
@@ -103,16 +102,41 @@ def dinov2(params, images, dtype=jnp.float32):
         UserError: images of another shape or type.
     """
     _check(images, True, "any number of pixels")
-    shape = (images.shape[0], VIT_IMAGE, VIT_IMAGE, 3)
-    images = jax.image.resize(images.astype(jnp.float32), shape, "cubic", antialias=True)
+    images = resize_bicubic(images.astype(jnp.float32), (VIT_IMAGE, VIT_IMAGE))
     _, _, tokens = _tokens("dinov2", params, images, dtype)
     return tokens[:, 1:].astype(jnp.float32)
 
 
-def _tokens(name: str, params, images, dtype) -> tuple[Array, Array, Array]:
+def _tokens(
+    name: str, params, images, dtype, tanh_gelu: bool = False
+) -> tuple[Array, Array, Array]:
     """What `VisionTransformer` returns for images in [-1, 1]."""
-    model = VisionTransformer(**SIZES[name], dtype=dtype)
+    model = VisionTransformer(**SIZES[name], tanh_gelu=tanh_gelu, dtype=dtype)
     return cast(Any, model.apply({"params": params}, imagenet_normalized(images)))
+
+
+def resize_bicubic(images, size: tuple[int, int]) -> Array:
+    """PyTorch's bicubic resizing of float32 (B, H, W, C): a = -0.75, and no antialiasing."""
+    rows, columns = (bicubic_matrix(n, target) for n, target in zip(images.shape[1:3], size))
+    images = jnp.einsum("yh,bhwc->bywc", rows, images, precision="highest")
+    return jnp.einsum("xw,bywc->byxc", columns, images, precision="highest")
+
+
+def bicubic_matrix(size: int, target: int) -> np.ndarray:
+    """float32 (target, size): the weights of bicubic resizing along one side.
+
+    Each target pixel sees four pixels around its center; those beyond an edge are the edge's.
+    """
+    a = -0.75
+    centers = (np.arange(target) + 0.5) * (size / target) - 0.5
+    places = np.floor(centers)[:, None] + np.arange(-1, 3)
+    x = np.abs(centers[:, None] - places)
+    inner = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    outer = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    matrix = np.zeros((target, size))
+    rows = np.arange(target)[:, None]
+    np.add.at(matrix, (rows, places.astype(int).clip(0, size - 1)), np.where(x <= 1, inner, outer))
+    return matrix.astype(np.float32)
 
 
 def _check(images, size_fits: bool, size: str):
@@ -212,6 +236,7 @@ class VisionTransformer(nn.Module):
 
     width: int
     patch: int
+    tanh_gelu: bool = False  # GELU by its approximation with tanh
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -233,7 +258,7 @@ class VisionTransformer(nn.Module):
         blocks = nn.scan(
             Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH
         )
-        x, outputs = blocks(self.dtype, name="blocks")(x, None)
+        x, outputs = blocks(self.dtype, self.tanh_gelu, name="blocks")(x, None)
         return embedded, outputs, layer_norm(self.dtype, "norm")(x)
 
 
@@ -241,6 +266,7 @@ class Block(nn.Module):
     """Attention, then MLP, each after a layer norm and added to its input."""
 
     dtype: DTypeLike
+    tanh_gelu: bool
 
     @nn.compact
     def __call__(self, x, _):
@@ -253,7 +279,7 @@ class Block(nn.Module):
         q, k, v = (y.reshape(batch, length, -1, HEAD_DIM) for y in (q, k, v))
         x += dense(width, name="projection")(attention(q, k, v).reshape(x.shape))
         hidden = dense(4 * width, name="mlp_in")(layer_norm(self.dtype, "norm2")(x))
-        x += dense(width, name="mlp_out")(nn.gelu(hidden, approximate=False))
+        x += dense(width, name="mlp_out")(nn.gelu(hidden, approximate=self.tanh_gelu))
         return x, x
 
 

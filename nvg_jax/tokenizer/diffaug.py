@@ -1,8 +1,8 @@
 """Prepares images for the discriminator: DiffAug, then a crop or resize to its input size.
 
 All functions are pure, differentiable with respect to the images, and draw separately for each
-image. Images are in [-1, 1]; 0 is gray. Two calls with the same key apply the
-same transformations to image b of both batches.
+image, except for the choice between crop and resize. Images are in [-1, 1]; 0 is gray. Two calls
+with the same key apply the same transformations to image b of both batches.
 """
 
 import jax
@@ -103,9 +103,10 @@ def area_matrix(size: int, target: int) -> Float32[np.ndarray, "{target} {size}"
 def discriminator_input(
     images: Float[Array, "B H W 3"], key: PRNGKeyArray, size: int = 224
 ) -> Float[Array, "B {size} {size} 3"]:
-    """A random crop or an area resize of each image, equally likely.
+    """A random crop or an area resize of the images, equally likely.
 
-    Images that already have this size are returned unchanged.
+    The whole batch is either cropped, each image at its own place, or resized. Images that already
+    have this size are returned unchanged.
 
     Raises:
         UserError: H or W is smaller than `size`.
@@ -120,7 +121,7 @@ def discriminator_input(
             "(--config.tokenizer_training.discriminator=small)."
         )
     for_choice, *axis_keys = jax.random.split(key, 3)
-    crop = jax.random.bernoulli(for_choice, shape=(batch, 1, 1))
+    crop = jax.random.bernoulli(for_choice)
     matrices = []
     for axis_key, full in zip(axis_keys, (height, width)):
         start = jax.random.randint(axis_key, (batch,), 0, full - size + 1)

@@ -49,7 +49,7 @@ class LeCam(flax.struct.PyTreeNode):
     ) -> Float[Array, ""]:
         """Mean relu(real - average fake)^2 plus mean relu(average real - fake)^2.
 
-        Call this before `update` with the same logits.
+        The averages include the same logits already: call this on what `update` returns.
         """
         return (
             jnp.square(jax.nn.relu(real - self.fake)).mean()

@@ -95,7 +95,7 @@ class Tokenizer(nn.Module):
         return z.reshape(z.shape[0], self.config.num_positions, self.config.latent_dim)
 
     def decode_unclamped(self, canvas: Float[Array, "B L D"]) -> Float32[Array, "B H W 3"]:
-        """The images of final canvases, not clamped; for training."""
+        """The images of final canvases, not clamped."""
         grid = canvas.reshape(-1, *self.config.latent_size, self.config.latent_dim)
         return self.decoder(grid)
 
@@ -132,10 +132,10 @@ class Tokenizer(nn.Module):
             index_backprop: see `Quantizer`.
 
         Returns:
-            The reconstruction, not clamped, with straight-through gradients to the latents; and the
-            quantized latents.
+            The reconstruction, clamped to [-1, 1], with straight-through gradients to the latents
+            but none through clamped values; and the quantized latents.
         """
         latents = self.latents(images)
         quantized = self.quantize(latents, index_backprop)
         final = latents + jax.lax.stop_gradient(quantized.canvases[:, -1] - latents)
-        return self.decode_unclamped(final), quantized
+        return self.decode(final), quantized

@@ -53,6 +53,7 @@ def check_sizes(config: ml_collections.ConfigDict):
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
     check_dtype(config.dtype)
+    check_dtype(config.tokenizer_training.dtype or config.dtype)
     if not 0 <= config.stall_timeout < math.inf:
         raise UserError(
             f"stall_timeout must be 0 (off) or a number of seconds, got {config.stall_timeout}."

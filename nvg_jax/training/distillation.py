@@ -295,6 +295,7 @@ class DistillationTrainer(Trainer):
             sampling=student_settings(run.config),
             teacher=files.fingerprint(params["structure"]),
             config=run.config_json(),
+            resize_filter=run.resize_filter,
             steps=self.steps,
             step=None,
             fid=None,

@@ -291,6 +291,7 @@ class GeneratorTrainer(Trainer):
             sampling=sampling_settings(run.config),
             tokenizer_workdir=str(run.tokenizer_workdir),
             config=run.config_json(),
+            resize_filter=run.resize_filter,
             steps=self.steps,
         )
         scale = np.asarray(tokenizer.canvas_scale, np.float32)

@@ -67,10 +67,19 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def every_parameter(params):
+    """True for every parameter."""
+    return jax.tree.map(lambda _: True, params)
+
+
 def make_optimizer(
-    config: OptimizerConfig, batch_size: int, steps: int
+    config: OptimizerConfig, batch_size: int, steps: int, decay_all: bool = False
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW."""
+    """Clip by the global norm, then AdamW.
+
+    Args:
+        decay_all: whether weight decay covers biases and scales too.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
@@ -78,6 +87,6 @@ def make_optimizer(
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=decay_mask,
+            mask=every_parameter if decay_all else decay_mask,
         ),
     )

@@ -12,7 +12,7 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nvg_jax import pretrained
+from nvg_jax import bundled, pretrained
 from nvg_jax.data import (
     LoaderOptions,
     SequenceSource,
@@ -37,6 +37,7 @@ class Run:
     Attributes:
         workdir: the folder with a subfolder for each trained part.
         networks: {name: parameters} of the pretrained networks that the losses need.
+        resize_filter: how images are resized, see `Transform`.
         teacher: the metadata and parameters of the model to distill, if one is distilled.
     """
 
@@ -47,6 +48,7 @@ class Run:
     test_source: Source
     networks: dict[str, Any]
     model: ModelConfig
+    resize_filter: str
     teacher: tuple[RunMetadata, dict[str, Any]] | None = None
 
     @property
@@ -103,8 +105,9 @@ class Run:
 
     def loader_options(self, batch_size: int) -> LoaderOptions:
         data = self.config.data
+        size = self.model.tokenizer.image_size
         return LoaderOptions(
-            Transform(self.model.tokenizer.image_size, data.resize or None, data.pad),
+            Transform(size, data.resize or None, data.pad, self.resize_filter),
             batch_size=self.process_batch_size(batch_size),
             on_bad=data.on_bad,
             process_index=jax.process_index(),
@@ -176,4 +179,31 @@ def open_run(
         config.data.name, "test", data_dir=data_dir, class_names=train_source.class_names
     )
     model = ModelConfig.from_config(config, train_source.num_classes)
-    return Run(config, workdir, mesh, train_source, test_source, loaded, model, teacher)
+    resize_filter = choose_resize_filter(config, workdir, train_source, teacher and teacher[0])
+    return Run(
+        config, workdir, mesh, train_source, test_source, loaded, model, resize_filter, teacher
+    )
+
+
+def choose_resize_filter(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    source: Source,
+    teacher: RunMetadata | None = None,
+) -> str:
+    """How a run resizes its images: as configured, or else as the model that it builds on.
+
+    That model is the teacher, what the workdir holds already, the tokenizer of the generators, or
+    the model that the weights start from. Cached sequences keep the filter of their images.
+    """
+    if isinstance(source, SequenceSource):
+        return source.resize_filter
+    if config.data.resize_filter:
+        return config.data.resize_filter
+    if teacher is not None:
+        return teacher.resize_filter
+    for folder in (workdir, config.tokenizer_workdir, config.init_from):
+        found = folder and bundled.read_resize_filter(folder)
+        if found:
+            return found
+    return "lanczos"

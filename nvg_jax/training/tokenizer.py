@@ -50,7 +50,8 @@ class TokenizerLossConfig:
 
     reconstruction: "l1" or "l2". discriminator: "dino" trains heads on the frozen features of DINO
         ViT-S/16, for images of at least 224 x 224; "small" trains a whole network, for small
-        images.
+        images. discriminator_sees_generator_loss: whether the weighted adversarial loss, which
+        opposes the hinge loss, is a loss of the discriminator's too, as in the published training.
 
     Raises:
         UserError: an unknown name, or a negative weight.
@@ -61,6 +62,7 @@ class TokenizerLossConfig:
     adversarial_weight: float
     lecam_weight: float
     discriminator: str
+    discriminator_sees_generator_loss: bool = False
 
     def __post_init__(self):
         choices_of = {"reconstruction": RECONSTRUCTION_LOSSES, "discriminator": DISCRIMINATORS}
@@ -153,6 +155,8 @@ def loss_terms(
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], DiscriminatorState | None]]:
     """The sum of the tokenizer's and the discriminator's losses, detached from each other.
 
+    Each of the discriminator's three passes draws its own augmentation.
+
     Args:
         discriminator_params: the parameters of `opponent`, for which there is a gradient too.
         frozen: {name: parameters} of the pretrained networks of the losses.
@@ -178,27 +182,31 @@ def loss_terms(
         loss += losses.perceptual_weight * terms["perceptual"]
     opposing_loss = 0.0
     if discriminator is not None:
-        fake_key, real_key = jax.random.split(key)
+        generator_key, real_key, fake_key = jax.random.split(key, 3)
         inputs = lambda images, key: discriminator_inputs(
             discriminator, frozen, images, key, model.dtype
         )
-        fake_inputs, real_inputs = inputs(restored, fake_key), inputs(images, real_key)
         variables = {"params": discriminator_params, "spectral": opponent.spectral}
-        logits = discriminator.apply(jax.lax.stop_gradient(variables), fake_inputs)
+        judge = variables
+        if not losses.discriminator_sees_generator_loss:
+            judge = jax.lax.stop_gradient(variables)
+        logits = discriminator.apply(judge, inputs(restored, generator_key))
         terms["adversarial"] = generator_loss(logits)
         loss += losses.adversarial_weight * terms["adversarial"]
 
-        real, updated = discriminator.apply(variables, real_inputs, mutable=["spectral"])
-        fake = discriminator.apply(
-            {"params": discriminator_params, **updated}, jax.lax.stop_gradient(fake_inputs)
+        real, updated = discriminator.apply(
+            variables, inputs(images, real_key), mutable=["spectral"]
         )
+        fake = discriminator.apply(
+            {"params": discriminator_params, **updated},
+            inputs(jax.lax.stop_gradient(restored), fake_key),
+        )
+        lecam = opponent.lecam.update(real, fake)
         terms["discriminator"] = discriminator_loss(real, fake)
-        terms["lecam"] = opponent.lecam.loss(real, fake)
+        terms["lecam"] = lecam.loss(real, fake)
         opposing_loss = terms["discriminator"] + losses.lecam_weight * terms["lecam"]
         metrics |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
-        opponent = opponent.replace(
-            spectral=updated["spectral"], lecam=opponent.lecam.update(real, fake)
-        )
+        opponent = opponent.replace(spectral=updated["spectral"], lecam=lecam)
     metrics |= {"loss": loss, **{f"{name}_loss": value for name, value in terms.items()}}
     return loss + opposing_loss, (metrics, opponent)
 
@@ -223,7 +231,8 @@ class TokenizerTrainer(Trainer):
 
     def make_networks(self):
         losses = loss_config(self.config)
-        tokenizer = self.model.make_tokenizer()
+        dtype = self.recipe.dtype or self.model.dtype
+        tokenizer = dataclasses.replace(self.model, dtype=dtype).make_tokenizer()
         self.modules = Networks(tokenizer, losses.make_discriminator(tokenizer.dtype), losses)
         self.discriminator_optimizer = make_optimizer(
             dataclasses.replace(
@@ -231,6 +240,7 @@ class TokenizerTrainer(Trainer):
             ),
             self.recipe.batch_size,
             self.steps,
+            decay_all=True,
         )
 
     def abstract_inputs(self) -> Params:
@@ -338,6 +348,7 @@ class TokenizerTrainer(Trainer):
             model=self.model.only(),
             class_names=run.train_source.class_names,
             config=run.config_json(),
+            resize_filter=run.resize_filter,
             steps=self.steps,
         )
         return run.frozen(self.inputs), metadata

@@ -97,8 +97,8 @@ def main():
     distance[0].backward()
     out["lpips_gradient"] = second.grad[:1].permute(0, 2, 3, 1).numpy()
 
-    # DINO ViT-S/16.
-    model = fill(timm.create_model("vit_small_patch16_224", num_classes=0))
+    # DINO ViT-S/16, with the published discriminator's tanh approximation of GELU.
+    model = fill(timm.create_model("vit_small_patch16_224", num_classes=0, act_layer="gelu_tanh"))
     out["dino_names"] = table(model)
     x = normalized(channels_first(images("first", 224)))
     with torch.no_grad():
@@ -115,9 +115,8 @@ def main():
     state = fill(large).state_dict()
     model = timm.create_model("vit_base_patch14_dinov2", num_classes=0, img_size=224).eval()
     model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, model))
-    x = functional.interpolate(
-        channels_first(images("first", 256)), (224, 224), mode="bicubic", antialias=True
-    )
+    x = functional.interpolate(channels_first(images("first", 256)), (224, 224), mode="bicubic")
+    out["dinov2_input"] = x[:, :, ::32, ::32].permute(0, 2, 3, 1).numpy()
     with torch.no_grad():
         tokens = model.forward_features(normalized(x))
     out["dinov2"] = sample(tokens[:, 1:].numpy())

@@ -1,0 +1,159 @@
+"""How images are resized: kept with the model, inherited by what builds on it, and `prepare`."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import random_pipeline, tiny_config
+from PIL import Image
+
+from nvg_jax import workdir
+from nvg_jax.data import SequenceSource, Transform, open_source, sequences
+from nvg_jax.data.transforms import decode
+from nvg_jax.errors import UserError
+from nvg_jax.evaluation.image import from_float
+from nvg_jax.evaluation.sets import Split
+from nvg_jax.jobs import editing
+from nvg_jax.jobs.encoding import encode_data_set
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime import sharding
+from nvg_jax.training.run import choose_resize_filter, open_run
+from nvg_jax.workdir import RunMetadata, read_resize_filter
+
+DIGITS = {"name": "digits", "data_dir": "", "resize": 9, "pad": 0}
+PHOTO = np.random.default_rng(0).integers(0, 256, (31, 22, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def published():
+    pipeline = random_pipeline()
+    metadata = pipeline.metadata.replace(resize_filter="published", fingerprint="f")
+    return Pipeline(metadata, pipeline.params, "float32")
+
+
+@pytest.fixture(scope="module")
+def folder(published, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    published.save_pretrained(folder)
+    return folder
+
+
+def test_checkpoints_that_do_not_say_it(published):
+    """Ours were made with "lanczos"; what was converted was published."""
+    content = published.metadata.to_json()
+    assert content["resize_filter"] == "published"
+    assert RunMetadata.from_json(json.loads(json.dumps(content))) == published.metadata
+    del content["resize_filter"]
+    assert RunMetadata.from_json(content).resize_filter == "lanczos"
+    converted = content | {"sources": {"autoencoder": {"file": "ae.ckpt"}}}
+    assert RunMetadata.from_json(converted).resize_filter == "published"
+    trained_on = converted | {"config": tiny_config().to_dict()}  # generators, by us
+    assert RunMetadata.from_json(trained_on).resize_filter == "lanczos"
+
+
+def test_prepare_is_the_evaluation_crop_of_the_training(published):
+    expected = Transform((8, 8), 9, resize_filter="published")(Image.fromarray(PHOTO))
+    prepared = published.prepare(PHOTO)
+    assert prepared.dtype == np.float32 and prepared.shape == (8, 8, 3)
+    np.testing.assert_array_equal(prepared, expected)
+    np.testing.assert_array_equal(published.prepare(Image.fromarray(PHOTO)), expected)
+    ours = Pipeline(
+        published.metadata.replace(
+            resize_filter="lanczos", config={"data": {"resize": 12}, "distillation": {}}
+        ),
+        published.params,
+        "float32",
+    )
+    np.testing.assert_array_equal(
+        ours.prepare(PHOTO), Transform((8, 8), 12)(Image.fromarray(PHOTO))
+    )
+
+
+def test_prepare_keeps_the_pixels_of_an_image_that_fits(published):
+    own = PHOTO[:8, :8]
+    np.testing.assert_array_equal(published.prepare(own), own.astype(np.float32) / 127.5 - 1)
+    clear = Image.fromarray(np.zeros((8, 8, 4), np.uint8))  # transparent: white
+    assert (published.prepare(clear) == 1).all()
+    assert published.encode(published.prepare(PHOTO)[None]).tokens.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    "image", [PHOTO.astype(np.float32), PHOTO[None], PHOTO[..., :2], PHOTO[:0], [[1, 2]], "a.png"]
+)
+def test_prepare_refuses_what_is_no_image(published, image):
+    with pytest.raises(UserError, match="must be a PIL image, or uint8 of shape"):
+        published.prepare(image)
+
+
+def test_a_run_resizes_as_configured_or_as_what_it_builds_on(folder, tmp_path):
+    source = open_source("digits", "train")
+    choose = lambda **settings: choose_resize_filter(
+        tiny_config(**settings), workdir.files.storage_path(tmp_path), source
+    )
+    assert choose() == "lanczos"
+    assert choose(tokenizer_workdir=str(folder)) == "published"
+    assert choose(init_from=str(folder)) == "published"
+    assert choose(init_from="fashion_mnist") == "lanczos"
+    assert choose(init_from=str(folder), data=dict(resize_filter="lanczos")) == "lanczos"
+    assert read_resize_filter(tmp_path) is None
+    config = tiny_config(tokenizer_workdir=str(folder))
+    run = open_run(config, workdir.files.storage_path(tmp_path), sharding.make_mesh())
+    assert run.loader_options(16).transform.resize_filter == "published"
+
+
+def test_sequences_are_encoded_as_the_model_was_trained(published, tmp_path):
+    meta = encode_data_set(published, tmp_path / "cache", DIGITS)
+    assert meta["data"]["resize_filter"] == "published"
+    source = SequenceSource(tmp_path / "cache", "test")
+    assert source.resize_filter == "published"
+    config = tiny_config(data=dict(resize_filter="lanczos"))
+    assert choose_resize_filter(config, tmp_path, source) == "published"
+    digits = open_source("digits", "test")
+    images = [Transform((8, 8), 9, resize_filter="published")] * 3
+    images = [t(Image.fromarray(digits[i]["image"]).convert("RGB")) for i, t in enumerate(images)]
+    sequence = published.encode(np.stack(images))
+    for i in range(3):
+        np.testing.assert_array_equal(source[i]["crops"]["structure"][0], sequence.structure[i, -1])
+
+
+def test_what_an_old_folder_of_sequences_does_not_say(published, tmp_path):
+    """An encoding begun before resize_filter was a setting goes on, with the old filter only."""
+    settings = {"data": DIGITS, "format": 1}
+    sequences.begin(tmp_path, settings)
+    sequences.begin(tmp_path, {**settings, "data": DIGITS | {"resize_filter": "lanczos"}})
+    with pytest.raises(UserError, match="cannot be resumed"):
+        sequences.begin(tmp_path, {**settings, "data": DIGITS | {"resize_filter": "published"}})
+
+
+def test_an_old_run_resumes_with_its_own_filter_only(published, tmp_path):
+    config = tiny_config().to_dict()
+    del config["data"]["resize_filter"]
+    del config["tokenizer_training"]["discriminator_sees_generator_loss"]
+    old = published.metadata.replace(config=config, resize_filter="lanczos", steps=12)
+    old = old.replace(model=old.model.only())
+    new = old.replace(config=tiny_config().to_dict())
+    workdir.check_resume(old, new, "tokenizer_training", tmp_path)
+    with pytest.raises(UserError, match="resize_filter = lanczos, .* resumed with published"):
+        workdir.check_resume(
+            old, new.replace(resize_filter="published"), "tokenizer_training", tmp_path
+        )
+    sees = tiny_config(tokenizer_training=dict(discriminator_sees_generator_loss=True)).to_dict()
+    with pytest.raises(UserError, match="discriminator_sees_generator_loss = None"):
+        workdir.check_resume(old, new.replace(config=sees), "tokenizer_training", tmp_path)
+
+
+def test_evaluation_and_editing_prepare_as_the_model_was_trained(published, tmp_path):
+    digits = open_source("digits", "test")
+    split = Split(DIGITS | {"resize_filter": "published"}, "test", (8, 8), count=5)
+    expected = [
+        Transform((8, 8), 9, resize_filter="published")(decode(digits[i]["image"]))
+        for i in split._order
+    ]
+    np.testing.assert_array_equal(next(split.batches([0]))[0], from_float(expected[0]))
+    assert split.describe()["size"] == [8, 8, 9, 9, "published"]
+    assert Split(DIGITS, "test", (8, 8)).describe()["size"] == [8, 8, 9, 9]  # as ever
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    kept = editing.keep_stages(published, tmp_path / "photo.png", 5, 5)
+    sequence = published.encode(published.prepare(PHOTO)[None])
+    np.testing.assert_array_equal(kept.sequence.structure, sequence.structure[0])
+    np.testing.assert_array_equal(kept.sequence.tokens, sequence.tokens[0])
