@@ -22,7 +22,9 @@ MISTAKES = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
 }  # fmt: skip
-# Storage libraries report failures as text: what only the user can mend, and what may pass.
+# Storage libraries report failures as text: what only the user can mend, and what may pass. A full
+# disk is a mistake, though TensorStore calls it RESOURCE_EXHAUSTED, as it calls a busy service.
+FULL_TEXT = re.compile(r"no space left|disk quota exceeded|os_error_code='(28|122)'", re.IGNORECASE)
 MISTAKE_TEXT = re.compile(
     "no space left|quota|file too large|permission.denied|not permitted|read-only|is a directory",
     re.IGNORECASE,
@@ -39,7 +41,7 @@ def is_failure(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno not in MISTAKES
-    return bool(FAILURE_TEXT.search(str(error)))
+    return bool(FAILURE_TEXT.search(str(error))) and not FULL_TEXT.search(str(error))
 
 
 def is_mistake(error: BaseException) -> bool:

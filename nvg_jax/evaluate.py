@@ -58,6 +58,11 @@ def check_flags(judge: str):
             "--judge=inception needs --reference (train, test or an .npz file) for samples, or "
             "--reconstruction."
         )
+    if judge == "classifier" and (FLAGS.reference or FLAGS.sweep) and not FLAGS.reconstruction:
+        raise UserError(
+            "--judge=classifier compares with the training images of its data set; leave out "
+            "--reference and --sweep, or choose --judge=inception."
+        )
     if FLAGS.sweep and not FLAGS.reference:
         raise UserError("--sweep needs --reference (train, test or an .npz file).")
 

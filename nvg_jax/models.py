@@ -83,6 +83,7 @@ class ModelConfig:
         )
         if name == "content":
             return ContentGenerator(codebook_size=self.tokenizer.codebook_size, **shared)
+        assert name == "structure", name
         if self.tokenizer.num_stages < 3:
             raise UserError(
                 f"A latent of {self.tokenizer.num_positions} positions leaves the structure "

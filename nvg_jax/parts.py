@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+# Append only: the position of a name is folded into its random key.
 GENERATORS = ("content", "structure")
 
 

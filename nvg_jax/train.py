@@ -39,7 +39,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     parts, workdir = CHOICES[config.part], files.storage_path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        # A run that has already started no longer needs this folder.
+        # A run that has already started does not read init_from again.
         if config.init_from and not any((workdir / part.name).exists() for part in parts):
             checks.check_init(config, parts)
         opened = run.open_run(config, workdir, mesh, trainers.pretrained_names(parts, config))

@@ -485,6 +485,16 @@ def test_the_remat_policy_with_the_shortest_step_that_fits(monkeypatch, caplog):
         find()
 
 
+def test_the_report_of_a_training_step_names_its_part():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    target = chips.Target("cpu:1", mesh, CHIP._replace(hbm=2**30))
+    config = digits.get_config("runlocal")
+    config.part = "structure"
+    found = report.make_report(lowering.Compiler(config, target, "train"), 2)
+    assert json.loads(json.dumps(found))["part"] == "structure"
+    assert report.format_report(found).startswith("training step (structure), cpu:1 ")
+
+
 def test_the_report_of_the_sampler():
     """Compiled for the CPU, so that it runs without the TPU compiler."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

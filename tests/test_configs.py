@@ -244,3 +244,35 @@ def test_an_fid_that_cannot_be_measured_is_refused_at_once(changes, message):
     config.update(changes)
     with pytest.raises(UserError, match=message):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(data=dict(name="cats")), "There is no data set 'cats'; choose digits"),
+        (dict(tokenizer_training=dict(reconstruction="l3")), "reconstruction must be one of l1"),
+        (dict(generator_training=dict(repa_weight=-1.0)), "repa_weight must be 0 or more"),
+        (dict(generator_training=dict(optimizer=dict(clip=0.0))), "optimizer.clip must be a pos"),
+        (
+            dict(tokenizer_training=dict(optimizer=dict(learning_rate=float("nan")))),
+            "optimizer.learning_rate must be a positive number, got nan",
+        ),
+        (
+            dict(tokenizer_training=dict(optimizer=dict(ema_decay=1.0))),
+            "ema_decay must be at least",
+        ),
+        (
+            dict(
+                generator_training=dict(fid_every=4),
+                evaluation=dict(judge="inception", reference="tarin"),
+            ),
+            "evaluation.reference must be train, test or an .npz file, got 'tarin'",
+        ),
+    ],
+)
+def test_what_is_wrong_without_data_is_refused_before_any_machine_is_asked_for(changes, message):
+    config = load("digits", "runlocal")
+    check_config(config)
+    config.update(changes)
+    with pytest.raises(UserError, match=message):
+        check_config(config)

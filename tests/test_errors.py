@@ -141,6 +141,11 @@ def test_kinds_of_errors():
     assert is_mistake(permission) and not is_failure(permission)
     busy = ValueError("RESOURCE_EXHAUSTED: Quota exceeded for requests per second: HTTP 429")
     assert is_failure(busy) and not is_mistake(busy)
+    disk = ValueError(
+        "RESOURCE_EXHAUSTED: Error writing local file: No space left on device "
+        "[os_error_code='28'] [source locations='file_util.cc:1']"
+    )
+    assert is_mistake(disk) and not is_failure(disk)
     damaged = ValueError("DATA_LOSS: checksum does not match")
     assert not is_failure(damaged) and not is_mistake(damaged)
 

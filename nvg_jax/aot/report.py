@@ -89,7 +89,7 @@ def make_report(
         "devices": devices,
         "mesh": dict(target.mesh.shape),
         "program": compiler.program,
-        "part": compiler.part,
+        "part": compiler.part and compiler.part.name,
         "batch_size": batch_size,
         "compile_seconds": compiled.seconds,
         "parameters": {**sizes, "total": sum(sizes.values())},

@@ -24,6 +24,7 @@ with epy.lazy_imports():  # slow
 
     from nvg_jax.data import sequences
 
+NAMES = ("digits", "fashion_mnist", "image_folder", "sequences")  # and tfds:NAME
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -191,6 +192,7 @@ def open_source(
         UserError: an unknown name or split, a missing or malformed folder or file, or other
             classes than `class_names`.
     """
+    check_name(name)
     if split not in SPLITS:
         raise UserError(f"There is no split '{split}'; choose one of {', '.join(SPLITS)}.")
     if data_dir and "://" in data_dir:
@@ -211,17 +213,12 @@ def open_source(
         source = _image_folder(split, data_dir)
     elif name.startswith("tfds:"):
         source = _tfds(name.removeprefix("tfds:"), split, data_dir or TFDS_DIR)
-    elif name == "sequences":
+    else:
         if not data_dir:
             raise UserError(
                 "The data set sequences needs data_dir, the folder that nvg_jax.encode wrote."
             )
         source = SequenceSource(pathlib.Path(data_dir), split)
-    else:
-        raise UserError(
-            f"There is no data set '{name}'; choose digits, fashion_mnist, image_folder, "
-            "tfds:NAME or sequences."
-        )
     if class_names is not None and tuple(class_names) != source.class_names:
         raise UserError(
             f"The model was trained with {_count_classes(class_names)}, but the data set "
@@ -229,6 +226,15 @@ def open_source(
             "was trained with."
         )
     return source
+
+
+def check_name(name: str):
+    """Raises UserError for the name of a data set that `open_source` does not know."""
+    if name not in NAMES and not name.startswith("tfds:"):
+        raise UserError(
+            f"There is no data set '{name}'; choose digits, fashion_mnist, image_folder, "
+            "tfds:NAME or sequences."
+        )
 
 
 def _count_classes(class_names: Sequence[str]) -> str:

@@ -114,7 +114,7 @@ def bind(
 ) -> tuple[Networks, Callable]:
     """The functions the sampler calls: (networks of the loop, canvases (B, L, D) -> images)."""
     tokenizer = model.make_tokenizer()
-    content, structure = (model.make_generator(name) for name in GENERATORS)
+    content, structure = model.make_generator("content"), model.make_generator("structure")
     length, num_bits = tokenizer.config.num_positions, tokenizer.config.num_stages - 1
     params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in GENERATORS}}
 

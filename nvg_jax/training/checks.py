@@ -1,6 +1,7 @@
 """Checks of a training's config that come before anything slow is imported or any data is read.
 
-A single setting is checked by the dataclass that it becomes; here is what involves several of them.
+Most settings are checked by the dataclass that they become; here are those that become none, and
+what involves several settings.
 """
 
 import math
@@ -8,13 +9,14 @@ import math
 import ml_collections
 from etils import epy
 
+from nvg_jax.data.sources import SPLITS, check_name
 from nvg_jax.errors import UserError
-from nvg_jax.parts import CHOICES, Part
+from nvg_jax.parts import CHOICES, DISTILLATION, PARTS, Part
 from nvg_jax.sampling.settings import Settings, check_dtype
 
 with epy.lazy_imports():  # slow
     from nvg_jax import models
-    from nvg_jax.training import initial, length, optimizers
+    from nvg_jax.training import initial, length, optimizers, trainers
 
 
 def check_config(config: ml_collections.ConfigDict):
@@ -28,7 +30,7 @@ def check_config(config: ml_collections.ConfigDict):
             f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
             "another one. Leave it empty, or train with part=generators."
         )
-    for section in ("tokenizer_training", "generator_training"):
+    for section in {part.section for part in PARTS.values()} - {DISTILLATION.section}:
         check_recipe(config, section, parts)
     if config.data.name == "sequences":
         if "tokenizer" in trained:
@@ -42,6 +44,8 @@ def check_config(config: ml_collections.ConfigDict):
                 "--config.generator_training.repa_weight=0, or train from the images."
             )
     check_sizes(config)
+    check_name(config.data.name)
+    trainers.pretrained_names(parts, config)  # checks the losses
 
 
 def check_sizes(config: ml_collections.ConfigDict):
@@ -94,9 +98,14 @@ def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, .
             f"part={config.part} trains them one at a time; set it to 0, or train with "
             "part=generators."
         )
-    if judge == "classifier" and config.evaluation.reference != "train":
+    reference = config.evaluation.reference
+    if judge == "classifier" and reference != "train":
         raise UserError("evaluation.judge=classifier compares with evaluation.reference=train.")
-    if config.data.name == "sequences" and not config.evaluation.reference.endswith(".npz"):
+    if reference not in SPLITS and not reference.endswith(".npz"):
+        raise UserError(
+            f"evaluation.reference must be train, test or an .npz file, got {reference!r}."
+        )
+    if config.data.name == "sequences" and not reference.endswith(".npz"):
         raise UserError(
             "Cached sequences have no images to compare samples with: give "
             "--config.evaluation.reference=FILE.npz and --config.evaluation.judge=inception, or "

@@ -83,7 +83,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
                         reporter.evaluation(done, *trainer.evaluate(run, state, inputs, metadata))
                     if measure:
                         params = trainer.export(run, state, inputs)
-                        finish = lambda: trainer.finish(run, state, metadata)  # noqa: B023
+                        finish = lambda: metadata if last else trainer.finish(run, state, metadata)
                         reporter.fid(done, *best.update(done, metadata, params, finish))
                 except preemption.Preempted:
                     preempted = True

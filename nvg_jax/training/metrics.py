@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath, epy
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, reported
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
@@ -79,7 +79,9 @@ class Reporter:
         logger.info("%s: %d  held out: %s", self._part, step, "  ".join(shown))
         self._beat(step)
         if picture is not None and is_main():
-            (self._folder / f"pictures_{step:07d}.png").write_bytes(png(picture))
+            path = self._folder / f"pictures_{step:07d}.png"
+            with reported(f"{path} cannot be written"):
+                path.write_bytes(png(picture))
             self._writer.write_images(step, {"pictures": picture[None]})
 
     def fid(self, step: int, fid: float, best: float):

@@ -1,6 +1,7 @@
 """AdamW with the decay mask, the gradient clip and the learning-rate schedules (Appendix)."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -37,6 +38,16 @@ class OptimizerConfig:
             raise UserError(
                 f"Unknown learning-rate schedule {self.schedule!r}; choose one of {SCHEDULES}."
             )
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"optimizer.{name} must be a positive number, got {getattr(self, name)}."
+                )
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}."
+                )
 
 
 def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int) -> optax.Schedule:

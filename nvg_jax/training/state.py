@@ -1,4 +1,4 @@
-"""The state of one network in training, and its update."""
+"""The state of a part in training, and its update."""
 
 from typing import Any, Self
 

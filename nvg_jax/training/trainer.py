@@ -136,9 +136,10 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
-        """Metrics of a batch of held-out images; those whose "mask" is False do not count."""
+        """What `evaluate` needs of a batch; images whose "mask" is False do not count."""
 
     def warming_up(self, step: int) -> bool:
+        """Whether `step` is in the IBQ warm-up."""
         return False
 
     def lower(self) -> jax.stages.Lowered:
