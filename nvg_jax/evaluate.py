@@ -125,7 +125,7 @@ def compare(points, reference, out: Path):
         points: for each point its settings, its images, and how they were made.
         reference: the images to compare with.
     """
-    report.check_sizes(points[0][1], reference)
+    report.warn_if_sizes_differ(points[0][1], reference)
     judge = judges.Inception()
     features = report.reference_features(reference, judge)
     if FLAGS.sweep:

@@ -19,7 +19,7 @@ from nvg_jax.evaluation.image import to_float
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.hardware import fast_dtype
-from nvg_jax.runtime.sharding import local_batch, make_mesh
+from nvg_jax.runtime.sharding import local_batch, local_mesh
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
@@ -68,7 +68,7 @@ class Pipeline:
         model = dataclasses.replace(metadata.model, dtype=self.dtype)
         self._decoder = model.make_tokenizer()
         # All local devices share the batch; the parameters are replicated on each of them.
-        self._mesh = make_mesh(devices=jax.local_devices())
+        self._mesh = local_mesh()
         self.params = params
         if self.can_sample:
             self.program = sampling_program(model)

@@ -107,7 +107,7 @@ def stuck(): {stuck}
 watchdog.SLOW = {slow}
 watchdog.start({timeout})
 for _ in range(15):
-    watchdog.progress()
+    watchdog.reset()
     time.sleep(0.1)
 {last}
 print("goes on", flush=True)
@@ -126,7 +126,7 @@ def test_what_stands_still_is_ended_with_its_stacks(stuck):
 
 
 @pytest.mark.parametrize(
-    "slow, timeout, last", [(60, 1, "watchdog.progress(slow=True)"), (0, 0, ""), (0, 9, "")]
+    "slow, timeout, last", [(60, 1, "watchdog.reset(slow=True)"), (0, 0, ""), (0, 9, "")]
 )
 def test_what_goes_on_or_may_be_slow_is_left_alone(slow, timeout, last):
     done = python(STUCK.format(stuck="time.sleep(1.5)", slow=slow, timeout=timeout, last=last))

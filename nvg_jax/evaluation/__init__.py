@@ -1,4 +1,4 @@
-"""Metrics of images and of features, judges, image sets, reports. Nothing here knows NVG."""
+"""Metrics of images and of features, judges, image sets, reports. Nothing here knows a model."""
 
 from nvg_jax.evaluation.features import (
     Moments,

@@ -25,7 +25,7 @@ from nvg_jax.evaluation.image import to_float
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.processes import gather
-from nvg_jax.runtime.sharding import local_batch, make_mesh
+from nvg_jax.runtime.sharding import local_batch, local_mesh
 
 with epy.lazy_imports():  # slow
     from sklearn import svm
@@ -71,7 +71,7 @@ class Inception:
     def __init__(self, prepare: Callable = pretrained.tf1_inception_input):
         params = pretrained.load("inception")
         self.fingerprint = fingerprint(params)
-        self._mesh = make_mesh(devices=jax.local_devices())
+        self._mesh = local_mesh()
         self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
         self._features = jax.jit(lambda params, x: pretrained.inception(params, prepare(x)))
 

@@ -195,7 +195,7 @@ def write_results(path: Path, results: dict[str, Any] | list[dict[str, Any]]):
         file.write((json.dumps(results, indent=1) + "\n").encode())
 
 
-def check_sizes(images: ImageSet, reference: ImageSet):
+def warn_if_sizes_differ(images: ImageSet, reference: ImageSet):
     """Warns if two sets have images of different sizes, which the network's resizing would hide."""
     if tuple(images.image_size) != tuple(reference.image_size):
         logger.warning(

@@ -47,9 +47,8 @@ def encode_data_set(
         The metadata (see `sequences.finish`) on process 0, {} on the others.
 
     Raises:
-        UserError: the data has no images or other classes, `out` holds something else, or an image
-            is unreadable (on_bad="error").
-        UserError: a file cannot be written.
+        UserError: the data has no images or other classes, `out` holds something else or cannot be
+            written, or an image is unreadable (on_bad="error").
     """
     out = Path(out)
     sources, settings = plan_encoding(pipeline, data, crops, seed)

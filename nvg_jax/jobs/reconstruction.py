@@ -19,7 +19,7 @@ from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.processes import gather_rows, is_main
 from nvg_jax.runtime.resumable import own_parts
-from nvg_jax.runtime.sharding import local_batch, make_mesh
+from nvg_jax.runtime.sharding import local_batch, local_mesh
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8
 
@@ -70,7 +70,7 @@ def report(pipeline: Pipeline, images: Split, out: Path) -> dict[str, Any]:
         UserError: a network's weights are missing, or an image cannot be read.
     """
     judge = Inception(pretrained.antialiased_inception_input)
-    mesh = make_mesh(devices=jax.local_devices())
+    mesh = local_mesh()
     networks = {name: pretrained.load(name) for name in ("lpips", "lpips_alex")}
     networks = jax.device_put(networks, NamedSharding(mesh, PartitionSpec()))
     distances = jax.jit(

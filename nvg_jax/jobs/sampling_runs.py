@@ -222,8 +222,8 @@ def write_array(job: SamplingJob, out: Path):
     joined and removed.
 
     Raises:
-        UserError: `out`, or the folder of parts, was made with other settings.
-        UserError: a file cannot be written.
+        UserError: `out`, or the folder of parts, was made with other settings, or cannot be
+            written.
     """
     description = job.describe()
     mark = digest(description).encode()  # the comment of the finished archive
@@ -293,8 +293,8 @@ def write_pictures(job: SamplingJob, out: Path, columns: int):
     """Writes a PNG per sample, grid.png and, for the first batch, stages.png into a folder.
 
     Raises:
-        UserError: the folder holds pictures with other settings, or a damaged one.
-        UserError: a file cannot be written.
+        UserError: the folder holds pictures with other settings, or a damaged one, or cannot be
+            written.
     """
     classes = np.repeat(job.classes, job.per_class)
     pictures = [out / f"{index:06d}_class{label}.png" for index, label in enumerate(classes)]

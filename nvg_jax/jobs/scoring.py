@@ -18,7 +18,7 @@ from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import gather
-from nvg_jax.runtime.sharding import make_mesh
+from nvg_jax.runtime.sharding import local_mesh
 from nvg_jax.workdir import RunMetadata
 
 
@@ -44,8 +44,7 @@ class Scorer:
         Raises:
             Preempted: SIGTERM arrived.
         """
-        # Not in the mesh of all processes, where every operation would wait for the others.
-        with jax.set_mesh(make_mesh(devices=jax.local_devices())):
+        with jax.set_mesh(local_mesh()):
             images = self._images(Pipeline(metadata, params))
             results = measure(images, self._judge, self._reference, names=("fid",))
         # All processes must make the same decision, so all take the value of process 0.
@@ -75,8 +74,7 @@ def make_scorers(
     data = config.data.to_dict() | {"resize_filter": resize_filter}
     size = tuple(config.tokenizer.image_size)
     scorers, classifier = {}, None
-    # Not in the mesh of all processes: a judge works on this process's devices.
-    with jax.set_mesh(make_mesh(devices=jax.local_devices())):
+    with jax.set_mesh(local_mesh()):
         if config.evaluation.judge == "classifier":
             train = load_split(data, "train", size)
             classifier = fit_classifier(data["name"], train.images, train.labels, num_classes)

@@ -30,7 +30,7 @@ class Progress:
 
     def update(self, done: int, details: str = ""):
         """Reports that `done` items are finished, with details such as losses."""
-        watchdog.progress(slow=True)
+        watchdog.reset(slow=True)
         now = time.monotonic()
         self._first = self._first or (done, now)
         if now - self._shown < self._interval and done < self._total:

@@ -75,6 +75,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def local_mesh() -> Mesh:
+    """The devices of this process: in the mesh of all, every operation waits for the others."""
+    return make_mesh(devices=jax.local_devices())
+
+
 @contextlib.contextmanager
 def in_mesh(mesh: Mesh):
     """The context in which training is traced: the mesh, and the meaning of logical axes."""

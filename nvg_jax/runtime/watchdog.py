@@ -13,19 +13,19 @@ _timeout = 0.0
 
 
 def start(timeout: float):
-    """Ends this process when `timeout` seconds pass without `progress`; 0: never.
+    """Ends this process when `timeout` seconds pass without `reset`; 0: never.
 
     The stacks of all threads then go to stderr, after the line "Timeout (H:MM:SS)!".
     """
     global _timeout
     _timeout = timeout
     if timeout:
-        progress(slow=True)
+        reset(slow=True)
     else:
         faulthandler.cancel_dump_traceback_later()
 
 
-def progress(slow: bool = False):
+def reset(slow: bool = False):
     """Resets the clock.
 
     Args:

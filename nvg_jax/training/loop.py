@@ -56,7 +56,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
         stack.enter_context(contextlib.closing(reporter))
         best = score and BestModel(run.workdir / f"best_{name}", score, new=start == 0)
         for step in range(start, steps):
-            watchdog.progress(slow=step == start)  # the first step compiles
+            watchdog.reset(slow=step == start)  # the first step compiles
             reporter.start_step()
             batch = sharding.global_batch(next(batches), run.mesh)
             state, metrics = trainer.step(

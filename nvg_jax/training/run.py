@@ -136,7 +136,7 @@ class Run:
             for batch in batches:
                 if preemption.noticed():
                     raise preemption.Preempted("preempted during an evaluation")
-                watchdog.progress(slow=True)
+                watchdog.reset(slow=True)
                 yield sharding.global_batch(batch, self.mesh)
 
     def test_metrics(

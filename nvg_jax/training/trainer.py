@@ -202,8 +202,7 @@ def sample_picture(metadata: RunMetadata, params: Params, seed: int) -> np.ndarr
     """A grid of samples, uint8 (H, W, 3), the same ones of a seed, drawn by this process alone."""
     count = min(metadata.model.num_classes, PICTURE_CLASSES)
     classes = np.arange(count).repeat(PICTURE_PER_CLASS)
-    # Not in the mesh of all processes, where every operation would wait for the others.
-    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
+    with jax.set_mesh(sharding.local_mesh()):
         return image_grid(Pipeline(metadata, params).sample(classes, seed=seed).images, columns=8)
 
 
