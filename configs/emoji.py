@@ -1,8 +1,11 @@
-"""Emoji: 3,600 colored pictures in nine groups at 64 x 64 pixels, drawn from a font.
+"""Emoji: 10,600 colored pictures of three designs at 64 x 64 pixels, in 27 classes.
 
-    apt-get install fonts-noto-color-emoji unicode-data
-    python -m nvg_jax.data.emoji --out=data/emoji
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 \\
+        @lobehub/fluent-emoji-3d@1.1.0
+    python -m nvg_jax.data.emoji --packages=. --out=data/emoji
     python -m nvg_jax.train --config=configs/emoji.py --workdir=runs/emoji
+
+The geometry is the published one: 16 x 16 latents in nine stages. Sizes are for one CPU core.
 
 `:runlocal` trains tiny models for a few steps, to test the installation.
 """
@@ -14,25 +17,30 @@ def get_config(arg: str | None = None):
     variants = common.choose(arg, ("runlocal",))
     config = common.base()
     common.without_pretrained(config)
-    config.data.update(name="image_folder", data_dir="data/emoji", resize=64)
+    config.data.update(name="image_folder", data_dir="data/emoji", resize=64, pad=2)
     config.tokenizer.update(
         image_size=(64, 64),
-        latent_size=(8, 8),
+        latent_size=(16, 16),
         latent_dim=16,
         codebook_size=1024,
         base_channels=32,
-        channel_multipliers=(1, 1, 2, 4),
-        blocks_per_level=1,
+        channel_multipliers=(1, 1, 2),
+        blocks_per_level=0,
     )
-    config.content = common.transformer(128, 4, head_dim=32)
-    config.structure = common.transformer(64, 4, head_dim=32)
+    config.content = common.transformer(192, 6)
+    config.structure = common.transformer(128, 4)
     common.small_models(config)
-    config.tokenizer_training.update(length="8000 steps", eval_every=2000)
+    config.tokenizer_training.update(
+        length="30000 steps", batch_size=8, eval_every=1000, eval_images=256
+    )
+    config.tokenizer_training.optimizer.update(
+        learning_rate=4.8e-2, schedule="linear", decay_start=0.6, ema_decay=0.999
+    )
     config.generator_training.update(
-        length="8000 steps", batch_size=16, log_every=50, eval_every=4000, save_every=500
+        length="100000 steps", batch_size=8, log_every=50, eval_every=4000, save_every=250
     )
     config.distillation.update(length="1000 steps", eval_every=1000)
     if "runlocal" in variants:
         common.run_locally(config)
-        config.data.resize = 8
+        config.data.update(resize=8, pad=0)
     return config

@@ -1,57 +1,181 @@
-"""Emoji as a folder of images: Unicode's list, the split, and the font if it is installed."""
+"""Emoji as a folder of images, from small archives in the form of the three npm packages."""
 
-from pathlib import Path
+import csv
+import io
+import json
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from nvg_jax.data import emoji
-from nvg_jax.jobs.editing import read_picture
+from nvg_jax.data import emoji, open_source, transforms
 
-LIST = """
-# group: Smileys & Emotion
-# subgroup: face-smiling
-1F600                                      ; fully-qualified     # \U0001f600 E1.0 grinning face
-263A                                       ; unqualified         # \u263a E0.6 smiling face
-# group: People & Body
-1F44B                                      ; fully-qualified     # \U0001f44b E0.6 waving hand
-1F44B 1F3FB                                ; fully-qualified     # \U0001f44b\U0001f3fb E1.0 \
-waving hand: light skin tone
-# group: Flags
-1F1EB 1F1EF                                ; fully-qualified     # \U0001f1eb\U0001f1ef E2.0 \
-flag: Fiji
-"""
+NAMES = [
+    {
+        "unified": "1F44B",
+        "short_name": "wave",
+        "category": "People & Body",
+        "subcategory": "hand-fingers-open",
+        "skin_variations": {"1F3FB": {"unified": "1F44B-1F3FB"}},
+    },
+    {
+        "unified": "1F6E1-FE0F",
+        "short_name": "shield",
+        "category": "Objects",
+        "subcategory": "tool",
+    },
+    {
+        "unified": "1F1F3-1F1F4",
+        "short_name": "flag-no",
+        "category": "Flags",
+        "subcategory": "country-flag",
+    },
+    {
+        "unified": "1F1E7-1F1FB",  # Bouvet Island has the flag of Norway
+        "short_name": "flag-bv",
+        "category": "Flags",
+        "subcategory": "country-flag",
+    },
+    {
+        "unified": "1F3FB",
+        "short_name": "skin-tone-2",
+        "category": "Component",
+        "subcategory": "skin-tone",
+    },
+]
+ARCHIVES = ("emoji-datasource-google-1.0.0", "emoji-datasource-twitter-1.0.0")
+FLUENT = "lobehub-fluent-emoji-3d-1.0.0"
 
 
-def test_the_list_gives_characters_names_and_groups():
-    found = list(emoji.read_list(LIST))
-    assert [e.name for e in found] == [
-        "grinning face", "waving hand", "waving hand: light skin tone", "flag: Fiji"
-    ]  # fmt: skip
-    assert [len(e.text) for e in found] == [1, 1, 2, 2]
-    assert [e.group for e in found] == [
-        "smileys and emotion", "people and body", "people and body", "flags"
-    ]  # fmt: skip
-    assert found[1].split == found[2].split  # variants stay together
-    assert found[2].path.name == "waving-hand-light-skin-tone.png"
-    assert emoji.slug("keycap: #") != emoji.slug("keycap: *")
+def picture(color, size=(64, 64), format="PNG") -> bytes:
+    """A square of `color` that leaves a quarter of the width on every side transparent."""
+    image = Image.new("RGBA", size)
+    width, height = size
+    image.paste(color, (width // 4, height // 4, width - width // 4, height - height // 4))
+    file = io.BytesIO()
+    image.save(file, format, lossless=True)
+    return file.getvalue()
 
 
-@pytest.mark.skipif(not Path(emoji.FONT).is_file(), reason="needs fonts-noto-color-emoji")
-def test_a_folder_of_pictures(tmp_path):
-    (tmp_path / "list.txt").write_text(LIST, encoding="utf-8")
-    assert emoji.write_folder(tmp_path / "out", emoji.FONT, str(tmp_path / "list.txt")) == 4
-    pictures = sorted((tmp_path / "out").rglob("*.png"))
-    assert {path.parent.name for path in pictures} == {e.group for e in emoji.read_list(LIST)}
-    colors = []
-    for path in pictures:
-        pixels = read_picture(path)
-        assert pixels.shape == (136, 136, 3) and (pixels[[0, -1], :1] == 255).all()
-        colors.append(pixels.reshape(-1, 3).mean(0).round(3).tolist())
-    assert len({tuple(color) for color in colors}) == 4  # none is an empty box
+def write_archive(path, contents: dict[str, bytes]):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A folder of three archives: five pictures of noto and twemoji, three of fluent."""
+    colors = {"1f44b": "gold", "1f44b-1f3fb": "tan", "1f6e1-fe0f": "navy"}
+    colors |= {"1f1f3-1f1f4": "red", "1f1e7-1f1fb": "red", "1f3fb": "tan"}
+    for archive, design in zip(ARCHIVES, ("google", "twitter")):
+        folder = f"package/img/{design}/64"
+        contents = {f"{folder}/{codes}.png": picture(c) for codes, c in colors.items()}
+        contents[f"package/img/{design}/sheets/32.png"] = picture("black")
+        contents["package/emoji.json"] = json.dumps(NAMES).encode()
+        write_archive(tmp_path / f"{archive}.tgz", contents)
+    # Fluent: 256 pixels, without variation selectors, and a flag of somebody else's design.
+    write_archive(
+        tmp_path / f"{FLUENT}.tgz",
+        {
+            "package/assets/1f44b.webp": picture("orange", (256, 256), "WEBP"),
+            "package/assets/1f6e1.webp": picture("blue", (256, 256), "WEBP"),
+            "package/assets/1f1f3-1f1f4.webp": picture("red", (256, 256), "WEBP"),
+        },
+    )
+    return tmp_path
+
+
+def test_every_picture_of_the_packages_is_in_the_folder(packages):
+    out = packages / "out"
+    # noto and twemoji: wave, light wave, shield, one of the two equal flags; fluent: wave, shield.
+    assert emoji.write_folder(packages, out) == 4 + 4 + 2
+    files = {path.relative_to(out).as_posix().split("/", 1)[1] for path in out.rglob("*.png")}
+    expected = {"people and body/wave.png", "objects/shield.png"}
+    assert files == {f"{design} {file}" for design in emoji.PACKAGES for file in expected} | {
+        f"{design} {file}"
+        for design in ("noto", "twemoji")
+        for file in ("people and body/wave-light.png", "flags/flag-no.png")
+    }
+    with open(out / "index.csv", encoding="utf-8", newline="") as file:
+        rows = {row["file"].split("/", 1)[1]: row for row in csv.DictReader(file)}
+    assert rows.keys() == files
+    row = rows["noto people and body/wave-light.png"]
+    assert (row["design"], row["category"]) == ("noto", "people and body")
+    assert (row["subcategory"], row["name"]) == ("hand-fingers-open", "wave-light")
+    assert (row["codes"], row["concept"], row["skin_tones"]) == ("1f44b-1f3fb", "1f44b", "light")
+    assert "CC-BY 4.0" in (out / "LICENSES.md").read_text(encoding="utf-8")
+
+
+def test_pictures_keep_their_transparency_and_appear_on_white(packages):
+    out = packages / "out"
+    emoji.write_folder(packages, out)
+    for design, color in (("noto", (0, 0, 128)), ("fluent", (0, 0, 255))):
+        (path,) = out.glob(f"*/{design} objects/shield.png")
+        image = Image.open(path)
+        assert image.size == (64, 64) and image.mode == "RGBA"
+        alpha = np.asarray(image)[..., 3]
+        assert alpha[32, 32] == 255 and alpha[0, 0] == 0
+        # The square's share of the picture: (1/2)**2.
+        assert alpha.mean() / 255 == pytest.approx(0.25, abs=0.01)
+        pixels = np.asarray(transforms.decode(path.read_bytes()))
+        assert tuple(pixels[32, 32]) == color and tuple(pixels[0, 0]) == (255, 255, 255)
+
+
+def test_the_folder_is_a_data_set(packages, monkeypatch):
+    # So few concepts do not fill both splits: write everything twice, once as each.
+    for split in ("train", "test"):
+        monkeypatch.setattr(emoji.Emoji, "split", split)
+        emoji.write_folder(packages, packages / f"all_{split}")
+    (packages / "all_test" / "test").rename(packages / "all_train" / "test")
+    source = open_source("image_folder", "test", data_dir=str(packages / "all_train"))
+    assert len(source) == 10
+    assert source.class_names[0] == "fluent objects" and len(source.class_names) == 2 + 3 + 3
+
+
+def named(codes: str) -> emoji.Emoji:
+    return emoji.Emoji("name", emoji.code_points(codes), "objects", "tool")
+
+
+@pytest.mark.parametrize(
+    "codes, concept",
+    [
+        ("1F9A9", "1f9a9"),  # flamingo
+        ("1F6E1-FE0F", "1f6e1"),  # shield, with a variation selector
+        ("1F44B-1F3FD", "1f44b"),  # waving hand, medium skin tone
+        ("1F3C3-1F3FF-200D-2640-FE0F", "1f3c3"),  # woman running, dark skin tone
+        ("1F3C3-200D-27A1-FE0F", "1f3c3"),  # running to the right
+        ("1F468-200D-1F33E", "1f9d1-1f33e"),  # man farmer, woman farmer, farmer
+        ("1F469-1F3FB-200D-1F33E", "1f9d1-1f33e"),
+        ("1F9D1-200D-1F33E", "1f9d1-1f33e"),
+        ("1F469-200D-1F9B0", "1f9d1"),  # woman with red hair
+        ("1F467", "1f9d2"),  # girl, child
+        ("2640-FE0F", "2640"),  # the sign itself
+    ],
+)
+def test_a_concept_has_all_genders_skin_tones_and_hair_styles(codes, concept):
+    assert named(codes).concept == concept
+
+
+def test_one_concept_in_ten_is_held_out():
+    splits = [named(f"{code:X}").split for code in range(0x1F300, 0x1F300 + 1000)]
+    assert 70 < splits.count("test") < 130
+    assert splits.count("test") + splits.count("train") == 1000
+
+
+def test_mistakes_are_named(packages):
+    out = packages / "out"
+    (packages / f"{FLUENT}.tgz").rename(packages / f"{FLUENT}.tar")
+    with pytest.raises(ValueError, match="one file lobehub-fluent.*tgz in .*there are 0; "):
+        emoji.write_folder(packages, out)
+    write_archive(packages / f"{FLUENT}.tgz", {"package/readme": b""})
+    with pytest.raises(ValueError, match="has no pictures in package/assets/"):
+        emoji.write_folder(packages, out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "file").write_text("")
     with pytest.raises(ValueError, match="is not empty"):
-        emoji.write_folder(tmp_path / "out", emoji.FONT, str(tmp_path / "list.txt"))
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="There is no .*font.ttf: apt-get install"):
-        emoji.write_folder(tmp_path / "out", str(tmp_path / "font.ttf"), emoji.LIST)
+        emoji.write_folder(packages, out)

@@ -1,111 +1,216 @@
-"""Emoji as a folder of images: `python -m nvg_jax.data.emoji --out=data/emoji`.
+"""Emoji of three designs as a folder of images, 64 x 64 pixels with transparency.
 
-Draws every emoji of Unicode's list with Noto Color Emoji (SIL Open Font License 1.1) on white, with
-136 x 136 pixels. Classes are Unicode's groups. One emoji in ten, with all of its skin tones and
-hair, goes to the test split. On Debian and Ubuntu:
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 \
+        @lobehub/fluent-emoji-3d@1.1.0
+    python -m nvg_jax.data.emoji --packages=. --out=data/emoji
 
-    apt-get install fonts-noto-color-emoji unicode-data
+Reads the three npm packages as `npm pack` fetches them. The classes are design x category: "noto
+flags", "twemoji flags", "fluent flags", ... One concept in ten, with all its designs, skin tones
+and genders, is in the test split. Beside the folders `train` and `test` lie `index.csv`, which says
+what every picture shows, and `LICENSES.md`.
 """
 
 import argparse
+import csv
+import io
+import json
 import re
 import sys
+import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, reported
 
-FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-LIST = "/usr/share/unicode/emoji/emoji-test.txt"
-FONT_SIZE = 109  # the only size of the font's bitmaps
-SIDE = 136  # of a picture, in pixels
+SIDE = 64  # of a picture, in pixels
+# The archive of each design, and the folder of its pictures inside.
+PACKAGES = {
+    "noto": ("emoji-datasource-google-*.tgz", "package/img/google/64/"),
+    "twemoji": ("emoji-datasource-twitter-*.tgz", "package/img/twitter/64/"),
+    "fluent": ("lobehub-fluent-emoji-3d-*.tgz", "package/assets/"),
+}
+# Microsoft draws no flags of countries and regions; those in its package resemble Noto's.
+FOREIGN = {"fluent": ("country-flag", "subdivision-flag")}
+NAMES = "package/emoji.json"  # in noto's archive: the names of the emoji of all designs
+SKIN_TONES = {
+    0x1F3FB: "light",
+    0x1F3FC: "medium-light",
+    0x1F3FD: "medium",
+    0x1F3FE: "medium-dark",
+    0x1F3FF: "dark",
+}
+VARIATION_SELECTOR, JOINER = 0xFE0F, 0x200D
+# Characters that leave the concept of a sequence the same: variation selector, joiner, skin tones,
+# signs of gender, hair styles, and "facing right".
+DETAILS = {VARIATION_SELECTOR, JOINER, *SKIN_TONES}
+DETAILS |= {0x2640, 0x2642, 0x1F9B0, 0x1F9B1, 0x1F9B2, 0x1F9B3, 0x27A1}
+# Woman, man -> person; girl, boy -> child.
+PEOPLE = {0x1F468: 0x1F9D1, 0x1F469: 0x1F9D1, 0x1F466: 0x1F9D2, 0x1F467: 0x1F9D2}
+LICENSES = """\
+# Licenses of the pictures
+
+- `noto ...`: Noto Emoji by Google, Apache License 2.0, from npm's emoji-datasource-google.
+- `twemoji ...`: Twemoji by Twitter and other contributors, CC-BY 4.0, from npm's
+  emoji-datasource-twitter.
+- `fluent ...`: Fluent Emoji by Microsoft, MIT, from npm's @lobehub/fluent-emoji-3d.
+
+The names are from emoji-data by Cal Henderson, MIT. The Fluent pictures were reduced from 256 to 64
+pixels; the others are unchanged.
+
+CC-BY 4.0 asks for a credit wherever Twemoji, or pictures made from it, are shown: "Twemoji by
+Twitter and other contributors, CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/".
+"""
 
 
 class Emoji(NamedTuple):
-    """text: its characters. name: its name in Unicode's list. group: its class."""
+    """name: its short name, with skin tones. codes: its code points. category: Unicode's group.
+    subcategory: Unicode's subgroup."""
 
-    text: str
     name: str
-    group: str
+    codes: tuple[int, ...]
+    category: str
+    subcategory: str
+
+    @property
+    def concept(self) -> str:
+        """What it shows, as code points in hex: alike for skin tones, genders and hair styles."""
+        essential = [code for code in self.codes if code not in DETAILS] or self.codes
+        return text(PEOPLE.get(code, code) for code in essential)
 
     @property
     def split(self) -> str:
-        """The split, "train" or "test": the same for all skin tones and hair styles of an emoji."""
-        base = re.sub(": .*(skin tone|hair|bald|beard).*", "", self.name)
-        return "test" if zlib.crc32(base.encode()) % 10 == 0 else "train"
+        """The split of its concept, "train" or "test"."""
+        return "test" if zlib.crc32(self.concept.encode()) % 10 == 0 else "train"
 
     @property
-    def path(self) -> Path:
-        """Its path inside the folder."""
-        return Path(self.split, self.group, slug(self.name) + ".png")
+    def skin_tones(self) -> str:
+        return "-".join(SKIN_TONES[code] for code in self.codes if code in SKIN_TONES)
 
 
-def slug(name: str) -> str:
-    name = name.replace("#", "hash").replace("*", "asterisk")
-    return re.sub(r"\W+", "-", name).strip("-").lower()
+def text(codes) -> str:
+    return "-".join(f"{code:x}" for code in codes)
 
 
-def read_list(text: str) -> Iterator[Emoji]:
-    """The emoji of Unicode's emoji-test.txt that keyboards show."""
-    group = ""
-    for line in text.splitlines():
-        if line.startswith("# group: "):
-            group = line.removeprefix("# group: ").replace("&", "and").lower()
-        match = re.match(r"([0-9A-F ]+?) *; fully-qualified *# \S+ E[\d.]+ (.*)", line)
-        if match:
-            text = "".join(chr(int(code, 16)) for code in match[1].split())
-            yield Emoji(text, match[2], group)
+def code_points(name: str) -> tuple[int, ...]:
+    """ "1F6E1-FE0F" -> (0x1F6E1,): without variation selectors, which not all designs write."""
+    codes = (int(code, 16) for code in re.split("[-_]", name))
+    return tuple(code for code in codes if code != VARIATION_SELECTOR)
 
 
-def draw(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """The picture of an emoji, or None if the font lacks it and would draw several in a row."""
-    left, top, right, bottom = font.getbbox(text)
-    if not 0 < right - left <= SIDE or bottom - top > SIDE:
-        return None
-    image = Image.new("RGB", (SIDE, SIDE), "white")
-    place = (SIDE - right - left) // 2, (SIDE - bottom - top) // 2
-    ImageDraw.Draw(image).text(place, text, font=font, embedded_color=True)
-    return image
+def read_names(entries: list[dict]) -> Iterator[Emoji]:
+    """Every emoji of emoji.json, followed by its skin tones; not the skin tones by themselves."""
+    for entry in entries:
+        if entry["category"] == "Component":
+            continue
+        for variant in (entry, *entry.get("skin_variations", {}).values()):
+            emoji = Emoji(
+                name=entry["short_name"],
+                codes=code_points(variant["unified"]),
+                category=entry["category"].replace("&", "and").lower(),
+                subcategory=entry["subcategory"],
+            )
+            yield emoji._replace(name="-".join(filter(None, (emoji.name, emoji.skin_tones))))
 
 
-def write_folder(out: Path, font_file: str, list_file: str) -> int:
-    """Writes OUT/SPLIT/GROUP/NAME.png for every emoji; returns the number of pictures.
+def square(content: bytes) -> Image.Image:
+    """A picture file as RGBA of 64 x 64 pixels."""
+    image = Image.open(io.BytesIO(content)).convert("RGBA")
+    if image.size == (SIDE, SIDE):
+        return image
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)  # weights the colors by their opacity
+    canvas = Image.new("RGBA", (SIDE, SIDE))
+    canvas.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    return canvas
+
+
+def read_package(packages: Path, design: str) -> tuple[dict[tuple[int, ...], bytes], list[dict]]:
+    """The picture files of a design by code points, and the entries of emoji.json if it has one.
 
     Raises:
-        UserError: the font or the list is missing, or `out` holds something else.
+        UserError: there is not exactly one archive of the package, or it holds no pictures.
     """
-    for file in (font_file, list_file):
-        if not Path(file).is_file():
-            raise UserError(
-                f"There is no {file}: apt-get install fonts-noto-color-emoji unicode-data, or give "
-                "--font and --list."
-            )
+    pattern, folder = PACKAGES[design]
+    archives = sorted(packages.glob(pattern))
+    if len(archives) != 1:
+        raise UserError(
+            f"There must be one file {pattern} in {packages}, but there are {len(archives)}; "
+            "`npm pack` fetches it (the docstring of nvg_jax.data.emoji has the command)."
+        )
+    pictures, entries = {}, []
+    with tarfile.open(archives[0]) as archive:
+        for member in archive:
+            path = Path(member.name)
+            if member.name == NAMES:
+                entries = json.load(archive.extractfile(member))
+            elif member.name.startswith(folder) and path.suffix in (".png", ".webp"):
+                pictures[code_points(path.stem)] = archive.extractfile(member).read()
+    if not pictures:
+        raise UserError(f"{archives[0]} has no pictures in {folder}; fetch another version.")
+    return pictures, entries
+
+
+def write_design(
+    out: Path, design: str, pictures: Mapping[tuple[int, ...], bytes], emoji: list[Emoji], index
+) -> int:
+    """Writes OUT/SPLIT/DESIGN CATEGORY/NAME.png and rows of the index; returns their number.
+
+    A picture that stands for several emoji (the flags of Norway and of Bouvet Island) is written
+    once, for the first of them.
+    """
+    seen = set()
+    for each in emoji:
+        if each.codes not in pictures or each.subcategory in FOREIGN.get(design, ()):
+            continue
+        image = square(pictures[each.codes])
+        if image.tobytes() in seen:
+            continue
+        seen.add(image.tobytes())
+        class_name = f"{design} {each.category}"
+        path = Path(each.split, class_name, each.name + ".png")
+        (out / path.parent).mkdir(parents=True, exist_ok=True)
+        image.save(out / path)
+        index.writerow(
+            [path.as_posix(), design, each.category, each.subcategory, each.name]
+            + [text(each.codes), each.concept, each.skin_tones]
+        )
+    return len(seen)
+
+
+def write_folder(packages: Path, out: Path) -> int:
+    """Writes the pictures, index.csv and LICENSES.md to `out`; returns the number of pictures.
+
+    Raises:
+        UserError: an archive is missing or has no pictures, or `out` holds something else.
+    """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give another folder.")
-    font, count = ImageFont.truetype(font_file, FONT_SIZE), 0
-    for emoji in read_list(Path(list_file).read_text(encoding="utf-8")):
-        image = draw(emoji.text, font)
-        if image is not None:
-            path = out / emoji.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-            count += 1
-    return count
+    contents = {design: read_package(packages, design) for design in PACKAGES}
+    emoji = list(read_names(contents["noto"][1]))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "LICENSES.md").write_text(LICENSES, encoding="utf-8")
+    with open(out / "index.csv", "w", encoding="utf-8", newline="") as file:
+        index = csv.writer(file)
+        columns = "file design category subcategory name codes concept skin_tones"
+        index.writerow(columns.split())
+        return sum(
+            write_design(out, design, pictures, emoji, index)
+            for design, (pictures, _) in contents.items()
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--packages", required=True, type=Path, help="Folder of the .tgz files.")
     parser.add_argument("--out", required=True, type=Path, help="Folder for the pictures.")
-    parser.add_argument("--font", default=FONT, help="NotoColorEmoji.ttf")
-    parser.add_argument("--list", default=LIST, help="Unicode's emoji-test.txt")
     arguments = parser.parse_args()
     try:
-        count = write_folder(arguments.out, arguments.font, arguments.list)
-    except (ValueError, OSError) as error:
+        with reported(f"{arguments.out} cannot be written"):
+            count = write_folder(arguments.packages, arguments.out)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{count} pictures: {arguments.out}")
