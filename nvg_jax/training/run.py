@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nvg_jax import pretrained
 from nvg_jax.data import (
     LoaderOptions,
-    SequenceSource,
     Source,
     Transform,
     check_batch_size,
@@ -62,11 +61,6 @@ class Run:
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
-
-    @property
-    def cached_sequences(self) -> bool:
-        """Whether the data are cached sequences, which have no images."""
-        return isinstance(self.train_source, SequenceSource)
 
     def config_json(self) -> dict[str, Any]:
         return json.loads(self.config.to_json_best_effort())
