@@ -85,7 +85,8 @@ def write(path: str | Path, metadata: RunMetadata, params: dict[str, Any]) -> st
     rounded = jax.tree.map(lambda x: x.astype(np.float32), small["tokenizer"])
     metadata = metadata.replace(fingerprint=fingerprint(rounded))
     text = json.dumps(metadata.to_json())
-    content = safetensors.numpy.save(flatten_dict(small, sep="/"), {"nvg_jax": text})
+    leaves: dict[str, Any] = flatten_dict(small, sep="/")
+    content = safetensors.numpy.save(leaves, {"nvg_jax": text})
     with atomic_write(Path(path)) as file:
         file.write(content)
     return hashlib.sha256(content).hexdigest()

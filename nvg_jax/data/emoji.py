@@ -98,7 +98,7 @@ def write_folder(out: Path, font_file: str, list_file: str) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, type=Path, help="Folder for the pictures.")
     parser.add_argument("--font", default=FONT, help="NotoColorEmoji.ttf")
     parser.add_argument("--list", default=LIST, help="Unicode's emoji-test.txt")

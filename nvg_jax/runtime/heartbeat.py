@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from pathlib import Path
 
 from etils import epath
 
@@ -34,7 +35,7 @@ def beat(workdir: epath.Path, part: str, start: int, step: int, **more):
             if "://" in os.fspath(place):  # objects in buckets appear whole
                 place.write_text(text + "\n")
             else:
-                with atomic_write(place) as file:
+                with atomic_write(Path(place)) as file:
                     file.write(text.encode() + b"\n")
         except Exception as error:  # libraries for buckets raise errors of many kinds
             logger.warning("%s cannot be written: %s", place, error)
