@@ -189,9 +189,8 @@ def join_processes():
     address, count, index = (
         flags.FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")
     )
-    given = [value is not None for value in (address, count, index)]
-    if any(given):
-        if not all(given) or not 0 <= index < count:
+    if any(value is not None for value in (address, count, index)):
+        if address is None or count is None or index is None or not 0 <= index < count:
             raise UserError(
                 "--coordinator_address, --num_processes and --process_id belong together, with "
                 f"process_id in 0 .. num_processes - 1; got {address}, {count} and {index}."
@@ -218,7 +217,8 @@ def find_devices():
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without its plugin
-        platforms = jax.config.jax_platforms
+        # JAX adds its options to `config` when it is imported.
+        platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
         if not platforms or is_failure(error) or "already in use" in str(error):
             raise
         raise UserError(

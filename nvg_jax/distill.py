@@ -56,10 +56,12 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
             config, (DISTILLATION,), opened.model.num_classes, opened.resize_filter
         )
         loop.fit(trainer, opened, scorers.get(DISTILLATION))
-    student, state = folders.read(
+    trained = folders.read(
         workdir / DISTILLATION.name,
         lambda m: {"ema_params": {"structure": m.model.abstract_params("structure")}},
     )
+    assert trained is not None  # `fit` saved its last step
+    student, state = trained
     folders.write_export(workdir, student, params | state["ema_params"])
 
 

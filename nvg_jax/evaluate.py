@@ -95,9 +95,11 @@ def evaluate_model(judge: str, settings):
     out = out_folder()
     make_folder(out)
     if FLAGS.reconstruction:
+        assert data is not None
         images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
         return reconstruction.report(pipe, images, out), None
     if judge == "classifier":
+        assert data is not None
         job = sampling_job(pipe, settings) if pipe.can_sample else None
         return classification.report(pipe, data, job, out), None
     pipe.check_can_sample()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,12 @@ class ModelConfig:
     def make_tokenizer(self) -> Tokenizer:
         return Tokenizer(self.tokenizer, jnp.dtype(self.dtype))
 
+    @overload
+    def make_generator(self, name: Literal["content"]) -> ContentGenerator: ...
+    @overload
+    def make_generator(self, name: Literal["structure"]) -> StructureGenerator: ...
+    @overload
+    def make_generator(self, name: str) -> Generator: ...
     def make_generator(self, name: str) -> Generator:
         """The "content" or "structure" generator.
 

@@ -174,10 +174,10 @@ class Page:
             pixels = editing.read_picture(path)
         except UserError as error:  # without the folders of this machine
             raise UserError(str(error).replace(path, Path(path).name)) from None
-        path = self._save("picture.png", pixels)
-        constraint = editing.keep_stages(self.pipe, path, *stages)
+        saved = self._save("picture.png", pixels)
+        constraint = editing.keep_stages(self.pipe, saved, *stages)
         line = 'constraint = editing.keep_stages(pipe, "picture.png", {}, {})'.format(*stages)
-        return Kept(constraint, line, (path,))
+        return Kept(constraint, line, (saved,))
 
     def edit(self, painted: dict[str, Any] | None, start: float, paste: bool) -> Kept:
         picture, mask = picture_and_mask_of(painted)
@@ -290,11 +290,12 @@ def to_canvas(image: np.ndarray | None) -> np.ndarray:
     return enlarged(image, CANVAS)
 
 
-def settings_fields(settings: Settings) -> list[gr.components.Component]:
+def settings_fields(settings: Settings) -> list[gr.Component]:
     """A field for each sampling setting, showing the folder's value."""
     fields = []
     for name, spec in Settings.specs().items():
         value = getattr(settings, name)
+        facts: dict[str, Any]
         facts = dict(label=name, info=spec.help, interactive=True, elem_id=name)
         if spec.kind is bool:
             fields.append(gr.Checkbox(value, **facts))
@@ -316,7 +317,7 @@ def build(page: Page) -> gr.Blocks:
     )
     white = dataclasses.replace(brush, colors=["#ffffff"], default_color="#ffffff")
     eraser = gr.Eraser(default_size=CANVAS // 8)
-    canvas = dict(
+    canvas: dict[str, Any] = dict(
         eraser=eraser, transforms=(), layers=False, type="numpy", image_mode="RGBA", format="png"
     )
     with gr.Blocks(

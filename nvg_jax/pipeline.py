@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +231,7 @@ class Pipeline:
 
     def sample(
         self,
-        class_ids: Sequence[int | str],
+        class_ids: Sequence[int | str] | np.ndarray | jax.Array,
         seed: int = 0,
         structure_noise=None,
         *,
@@ -297,9 +297,9 @@ class Pipeline:
                 f"The tokens of {token_stages} stages need their maps: give at least "
                 f"structure_stages={token_stages}."
             )
-        settings = self.settings.updated(settings)
-        self.metadata.check_settings(settings)
-        return self.program.plan(settings, structure_stages, token_stages, region)
+        chosen = self.settings.updated(settings)
+        self.metadata.check_settings(chosen)
+        return self.program.plan(chosen, structure_stages, token_stages, region)
 
     def _batch(self, class_ids, seed, structure_noise, first_index):
         """(ids, keys, noise) of a batch, checked."""
@@ -432,7 +432,7 @@ def sample_keys(seed: int, indices: np.ndarray):
     return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
 
 
-def is_integer(value) -> bool:
+def is_integer(value) -> TypeGuard[int | np.integer]:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

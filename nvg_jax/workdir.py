@@ -93,6 +93,7 @@ class RunMetadata:
         own = self.sampling
         known = [n for n in range(1, own.flow_steps + 1) if own.flow_steps % n == 0]
         same = (settings.solver, settings.flow_shift) == (own.solver, own.flow_shift)
+        assert self.config is not None  # a distilled generator was trained here
         if self.config["distillation"]["reflow"] and not (same and settings.flow_steps in known):
             raise UserError(
                 f"This model's structure generator was distilled for {own.flow_steps} steps and "
@@ -128,12 +129,13 @@ class RunMetadata:
                 name: sizes[name] and TransformerConfig(**sizes[name]) for name in GENERATORS
             }
             tokenizer = TokenizerConfig(**sizes["tokenizer"])
-            model = ModelConfig(tokenizer, len(content["class_names"]), **generators)
+            model = ModelConfig(tokenizer, len(content["class_names"]))
+            model = dataclasses.replace(model, **generators)
+            content["sampling"] = Settings.from_dict(content["sampling"])
             metadata = cls(model=model, **content)
             return metadata.replace(
                 class_names=tuple(metadata.class_names),
                 canvas_scale=metadata.canvas_scale and tuple(metadata.canvas_scale),
-                sampling=Settings.from_dict(metadata.sampling),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
@@ -248,9 +250,9 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     metadata = metadata.replace(step=None, steps=None, fid=None)
     for name, (part_folder, part_metadata) in found.items():
         check_tokenizer(part_metadata, metadata, part_folder)
-        part_metadata, state = read(
-            part_folder, lambda m: {"ema_params": {name: m.model.abstract_params(name)}}
-        )
+        stored = read(part_folder, lambda m: {"ema_params": {name: m.model.abstract_params(name)}})
+        assert stored is not None  # its metadata was read above
+        part_metadata, state = stored
         params[name] = state["ema_params"][name]
         of_generator = ("class_names", "sampling", "config", "resize_filter", "steps", "step")
         metadata = metadata.replace(

@@ -67,10 +67,14 @@ def find_batch(compiler: Compiler, max_compilations: int = 8) -> int:
         DoesNotFitError: one sample per shard is too large.
     """
     shards = compiler.target.batch_shards
-    points, fits, too_large, size = [], 0, math.inf, 1  # sizes in samples per shard
+    points, fits, size = [], 0, 1  # sizes in samples per shard
+    too_large: int | None = None
     for _ in range(max_compilations):
         free = free_memory(compiler, size * shards)
-        fits, too_large = (size, too_large) if free >= 0 else (fits, size)
+        if free >= 0:
+            fits = size
+        else:
+            too_large = size
         if not fits:
             raise DoesNotFitError(
                 f"Not even a global batch of {shards} (one sample per shard) fits "
@@ -78,9 +82,13 @@ def find_batch(compiler: Compiler, max_compilations: int = 8) -> int:
             )
         points += [(size, free)] if math.isfinite(free) else []
         predicted = line_root(*points[-2:]) if len(points) > 1 else 2
-        if too_large - fits == 1 or (free >= 0 and predicted <= size):
+        if too_large == fits + 1 or (free >= 0 and predicted <= size):
             return fits * shards
-        size = predicted if fits < predicted < too_large else (fits + too_large) // 2
+        # Until a size is too large, the last one fits, and the line predicts more.
+        if too_large is None or fits < predicted < too_large:
+            size = predicted
+        else:
+            size = (fits + too_large) // 2
     logger.warning(
         "Stopped after %d compilations: a batch of %d fits, larger ones may fit too.",
         max_compilations,

@@ -90,7 +90,7 @@ class Target:
     topology: str
     mesh: Mesh
     device: Chip
-    options: dict[str, bool] = dataclasses.field(default_factory=dict)
+    options: dict[str, str | bool] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_shards(self) -> int:
@@ -108,7 +108,9 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         devices = tpu_devices(topology)
         # Some chips present several devices.
         per_chip = len(devices) // len({tuple(device.coords) for device in devices})
-        device = Chip(*(figure and figure / per_chip for figure in TPUS[name]))
+        flops, hbm, hbm_bandwidth, link_bandwidth, _ = TPUS[name]
+        whole = flops, hbm, hbm_bandwidth, link_bandwidth
+        device = Chip(*(figure / per_chip for figure in whole))
         return Target(topology, sharding.make_mesh(**mesh, devices=devices), device)
     if name in GPUS and re.fullmatch(r"([1-9]\d*x)?[1-8]", shape):
         hosts, per_host = ([1] + [int(size) for size in shape.split("x")])[-2:]
@@ -116,8 +118,8 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         if hosts > 1:  # the slowest link limits a collective
             device = device._replace(link_bandwidth=device.network_bandwidth)
         # Without a GPU, Triton's kernels for matrix products cannot be tuned.
-        mesh = sharding.make_mesh(**mesh, devices=devices)
-        return Target(topology, mesh, device, CUBLAS_ONLY)
+        gpus = sharding.make_mesh(**mesh, devices=devices)
+        return Target(topology, gpus, device, CUBLAS_ONLY)
     raise UserError(
         f"Unknown topology {topology!r}: expected CHIP:SHAPE. For a TPU ({', '.join(TPUS)}), SHAPE "
         "is the number of chips along each axis, such as v5e:16x16, v5p:4x4x4 or v6e:8x8; for a "

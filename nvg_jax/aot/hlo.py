@@ -61,7 +61,7 @@ class Array(NamedTuple):
                 dims[i] = -(-dims[i] // size) * size
         bits = BITS.get(self.dtype)
         if bits is None:
-            bits = int(re.search(r"\d+", self.dtype)[0])
+            bits = int(re.findall(r"\d+", self.dtype)[0])
         return math.prod(dims) * bits // 8
 
 
@@ -82,6 +82,12 @@ class Instruction:
     def attribute(self, pattern: str) -> str | None:
         found = re.search(pattern, self.text)
         return found[1] if found else None
+
+    def required(self, pattern: str) -> str:
+        """An attribute that every instruction of this kind has."""
+        value = self.attribute(pattern)
+        assert value is not None, f"no {pattern} in {self.name}"
+        return value
 
     @property
     def op_name(self) -> str:
@@ -279,7 +285,7 @@ def _walk(module: Module, name: str, times: int, channels: set[str] | None, tota
                 total.unknown_loops.append(instruction.op_name)
                 trips = 1
             for part in ("condition", "body"):
-                inner = instruction.attribute(part + r"=%?([\w.\-]+)")
+                inner = instruction.required(part + r"=%?([\w.\-]+)")
                 _walk(module, inner, times * trips, None, total)
             continue
         for inner in instruction.called:
@@ -298,8 +304,9 @@ def _walk(module: Module, name: str, times: int, channels: set[str] | None, tota
                 total.kernels[kernel_name(instruction)] += times
         kind = opcode.removesuffix("-start")
         channel = instruction.attribute(r"channel_id=(\d+)")
-        if kind in COLLECTIVES and (channel is None or channel not in channels):
-            channels.add(channel)
+        if kind in COLLECTIVES and channel not in channels:
+            if channel is not None:
+                channels.add(channel)
             total.collectives.append(collective(computation, instruction, kind, times))
             total.hbm_bytes += times * hbm_bytes(module, computation, instruction)
         elif not fused:
@@ -315,7 +322,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     if known:
         return int(known)
     condition, body = (
-        module.computations[loop.attribute(part + r"=%?([\w.\-]+)")]
+        module.computations[loop.required(part + r"=%?([\w.\-]+)")]
         for part in ("condition", "body")
     )
     test = condition.root
@@ -334,7 +341,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     counter, limit = operands
     if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
         return None
-    index = int(counter.attribute(r"index=(\d+)"))
+    index = int(counter.required(r"index=(\d+)"))
     start = computation.operand(computation.operand(loop, 0), index)
     step = body.operand(body.root, index)
     if start.opcode != "constant" or step.opcode != "add":
@@ -358,13 +365,19 @@ def dot_flops(computation: Computation, instruction: Instruction) -> int:
     return 2 * math.prod(instruction.result[0].dims) * size
 
 
+def dim_labels(instruction: Instruction) -> tuple[str, str, str]:
+    """The axes of a convolution's inputs, kernel and output, such as b01f, 01io, b01f."""
+    labels = instruction.required(r"dim_labels=([\w?]+->[\w?]+)")
+    inputs, kernel, output = re.findall(r"(\w+)_(\w+)->(\w+)", labels)[0]
+    return inputs, kernel, output
+
+
 def convolution_flops(computation: Computation, instruction: Instruction) -> int:
     """Two FLOPs for each product of an input and a kernel element; padding does not count.
 
     On TPUs every matrix product is written as a convolution, with batches as dilated windows.
     """
-    labels = instruction.attribute(r"dim_labels=([\w?]+->[\w?]+)")
-    inputs, kernel, output = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
+    inputs, kernel, output = dim_labels(instruction)
     sizes = [computation.by_name[name].result[0].dims for name in instruction.operands[:2]]
     inputs, kernel = (dict(zip(part, dims)) for part, dims in zip((inputs, kernel), sizes))
     output = dict(zip(output, instruction.result[0].dims))
@@ -391,7 +404,7 @@ def kernel_name(instruction: Instruction) -> str:
     found = re.search(r"(\w+)/pallas_call|/(\w+)$", instruction.op_name)
     if instruction.target == "tpu_custom_call" and found:
         return found[1] or found[2]
-    return instruction.target
+    return instruction.target or ""
 
 
 def kernel_flops(computation: Computation, instruction: Instruction) -> int | None:
@@ -409,7 +422,7 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> int | No
         size = math.prod(left.dims[int(i)] for i in re.findall(r"\d+", contracted))
         return 2 * math.prod(instruction.result[0].dims) * size
     if target.startswith("__cudnn$fmha"):
-        shape = instruction.attribute(r'"intermediate_tensor_shape":[^\]]*?\[([^\]]*)\]')
+        shape = instruction.required(r'"intermediate_tensor_shape":[^\]]*?\[([^\]]*)\]')
         scores = math.prod(map(int, re.findall(r"\d+", shape)))
         head_dim = computation.by_name[instruction.operands[0]].result[0].dims[-1]
         return 2 * scores * head_dim * (5 if "Backward" in target else 2)
@@ -420,13 +433,13 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> int | No
 
 def cudnn_convolution_flops(computation: Computation, instruction: Instruction) -> int:
     """Two FLOPs for each product; a gradient counts the same as the convolution itself."""
-    labels = instruction.attribute(r"dim_labels=([\w?]+->[\w?]+)")
-    inputs, kernel, output = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()
+    inputs, kernel, output = dim_labels(instruction)
     arrays = [computation.by_name[name].result[0].dims for name in instruction.operands[:2]]
     arrays.append(instruction.result[0].dims)
     order = {"BackwardInput": (2, 1, 0), "BackwardFilter": (0, 2, 1)}
-    kind = next((k for k in order if k in instruction.target), None)
-    images, weights, results = (arrays[i] for i in order.get(kind, (0, 1, 2)))
+    target = instruction.target or ""
+    numbers = next((numbers for kind, numbers in order.items() if kind in target), (0, 1, 2))
+    images, weights, results = (arrays[i] for i in numbers)
     images, weights, results = (
         dict(zip(names, dims))
         for names, dims in ((inputs, images), (kernel, weights), (output, results))
@@ -506,7 +519,7 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
     if opcode == "fusion":
         inner = module.computations[instruction.called[0]]
         read = sum(
-            min(sum(map(size_in_hbm, arrays)), read_bytes(module, inner, number))
+            int(min(sum(map(size_in_hbm, arrays)), read_bytes(module, inner, number)))
             for number, arrays in enumerate(operands)
         )
         return read + sum(written_bytes(module, inner, instruction.result))

@@ -19,7 +19,7 @@ ESTIMATE = "roofline estimate from the compiled program, not a measurement"
 
 def roofline(
     flops: float, hbm_bytes: float, link_bytes: float, model_flops: float, device: Chip
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Seconds of a step on one device, and its model FLOPs utilization (MFU).
 
     Arithmetic, memory traffic and communication each run at their published peak. `seconds` is the
@@ -38,7 +38,7 @@ def roofline(
     seconds, no_overlap = max(parts.values()), sum(parts.values())
     return {
         **parts,
-        "bound": max(parts, key=parts.get),
+        "bound": max(parts, key=lambda part: parts[part]),
         "seconds": seconds,
         "seconds_no_overlap": no_overlap,
         "mfu": model_flops / seconds / device.flops,
@@ -66,7 +66,9 @@ def make_report(
         model_flops: those of all devices, if already known; see `Compiler.model_flops`.
     """
     compiled, target = compiler.compile(batch_size), compiler.target
-    devices, cost = target.mesh.size, hlo.cost(hlo.parse(compiled.program.as_text()))
+    text = compiled.program.as_text()
+    assert text is not None  # XLA's backends print their programs
+    devices, cost = target.mesh.size, hlo.cost(hlo.parse(text))
     memory = device_memory(compiled.program.memory_analysis(), target.device.hbm)
     collectives = sorted(cost.collectives, key=lambda item: -item.bytes_sent)
     if model_flops is None:

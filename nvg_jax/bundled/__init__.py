@@ -81,8 +81,8 @@ def is_bundled(folder: str | os.PathLike) -> bool:
 
 def read_resize_filter(folder: str | os.PathLike) -> str | None:
     """How the images of such a model were resized, None if the folder holds no model."""
-    if folder in MODELS and not os.path.exists(folder):
-        return read(folder)[0].resize_filter
+    if is_bundled(folder):
+        return read(os.fspath(folder))[0].resize_filter
     return workdir.read_resize_filter(folder)
 
 
@@ -92,7 +92,8 @@ def write(path: str | Path, metadata: RunMetadata, params: dict[str, Any]) -> st
     rounded = jax.tree.map(lambda x: x.astype(np.float32), small["tokenizer"])
     metadata = metadata.replace(fingerprint=fingerprint(rounded))
     text = json.dumps(metadata.to_json())
-    content = safetensors.numpy.save(flatten_dict(small, sep="/"), {"nvg_jax": text})
+    leaves: dict[str, Any] = flatten_dict(small, sep="/")
+    content = safetensors.numpy.save(leaves, {"nvg_jax": text})
     with atomic_write(Path(path)) as file:
         file.write(content)
     return hashlib.sha256(content).hexdigest()

@@ -143,11 +143,13 @@ def read_package(packages: Path, design: str) -> tuple[dict[tuple[int, ...], byt
     pictures, entries = {}, []
     with tarfile.open(archives[0]) as archive:
         for member in archive:
-            path = Path(member.name)
+            path, file = Path(member.name), archive.extractfile(member)
+            if file is None:  # a folder
+                continue
             if member.name == NAMES:
-                entries = json.load(archive.extractfile(member))
+                entries = json.load(file)
             elif member.name.startswith(folder) and path.suffix in (".png", ".webp"):
-                pictures[code_points(path.stem)] = archive.extractfile(member).read()
+                pictures[code_points(path.stem)] = file.read()
     if not pictures:
         raise UserError(f"{archives[0]} has no pictures in {folder}; fetch another version.")
     return pictures, entries
@@ -203,7 +205,7 @@ def write_folder(packages: Path, out: Path) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Prepares the emoji of three npm packages.")
     parser.add_argument("--packages", required=True, type=Path, help="Folder of the .tgz files.")
     parser.add_argument("--out", required=True, type=Path, help="Folder for the pictures.")
     arguments = parser.parse_args()

@@ -69,7 +69,7 @@ class Moments:
         """
         if self.count < 2:
             raise UserError(f"A covariance needs at least two features, got {self.count}.")
-        return self.mean, self.scatter / (self.count - 1)
+        return np.asarray(self.mean), np.asarray(self.scatter) / (self.count - 1)
 
 
 def frechet_distance(a, b) -> float:
@@ -337,6 +337,7 @@ def generation_metrics(
         spatial = ((x.spatial_mean, x.spatial_covariance) for x in both)
         results["sfid"] = frechet_distance(*spatial)
     if "inception_score" in names:
+        assert samples.logits is not None  # the set keeps its features
         order = np.random.default_rng(0).permutation(len(samples.logits))
         results["inception_score"] = inception_score(jax.nn.softmax(samples.logits[order]))
     if {"precision", "recall"} & set(names):

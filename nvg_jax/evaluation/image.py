@@ -4,6 +4,9 @@ Images are float32 (B, H, W, 3) in [-1, 1] or uint8 (B, H, W, 3) in 0..255; the 
 the float value v / 127.5 - 1.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,10 +107,11 @@ def _structural_similarity(x, y):
     def window_sum(values):
         for axis in (1, 2):
             size = values.shape[axis] - SSIM_WINDOW + 1
-            values = sum(
+            shifted = (
                 jax.lax.slice_in_dim(values, start, start + size, axis=axis)
                 for start in range(SSIM_WINDOW)
             )
+            values = functools.reduce(operator.add, shifted)
         return values
 
     # Moments are exact: at most (49 * 255)^2 < 2^31. In float32 their differences would cancel.

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -41,18 +41,28 @@ CHUNK_SIZE = 1000  # images predicted at once
 class Judge(Protocol):
     """Sees images as features.
 
-    A classifier has the method `predict` too: images -> int (B,), their classes.
-
     Attributes:
         name: what --judge and metrics.json call it.
-        fingerprint: a hash of everything its features depend on.
     """
 
     name: str
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything its features depend on."""
+        ...
 
     def image_features(self, images: np.ndarray) -> ImageFeatures:
         """The float32 features of images, uint8 (B, H, W, 3), on this process's devices."""
+        ...
+
+
+class ClassJudge(Judge, Protocol):
+    """A judge that is a classifier."""
+
+    def predict(self, images) -> np.ndarray:
+        """int (B,): the class of every image."""
+        ...
 
 
 class Inception:
@@ -85,7 +95,7 @@ class Inception:
         return jax.tree.map(lambda x: x[: len(images)], features)
 
 
-def fit_classifier(data_name: str, images, labels, num_classes: int) -> Judge:
+def fit_classifier(data_name: str, images, labels, num_classes: int) -> ClassJudge:
     """The classifier of a data set, fitted to its training images; the same on every process.
 
     Args:
@@ -209,8 +219,12 @@ class Classifier:
 
     name = "classifier"
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self.params)
 
     def predict(self, images) -> np.ndarray:
@@ -232,8 +246,8 @@ class Classifier:
 
 
 @jax.jit(static_argnames="num_classes")
-def _forward(params, images, num_classes: int):
-    return _Network(num_classes).apply({"params": params}, images)
+def _forward(params, images, num_classes: int) -> ImageFeatures:
+    return cast(ImageFeatures, _Network(num_classes).apply({"params": params}, images))
 
 
 def _prepare(images: np.ndarray, gray: bool) -> np.ndarray:
@@ -271,7 +285,7 @@ def train_classifier(
     @jax.jit
     def step(params, state, batch, batch_labels):
         def loss_fn(params):
-            logits = network.apply({"params": params}, batch).logits
+            logits = cast(ImageFeatures, network.apply({"params": params}, batch)).logits
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch_labels).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)

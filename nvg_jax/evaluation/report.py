@@ -102,7 +102,7 @@ def gather_moments(own: Moments) -> Moments:
     width = gather(np.array([np.size(own.mean) if own.count else 0]), jax.process_count()).max()
     own_row = np.zeros((1, 1 + width + width * width))
     if own.count:
-        own_row[0] = np.concatenate([[own.count], own.mean, own.scatter.ravel()])
+        own_row[0] = np.concatenate([[own.count], own.mean, np.ravel(own.scatter)])
     total = Moments()
     for row in gather(own_row, jax.process_count()):
         if row[0]:
@@ -123,9 +123,11 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
     file = folder.with_suffix(".npz")
     stored = read_arrays(file) if file.exists() else None
     # Each machine may have its own cache, but all processes must take the same branch.
-    if gather(np.array([stored is not None]), jax.process_count()).all():
+    everywhere = gather(np.array([stored is not None]), jax.process_count()).all()
+    if stored is not None and everywhere:
         logger.info("features of the reference: %s", file)
-        features = FeatureSet(**stored | {"count": int(stored["count"])})
+        count = int(stored.pop("count"))
+        features = FeatureSet(count=count, **stored)
     else:
         features = features_of(images, judge, folder, keep)
         if is_main():

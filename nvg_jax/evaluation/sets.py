@@ -119,14 +119,14 @@ class Archive(ImageSet):
         return self.shape[0]
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        numbers, bytes_per_image = set(numbers), int(np.prod(self.shape[1:]))
+        wanted, bytes_per_image = set(numbers), int(np.prod(self.shape[1:]))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
                 read_header(member)
-                for number in range(max(numbers, default=-1) + 1):
+                for number in range(max(wanted, default=-1) + 1):
                     count = min(self.batch_size, len(self) - number * self.batch_size)
                     content = member.read(count * bytes_per_image)
-                    if number in numbers:
+                    if number in wanted:
                         yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
         except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
             raise self._damaged(error) from error
@@ -305,7 +305,7 @@ def open_reference(
         UserError: `text` is neither, or `data` is missing.
     """
     if text in SPLITS:
-        if data is None:
+        if data is None or image_size is None:
             raise UserError(
                 f"--reference={text} is a split of a data set, cropped to a model's image size; "
                 "give --workdir, or a reference file."

@@ -10,7 +10,7 @@ import numpy as np
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.features import class_agreement
 from nvg_jax.evaluation.image import copying_report, psnr
-from nvg_jax.evaluation.judges import Judge, fit_classifier
+from nvg_jax.evaluation.judges import ClassJudge, fit_classifier
 from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure, write_results
 from nvg_jax.evaluation.sets import LabeledImages, Split, load_split
 from nvg_jax.jobs.reconstruction import Reconstructions
@@ -76,11 +76,11 @@ def report(
 
 
 def reconstruction_metrics(
-    classifier: Judge, restored: LabeledImages, test: LabeledImages
+    classifier: ClassJudge, restored: LabeledImages, test: LabeledImages
 ) -> dict[str, Any]:
     """PSNR, rFID and the classifier's accuracy; only process 0 has the rFID."""
     originals = features_of(test, classifier, keep=0)
-    results = {"test_psnr": float(psnr(test.images, restored.images).mean())}
+    results: dict[str, Any] = {"test_psnr": float(psnr(test.images, restored.images).mean())}
     results["rfid"] = measure(restored, classifier, originals, names=("fid",)).get("fid")
     for name, images in (("real_test_images", test), ("reconstructions", restored)):
         accuracy, _ = class_agreement(classifier.predict(images.images), images.labels)
@@ -89,7 +89,7 @@ def reconstruction_metrics(
 
 
 def sample_metrics(
-    classifier: Judge,
+    classifier: ClassJudge,
     samples: LabeledImages,
     class_names: tuple[str, ...],
     train: LabeledImages,

@@ -130,7 +130,7 @@ def to_safetensors(workdir: str | Path, out: str | Path):
     """
     _check_new(out)
     pipeline = Pipeline.from_pretrained(workdir)
-    params = {
+    params: dict[str, dict[str, Any]] = {
         name: flatten_dict(jax.device_get(tree), sep="/") for name, tree in pipeline.params.items()
     }
     generators = [name for name in GENERATORS if name in params]
@@ -144,7 +144,7 @@ def to_safetensors(workdir: str | Path, out: str | Path):
     save_file(tensors, Path(out) / "autoencoder.safetensors")
     if generators:
         both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
-        both["canvas_scale"] = np.float32(pipeline.metadata.canvas_scale)
+        both["canvas_scale"] = np.asarray(pipeline.metadata.canvas_scale, np.float32)
         tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
         save_file(tensors, Path(out) / "generator.safetensors")
 
@@ -159,7 +159,8 @@ def _naming(file: str | Path):
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+    leaves: dict[str, Any] = flatten_dict(tree, sep="/")
+    return {path: leaf.shape for path, leaf in leaves.items()}
 
 
 def _sha256(file: Path) -> str:

@@ -66,7 +66,7 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint
     """
     config = pipeline.tokenizer.config
     height, width = config.image_size
-    if drawing in control.DRAWINGS:
+    if isinstance(drawing, str) and drawing in control.DRAWINGS:
         regions = control.ready_made(drawing, min(height, width))
     elif not Path(drawing).is_file():
         raise UserError(
@@ -74,7 +74,9 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint
             f"{str(drawing)!r}."
         )
     else:
-        pixels = Image.fromarray(read_picture(drawing)).resize((width, height), Image.NEAREST)
+        pixels = Image.fromarray(read_picture(drawing)).resize(
+            (width, height), Image.Resampling.NEAREST
+        )
         colors = np.asarray(pixels).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
         count = len(np.unique(colors))
         if count > MAX_REGIONS:
@@ -113,7 +115,9 @@ def edit_region(
     original = pipeline.prepare(pixels)
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
     sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))
+    constraint = Constraint(sequence, start, start, region)
+    if feather is None:
+        return constraint
     # The middle of the interval that `to_uint8` truncates to the same pixel value.
     exact = np.clip((from_float(original) + 0.5) / 127.5 - 1, -1, 1).astype(np.float32)
-    pasted = {} if feather is None else dict(image=exact, mask=inside, feather=feather)
-    return Constraint(sequence, start, start, region, **pasted)
+    return constraint._replace(image=exact, mask=inside, feather=feather)

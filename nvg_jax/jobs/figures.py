@@ -80,8 +80,14 @@ def stages(pipe: Pipeline, class_id: int, columns: int, seed: int) -> np.ndarray
     for kept in range(config.num_stages + 1):
         row = [to_uint8(one.images[0])]
         for token_stages in (0, kept):
-            first = dict(prefix=prefix, structure_stages=kept, token_stages=token_stages)
-            out = pipe.sample([class_id] * columns, seed=seed, first_index=1, **first)
+            out = pipe.sample(
+                [class_id] * columns,
+                seed=seed,
+                first_index=1,
+                prefix=prefix,
+                structure_stages=kept,
+                token_stages=token_stages,
+            )
             row += list(to_uint8(out.images))
         tiles.append(row)
     rows = [f"{kept} stage{'' if kept == 1 else 's'} kept" for kept in range(config.num_stages + 1)]

@@ -89,10 +89,12 @@ def report(pipeline: Pipeline, images: Split, out: Path) -> dict[str, Any]:
             codes[stage, sequence.tokens[:, stage]] = True
         with jax.set_mesh(mesh):
             lpips = distances(networks, *local_batch((to_float(batch), to_float(restored)), mesh))
+        vgg, alex = (np.asarray(distance)[: len(batch)] for distance in lpips)
         return Measurements(
             judge.image_features(batch).pool,
             judge.image_features(restored).pool,
-            *(np.asarray(distance)[: len(batch)] for distance in lpips),
+            vgg,
+            alex,
             psnr(batch, restored),
             structural_similarity(batch, restored),
             codes,
@@ -126,7 +128,7 @@ def report(pipeline: Pipeline, images: Split, out: Path) -> dict[str, Any]:
         return {}
     codes = measured.codes.reshape(num_batches, config.num_stages, -1)
     measured = jax.tree.map(lambda x: x[:count], measured)
-    results = {"rfid": frechet_distance(measured.real, measured.restored)}
+    results: dict[str, Any] = {"rfid": frechet_distance(measured.real, measured.restored)}
     for name in ("lpips_vgg", "lpips_alex", "psnr", "ssim"):
         results[name] = float(getattr(measured, name).mean(dtype=np.float64))
     usage = codebook_usage(codes.sum(0))

@@ -125,6 +125,7 @@ class SamplingJob(ImageSet):
             frames = [self._frame(index) for index in indices]
             out = jax.tree.map(lambda *parts: np.concatenate(parts), *frames)
         if constraint and constraint.image is not None:
+            assert constraint.mask is not None  # they come together
             images = control.paste(
                 constraint.image, out.images, constraint.mask, constraint.feather
             )
@@ -146,8 +147,10 @@ class SamplingJob(ImageSet):
         """A sample of a walk, as a batch of one."""
         number, step = divmod(index, self.per_class)
         first = number * self.per_class
-        ends = (self.pipeline.structure_noise(s, 1, first) for s in (self.seed, self.walk_to))
-        noise = control.between(*ends, step / (self.per_class - 1))
+        assert self.walk_to is not None
+        start = self.pipeline.structure_noise(self.seed, 1, first)
+        end = self.pipeline.structure_noise(self.walk_to, 1, first)
+        noise = control.between(start, end, step / (self.per_class - 1))
         return self._sample([self.classes[number]], first, noise)
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:

@@ -37,7 +37,7 @@ DINO_BLOCKS = (2, 5, 8, 11)  # the discriminator sees the outputs of these, coun
 DINO_FEATURES = 1 + len(DINO_BLOCKS)  # sequences that `dino` returns
 
 
-def lpips(params, images_a, images_b, dtype=jnp.float32):
+def lpips(params, images_a, images_b, dtype: DTypeLike = jnp.float32) -> Array:
     """Perceptual distance LPIPS v0.1 on VGG16 features (Zhang et al., arXiv 1801.03924).
 
     Args:
@@ -52,16 +52,18 @@ def lpips(params, images_a, images_b, dtype=jnp.float32):
         UserError: images of another shape or type.
     """
     _check_pair(images_a, images_b, 16)
-    return Lpips("vgg", dtype).apply({"params": params}, images_a, images_b)
+    distances = Lpips("vgg", dtype).apply({"params": params}, images_a, images_b)
+    return cast(Array, distances)
 
 
-def lpips_alex(params, images_a, images_b, dtype=jnp.float32):
+def lpips_alex(params, images_a, images_b, dtype: DTypeLike = jnp.float32) -> Array:
     """LPIPS v0.1 on AlexNet features, the variant that most papers report.
 
     Like `lpips`, with the parameters of "lpips_alex", and H and W at least 31.
     """
     _check_pair(images_a, images_b, 31)
-    return Lpips("alex", dtype).apply({"params": params}, images_a, images_b)
+    distances = Lpips("alex", dtype).apply({"params": params}, images_a, images_b)
+    return cast(Array, distances)
 
 
 def dino(params, images, dtype=jnp.float32):

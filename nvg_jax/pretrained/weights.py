@@ -181,7 +181,8 @@ def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}). Import it again: `{command}`.") from error
     params = unflatten_dict(flat, sep="/")
-    expected = {key: leaf.shape for key, leaf in flatten_dict(abstract(name), sep="/").items()}
+    leaves: dict[str, Any] = flatten_dict(abstract(name), sep="/")
+    expected = {key: leaf.shape for key, leaf in leaves.items()}
     shapes = {key: x.shape for key, x in flat.items()}
     if shapes != expected or fingerprint(params) != checksum:
         raise UserError(
@@ -297,7 +298,7 @@ def _inception_modules() -> dict[tuple[str, ...], Any]:
 
 
 def _inception_shapes() -> dict[str, tuple[int, ...]]:
-    shapes = {"fc.weight": (NUM_LOGITS, POOL_WIDTH)}
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (NUM_LOGITS, POOL_WIDTH)}
     for path, conv in _inception_modules().items():
         module = ".".join(path)
         shapes[f"{module}.conv.weight"] = _conv_shapes(conv, module)[f"{module}.weight"]
@@ -308,7 +309,7 @@ def _inception_shapes() -> dict[str, tuple[int, ...]]:
 
 def _inception_params(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Our parameters, with each batch norm folded into the convolution before it, in float64."""
-    params = {("fc",): {"kernel": tensors["fc.weight"].T}}
+    params: dict[tuple[str, ...], Any] = {("fc",): {"kernel": tensors["fc.weight"].T}}
     for path in _inception_modules():
         module = ".".join(path)
         weight, bias, mean, variance = (
@@ -368,7 +369,7 @@ def _vit_params(tensors: dict[str, np.ndarray], width: int, patch: int) -> dict[
 
     def linear(key: str, layer_scale: str | None = None) -> dict[str, np.ndarray]:
         kernel, bias = stacked(f"{key}.weight").swapaxes(1, 2), stacked(f"{key}.bias")
-        if f"blocks.0.{layer_scale}" in tensors:
+        if layer_scale is not None and f"blocks.0.{layer_scale}" in tensors:
             scale = stacked(layer_scale)
             kernel, bias = kernel * scale[:, None], bias * scale
         return {"kernel": kernel, "bias": bias}

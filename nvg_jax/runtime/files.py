@@ -75,7 +75,7 @@ def lock(folder: epath.Path) -> int | None:
     return descriptor
 
 
-def make_folder(folder: Path):
+def make_folder(folder: Path | epath.Path):
     """Creates a folder and those above it.
 
     Raises:

@@ -4,7 +4,7 @@ import jax
 
 # cuBLAS computes all matrix products. XLA's autotuner would choose kernels of its own for some,
 # with which sampling takes a tenth longer (docs/performance.md).
-CUBLAS_ONLY = {"xla_gpu_enable_triton_gemm": False}
+CUBLAS_ONLY: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
 
 
 def platform() -> str:
@@ -28,6 +28,6 @@ def fast_dtype() -> str:
     return "bfloat16" if device.platform == "tpu" else "float32"
 
 
-def compiler_options() -> dict[str, bool] | None:
+def compiler_options() -> dict[str, str | bool] | None:
     """XLA's options for the sampler on this machine's devices."""
     return CUBLAS_ONLY if jax.default_backend() == "gpu" else None

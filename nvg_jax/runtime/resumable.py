@@ -105,10 +105,16 @@ def own_parts(
         UserError: `folder` holds arrays that were made with other settings.
         Preempted: SIGTERM arrived.
     """
-    own, path = own_share(num_batches), lambda number: folder / f"{number:06d}.npz"
+    own = own_share(num_batches)
+
+    def path(number: int) -> Path:
+        assert folder is not None
+        return folder / f"{number:06d}.npz"
+
     if folder is None:
         missing = list(own)
     else:
+        assert description is not None  # a folder says what its arrays depend on
         open_folder(folder, "*.npz", description, noun)
         missing = own_missing(num_batches, lambda number: [path(number)])
     computed, progress = compute(missing), Progress(noun, len(missing) * size, "images")
@@ -119,6 +125,7 @@ def own_parts(
         if row == len(own):
             return
         number = own[row]
+        arrays: dict[str, Any] | None
         arrays = None if number in missing else read_arrays(path(number))
         if arrays is None:
             source = computed if number in missing else compute([number])

@@ -1,6 +1,6 @@
 """Residual quantization of a latent along its hierarchy of structure maps (paper, Section 3.1)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,10 +22,12 @@ class GranularitySequence(NamedTuple):
 
     structure: the cluster of each position, 0 .. 2**i - 1 in stage i.
     tokens: the token id at each position, equal within a cluster.
+
+    Arrays of JAX in the networks, of NumPy from a `Pipeline`.
     """
 
-    structure: Int32[Array, "B S L"]
-    tokens: Int32[Array, "B S L"]
+    structure: Int32[Any, "B S L"]
+    tokens: Int32[Any, "B S L"]
 
 
 class Quantized(NamedTuple):
@@ -34,13 +36,13 @@ class Quantized(NamedTuple):
     sequence: the visual granularity sequence.
     canvases: the canvas after each stage.
     stage_tokens: the id of each unique token, an array for each stage.
-    losses: the training loss of the quantizer in each stage.
+    losses: the training loss of the quantizer in each stage; None if the latent is not known.
     """
 
     sequence: GranularitySequence
     canvases: Float32[Array, "B S L D"]
     stage_tokens: tuple[Int32[Array, "B N_i"], ...]
-    losses: Float32[Array, " S"]
+    losses: Float32[Array, " S"] | None
 
 
 def at_positions(

@@ -225,12 +225,15 @@ def _load(stream: io.BytesIO | mmap.mmap, storages: dict[str, _Storage]):
     """The object of the pickle at the stream's position; adds the storages that it mentions."""
     start = stream.tell()
     try:
-        for opcode, argument, position in pickletools.genops(stream):
+        # The stub asks for IO[bytes]; `genops` calls only read, readline and tell.
+        operations = pickletools.genops(stream)  # pyright: ignore[reportArgumentType]
+        for opcode, argument, position in operations:
+            assert position is not None  # the stream has `tell`
             # These take objects from a registry of this process (copyreg), not from find_class.
             if opcode.name in ("EXT1", "EXT2", "EXT4"):
                 raise UserError(f"torch.save never writes the pickle opcode {opcode.name}")
             # The unpickler allocates as many slots as the largest index.
-            if opcode.name.endswith("PUT") and argument > position - start:
+            if opcode.name.endswith("PUT") and int(argument or 0) > position - start:
                 raise UserError("its pickle is damaged (a large memo index)")
         stream.seek(start)
         return _Unpickler(io.BytesIO(stream.read(position + 1 - start)), storages).load()

@@ -88,7 +88,9 @@ def read(path: str | Path, weights: str) -> dict[str, np.ndarray]:
             f"{path} holds no {weights} weights. Take the {other} ones, if it is a checkpoint of "
             "the published autoencoder or generators."
         )
-    return {name_in_copy(name): tensor for name, tensor in tensors.items()}
+    return {
+        ours: tensor for name, tensor in tensors.items() if (ours := name_in_copy(name)) is not None
+    }
 
 
 def published_views(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -230,8 +232,10 @@ def generator_sizes(tensors: Mapping[str, np.ndarray]) -> dict:
         UserError: a tensor that determines a size is missing, or `rope_ids` is not the expected
             constant.
     """
-    ids = tensors["rope_ids"] if _shape(tensors, "rope_ids") else None
-    grid = tuple(int(n) + 1 for n in ids[0, 1:, -2:].max(0))
+    _shape(tensors, "rope_ids")  # raises if there is none
+    ids = tensors["rope_ids"]
+    height, width = (int(n) + 1 for n in ids[0, 1:, -2:].max(0))
+    grid = height, width
     if not np.array_equal(ids, rope_ids(grid)):
         raise UserError(
             "The checkpoint's rope_ids are not the positions of a grid in row-major order, which "

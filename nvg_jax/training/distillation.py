@@ -7,6 +7,7 @@ straight line (reflow; Liu et al., arXiv 2209.03003), which takes few steps.
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import optax
 from jaxtyping import Array, Float32, Int, Int32, PRNGKeyArray
 
 from nvg_jax import bundled, granularity
+from nvg_jax.data import SequenceSource
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
 from nvg_jax.models import init_generator
@@ -57,7 +59,8 @@ def guided_velocity(
         scale = None if scales is None else scales[stage][:, None, None]
         guidance = Guidance(class_ids, model.num_classes, scale)
         inputs = map(guidance.double, (z, time, embedding, canvas, stage))
-        return guidance(model.apply({"params": params}, *inputs, guidance.classes))
+        output = model.apply({"params": params}, *inputs, guidance.classes)
+        return guidance(cast(Array, output))
 
     return velocity
 
@@ -182,7 +185,7 @@ def split_stages(
 # The trainer.
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(Trainer[TrainState]):
     """Trains a student. Inputs: "teacher", its structure generator, and "tokenizer".
 
     The config has the teacher's sizes and sampling settings, see `with_teacher`.
@@ -279,6 +282,7 @@ class DistillationTrainer(Trainer):
         Raises:
             UserError: the data have other classes, or the teacher does not know the settings.
         """
+        assert run.teacher is not None
         teacher, params = run.teacher
         classes = run.train_source.class_names
         if teacher.class_names not in (classes, default_class_names(len(classes))):
@@ -287,7 +291,8 @@ class DistillationTrainer(Trainer):
                 f"({', '.join(teacher.class_names[:3])}, ...) and the data have {len(classes)} "
                 f"({', '.join(classes[:3])}, ...). Use the data set that it was trained on."
             )
-        if run.cached_sequences:
+        if isinstance(run.train_source, SequenceSource):
+            assert teacher.fingerprint is not None  # the model can sample
             run.train_source.check_tokenizer(teacher.fingerprint)
         teacher.check_settings(teacher_settings(run.config))
         metadata = teacher.replace(
@@ -312,6 +317,7 @@ class DistillationTrainer(Trainer):
         return with_params(super().start(run, inputs), params)
 
     def export(self, run: Run, state: TrainState, inputs: Params) -> Params:
+        assert run.teacher is not None
         return run.teacher[1] | jax.tree.map(sharding.to_host, state.ema_params)
 
 

@@ -5,9 +5,8 @@ clips the gradients of both by their joint norm.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,13 @@ import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from nvg_jax import granularity, pretrained, workdir
 from nvg_jax.content.losses import alignment_loss, content_losses
 from nvg_jax.content.model import RepaProjector
+from nvg_jax.data import SequenceSource
 from nvg_jax.errors import UserError
 from nvg_jax.models import Generator, ModelConfig, init_generator
 from nvg_jax.parts import GENERATORS, Part
@@ -100,9 +101,10 @@ def loss_terms(
     stages = structure.shape[1]
     deterministic = key is None
     noise_key, time_key, drop_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
-    apply = lambda *args, **kwargs: model.apply(
-        {"params": params}, *args, rngs={"drop_path": drop_key}, **kwargs
-    )
+
+    def apply(*args, **kwargs) -> Any:
+        return model.apply({"params": params}, *args, rngs={"drop_path": drop_key}, **kwargs)
+
     if isinstance(model, StructureGenerator):
         learned = stages - 2
         losses = structure_losses(
@@ -133,8 +135,9 @@ def loss_terms(
     terms, hidden = content_losses(predict_canvas, token_logits, quantized, weights)
     losses = terms["canvas_loss"] + terms["token_loss"]
     if repa:
+        assert targets is not None
         projector = make_projector(model.dtype)
-        projected = projector.apply({"params": params["repa"]}, hidden)
+        projected = cast(Array, projector.apply({"params": params["repa"]}, hidden))
         terms["repa_loss"] = alignment_loss(projected, targets)
         losses += repa.weight * terms["repa_loss"]
     return losses.mean(), terms
@@ -151,7 +154,10 @@ def encode(tokenizer: Tokenizer, params: Params, batch: Batch) -> Quantized:
     Returns:
         Quantized; its `losses` are None for a cached sequence, whose latent is not known.
     """
-    apply = functools.partial(tokenizer.apply, {"params": params})
+
+    def apply(inputs, method: str) -> Any:
+        return tokenizer.apply({"params": params}, inputs, method=method)
+
     if "image" in batch:
         return jax.lax.stop_gradient(apply(batch["image"], method="encode"))
     finest, tokens = (batch[name].astype(jnp.int32) for name in ("structure", "tokens"))
@@ -178,7 +184,7 @@ def repa_config(config: ml_collections.ConfigDict) -> RepaConfig | None:
     return repa if repa.weight else None
 
 
-class GeneratorTrainer(Trainer):
+class GeneratorTrainer(Trainer[TrainState]):
     """Trains one generator, or both on the same batches, with one optimizer.
 
     A state's parameters are {generator: tree}. The inputs are the raw parameters of the tokenizer,
@@ -197,7 +203,9 @@ class GeneratorTrainer(Trainer):
         check_heads(self.model, self.part.networks, self.mesh)
         self.repa = repa_config(self.config) if "content" in self.part.networks else None
         if self.repa:
-            self.repa.check(self.model.content.depth, self.model.tokenizer.latent_size)
+            self.repa.check(
+                self.model.generators["content"].depth, self.model.tokenizer.latent_size
+            )
         self.tokenizer = self.model.make_tokenizer()
         self.generators = {name: self.model.make_generator(name) for name in self.part.networks}
 
@@ -330,7 +338,7 @@ def sampling_settings(config: ml_collections.ConfigDict) -> Settings:
     return Settings.from_dict(config.sampling.to_dict())
 
 
-def make_projector(dtype: jnp.dtype) -> RepaProjector:
+def make_projector(dtype: DTypeLike) -> RepaProjector:
     return RepaProjector(pretrained.DINOV2_WIDTH, dtype)
 
 
@@ -364,6 +372,6 @@ def load_tokenizer(run: Run) -> tuple[RunMetadata, Params]:
             f"{sizes} and {run.model.tokenizer}. Use the config it was trained with, "
             "or another workdir."
         )
-    if run.cached_sequences:
-        run.train_source.check_tokenizer(metadata.fingerprint)
+    if isinstance(run.train_source, SequenceSource):
+        run.train_source.check_tokenizer(found[0].fingerprint)
     return metadata, jax.device_put(params, run.replicated)

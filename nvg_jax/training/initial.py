@@ -1,7 +1,7 @@
 """Starts a training from another model's weights, on other data and classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from nvg_jax.errors import UserError
 from nvg_jax.runtime.sharding import to_host
 from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import RunMetadata
+
+State = TypeVar("State", bound=TrainState)
 
 CLASS_TABLE = ("class_embed", "embedding")  # (classes + 1, width); the last row is the null class
 
@@ -43,7 +45,7 @@ def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) 
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, wanted)
 
 
-def with_params(state: TrainState, params) -> TrainState:
+def with_params(state: State, params) -> State:
     """An initial state whose parameters, and their moving average, start from `params`."""
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
@@ -85,12 +87,15 @@ def check_sizes(wanted: dict[tuple, Any], found: dict[tuple, Any], where: str):
             )
 
 
-def fit_params(wanted, found, where: str, metadata: RunMetadata, class_names: Sequence[str]):
-    """`found`, with its class table adapted to `class_names`, as a tree like `wanted`.
+def fit_params(
+    wanted_tree, found_tree, where: str, metadata: RunMetadata, class_names: Sequence[str]
+):
+    """`found_tree`, its class table adapted to `class_names`, as a tree like `wanted_tree`.
 
-    The REPA projector, which no model keeps, is taken from `wanted`.
+    The REPA projector, which no model keeps, is taken from `wanted_tree`.
     """
-    wanted, found = flatten_dict(wanted), flatten_dict(found)
+    wanted: dict[tuple, Any] = flatten_dict(wanted_tree)
+    found: dict[tuple, Any] = flatten_dict(found_tree)
     if CLASS_TABLE in wanted and CLASS_TABLE in found:
         found[CLASS_TABLE] = class_table(found[CLASS_TABLE], metadata.class_names, class_names)
     found |= {path: to_host(x) for path, x in wanted.items() if path[0] == "repa"}

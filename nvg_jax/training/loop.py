@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
@@ -54,7 +55,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             batches.set_state(position)
         reporter = Reporter(name, folder, start, steps, recipe.batch_size)
         stack.enter_context(contextlib.closing(reporter))
-        best = score and BestModel(run.workdir / f"best_{name}", score, new=start == 0)
+        best = BestModel(run.workdir / f"best_{name}", score, new=start == 0) if score else None
         for step in range(start, steps):
             watchdog.reset(slow=step == start)  # the first step compiles
             reporter.start_step()
@@ -68,10 +69,12 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             last = done == steps
             preempted = preemption.noticed()
             evaluate = last or done % recipe.eval_every == 0
-            measure = best and (last or done % recipe.fid_every == 0)
+            measure = best is not None and (last or done % recipe.fid_every == 0)
             save = last or preempted or done % recipe.save_every == 0
             if save or evaluate or measure or done % recipe.log_every == 0:
-                reporter.progress(done, learning_rate=float(trainer.learning_rate(step)))
+                reporter.progress(
+                    done, learning_rate=np.asarray(trainer.learning_rate(step)).item()
+                )
 
             if last:
                 metadata = trainer.finish(run, state, metadata)
@@ -81,7 +84,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
                 try:
                     if evaluate:
                         reporter.evaluation(done, *trainer.evaluate(run, state, inputs, metadata))
-                    if measure:
+                    if best is not None and measure:
                         params = trainer.export(run, state, inputs)
                         finish = lambda: metadata if last else trainer.finish(run, state, metadata)
                         reporter.fid(done, *best.update(done, metadata, params, finish))
@@ -104,7 +107,10 @@ class BestModel:
     def __init__(self, folder: epath.Path, score: Score, new: bool):
         self._folder, self._score = folder, score
         stored = None if new else read_metadata(folder / EXPORT_FOLDER)
-        self.fid = stored.fid if stored else float("inf")
+        self.fid = float("inf")
+        if stored:
+            assert stored.fid is not None  # `update` exports with the FID
+            self.fid = stored.fid
 
     def update(
         self,

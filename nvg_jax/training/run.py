@@ -65,11 +65,6 @@ class Run:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    @property
-    def cached_sequences(self) -> bool:
-        """Whether the data are cached sequences, which have no images."""
-        return isinstance(self.train_source, SequenceSource)
-
     def config_json(self) -> dict[str, Any]:
         return json.loads(self.config.to_json_best_effort())
 

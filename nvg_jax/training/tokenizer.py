@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import flax.struct
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
 from nvg_jax import pretrained
@@ -22,7 +23,7 @@ from nvg_jax.parts import Part
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.sharding import unshard
-from nvg_jax.tokenizer import Tokenizer, codebook_usage
+from nvg_jax.tokenizer import Quantized, Tokenizer, codebook_usage
 from nvg_jax.tokenizer.diffaug import augment, discriminator_input
 from nvg_jax.tokenizer.discriminator import DiscriminatorHeads, SmallFeatures
 from nvg_jax.tokenizer.losses import (
@@ -86,7 +87,7 @@ class TokenizerLossConfig:
             names += ("dino",)
         return names
 
-    def make_discriminator(self, dtype: jnp.dtype) -> nn.Module | None:
+    def make_discriminator(self, dtype: DTypeLike) -> nn.Module | None:
         if not self.adversarial_weight:
             return None
         heads = DiscriminatorHeads(dtype=dtype)
@@ -132,7 +133,7 @@ def discriminator_inputs(
     frozen: Params,
     images: Float[Array, "B H W 3"],
     key: PRNGKeyArray,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> Float[Array, "B H W 3"] | list[Float[Array, "B patches 384"]]:
     """What the discriminator sees of images: DiffAug, then its input size or DINO's tokens."""
     input_key, augment_key = jax.random.split(key)
@@ -166,12 +167,15 @@ def loss_terms(
     """
     model, discriminator, losses = networks
     params = jax.tree.map(unshard, params)
-    restored, quantized = model.apply({"params": params}, images, index_backprop)
+    restored, quantized = cast(
+        tuple[Array, Quantized], model.apply({"params": params}, images, index_backprop)
+    )
+    assert quantized.losses is not None  # the latent is known
     terms = {
         "reconstruction": RECONSTRUCTION_LOSSES[losses.reconstruction](restored, images),
         "quantizer": quantized.losses.mean(),
     }
-    loss = sum(terms.values())
+    loss = terms["reconstruction"] + terms["quantizer"]
     metrics = {
         "quantizer_stage_loss": quantized.losses,
         "code_counts": code_counts(quantized.stage_tokens, model.config.codebook_size),
@@ -180,35 +184,38 @@ def loss_terms(
         distances = pretrained.lpips(frozen["lpips"], restored, images, model.dtype)
         terms["perceptual"] = distances.mean()
         loss += losses.perceptual_weight * terms["perceptual"]
-    opposing_loss = 0.0
+    total = loss
     if discriminator is not None:
+        assert opponent is not None and discriminator_params is not None
         generator_key, real_key, fake_key = jax.random.split(key, 3)
         inputs = lambda images, key: discriminator_inputs(
             discriminator, frozen, images, key, model.dtype
         )
+        logits_of = lambda variables, inputs: cast(Array, discriminator.apply(variables, inputs))
         variables = {"params": discriminator_params, "spectral": opponent.spectral}
         judge = variables
         if not losses.discriminator_sees_generator_loss:
             judge = jax.lax.stop_gradient(variables)
-        logits = discriminator.apply(judge, inputs(restored, generator_key))
+        logits = logits_of(judge, inputs(restored, generator_key))
         terms["adversarial"] = generator_loss(logits)
         loss += losses.adversarial_weight * terms["adversarial"]
 
-        real, updated = discriminator.apply(
-            variables, inputs(images, real_key), mutable=["spectral"]
+        real, updated = cast(
+            tuple[Array, dict[str, Any]],
+            discriminator.apply(variables, inputs(images, real_key), mutable=["spectral"]),
         )
-        fake = discriminator.apply(
+        fake = logits_of(
             {"params": discriminator_params, **updated},
             inputs(jax.lax.stop_gradient(restored), fake_key),
         )
         lecam = opponent.lecam.update(real, fake)
         terms["discriminator"] = discriminator_loss(real, fake)
         terms["lecam"] = lecam.loss(real, fake)
-        opposing_loss = terms["discriminator"] + losses.lecam_weight * terms["lecam"]
+        total = loss + (terms["discriminator"] + losses.lecam_weight * terms["lecam"])
         metrics |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
         opponent = opponent.replace(spectral=updated["spectral"], lecam=lecam)
     metrics |= {"loss": loss, **{f"{name}_loss": value for name, value in terms.items()}}
-    return loss + opposing_loss, (metrics, opponent)
+    return total, (metrics, opponent)
 
 
 # The trainer.
@@ -220,7 +227,7 @@ def loss_config(config: ml_collections.ConfigDict) -> TokenizerLossConfig:
     return TokenizerLossConfig(**{f.name: config.tokenizer_training[f.name] for f in fields})
 
 
-class TokenizerTrainer(Trainer):
+class TokenizerTrainer(Trainer[TokenizerState]):
     """Trains the tokenizer and its discriminator; the inputs are the pretrained networks."""
 
     INIT_KEY, STEP_KEY, DATA_SEED = 0, 3, 0
@@ -314,7 +321,9 @@ class TokenizerTrainer(Trainer):
             quantized = tokenizer.encode(batch["image"])
             return tokenizer.decode(quantized.canvases[:, -1]), quantized
 
-        restored, quantized = model.apply({"params": params}, method=run)
+        restored, quantized = cast(
+            tuple[Array, Quantized], model.apply({"params": params}, method=run)
+        )
         error = jnp.square(restored - batch["image"]).mean((1, 2, 3))
         size = model.config.codebook_size
         counted = [jnp.where(batch["mask"][:, None], ids, size) for ids in quantized.stage_tokens]
@@ -361,14 +370,14 @@ class TokenizerTrainer(Trainer):
         return with_params(state, params)
 
     def evaluate(self, run: Run, state: TokenizerState, inputs: Params, metadata: RunMetadata):
-        quality, counts, shown = {}, 0, None
+        quality, counts, shown = {}, 0, ()
         for batch in run.test_batches(run.config[self.part.section]):
             out = self.eval(state.params, inputs, batch)
             mask = sharding.to_host(batch["mask"])
             for name in {"psnr", "lpips"} & out.keys():
                 quality.setdefault(name, []).append(np.asarray(out[name])[mask])
             counts = counts + np.asarray(out["code_counts"])
-            if shown is None:
+            if not shown:
                 pair = sharding.to_host(batch["image"]), np.asarray(out["restored"])
                 shown = [images[mask][:PICTURE_IMAGES] for images in pair]
         metrics = {name: np.concatenate(parts).mean() for name, parts in quality.items()}
@@ -416,5 +425,6 @@ def canvas_moments(
     model: Tokenizer, params: Params, images: Float[Array, "B H W 3"]
 ) -> Float32[Array, "2 S"]:
     """Mean and mean square of the canvases after each stage, unsharded."""
-    canvases = model.apply({"params": params}, images, method="encode").canvases
+    quantized = cast(Quantized, model.apply({"params": params}, images, method="encode"))
+    canvases = quantized.canvases
     return unshard(jnp.stack([canvases.mean((0, 2, 3)), jnp.square(canvases).mean((0, 2, 3))]))

@@ -1,7 +1,8 @@
 """The training of one part: the compiled step that `train` runs and `compile` lowers."""
 
 import abc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,14 @@ from nvg_jax.workdir import RunMetadata
 
 PICTURE_CLASSES, PICTURE_PER_CLASS = 10, 4  # samples in the picture of an evaluation
 
+State = TypeVar("State", bound=TrainState)
+
 # {"image": float32 (B, H, W, 3) in [-1, 1], or "structure" and "tokens" of cached sequences;
 # "label": int32 (B,); in an evaluation also "mask": bool (B,)}.
 Batch = dict[str, Array]
 
 
-class Trainer(abc.ABC):
+class Trainer(abc.ABC, Generic[State]):
     """The training of one part, made from settings alone by `trainers.make_trainer`.
 
     What belongs to a run comes as arguments: its state, its batches, and `inputs`, {name: tree} of
@@ -47,6 +50,8 @@ class Trainer(abc.ABC):
     """
 
     SETTINGS: tuple[str, ...] = ()  # of the config, besides the recipe, that shape the program
+    state: State
+    init: Callable[[PRNGKeyArray, Params], State]
     # Folded into the run's key, and added to its seed for the order of the training data.
     INIT_KEY: int
     STEP_KEY: int
@@ -114,19 +119,19 @@ class Trainer(abc.ABC):
         """The shapes and dtypes of `inputs`."""
 
     @abc.abstractmethod
-    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
+    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> State:
         """The state before the first step, its parameters boxed with their logical axes."""
 
     @abc.abstractmethod
     def train_step(
         self,
-        state: Any,
+        state: State,
         inputs: Params,
         batch: Batch,
         key: PRNGKeyArray,
         *,
         warming_up: bool = False,
-    ) -> tuple[Any, dict[str, Array]]:
+    ) -> tuple[State, dict[str, Array]]:
         """One step.
 
         Args:
@@ -173,12 +178,12 @@ class Trainer(abc.ABC):
             UserError: what the run builds on is missing or does not fit.
         """
 
-    def start(self, run: Run, inputs: Params) -> TrainState:
+    def start(self, run: Run, inputs: Params) -> State:
         """The initial state of a run."""
         return self.init(jax.random.fold_in(run.key, self.INIT_KEY), inputs)
 
     def evaluate(
-        self, run: Run, state: Any, inputs: Params, metadata: RunMetadata
+        self, run: Run, state: State, inputs: Params, metadata: RunMetadata
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Metrics of the averaged parameters on held-out images, and a picture uint8 (H, W, 3)."""
         metrics = run.test_metrics(
@@ -189,12 +194,12 @@ class Trainer(abc.ABC):
         params = self.export(run, state, inputs)
         return metrics, sample_picture(metadata, params, run.config.seed) if is_main() else None
 
-    def finish(self, run: Run, state: Any, metadata: RunMetadata) -> RunMetadata:
+    def finish(self, run: Run, state: State, metadata: RunMetadata) -> RunMetadata:
         """The metadata of the last checkpoint."""
         return metadata
 
     @abc.abstractmethod
-    def export(self, run: Run, state: Any, inputs: Params) -> Params:
+    def export(self, run: Run, state: State, inputs: Params) -> Params:
         """{network: NumPy parameters} of the model as trained so far."""
 
 
