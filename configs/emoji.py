@@ -31,10 +31,10 @@ def get_config(arg: str | None = None):
     config.structure = common.transformer(128, 4)
     common.small_models(config)
     config.tokenizer_training.update(
-        length="30000 steps", batch_size=8, eval_every=1000, eval_images=256
+        length="12000 steps", batch_size=8, eval_every=1000, eval_images=256
     )
     config.tokenizer_training.optimizer.update(
-        learning_rate=4.8e-2, schedule="linear", decay_start=0.6, ema_decay=0.999
+        learning_rate=4.8e-2, schedule="linear", decay_start=0.5, ema_decay=0.999
     )
     config.generator_training.update(
         length="100000 steps", batch_size=8, log_every=50, eval_every=4000, save_every=250
