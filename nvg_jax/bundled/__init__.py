@@ -40,6 +40,11 @@ MODELS = {
         "Fashion-MNIST, Copyright (c) 2017 Zalando SE, MIT license",
         "1eff48023a70d6816a42a0a11fc95db360c323837826eeb21115cde0a002f893",
     ),
+    "emoji_tokenizer": BundledModel(
+        "64 x 64 pixels, the tokenizer alone: encodes and reconstructs emoji; configs/emoji.py",
+        "Noto Emoji by Google, Apache 2.0; Twemoji, CC-BY 4.0; Fluent Emoji by Microsoft, MIT",
+        "09e4ec039c8e29856090f13e9ef50a8956a0e559ea60dcf5e086051d983067cd",
+    ),
 }
 
 
