@@ -255,7 +255,7 @@ def test_an_fid_that_cannot_be_measured_is_refused_at_once(changes, message):
         (dict(generator_training=dict(optimizer=dict(clip=0.0))), "optimizer.clip must be a pos"),
         (
             dict(tokenizer_training=dict(optimizer=dict(learning_rate=float("nan")))),
-            "optimizer.learning_rate must be a positive number, got nan",
+            "optimizer.learning_rate must be 0 or a positive number, got nan",
         ),
         (
             dict(tokenizer_training=dict(optimizer=dict(ema_decay=1.0))),

@@ -38,11 +38,12 @@ class OptimizerConfig:
             raise UserError(
                 f"Unknown learning-rate schedule {self.schedule!r}; choose one of {SCHEDULES}."
             )
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(
-                    f"optimizer.{name} must be a positive number, got {getattr(self, name)}."
-                )
+        if not 0 <= self.learning_rate < math.inf:
+            raise UserError(
+                f"optimizer.learning_rate must be 0 or a positive number, got {self.learning_rate}."
+            )
+        if not 0 < self.clip < math.inf:  # 0 would multiply all gradients by zero
+            raise UserError(f"optimizer.clip must be a positive number, got {self.clip}.")
         for name in ("b1", "b2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(
