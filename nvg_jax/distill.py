@@ -19,7 +19,7 @@ from nvg_jax import cli
 from nvg_jax.errors import UserError
 from nvg_jax.parts import DISTILLATION
 from nvg_jax.runtime import preemption, watchdog
-from nvg_jax.training.checks import check_recipe
+from nvg_jax.training.checks import check_process, check_recipe
 
 with epy.lazy_imports():  # slow, and not needed to report an invalid setting
     from nvg_jax import workdir as folders
@@ -38,6 +38,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
             message says what is valid, or names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
     """
+    check_process(config)
     check_recipe(config, DISTILLATION.section, (DISTILLATION,))
     workdir = files.storage_path(workdir)
     folders.check_export(workdir)

@@ -30,7 +30,9 @@ def check_config(config: ml_collections.ConfigDict):
             f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
             "another one. Leave it empty, or train with part=generators."
         )
-    for section in {part.section for part in PARTS.values()} - {DISTILLATION.section}:
+    check_process(config)
+    # In the order of the table, so that all processes report the same mistake first.
+    for section in dict.fromkeys(p.section for p in PARTS.values() if p != DISTILLATION):
         check_recipe(config, section, parts)
     if config.data.name == "sequences":
         if "tokenizer" in trained:
@@ -54,14 +56,18 @@ def check_sizes(config: ml_collections.ConfigDict):
     Settings.from_dict(config.sampling.to_dict()).expand(sizes.num_stages, sizes.codebook_size)
 
 
-def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
-    """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
+def check_process(config: ml_collections.ConfigDict):
+    """Raises UserError for invalid settings of a whole process, whatever it trains."""
     check_dtype(config.dtype)
     check_dtype(config.tokenizer_training.dtype or config.dtype)
     if not 0 <= config.stall_timeout < math.inf:
         raise UserError(
             f"stall_timeout must be 0 (off) or a number of seconds, got {config.stall_timeout}."
         )
+
+
+def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
+    """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
     for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
         if config[name][key] < 1:
             raise UserError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
