@@ -56,6 +56,28 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
         reporter = Reporter(name, folder, start, steps, recipe.batch_size)
         stack.enter_context(contextlib.closing(reporter))
         best = BestModel(run.workdir / f"best_{name}", score, new=start == 0) if score else None
+
+        def due(step: int) -> tuple[bool, bool]:
+            """Whether to evaluate the model after `step` steps, and whether to measure its FID."""
+            evaluate = step == steps or step % recipe.eval_every == 0
+            return evaluate, best is not None and (step == steps or step % recipe.fid_every == 0)
+
+        def assess(step: int):
+            evaluate, measure = due(step)
+            if evaluate:
+                reporter.evaluation(step, *trainer.evaluate(run, state, inputs, metadata))
+            if best is not None and measure:
+                params = trainer.export(run, state, inputs)
+                finished = step == steps
+                finish = lambda: metadata if finished else trainer.finish(run, state, metadata)
+                reporter.fid(step, *best.update(step, metadata, params, finish))
+            reporter.assessed(step)
+
+        if start and any(due(start)) and reporter.last_assessed != start:
+            # The run ended between the save of this step and the end of its evaluation.
+            if start == steps:
+                metadata = trainer.finish(run, state, metadata)
+            assess(start)
         for step in range(start, steps):
             watchdog.reset(slow=step == start)  # the first step compiles
             reporter.start_step()
@@ -68,10 +90,8 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             done = step + 1
             last = done == steps
             preempted = preemption.noticed()
-            evaluate = last or done % recipe.eval_every == 0
-            measure = best is not None and (last or done % recipe.fid_every == 0)
             save = last or preempted or done % recipe.save_every == 0
-            if save or evaluate or measure or done % recipe.log_every == 0:
+            if save or any(due(done)) or done % recipe.log_every == 0:
                 reporter.progress(
                     done, learning_rate=np.asarray(trainer.learning_rate(step)).item()
                 )
@@ -80,14 +100,9 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
                 metadata = trainer.finish(run, state, metadata)
             if save:
                 checkpoints.save(done, state, metadata.to_json(), batches.get_state())
-            if (evaluate or measure) and not preempted:
+            if any(due(done)) and not preempted:
                 try:
-                    if evaluate:
-                        reporter.evaluation(done, *trainer.evaluate(run, state, inputs, metadata))
-                    if best is not None and measure:
-                        params = trainer.export(run, state, inputs)
-                        finish = lambda: metadata if last else trainer.finish(run, state, metadata)
-                        reporter.fid(done, *best.update(done, metadata, params, finish))
+                    assess(done)
                 except preemption.Preempted:
                     preempted = True
                     if not save:

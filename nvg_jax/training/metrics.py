@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath, epy
+from jax.experimental import multihost_utils
 
 from nvg_jax.errors import UserError, reported
 from nvg_jax.runtime import heartbeat
@@ -34,6 +35,7 @@ class Reporter:
         self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
+        self._assessed = folder / "assessed.txt"
         if start:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
@@ -83,6 +85,22 @@ class Reporter:
             with reported(f"{path} cannot be written"):
                 path.write_bytes(png(picture))
             self._writer.write_images(step, {"pictures": picture[None]})
+
+    @property
+    def last_assessed(self) -> int:
+        """The step of the last call of `assessed` in this folder, on every process; 0 without one.
+
+        Collective: every process must read it.
+        """
+        step = 0
+        if is_main() and self._assessed.exists():
+            step = int(self._assessed.read_text() or 0)
+        return int(multihost_utils.broadcast_one_to_all(np.array(step)))
+
+    def assessed(self, step: int):
+        """Notes that the model of this step has been evaluated, for a run that is resumed there."""
+        if is_main():
+            self._assessed.write_text(str(step))
 
     def fid(self, step: int, fid: float, best: float):
         """Writes the FID of the model at this step; `best` is the lowest one so far."""
