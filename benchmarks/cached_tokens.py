@@ -19,7 +19,7 @@ from nvg_jax.models import ModelConfig, init_tokenizer
 from nvg_jax.parts import BOTH_GENERATORS
 from nvg_jax.runtime import sharding
 from nvg_jax.training.generators import encode
-from nvg_jax.training.trainers import make_trainer
+from nvg_jax.training.registry import make_trainer
 
 
 def preset(name: str):
@@ -86,14 +86,14 @@ def step_seconds(trainer, batches, tokenizer_params, repeats: int):
     """
     canvas_scale = np.ones(trainer.model.tokenizer.num_stages + 1, np.float32)
     inputs = {"tokenizer": tokenizer_params, "canvas_scale": canvas_scale}
-    state = trainer.init(jax.random.key(0), inputs)
+    state = trainer.jit_init_state(jax.random.key(0), inputs)
     seconds = {kind: [] for kind in batches}
     for _ in range(1 + repeats):
         for kind, batch in batches.items():
             labels = np.arange(len(next(iter(batch.values()))), dtype=np.int32) % 10
             batch = sharding.global_batch({**batch, "label": labels}, trainer.mesh)
             wall, cpu = time.perf_counter(), time.process_time()
-            state, metrics = trainer.step(state, inputs, batch, jax.random.key(1))
+            state, metrics = trainer.jit_train_step(state, inputs, batch, jax.random.key(1))
             jax.block_until_ready((state, metrics))
             seconds[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
     return {kind: values[1:] for kind, values in seconds.items()}

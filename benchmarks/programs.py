@@ -23,8 +23,9 @@ from benchmarks.sampling import CLASSES, random_params, random_weights, read_con
 from nvg_jax.aot.lowering import training_part
 from nvg_jax.pipeline import sample_keys
 from nvg_jax.runtime import sharding
+from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.training.trainers import make_trainer
+from nvg_jax.training.registry import make_trainer
 
 FLAGS = flags.FLAGS
 IMAGES = 1_281_167  # of the training data, whose number only shapes the schedule
@@ -38,17 +39,21 @@ def training(config, mesh):
     rng = np.random.default_rng(0)
     with sharding.in_mesh(mesh):
         trainer = make_trainer(part, config, model, mesh, num_images=IMAGES)
-        images = rng.uniform(-1, 1, trainer.batch["image"].shape).astype(np.float32)
+        images = rng.uniform(-1, 1, trainer.abstract_batch["image"].shape).astype(np.float32)
         labels = rng.integers(0, CLASSES, batch, np.int32)
         examples = {"image": images, "label": labels}
-        inputs = random_weights(trainer.inputs)
+        inputs = random_weights(trainer.abstract_inputs)
         if "canvas_scale" in inputs:
-            inputs["canvas_scale"] = jnp.ones(trainer.inputs["canvas_scale"].shape)
+            inputs["canvas_scale"] = jnp.ones(trainer.abstract_inputs["canvas_scale"].shape)
         place = lambda x, like: jax.device_put(x, like.sharding)
-        inputs, examples = jax.tree.map(place, (inputs, examples), (trainer.inputs, trainer.batch))
-        state = trainer.init(jax.random.key(0), inputs)
+        inputs, examples = jax.tree.map(
+            place, (inputs, examples), (trainer.abstract_inputs, trainer.abstract_batch)
+        )
+        state = trainer.jit_init_state(jax.random.key(0), inputs)
         arguments = (inputs, examples, jax.random.key(0))
-        step = trainer.step.lower(state, *arguments, warming_up=trainer.warming_up(0)).compile()
+        step = trainer.jit_train_step.lower(
+            state, *arguments, warming_up=trainer.warming_up(0)
+        ).compile()
 
     def run():
         nonlocal state
@@ -66,16 +71,20 @@ def sampling(config, mesh):
     plan, values = program.plan(settings)
     split = NamedSharding(mesh, sharding.BATCH_SPEC)
     with jax.set_mesh(mesh):
-        _, _, _, _, noise, _, prefix, region = program.arguments(batch, values, mesh)
+        abstract = program.arguments(batch, values, mesh)[2]
         zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+        requests = SampleRequests(
+            jnp.arange(batch) % CLASSES,
+            sample_keys(0, np.arange(batch)),
+            jax.random.normal(jax.random.key(1), abstract.noise.shape),
+            zeros(abstract.prefix),
+            zeros(abstract.region),
+        )
         args = (
             jax.device_put(random_params(model), NamedSharding(mesh, PartitionSpec())),
             jnp.ones(model.tokenizer.num_stages + 1),
-            jax.device_put(jnp.arange(batch) % CLASSES, split),
-            jax.device_put(sample_keys(0, np.arange(batch)), split),
-            jax.device_put(jax.random.normal(jax.random.key(1), noise.shape), split),
+            jax.device_put(requests, split),
             values,
-            *jax.device_put((zeros(prefix), zeros(region)), split),
         )
         sample = program.sample.lower(*args, plan=plan).compile()
     return lambda: sample(*args)

@@ -25,7 +25,7 @@ with epy.lazy_imports():  # slow, and not needed to report an invalid setting
     from nvg_jax import workdir as folders
     from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
-    from nvg_jax.training import distillation, loop, run, trainers
+    from nvg_jax.training import distillation, loop, registry, run
 
 FLAGS = flags.FLAGS
 
@@ -52,7 +52,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
         opened = run.open_run(config, workdir, mesh, teacher=(metadata, params))
-        trainer = trainers.open_trainer(opened, DISTILLATION)
+        trainer = registry.open_trainer(opened, DISTILLATION)
         scorers = scoring.make_scorers(
             config, (DISTILLATION,), opened.model.num_classes, opened.resize_filter
         )

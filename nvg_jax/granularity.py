@@ -32,17 +32,17 @@ def num_stages(num_positions: int) -> int:
 
 
 def structure_embedding(
-    labels: Int[Array, "*batch L"], stage: int | Int[Array, "..."], num_bits: int
+    maps: Int[Array, "*batch L"], stage: int | Int[Array, "..."], num_bits: int
 ) -> Int32[Array, "*batch L K"]:
-    """The structure embedding of a map (Section 3.2 of the paper).
+    """The structure embedding of maps (Section 3.2 of the paper).
 
     Channels j < i hold bit j of the label, most significant bit first, as 0 or 2; channels j >= i
     hold 1. The embedding therefore identifies the stage, keeps parent and child close, and is a
     valid integer position for the rotary embedding.
 
     Args:
-        labels: labels of stage i in 0..2**i-1.
-        stage: i in 0..K; an array broadcasts to labels.shape[:-1].
+        maps: maps of stage i, labels in 0..2**i-1.
+        stage: i in 0..K; an array broadcasts to maps.shape[:-1].
         num_bits: K, the number of channels.
 
     Returns:
@@ -50,7 +50,7 @@ def structure_embedding(
     """
     # Shift of a label that reads the bit of channel j; negative for a padding channel.
     shift = jnp.asarray(stage)[..., None, None] - 1 - jnp.arange(num_bits)
-    bits = (labels[..., None] >> jnp.maximum(shift, 0)) & 1
+    bits = (maps[..., None] >> jnp.maximum(shift, 0)) & 1
     return jnp.where(shift >= 0, 2 * bits, 1).astype(jnp.int32)
 
 
@@ -61,18 +61,18 @@ def all_stages(finest: Int[Array | np.ndarray, "*batch L"]) -> Int[Array, "*batc
 
 
 def cluster_means(
-    values: Float[Array, "*batch L D"], labels: Int[Array, "*batch L"], num_clusters: int
+    values: Float[Array, "*batch L D"], maps: Int[Array, "*batch L"], num_clusters: int
 ) -> Float32[Array, "*batch N D"]:
     """The mean value of each cluster; differentiable with respect to the values.
 
     Args:
-        labels: values in 0..num_clusters-1.
+        maps: labels in 0..num_clusters-1.
         num_clusters: N, which may exceed the number of labels in use.
 
     Returns:
         The means, zero for a label that no position has.
     """
-    members = jax.nn.one_hot(labels, num_clusters, dtype=jnp.float32)
+    members = jax.nn.one_hot(maps, num_clusters, dtype=jnp.float32)
     sums = jnp.einsum(
         "...ln,...ld->...nd", members, values.astype(jnp.float32), precision=lax.Precision.HIGHEST
     )
@@ -80,7 +80,7 @@ def cluster_means(
 
 
 def split(
-    labels: Int[Array, "*batch L"],
+    maps: Int[Array, "*batch L"],
     scores: Float[Array, "*batch L"],
     stage: int | Int[Array, ""],
     key: PRNGKeyArray | None = None,
@@ -97,7 +97,7 @@ def split(
     score.
 
     Args:
-        labels: a map of stage i with clusters of equal size.
+        maps: maps of stage i with clusters of equal size.
         stage: i in 0..K-1.
         key: None, or one random key for all of `scores`. To make the split of a sample independent
             of its batch, `vmap` over samples and keys.
@@ -106,7 +106,7 @@ def split(
             half of a cluster's positions may be assigned to one child.
 
     Returns:
-        A map of stage i+1.
+        Maps of stage i+1.
     """
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
     first_by = scores
@@ -114,13 +114,13 @@ def split(
         first_by = jnp.log(jnp.clip(scores, -1, 1) + 1) + jax.random.gumbel(key, scores.shape)
     # A position's rank is the number of positions of its cluster that come before it. Counting
     # them pairwise takes a third as long as sorting (L = 256, CPU).
-    position = jnp.arange(labels.shape[-1])
+    position = jnp.arange(maps.shape[-1])
     before = position < position[:, None]
     for order in (scores, first_by):
         this, other = order[..., :, None], order[..., None, :]
         before = (other > this) | ((other == this) & before)
-    together = labels[..., :, None] == labels[..., None, :]
-    places = labels.shape[-1] >> (stage + 1)
+    together = maps[..., :, None] == maps[..., None, :]
+    places = maps.shape[-1] >> (stage + 1)
     if kept is None:
         odd = jnp.sum(together & before, axis=-1) < places
     else:
@@ -128,7 +128,7 @@ def split(
         rank = jnp.sum(together & before & free[..., None, :], axis=-1)
         taken = jnp.sum(together & (kept == 1)[..., None, :], axis=-1)
         odd = jnp.where(free, rank < places - taken, kept == 1)
-    return (2 * labels + odd).astype(jnp.int32)
+    return (2 * maps + odd).astype(jnp.int32)
 
 
 def check_structure(structure: Int[np.ndarray, "B stages L"]):

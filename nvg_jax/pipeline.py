@@ -20,6 +20,7 @@ from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.hardware import fast_dtype
 from nvg_jax.runtime.sharding import local_batch, local_mesh
+from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
@@ -273,12 +274,11 @@ class Pipeline:
         ids, keys, noise = self._batch(class_ids, seed, structure_noise, first_index)
         count, region = len(ids), self._check_region(region, len(ids))
         prefix = self._check_prefix(prefix, count, structure_stages, token_stages, plan.region)
-        batch = local_batch((ids, keys, noise, prefix, region), self._mesh)
-        ids, keys, noise, prefix, region = batch
+        requests = local_batch((ids, keys, noise, prefix, region), self._mesh)
         canvas_scale = jnp.asarray(self.metadata.canvas_scale, jnp.float32)
         with jax.set_mesh(self._mesh):
             out = self.program.sample(
-                self.params, canvas_scale, ids, keys, noise, values, prefix, region, plan=plan
+                self.params, canvas_scale, SampleRequests(*requests), values, plan=plan
             )
         out = SampleOutput(*jax.tree.map(lambda x: x[:count], jax.device_get(out)))
         return out._replace(canvases=self.canvases(out.sequence)) if canvases else out

@@ -22,7 +22,7 @@ from nvg_jax.training import checks
 with epy.lazy_imports():  # slow, and not needed to report an invalid setting
     from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
-    from nvg_jax.training import loop, run, trainers
+    from nvg_jax.training import loop, registry, run
 
 FLAGS = flags.FLAGS
 
@@ -42,9 +42,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
         # A run that has already started does not read init_from again.
         if config.init_from and not any((workdir / part.name).exists() for part in parts):
             checks.check_init(config, parts)
-        opened = run.open_run(config, workdir, mesh, trainers.pretrained_names(parts, config))
+        opened = run.open_run(config, workdir, mesh, registry.pretrained_names(parts, config))
         # All trainers first, so that no setting of a later part is refused after days of training.
-        todo = [trainers.open_trainer(opened, part) for part in parts]
+        todo = [registry.open_trainer(opened, part) for part in parts]
         scorers = scoring.make_scorers(
             config, parts, opened.model.num_classes, opened.resize_filter
         )

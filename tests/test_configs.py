@@ -19,7 +19,7 @@ from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.checks import check_config
 from nvg_jax.training.length import training_length
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule
-from nvg_jax.training.trainers import pretrained_names
+from nvg_jax.training.registry import pretrained_names
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {

@@ -384,9 +384,9 @@ def test_lanczos4_by_hand():
 # Loader.
 
 
-def options(batch_size, pad=0, **settings):
+def options(process_batch_size, pad=0, **settings):
     """Of images of 4x4 pixels, which are neither resized nor cropped."""
-    return LoaderOptions(Transform((4, 4), resize=4, pad=pad), batch_size, **settings)
+    return LoaderOptions(Transform((4, 4), resize=4, pad=pad), process_batch_size, **settings)
 
 
 def take(iterator, count):
@@ -421,7 +421,7 @@ def test_resume_gives_the_same_batches(tmp_path):
     import orbax.checkpoint as ocp
 
     def loader():  # crops are random: part of what must be the same
-        options = LoaderOptions(Transform((6, 6)), batch_size=5)
+        options = LoaderOptions(Transform((6, 6)), 5)
         return train_batches(open_source("digits", "train"), options, seed=3)
 
     first = loader()
@@ -445,8 +445,10 @@ def test_processes_share_the_batches_of_one():
         options = LoaderOptions(Transform((6, 6)), **settings)
         return train_batches(open_source("digits", "train"), options, seed=3)
 
-    whole = take(loader(batch_size=6), 4)
-    parts = [take(loader(batch_size=2, process_index=i, process_count=3), 4) for i in range(3)]
+    whole = take(loader(process_batch_size=6), 4)
+    parts = [
+        take(loader(process_batch_size=2, process_index=i, process_count=3), 4) for i in range(3)
+    ]
     for step, batch in enumerate(whole):
         for key in batch:
             joined = np.concatenate([part[step][key] for part in parts])
@@ -563,10 +565,10 @@ def test_a_broken_data_set_stops(tmp_path):
 
 def test_loader_errors():
     for settings, message in [
-        (dict(batch_size=4, process_count=2), "A batch of 8 .* larger than the 7 training"),
-        (dict(batch_size=0), "batch_size must be at least 1"),
-        (dict(batch_size=1, process_index=2, process_count=2), "process_index 2"),
-        (dict(batch_size=1, on_bad="ignore"), "'error' or 'skip'"),
+        (dict(process_batch_size=4, process_count=2), "A batch of 8 .* larger than the 7 training"),
+        (dict(process_batch_size=0), "batch of a process must be at least 1"),
+        (dict(process_batch_size=1, process_index=2, process_count=2), "process_index 2"),
+        (dict(process_batch_size=1, on_bad="ignore"), "'error' or 'skip'"),
     ]:
         with pytest.raises(UserError, match=message):
             train_batches(numbered(7), options(**settings), seed=0)

@@ -31,9 +31,9 @@ from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import discriminator_loss
+from nvg_jax.training.registry import make_trainer
 from nvg_jax.training.run import open_run
 from nvg_jax.training.state import TrainState
-from nvg_jax.training.trainers import make_trainer
 
 pytestmark = pytest.mark.slow
 STEPS = 12  # those of the other tests, whose compiled programs are shared
@@ -95,13 +95,15 @@ def train_on(mesh, starts: dict[str, TrainState]) -> dict[str, dict]:
     def start(part, inputs):
         trainer = make_trainer(part, config, run.model, mesh, len(run.train_source))
         if part.name not in starts:
-            first = trainer.init(jax.random.fold_in(run.key, trainer.INIT_KEY), inputs)
+            first = trainer.jit_init_state(jax.random.fold_in(run.key, trainer.INIT_KEY), inputs)
             starts[part.name] = jax.device_get(first)
-        placed = jax.tree.map(lambda x: x.sharding, trainer.state)
+        placed = jax.tree.map(lambda x: x.sharding, trainer.abstract_state)
         return trainer, jax.device_put(starts[part.name], placed)
 
     def steps(trainer, state, inputs):
-        step = trainer.step.lower(state, inputs, taken[0], key, warming_up=False).compile()
+        step = trainer.jit_train_step.lower(
+            state, inputs, taken[0], key, warming_up=False
+        ).compile()
         metrics = []
         for batch in taken:
             state, values = step(state, inputs, batch, key)
@@ -152,7 +154,7 @@ def leaf_sizes(trainer) -> list[int]:
     attention, or four for the MLP, of width x width.
     """
     sizes = set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.abstract_state):
         sizes.add(leaf.size)
         name = jax.tree_util.keystr(path)
         if "blocks" in name:

@@ -29,7 +29,7 @@ from nvg_jax.parts import CONTENT
 from nvg_jax.runtime import files, sharding
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import generators as steps
-from nvg_jax.training.trainers import make_trainer
+from nvg_jax.training.registry import make_trainer
 from nvg_jax.workdir import RunMetadata
 
 SIZES = TokenizerConfig(**tiny_config().tokenizer)  # L = 16 of 8 x 8 pixels
@@ -184,7 +184,7 @@ def test_every_crop_is_encoded_as_the_pipeline_encodes_it(pipeline, data, whole)
 def test_an_epoch_shows_one_crop_of_every_image_and_in_time_all_are_drawn(tmp_path):
     source = open_source("sequences", "train", data_dir=str(hand_made(tmp_path / "cache")))
     assert len(source) == 6
-    loader = train_batches(source, LoaderOptions(UNUSED, batch_size=3), seed=0)
+    loader = train_batches(source, LoaderOptions(UNUSED, 3), seed=0)
     drawn = set()
     for _ in range(20):
         epoch = [next(loader), next(loader)]
@@ -201,9 +201,7 @@ def test_evaluation_sees_the_first_crop_of_every_image_once(tmp_path, process_co
     source = open_source("sequences", "test", data_dir=str(hand_made(tmp_path / "cache")))
     seen = []
     for process in range(process_count):
-        options = LoaderOptions(
-            UNUSED, batch_size=2, process_index=process, process_count=process_count
-        )
+        options = LoaderOptions(UNUSED, 2, process_index=process, process_count=process_count)
         for batch in eval_batches(source, options):
             assert batch["tokens"].dtype == np.uint8 and not batch["tokens"][~batch["mask"]].any()
             seen += batch["tokens"][batch["mask"], 0].tolist()
@@ -222,8 +220,8 @@ def test_a_flipped_bit_is_named_and_the_rest_can_be_read(tmp_path):
         source[5]
     assert [source[i]["label"] for i in range(5)] == list(range(5))
     with pytest.raises(UserError, match=r"train-00001-of-00002.array_record record 1 is damaged"):
-        list(eval_batches(source, LoaderOptions(UNUSED, batch_size=6)))
-    (batch,) = eval_batches(source, LoaderOptions(UNUSED, batch_size=6, on_bad="skip"))
+        list(eval_batches(source, LoaderOptions(UNUSED, 6)))
+    (batch,) = eval_batches(source, LoaderOptions(UNUSED, 6, on_bad="skip"))
     assert batch["mask"].tolist() == [True] * 5 + [False] and len(source.unreadable) == 1
 
 
@@ -347,7 +345,9 @@ def test_two_processes_write_each_file_once(pipeline, data, whole, tmp_path):
     for process in range(2):
         folder = tmp_path / str(process)
         sequences.begin(folder, settings)
-        write_shards(pipeline, folder, sources, settings, process, 2, batch_size=BATCH)
+        transform = Transform((8, 8), resize=9)
+        options = LoaderOptions(transform, BATCH, process_index=process, process_count=2)
+        write_shards(pipeline, folder, sources, settings, options)
         (folder / sequences.UNFINISHED).unlink()
         written.append(contents(folder))
     assert len(written[0]) == 3 and len(written[1]) == 2
@@ -400,7 +400,7 @@ def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, da
     config = tiny_config()
     mesh = sharding.make_mesh()
     tokenizer = pipeline.params["tokenizer"]
-    options = LoaderOptions(Transform((8, 8), resize=8), batch_size=4)
+    options = LoaderOptions(Transform((8, 8), resize=8), 4)
     logged = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         model = ModelConfig.from_config(config, num_classes=2)
@@ -412,10 +412,10 @@ def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, da
         ):
             source = open_source(name, "train", data_dir=str(folder))
             batches = train_batches(source, options, seed=3)
-            state = trainer.init(jax.random.key(0), inputs)
+            state = trainer.jit_init_state(jax.random.key(0), inputs)
             for _ in range(3):
                 batch = sharding.global_batch(next(batches), mesh)
-                state, metrics = trainer.step(state, inputs, batch, jax.random.key(1))
+                state, metrics = trainer.jit_train_step(state, inputs, batch, jax.random.key(1))
                 logged.append(jax.device_get(metrics))
     assert "content/loss" in logged[0] and logged[0]["content/loss"] != logged[1]["content/loss"]
     for from_images, from_cache in zip(logged[:3], logged[3:]):

@@ -133,7 +133,7 @@ def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe)
     assert len(scale) == 6 and scale[0] == 1
     from nvg_jax.data import LoaderOptions, Transform, eval_batches, open_source
 
-    options = LoaderOptions(Transform((8, 8), resize=8), batch_size=1497)
+    options = LoaderOptions(Transform((8, 8), resize=8), 1497)
     batch = next(eval_batches(open_source("digits", "train"), options))
     encode = functools.partial(pipe.tokenizer.apply, method="encode")
     canvases = jax.jit(encode)({"params": pipe.params["tokenizer"]}, batch["image"]).canvases

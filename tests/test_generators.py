@@ -19,8 +19,8 @@ from nvg_jax.runtime import sharding
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.tokenizer import GranularitySequence, Quantized, TokenizerConfig
 from nvg_jax.training import generators as steps
+from nvg_jax.training.registry import make_trainer
 from nvg_jax.training.state import TrainState
-from nvg_jax.training.trainers import make_trainer
 
 CONFIG = TokenizerConfig(
     (8, 8), (2, 2), 3, 5, base_channels=32, channel_multipliers=(1, 1, 1), blocks_per_level=1
@@ -306,9 +306,11 @@ def test_a_generator_has_the_same_start_and_noise_alone_as_with_the_other(part):
         trainer = trainer_of(each, config)
         inputs = jax.tree.map(
             lambda x: np.random.default_rng(1).normal(size=x.shape).astype(np.float32),
-            trainer.inputs,
+            trainer.abstract_inputs,
         )
         with sharding.in_mesh(trainer.mesh):
-            state, metrics = trainer.step(trainer.init(key, inputs), inputs, batch, key)
+            state, metrics = trainer.jit_train_step(
+                trainer.jit_init_state(key, inputs), inputs, batch, key
+            )
         losses.append(float(metrics[f"{name}/loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

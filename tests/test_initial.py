@@ -13,8 +13,8 @@ from nvg_jax.runtime import sharding
 from nvg_jax.runtime.files import fingerprint, storage_path
 from nvg_jax.train import train
 from nvg_jax.training import initial
+from nvg_jax.training.registry import open_trainer
 from nvg_jax.training.run import open_run
-from nvg_jax.training.trainers import open_trainer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_tokenizer_starts_from_the_weights_of_the_model(model, tmp_path):
     config, mesh = tiny_config(part="tokenizer", init_from=str(folder)), sharding.make_mesh()
     with sharding.in_mesh(mesh):
         run = open_run(config, storage_path(tmp_path / "run"), mesh)
-        state = jax.device_get(open_trainer(run, TOKENIZER).start(run, inputs={}))
+        state = jax.device_get(open_trainer(run, TOKENIZER).first_state(run, inputs={}))
     old = jax.device_get(pipe.params["tokenizer"])
     for found in (state.params, state.ema_params):
         jax.tree.map(np.testing.assert_array_equal, found, old)

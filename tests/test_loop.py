@@ -40,7 +40,7 @@ class Sum:
     """Trains the sum of its batches; its FID is 10 minus the sum."""
 
     part, steps, STEP_KEY, DATA_SEED = TOKENIZER, STEPS, 0, 0
-    state = {"sum": np.zeros((1, 1), np.float32)}
+    abstract_state = {"sum": np.zeros((1, 1), np.float32)}
 
     def __init__(self):
         self.evaluated = []
@@ -51,13 +51,13 @@ class Sum:
         model = ModelConfig.from_config(config, 1).only()
         return {}, RunMetadata(model, ("a",), config=run.config.to_dict(), steps=STEPS)
 
-    def start(self, run, inputs):
-        return self.state
+    def first_state(self, run, inputs):
+        return self.abstract_state
 
     def warming_up(self, step):
         return False
 
-    def step(self, state, inputs, batch, key, warming_up):
+    def jit_train_step(self, state, inputs, batch, key, warming_up):
         state = {"sum": state["sum"] + np.asarray(batch["image"])}
         return state, {"sum_loss": state["sum"][0, 0]}
 

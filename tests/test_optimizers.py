@@ -97,12 +97,13 @@ def test_without_a_gradient_only_the_decay_moves_a_parameter():
     config = optimizer_config(
         learning_rate=0.5, schedule="constant", warmup_steps=0, weight_decay=0.25
     )
-    optimizer = make_optimizer(config, batch_size=512, steps=10)  # a rate of 1
+    rate = learning_rate_schedule(config, batch_size=512, steps=10)  # 1
+    optimizer = make_optimizer(config, rate)
     grads = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"], np.full((2, 2), -2.0))
     np.testing.assert_array_equal(updates["bias"], np.zeros(2))
-    optimizer = make_optimizer(config, batch_size=512, steps=10, decay_all=True)  # discriminators
+    optimizer = make_optimizer(config, rate, decay_all=True)  # discriminators
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     np.testing.assert_allclose(updates["bias"], np.full(2, -2.0))
 
@@ -112,7 +113,7 @@ def test_gradients_are_clipped_by_their_norm_over_all_parameters():
     config = optimizer_config(
         learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0, b1=0.0, b2=0.5
     )
-    optimizer = make_optimizer(config, batch_size=256, steps=10)
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 256, steps=10))
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state = optimizer.init(params)
     _, state = optimizer.update({"a": jnp.array([30.0]), "b": jnp.array([40.0])}, state, params)

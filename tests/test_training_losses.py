@@ -24,8 +24,8 @@ from nvg_jax.runtime import hardware, sharding
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import LeCam
 from nvg_jax.training import generators, tokenizer
+from nvg_jax.training.registry import make_trainer, pretrained_names
 from nvg_jax.training.trainer import abstract_key
-from nvg_jax.training.trainers import make_trainer, pretrained_names
 
 SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
 MODEL = models.ModelConfig(SIZES).make_tokenizer()
@@ -43,7 +43,7 @@ TRAINER = types.SimpleNamespace(
 @pytest.fixture(scope="module")
 def state():
     init = lambda key: sharding.unbox(
-        tokenizer.TokenizerTrainer.initial_state(TRAINER, key, inputs={})
+        tokenizer.TokenizerTrainer.init_state(TRAINER, key, inputs={})
     )
     state = jax.jit(init)(jax.random.key(0))
     averages = LeCam(real=jnp.float32(0.3), fake=jnp.float32(-0.2))
@@ -434,10 +434,10 @@ def test_the_published_presets_train_with_every_loss(part, expected, networks):
         model = models.ModelConfig.from_config(config, num_classes=1000)
         trainer = make_trainer(part, config, model, mesh, num_images=100)
         state, metrics = jax.eval_shape(
-            functools.partial(trainer.step, warming_up=True),
-            trainer.state, trainer.inputs, trainer.batch, abstract_key(),
+            functools.partial(trainer.jit_train_step, warming_up=True),
+            trainer.abstract_state, trainer.abstract_inputs, trainer.abstract_batch, abstract_key(),
         )  # fmt: skip
     assert expected <= metrics.keys()
     assert pretrained_names((part,), config) == networks <= set(pretrained.NAMES)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert shapes(state) == shapes(trainer.state)
+    assert shapes(state) == shapes(trainer.abstract_state)

@@ -20,7 +20,7 @@ from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.training.generators import sampling_settings
-from nvg_jax.training.trainers import make_trainer
+from nvg_jax.training.registry import make_trainer
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # units in XLA's messages

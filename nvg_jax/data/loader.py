@@ -1,8 +1,8 @@
 """Batches from a source, made by Grain: endless and resumable for training, one pass to evaluate.
 
-Every process makes its own part of each global batch of batch_size * process_count examples: the
-rows from process_index * batch_size on. The content of the global batches depends only on the seed,
-not on the number of processes, workers or threads.
+Every process makes its own part of each global batch of process_batch_size * process_count
+examples: the rows from process_index * process_batch_size on. The content of the global batches
+depends only on the seed, not on the number of processes, workers or threads.
 
 An example has a "label" (int32). From a source of images it also has "image": float32 (H, W, 3) in
 [-1, 1]. From cached sequences it has "structure": int (L,), the labels of the finest stage, and
@@ -37,7 +37,7 @@ class LoaderOptions:
 
     Attributes:
         transform: from an image to the pixels of an example; unused for cached sequences.
-        batch_size: examples per batch of this process.
+        process_batch_size: examples per batch of this process.
         on_bad: what to do with an unreadable record. "error" raises an error that names it.
             "skip" logs it and adds it to `source.unreadable`; in training, another example drawn
             at random takes its place.
@@ -52,7 +52,7 @@ class LoaderOptions:
     """
 
     transform: Transform
-    batch_size: int
+    process_batch_size: int
     on_bad: str = "error"
     process_index: int = 0
     process_count: int = 1
@@ -61,8 +61,10 @@ class LoaderOptions:
     prefetch: int = 4
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, not {self.batch_size}.")
+        if self.process_batch_size < 1:
+            raise UserError(
+                f"The batch of a process must be at least 1, not {self.process_batch_size}."
+            )
         if self.on_bad not in ("error", "skip"):
             raise UserError(f"on_bad must be 'error' or 'skip', not '{self.on_bad}'.")
         if not 0 <= self.process_index < self.process_count:
@@ -73,14 +75,14 @@ class LoaderOptions:
 
     @property
     def global_batch_size(self) -> int:
-        return self.batch_size * self.process_count
+        return self.process_batch_size * self.process_count
 
 
 def check_batch_size(source: Source, options: LoaderOptions):
     """Raises UserError if a training batch is larger than the data set."""
     if options.global_batch_size > len(source):
         raise UserError(
-            f"A batch of {options.global_batch_size} ({options.batch_size} for each of "
+            f"A batch of {options.global_batch_size} ({options.process_batch_size} for each of "
             f"{options.process_count} processes) is larger than the {len(source)} training "
             "examples; make it smaller."
         )
@@ -125,9 +127,9 @@ def eval_batches(source: Source, options: LoaderOptions, count: int = 0) -> "gra
         count: take only this number of examples, evenly spaced over the source; 0: all.
 
     Returns:
-        An iterator over stacked examples with a "mask", bool (batch_size,). Where the mask is False
-        (padding, or an unreadable record with on_bad="skip") the arrays are zero and must not be
-        counted.
+        An iterator over stacked examples with a "mask", bool (process_batch_size,). Where the mask
+        is False (padding, or an unreadable record with on_bad="skip") the arrays are zero and must
+        not be counted.
 
     Raises:
         UserError: the source is empty; later, on iteration, an unreadable record.
@@ -171,7 +173,8 @@ def crop_batches(
     load = _Load(source, functools.partial(_crops, options.transform, crops), blank, options.on_bad)
     examples = grain.MapDataset.range(len(source)).seed(seed).random_map(load.evaluate)
     batches = [
-        examples[start:stop].batch(options.batch_size, batch_fn=_stack) for start, stop in ranges
+        examples[start:stop].batch(options.process_batch_size, batch_fn=_stack)
+        for start, stop in ranges
     ]
     return _iterate(grain.MapDataset.concatenate(batches), source, options)
 
@@ -282,7 +285,7 @@ def _own_batches(
     examples: "grain.MapDataset", source: Source, options: LoaderOptions
 ) -> "grain.DatasetIterator":
     """This process's batches: every process_count-th batch, starting at process_index."""
-    batches = examples.batch(options.batch_size, drop_remainder=True, batch_fn=_stack)
+    batches = examples.batch(options.process_batch_size, drop_remainder=True, batch_fn=_stack)
     return _iterate(batches[options.process_index :: options.process_count], source, options)
 
 

@@ -1,6 +1,7 @@
 """Encodes a data set once, so that generators train without the encoder and the clustering."""
 
 import contextlib
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def encode_data_set(
     *,
     crops: int = 1,
     seed: int = 0,
+    batch_size: int = 64,
     **options,
 ) -> dict[str, Any]:
     """Writes the cached sequences of a data set; all processes share the work.
@@ -41,7 +43,9 @@ def encode_data_set(
             with the filter that the model was trained with.
         crops: random crops of each training image. Test images have one center crop.
         seed: seed of the crops.
-        options: keyword arguments of `write_shards`.
+        batch_size: crops that a process encodes at once; always at least all crops of one image.
+        options: on_bad, num_threads and num_workers of `LoaderOptions`. With on_bad="skip", an
+            unreadable image has no record.
 
     Returns:
         The metadata (see `sequences.finish`) on process 0, {} on the others.
@@ -52,13 +56,19 @@ def encode_data_set(
     """
     out = Path(out)
     sources, settings = plan_encoding(pipeline, data, crops, seed)
+    size, images = pipeline.tokenizer.config.image_size, settings["data"]
+    loading = LoaderOptions(
+        Transform(size, images["resize"] or None, images["pad"], images["resize_filter"]),
+        process_batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **options,
+    )
     if is_main():
         sequences.begin(out, settings)
     barrier("encoding has begun")
     sequences.begin(out, settings)  # checks the other processes, whose settings may differ
-    write_shards(
-        pipeline, out, sources, settings, jax.process_index(), jax.process_count(), **options
-    )
+    write_shards(pipeline, out, sources, settings, loading)
     barrier("all sequences are written")
     return sequences.finish(out, settings) if is_main() else {}
 
@@ -104,24 +114,17 @@ def write_shards(
     out: Path,
     sources: dict[str, Source],
     settings: dict[str, Any],
-    process_index: int,
-    process_count: int,
-    *,
-    batch_size: int = 64,
-    on_bad: str = "error",
-    num_threads: int = 2,
-    num_workers: int = 0,
+    options: LoaderOptions,
 ):
-    """Writes a process's files, except those that already exist.
+    """Writes this process's files, except those that already exist.
 
     Args:
-        batch_size: crops encoded at once; always at least all crops of one image.
-        on_bad, num_threads, num_workers: see `LoaderOptions`; with "skip", an unreadable image
-            has no record.
+        settings: see `plan_encoding`.
+        options: how images are loaded; its batch counts crops.
     """
     shards = [
         shard
-        for shard in sequences.plan(settings)[process_index::process_count]
+        for shard in sequences.plan(settings)[options.process_index :: options.process_count]
         if not (out / shard.file).exists()
     ]
     progress = Progress("encoding", sum(s.stop - s.start for s in shards), "images")
@@ -131,17 +134,10 @@ def write_shards(
         if not missing:
             continue
         crops = settings["crops"] if split == "train" else 0
-        images = max(1, batch_size // max(crops, 1))
-        data, size = settings["data"], pipeline.tokenizer.config.image_size
-        options = LoaderOptions(
-            Transform(size, data["resize"] or None, data["pad"], data["resize_filter"]),
-            batch_size=images,
-            on_bad=on_bad,
-            num_threads=num_threads,
-            num_workers=num_workers,
-        )
+        images = max(1, options.process_batch_size // max(crops, 1))
         ranges = [(shard.start, shard.stop) for shard in missing]
-        batches = crop_batches(source, options, ranges, crops=crops, seed=settings["seed"])
+        loading = dataclasses.replace(options, process_batch_size=images)
+        batches = crop_batches(source, loading, ranges, crops=crops, seed=settings["seed"])
         with contextlib.closing(batches):
             for shard in missing:
                 records, noted = [], len(source.unreadable)

@@ -23,9 +23,9 @@ from nvg_jax.tokenizer.quantizer import GranularitySequence, at_positions
 class Networks(NamedTuple):
     """What the loop calls.
 
-    logits: (canvas (B, L, D), labels (B, L), stage, class_ids (B,)) -> (B, L, V), one row per
+    logits: (canvas (B, L, D), maps (B, L), stage, class_ids (B,)) -> (B, L, V), one row per
         cluster (rows past the stage's 2**stage clusters are not used).
-    flow_velocity: (labels, canvas, stage, class_ids, times (n,)) -> (velocity, per_time), arguments
+    flow_velocity: (maps, canvas, stage, class_ids, times (n,)) -> (velocity, per_time), arguments
         of `flow.solve`; everything that all steps share is computed once.
     add_stage: (canvas, tokens (B, L), stage) -> canvas.
     null_id: the id of the null class. latent_dim: D.
@@ -36,6 +36,24 @@ class Networks(NamedTuple):
     add_stage: Callable[..., Array]
     null_id: int
     latent_dim: int
+
+
+class SampleRequests(NamedTuple):
+    """What a batch of samples is made from, besides the settings.
+
+    keys: a random key for each sample, the source of all its randomness.
+    noise: where every stage's flow starts.
+    prefix: maps and tokens, read where the plan says "prefix" or "region". The first map is always
+        read, and must be zero.
+    region: read if the plan says so. Positions outside keep all maps and tokens of `prefix`, and a
+        cluster that contains such a position keeps its token.
+    """
+
+    class_ids: Int[Array, " B"]
+    keys: Key[Array, " B"]
+    noise: Float[Array, "B L K"]
+    prefix: GranularitySequence
+    region: Bool[Array, "B L"]
 
 
 class StagePlan(NamedTuple):
@@ -100,30 +118,18 @@ def make_plan(
 
 
 def generate(
-    networks: Networks,
-    class_ids: Int[Array, " B"],
-    keys: Key[Array, " B"],
-    noise: Float[Array, "B L K"],
-    plan: SamplingPlan,
-    values: dict[str, Array],
-    prefix: GranularitySequence,
-    region: Bool[Array, "B L"],
+    networks: Networks, requests: SampleRequests, values: dict[str, Array], plan: SamplingPlan
 ) -> tuple[GranularitySequence, Float32[Array, "B L D"]]:
     """Generates the sequences of a batch.
 
     Args:
-        keys: a random key for each sample, the source of all its randomness.
-        noise: the noise that every stage's flow starts from.
-        plan: what each stage runs; static.
         values: `Settings.traced()`; "temperature" is a scalar, the others are (S,).
-        prefix: maps and tokens, read where the plan says "prefix" or "region". The first map is
-            always read, and must be zero.
-        region: read if the plan says so. Positions outside keep all maps and tokens of
-            `prefix`, and a cluster that contains such a position keeps its token.
+        plan: what each stage runs; static.
 
     Returns:
         The sequence, and the final canvas.
     """
+    class_ids, keys, noise, prefix, region = requests
     batch, length, num_bits = noise.shape
     stages = num_bits + 1
     times = flow.shifted_times(plan.settings.flow_steps, length, plan.settings.flow_shift)
@@ -131,12 +137,12 @@ def generate(
     reference = granularity.structure_embedding(prefix.structure[:, -1], num_bits, num_bits) - 1.0
     token_keys, split_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
-    def draw_tokens(source, canvas, labels, x):
+    def draw_tokens(source, canvas, maps, x):
         stage = x["stage"]
         scale = x["content_guidance"] if source == "guided" else None
         guidance = Guidance(class_ids, networks.null_id, scale)
         double = guidance.double
-        logits = guidance(networks.logits(double(canvas), double(labels), stage, guidance.classes))
+        logits = guidance(networks.logits(double(canvas), double(maps), stage, guidance.classes))
         if plan.greedy:
             ids = logits.argmax(-1)
         else:
@@ -147,51 +153,51 @@ def generate(
             )
             draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, stage), row)
             ids = jax.vmap(draw)(token_keys, logits)
-        tokens = at_positions(ids.astype(jnp.int32), labels)
+        tokens = at_positions(ids.astype(jnp.int32), maps)
         if plan.region:
             # Positions outside keep their reference cluster, and so its token.
-            outside = (labels[:, :, None] == labels[:, None, :]) & ~region[:, None, :]
+            outside = (maps[:, :, None] == maps[:, None, :]) & ~region[:, None, :]
             kept = jnp.take_along_axis(x["tokens"], outside.argmax(-1), axis=1)
             tokens = jnp.where(outside.any(-1), kept, tokens)
         return tokens
 
-    def draw_split(source, canvas, labels, x):
+    def draw_split(source, canvas, maps, x):
         stage = x["stage"]
         bit = lambda z: jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
         kept = jnp.where(region, -1, x["next_structure"] % 2) if plan.region else None
         if source == "noise":
-            return granularity.split(labels, bit(noise), stage, kept=kept)
+            return granularity.split(maps, bit(noise), stage, kept=kept)
         scale = x["structure_guidance"] if source == "guided" else None
-        known = granularity.structure_embedding(labels, stage, num_bits) - 1.0
+        known = granularity.structure_embedding(maps, stage, num_bits) - 1.0
 
         guidance = Guidance(class_ids, networks.null_id, scale)
         double = guidance.double
         solver = plan.settings.solver
         velocity, per_time = networks.flow_velocity(
-            double(labels), double(canvas), stage, guidance.classes, flow.call_times(times, solver)
+            double(maps), double(canvas), stage, guidance.classes, flow.call_times(times, solver)
         )
         guided = lambda z, at_time: guidance(velocity(double(z), at_time))
         follow = (~region, reference) if plan.region else None
         scores = bit(flow.solve(guided, noise, known, stage, times, follow, solver, per_time))
         if plan.settings.gumbel:
-            draw = lambda key, labels, scores, kept: granularity.split(
-                labels, scores, stage, key=jax.random.fold_in(key, stage), kept=kept
+            draw = lambda key, maps, scores, kept: granularity.split(
+                maps, scores, stage, key=jax.random.fold_in(key, stage), kept=kept
             )
-            return jax.vmap(draw)(split_keys, labels, scores, kept)
-        return granularity.split(labels, scores, stage, kept=kept)
+            return jax.vmap(draw)(split_keys, maps, scores, kept)
+        return granularity.split(maps, scores, stage, kept=kept)
 
     def run_stage(stage_plan, carry, x):
-        canvas, labels = carry
+        canvas, maps = carry
         tokens = x["tokens"]
         if stage_plan.content != "prefix":
-            tokens = draw_tokens(stage_plan.content, canvas, labels, x)
+            tokens = draw_tokens(stage_plan.content, canvas, maps, x)
         canvas = networks.add_stage(canvas, tokens, x["stage"])
-        after = labels
+        after = maps
         if stage_plan.split == "prefix":
             after = x["next_structure"]
         elif stage_plan.split != "none":
-            after = draw_split(stage_plan.split, canvas, labels, x)
-        return (canvas, after), (labels, tokens)
+            after = draw_split(stage_plan.split, canvas, maps, x)
+        return (canvas, after), (maps, tokens)
 
     stage_first = lambda x: jnp.moveaxis(x, 1, 0)
     inputs = {

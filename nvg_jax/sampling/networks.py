@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Float32, Int, Key
+from jaxtyping import Float, Float32
 
 from nvg_jax import granularity
 from nvg_jax.layers import cast_blocks
@@ -17,7 +17,13 @@ from nvg_jax.models import ModelConfig
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.hardware import compiler_options
-from nvg_jax.sampling.generate import Networks, SamplingPlan, generate, make_plan
+from nvg_jax.sampling.generate import (
+    Networks,
+    SampleRequests,
+    SamplingPlan,
+    generate,
+    make_plan,
+)
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import GranularitySequence
 
@@ -25,8 +31,8 @@ from nvg_jax.tokenizer import GranularitySequence
 class SamplingProgram(NamedTuple):
     """The sampler of one model.
 
-    sample: (params, canvas_scale, class_ids, keys, noise, values, prefix, region, *, plan), jitted;
-        compiled once per plan and batch size. See `sample_batch`.
+    sample: (params, canvas_scale, requests, values, *, plan), jitted; compiled once per plan and
+        batch size. See `sample_batch`.
     """
 
     sample: Callable
@@ -66,12 +72,14 @@ class SamplingProgram(NamedTuple):
                 {name: self.model.abstract_params(name) for name in self.model.networks}, replicated
             ),
             jax.ShapeDtypeStruct((stages + 1,), jnp.float32),
-            batch(),
-            batch(dtype=jax.eval_shape(jax.random.key, 0).dtype),
-            batch(length, stages - 1, dtype=jnp.float32),
+            SampleRequests(
+                class_ids=batch(),
+                keys=batch(dtype=jax.eval_shape(jax.random.key, 0).dtype),
+                noise=batch(length, stages - 1, dtype=jnp.float32),
+                prefix=GranularitySequence(batch(stages, length), batch(stages, length)),
+                region=batch(length, dtype=jnp.bool_),
+            ),
             {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()},
-            GranularitySequence(batch(stages, length), batch(stages, length)),
-            batch(length, dtype=jnp.bool_),
         )
 
 
@@ -89,12 +97,8 @@ def sampling_program(model: ModelConfig) -> SamplingProgram:
 def sample_batch(
     params: dict[str, Any],
     canvas_scale: Float[Array, " factors"],
-    class_ids: Int[Array, " B"],
-    keys: Key[Array, " B"],
-    noise: Float[Array, "B L K"],
+    requests: SampleRequests,
     values: dict[str, Array],
-    prefix: GranularitySequence,
-    region: Bool[Array, "B L"],
     *,
     plan: SamplingPlan,
     model: ModelConfig,
@@ -105,7 +109,7 @@ def sample_batch(
         params: {"tokenizer", "content", "structure"}.
     """
     networks, decode = bind(params, canvas_scale, model)
-    sequence, canvas = generate(networks, class_ids, keys, noise, plan, values, prefix, region)
+    sequence, canvas = generate(networks, requests, values, plan)
     return decode(canvas), sequence
 
 
@@ -118,16 +122,16 @@ def bind(
     length, num_bits = tokenizer.config.num_positions, tokenizer.config.num_stages - 1
     params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in GENERATORS}}
 
-    def logits(canvas, labels, stage, classes):
+    def logits(canvas, maps, stage, classes):
         stages = jnp.full(classes.shape, stage)
-        embedding = granularity.structure_embedding(labels, stage, num_bits)
+        embedding = granularity.structure_embedding(maps, stage, num_bits)
         apply = apply_with(content, params["content"])
         final, _ = apply(canvas, embedding, stages, classes, canvas_scale, method="predict_canvas")
-        missing = granularity.cluster_means(final - canvas, labels, length)
+        missing = granularity.cluster_means(final - canvas, maps, length)
         return apply(missing, method="token_logits")
 
-    def flow_velocity(labels, canvas, stage, classes, times):
-        embedding = granularity.structure_embedding(labels, stage, num_bits)
+    def flow_velocity(maps, canvas, stage, classes, times):
+        embedding = granularity.structure_embedding(maps, stage, num_bits)
         apply = apply_with(structure, params["structure"])
         condition = apply(embedding, canvas, classes, method="condition")
         per_time = apply(times, jnp.full(classes.shape, stage), classes, method="modulations")

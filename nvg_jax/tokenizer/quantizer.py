@@ -46,10 +46,10 @@ class Quantized(NamedTuple):
 
 
 def at_positions(
-    cluster_values: Shaped[Array, "B N *value"], labels: Int[Array, "B L"]
+    cluster_values: Shaped[Array, "B N *value"], maps: Int[Array, "B L"]
 ) -> Shaped[Array, "B L *value"]:
-    """Gathers the values of clusters to the positions with their labels."""
-    index = labels.reshape(*labels.shape, *(1,) * (cluster_values.ndim - 2))
+    """Gathers the values of clusters to the positions of their maps."""
+    index = maps.reshape(*maps.shape, *(1,) * (cluster_values.ndim - 2))
     return jnp.take_along_axis(cluster_values, index, axis=1)
 
 
@@ -132,8 +132,8 @@ class Quantizer(nn.Module):
         canvas = jnp.zeros_like(latents)
         tokens, stage_tokens, canvases, losses = [], [], [], []
         for stage in range(structure.shape[1]):
-            labels = structure[:, stage]
-            means = granularity.cluster_means(residual, labels, 2**stage)
+            maps = structure[:, stage]
+            means = granularity.cluster_means(residual, maps, 2**stage)
             distances = self.squared_distances(means)
             ids = distances.argmin(-1).astype(jnp.int32)
             if index_backprop:
@@ -142,14 +142,14 @@ class Quantizer(nn.Module):
                 choice = choice - jax.lax.stop_gradient(soft)
                 vectors = at_positions(
                     jnp.einsum("bnv,vd->bnd", choice, self.codebook, precision=FLOAT32_MATMUL),
-                    labels,
+                    maps,
                 )
             else:
-                vectors = self.codebook[at_positions(ids, labels)]
+                vectors = self.codebook[at_positions(ids, maps)]
             content = self.smooth(vectors, stage)
             canvas = canvas + content
             residual = residual - (content if index_backprop else jax.lax.stop_gradient(content))
-            tokens.append(at_positions(ids, labels))
+            tokens.append(at_positions(ids, maps))
             stage_tokens.append(ids)
             canvases.append(canvas)
             losses.append(

@@ -16,7 +16,7 @@ from nvg_jax.sampling.settings import Settings, check_dtype
 
 with epy.lazy_imports():  # slow
     from nvg_jax import models
-    from nvg_jax.training import initial, length, optimizers, trainers
+    from nvg_jax.training import initial, length, optimizers, registry
 
 
 def check_config(config: ml_collections.ConfigDict):
@@ -47,7 +47,7 @@ def check_config(config: ml_collections.ConfigDict):
             )
     check_sizes(config)
     check_name(config.data.name)
-    trainers.pretrained_names(parts, config)  # checks the losses
+    registry.pretrained_names(parts, config)  # checks the losses
 
 
 def check_sizes(config: ml_collections.ConfigDict):

@@ -174,9 +174,9 @@ def split_stages(
 ) -> Int[Array, "K-1 B L"]:
     """The map that each learned stage is split into, from `solve_stages`."""
 
-    def at_stage(labels, z, stage):
+    def at_stage(maps, z, stage):
         bit = jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
-        return granularity.split(labels, bit, stage)
+        return granularity.split(maps, bit, stage)
 
     learned = len(solved)
     return jax.vmap(at_stage)(structure[:, :learned].swapaxes(0, 1), solved, jnp.arange(learned))
@@ -209,11 +209,11 @@ class DistillationTrainer(Trainer[TrainState]):
             self.recipe.reflow,
         )
 
-    def abstract_inputs(self) -> Params:
+    def input_shapes(self) -> Params:
         names = {"teacher": "structure", "tokenizer": "tokenizer"}
         return {key: self.model.abstract_params(name) for key, name in names.items()}
 
-    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
+    def init_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
         params = init_generator(self.distillation.model, key)  # replaced by the teacher's
         return TrainState.create({"structure": params}, self.optimizer)
 
@@ -307,14 +307,16 @@ class DistillationTrainer(Trainer[TrainState]):
         )
         place = lambda x, like: jax.device_put(x, like.sharding)
         inputs = {
-            "teacher": jax.tree.map(place, params["structure"], self.state.params["structure"]),
+            "teacher": jax.tree.map(
+                place, params["structure"], self.abstract_state.params["structure"]
+            ),
             "tokenizer": jax.device_put(params["tokenizer"], run.replicated),
         }
         return inputs, metadata
 
-    def start(self, run: Run, inputs: Params) -> TrainState:
+    def first_state(self, run: Run, inputs: Params) -> TrainState:
         params = jax.tree.map(jnp.copy, {"structure": inputs["teacher"]})
-        return with_params(super().start(run, inputs), params)
+        return with_params(super().first_state(run, inputs), params)
 
     def export(self, run: Run, state: TrainState, inputs: Params) -> Params:
         assert run.teacher is not None

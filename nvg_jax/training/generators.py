@@ -209,7 +209,7 @@ class GeneratorTrainer(Trainer[TrainState]):
         self.tokenizer = self.model.make_tokenizer()
         self.generators = {name: self.model.make_generator(name) for name in self.part.networks}
 
-    def abstract_inputs(self) -> Params:
+    def input_shapes(self) -> Params:
         stages = self.model.tokenizer.num_stages
         return {
             "tokenizer": self.model.abstract_params("tokenizer"),
@@ -217,7 +217,7 @@ class GeneratorTrainer(Trainer[TrainState]):
             **self.abstract_pretrained(),
         }
 
-    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
+    def init_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
         params, codebook = {}, inputs["tokenizer"]["quantizer"]["codebook"]
         for name, model in self.generators.items():
             name_key = jax.random.fold_in(key, GENERATORS.index(name))
@@ -307,8 +307,8 @@ class GeneratorTrainer(Trainer[TrainState]):
         names = self.pretrained(self.part, run.config)
         return inputs | run.frozen(names), metadata
 
-    def start(self, run: Run, inputs: Params) -> TrainState:
-        state = super().start(run, inputs)
+    def first_state(self, run: Run, inputs: Params) -> TrainState:
+        state = super().first_state(run, inputs)
         if not run.config.init_from:
             return state
         classes = run.train_source.class_names

@@ -44,10 +44,10 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
         stack.enter_context(contextlib.closing(batches))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, recipe.keep))
         if checkpoints.latest_step is None:
-            state, start = trainer.start(run, inputs), 0
+            state, start = trainer.first_state(run, inputs), 0
         else:
             state, position, start = checkpoints.restore(
-                trainer.state,
+                trainer.abstract_state,
                 lambda stored: check_resume(
                     RunMetadata.from_json(stored), metadata, trainer.part.section, folder
                 ),
@@ -82,7 +82,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             watchdog.reset(slow=step == start)  # the first step compiles
             reporter.start_step()
             batch = sharding.global_batch(next(batches), run.mesh)
-            state, metrics = trainer.step(
+            state, metrics = trainer.jit_train_step(
                 state, inputs, batch, key, warming_up=trainer.warming_up(step)
             )
             reporter.add(metrics)

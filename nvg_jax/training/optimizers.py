@@ -85,17 +85,18 @@ def every_parameter(params):
 
 
 def make_optimizer(
-    config: OptimizerConfig, batch_size: int, steps: int, decay_all: bool = False
+    config: OptimizerConfig, learning_rate: optax.Schedule, decay_all: bool = False
 ) -> optax.GradientTransformation:
     """Clip by the global norm, then AdamW.
 
     Args:
+        learning_rate: see `learning_rate_schedule`.
         decay_all: whether weight decay covers biases and scales too.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
-            learning_rate_schedule(config, batch_size, steps),
+            learning_rate,
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,

@@ -103,7 +103,7 @@ class Run:
         size = self.model.tokenizer.image_size
         return LoaderOptions(
             Transform(size, data.resize or None, data.pad, self.resize_filter),
-            batch_size=self.process_batch_size(batch_size),
+            self.process_batch_size(batch_size),
             on_bad=data.on_bad,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -245,15 +245,14 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             dataclasses.replace(
                 self.optimizer_config, weight_decay=self.recipe.discriminator_weight_decay
             ),
-            self.recipe.batch_size,
-            self.steps,
+            self.learning_rate,
             decay_all=True,
         )
 
-    def abstract_inputs(self) -> Params:
+    def input_shapes(self) -> Params:
         return self.abstract_pretrained()
 
-    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> TokenizerState:
+    def init_state(self, key: PRNGKeyArray, inputs: Params) -> TokenizerState:
         tokenizer, discriminator, _ = self.modules
         state = TokenizerState.create(init_tokenizer(tokenizer, key), self.optimizer)
         if discriminator is None:
@@ -346,7 +345,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
 
     @property
     def networks(self) -> Params:
-        discriminator = self.state.discriminator
+        discriminator = self.abstract_state.discriminator
         own = {"discriminator": discriminator.params} if discriminator else {}
         return super().networks | own
 
@@ -360,10 +359,10 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             resize_filter=run.resize_filter,
             steps=self.steps,
         )
-        return run.frozen(self.inputs), metadata
+        return run.frozen(self.abstract_inputs), metadata
 
-    def start(self, run: Run, inputs: Params) -> TokenizerState:
-        state = super().start(run, inputs)
+    def first_state(self, run: Run, inputs: Params) -> TokenizerState:
+        state = super().first_state(run, inputs)
         if not run.config.init_from:
             return state
         params = start_from(run.config.init_from, self.trained(state.params), ())["tokenizer"]
@@ -372,7 +371,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
     def evaluate(self, run: Run, state: TokenizerState, inputs: Params, metadata: RunMetadata):
         quality, counts, shown = {}, 0, ()
         for batch in run.test_batches(run.config[self.part.section]):
-            out = self.eval(state.params, inputs, batch)
+            out = self.jit_eval_step(state.params, inputs, batch)
             mask = sharding.to_host(batch["mask"])
             for name in {"psnr", "lpips"} & out.keys():
                 quality.setdefault(name, []).append(np.asarray(out[name])[mask])

@@ -34,7 +34,7 @@ Batch = dict[str, Array]
 
 
 class Trainer(abc.ABC, Generic[State]):
-    """The training of one part, made from settings alone by `trainers.make_trainer`.
+    """The training of one part, made from settings alone by `registry.make_trainer`.
 
     What belongs to a run comes as arguments: its state, its batches, and `inputs`, {name: tree} of
     all that a step reads and leaves as it is, such as the tokenizer of the generators. Arrays are
@@ -42,16 +42,16 @@ class Trainer(abc.ABC, Generic[State]):
 
     Attributes:
         steps: the length of the training.
-        state, inputs, batch: the abstract arguments of `step` with their shardings.
-        init: (key, inputs) -> state.
-        step: (state, inputs, batch, key) -> (state, metrics), jitted; donates the state.
-        eval: (parameters, inputs, batch with "mask") -> metrics, jitted.
         learning_rate: step -> rate.
+        abstract_state, abstract_inputs, abstract_batch: the abstract arguments of `train_step` with
+            their shardings.
+        jit_init_state, jit_train_step, jit_eval_step: the methods of these names, compiled;
+            `jit_train_step` donates the state.
     """
 
     SETTINGS: tuple[str, ...] = ()  # of the config, besides the recipe, that shape the program
-    state: State
-    init: Callable[[PRNGKeyArray, Params], State]
+    abstract_state: State
+    jit_init_state: Callable[[PRNGKeyArray, Params], State]
     # Folded into the run's key, and added to its seed for the order of the training data.
     INIT_KEY: int
     STEP_KEY: int
@@ -78,10 +78,10 @@ class Trainer(abc.ABC, Generic[State]):
         self.num_images = num_images
         self.steps = training_length(recipe.length, num_images, recipe.batch_size)
         self.optimizer_config = OptimizerConfig(**recipe.optimizer)
-        self.optimizer = make_optimizer(self.optimizer_config, recipe.batch_size, self.steps)
         self.learning_rate = learning_rate_schedule(
             self.optimizer_config, recipe.batch_size, self.steps
         )
+        self.optimizer = make_optimizer(self.optimizer_config, self.learning_rate)
         self.make_networks()
         replicated = NamedSharding(mesh, PartitionSpec())
         batch = {
@@ -90,18 +90,20 @@ class Trainer(abc.ABC, Generic[State]):
             ),
             "label": jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32),
         }
-        self.batch = sharding.with_shardings(batch, NamedSharding(mesh, sharding.BATCH_SPEC))
-        self.inputs = sharding.with_shardings(self.abstract_inputs(), replicated)
-        self.init, self.state = sharding.sharded_init(
-            self.initial_state, mesh, abstract_key(), self.inputs
+        self.abstract_batch = sharding.with_shardings(
+            batch, NamedSharding(mesh, sharding.BATCH_SPEC)
         )
-        self.step = jax.jit(
+        self.abstract_inputs = sharding.with_shardings(self.input_shapes(), replicated)
+        self.jit_init_state, self.abstract_state = sharding.sharded_init(
+            self.init_state, mesh, abstract_key(), self.abstract_inputs
+        )
+        self.jit_train_step = jax.jit(
             self.train_step,
             donate_argnums=0,
             static_argnames="warming_up",
-            out_shardings=(jax.tree.map(lambda x: x.sharding, self.state), replicated),
+            out_shardings=(jax.tree.map(lambda x: x.sharding, self.abstract_state), replicated),
         )
-        self.eval = jax.jit(self.eval_step, out_shardings=replicated)
+        self.jit_eval_step = jax.jit(self.eval_step, out_shardings=replicated)
 
     # The program.
 
@@ -115,11 +117,11 @@ class Trainer(abc.ABC, Generic[State]):
         """Makes the modules; called before anything else that a subclass defines."""
 
     @abc.abstractmethod
-    def abstract_inputs(self) -> Params:
-        """The shapes and dtypes of `inputs`."""
+    def input_shapes(self) -> Params:
+        """The abstract `inputs`, without shardings."""
 
     @abc.abstractmethod
-    def initial_state(self, key: PRNGKeyArray, inputs: Params) -> State:
+    def init_state(self, key: PRNGKeyArray, inputs: Params) -> State:
         """The state before the first step, its parameters boxed with their logical axes."""
 
     @abc.abstractmethod
@@ -149,15 +151,21 @@ class Trainer(abc.ABC, Generic[State]):
 
     def lower(self) -> jax.stages.Lowered:
         """The step at the configured batch size, without any data; in a warm-up if there is one."""
-        return self.step.lower(
-            self.state, self.inputs, self.batch, abstract_key(), warming_up=self.warming_up(0)
+        return self.jit_train_step.lower(
+            self.abstract_state,
+            self.abstract_inputs,
+            self.abstract_batch,
+            abstract_key(),
+            warming_up=self.warming_up(0),
         )
 
     @property
     def networks(self) -> Params:
         """{name: abstract parameters} of all networks in the program."""
-        networks = {name: tree for name, tree in self.inputs.items() if name != "canvas_scale"}
-        return self.trained(self.state.params) | networks
+        networks = {
+            name: tree for name, tree in self.abstract_inputs.items() if name != "canvas_scale"
+        }
+        return self.trained(self.abstract_state.params) | networks
 
     def trained(self, params: Params) -> Params:
         """{name: parameters} of the networks in a state's parameters."""
@@ -178,16 +186,17 @@ class Trainer(abc.ABC, Generic[State]):
             UserError: what the run builds on is missing or does not fit.
         """
 
-    def start(self, run: Run, inputs: Params) -> State:
-        """The initial state of a run."""
-        return self.init(jax.random.fold_in(run.key, self.INIT_KEY), inputs)
+    def first_state(self, run: Run, inputs: Params) -> State:
+        """The state that a run starts from: initialized, or with the weights it builds on."""
+        return self.jit_init_state(jax.random.fold_in(run.key, self.INIT_KEY), inputs)
 
     def evaluate(
         self, run: Run, state: State, inputs: Params, metadata: RunMetadata
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Metrics of the averaged parameters on held-out images, and a picture uint8 (H, W, 3)."""
         metrics = run.test_metrics(
-            run.config[self.part.section], lambda batch: self.eval(state.ema_params, inputs, batch)
+            run.config[self.part.section],
+            lambda batch: self.jit_eval_step(state.ema_params, inputs, batch),
         )
         if self.part.images != "samples":
             return metrics, None
