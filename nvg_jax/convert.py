@@ -1,9 +1,10 @@
 """The published weights: `python -m nvg_jax.convert --autoencoder=ae.ckpt --out=checkpoints/nvg`.
 
 With --generator=d16.ckpt, the written folder can also sample; without, it encodes and reconstructs.
-`--workdir=runs/digits --to-safetensors --out=FOLDER` is the reverse: it writes the weights of a
-run, or of a converted folder, under the published names. `--pretrained=dino --from=FILE` imports a
-network for the training losses or for evaluation (docs/pretrained_features.md).
+`--workdir=runs/digits --out=FOLDER` exports a run: the model alone, in the same format, with
+`--dtype=bfloat16` or `float16` at half the size. With --to-safetensors, the weights have the
+published names instead. `--pretrained=dino --from=FILE` imports a network for the training losses
+or for evaluation (docs/pretrained_features.md).
 """
 
 from absl import flags
@@ -11,6 +12,7 @@ from etils import epy
 
 from nvg_jax import cli, pretrained
 from nvg_jax.errors import UserError
+from nvg_jax.runtime import export
 from nvg_jax.torch_interop import weight_names
 
 with epy.lazy_imports():  # slow, and not needed to report a wrong flag
@@ -35,11 +37,13 @@ def main(_):
         if given != {"workdir"}:
             raise UserError("--to-safetensors takes --workdir and --out, and no checkpoints.")
         conversion.to_safetensors(FLAGS.workdir, FLAGS.out)
+    elif given == {"workdir"}:
+        conversion.export_model(FLAGS.workdir, FLAGS.out, FLAGS.dtype)
     else:
         if "workdir" in given or "autoencoder" not in given:
             raise UserError(
-                "Give --autoencoder (and --generator) to convert published checkpoints, or "
-                "--workdir with --to-safetensors for the way back."
+                "Give --autoencoder (and --generator) to convert published checkpoints, or only "
+                "--workdir to export a model."
             )
         conversion.convert(
             FLAGS.out,
@@ -47,6 +51,7 @@ def main(_):
             FLAGS.generator,
             FLAGS.autoencoder_weights,
             FLAGS.generator_weights,
+            FLAGS.dtype,
         )
     print(f"written: {FLAGS.out}")
 
@@ -58,7 +63,8 @@ if __name__ == "__main__":
         flags.DEFINE_enum(
             f"{file}_weights", default, weight_names.WEIGHTS, "Weights, or their moving average."
         )
-    flags.DEFINE_string("workdir", None, "A run's folder, or a converted one, for the way back.")
+    flags.DEFINE_string("workdir", None, cli.MODEL)
+    flags.DEFINE_enum("dtype", "float32", export.DTYPES, "Type of the weights in the files.")
     flags.DEFINE_boolean("to_safetensors", False, "Write --workdir under the published names.")
     flags.DEFINE_alias("to-safetensors", "to_safetensors")
     flags.DEFINE_string("out", None, "Folder to write; must be new or empty.")

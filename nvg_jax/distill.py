@@ -42,7 +42,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     check_recipe(config, DISTILLATION.section, (DISTILLATION,))
     workdir = files.storage_path(workdir)
     folders.check_export(workdir)
-    if (workdir / folders.EXPORT_FOLDER).exists() and not (workdir / DISTILLATION.name).exists():
+    if folders.holds_model(workdir) and not (workdir / DISTILLATION.name).exists():
         raise UserError(
             f"{workdir} holds a model already, which its student would replace; give another "
             "--workdir."

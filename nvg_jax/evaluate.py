@@ -20,7 +20,7 @@ from etils import epy
 from nvg_jax import cli
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.files import make_folder
+from nvg_jax.runtime.files import make_folder, storage_path
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import parse_sweep
 
@@ -74,8 +74,8 @@ def out_folder() -> Path:
     if FLAGS.samples:
         return Path(FLAGS.samples).with_suffix(".evaluation")
     workdir = Path(FLAGS.workdir)
-    # A folder with the name of a bundled model would look as if it held one.
-    return (Path("runs") / workdir if bundled.is_bundled(workdir) else workdir) / "evaluation"
+    is_own = bundled.find(workdir) == storage_path(workdir)
+    return (workdir if is_own else Path("runs") / workdir) / "evaluation"
 
 
 def evaluate_samples():

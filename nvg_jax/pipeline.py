@@ -147,13 +147,19 @@ class Pipeline:
         """{name: description} of the models that come with the package, for `from_pretrained`."""
         return {name: f"{m.description} ({m.data})" for name, m in bundled.MODELS.items()}
 
-    def save_pretrained(self, folder: str | os.PathLike):
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32"):
         """Writes the model to a folder for `from_pretrained`; replaces an earlier export.
 
+        The folder holds the metadata in config.json and the weights in model.safetensors or, above
+        5 GB, in several files with an index.
+
+        Args:
+            dtype: of the weights in the files: "float32", "bfloat16" or "float16".
+
         Raises:
-            UserError: the folder is a training run's.
+            UserError: the folder is a training run's, or the weights do not fit the dtype.
         """
-        workdir.write_export(folder, self.metadata, self.params)
+        workdir.write_export(folder, self.metadata, self.params, dtype)
 
     # Images and sequences.
 

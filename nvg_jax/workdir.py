@@ -1,15 +1,17 @@
 """What a folder holds: the metadata of its checkpoints, and the model in them.
 
-A training run's workdir has a folder of checkpoints for each trained part (`PARTS`); an exported or
-converted model is one checkpoint in `pipeline/`.
+A training run's workdir has a folder of checkpoints for each trained part (`PARTS`). An export is
+what `runtime.export` writes: bundled and converted models, the best of a training, a student.
 """
 
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -18,12 +20,11 @@ from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, GENERATORS, PARTS, TOKENIZER
-from nvg_jax.runtime import checkpoint, files
+from nvg_jax.runtime import checkpoint, export, files
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 
-EXPORT_FOLDER = "pipeline"
 SIZES = ("tokenizer", *GENERATORS)  # keys of the sizes in the stored metadata
 # Settings that may differ on resume: logging, saving, and how and where the same data is read.
 MAY_CHANGE = frozenset(
@@ -53,7 +54,7 @@ class RunMetadata:
         sources: the files that converted weights come from.
         resize_filter: how its training images were resized, see `Transform`. Checkpoints that do
             not say it were trained with "lanczos", converted weights with "published".
-        step: the training step of the checkpoint that was read; not stored.
+        step: the training step of the weights.
     """
 
     model: ModelConfig
@@ -105,17 +106,22 @@ class RunMetadata:
     def replace(self, **changes) -> "RunMetadata":
         return dataclasses.replace(self, **changes)
 
+    def without_paths(self) -> "RunMetadata":
+        """The metadata without absolute and home paths, for those who do not have them."""
+        is_path = lambda x: isinstance(x, str) and re.match(r"[/~]|\w+://", x)
+        config = jax.tree.map(lambda x: "" if is_path(x) else x, self.config)
+        return self.replace(config=config, tokenizer_workdir=None)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-serializable dictionary, unchanged by a round trip through JSON."""
         content = dataclasses.asdict(self)
         model = content.pop("model")
         content |= {name: model[name] for name in SIZES}
-        del content["step"]
         return json.loads(json.dumps(content))
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "RunMetadata":
-        """The inverse of `to_json`, from a dictionary that may also hold "step".
+        """The inverse of `to_json`.
 
         Raises:
             UserError: keys that are missing or unknown, or sizes that are invalid.
@@ -165,11 +171,10 @@ def read(
 def read_resize_filter(folder: str | os.PathLike) -> str | None:
     """How the images of the model in a folder were resized, None if it holds no model."""
     folder = files.storage_path(folder)
-    for part in (EXPORT_FOLDER, BOTH_GENERATORS.name, *GENERATORS, TOKENIZER.name):
-        metadata = read_metadata(folder / part)
-        if metadata is not None:
-            return metadata.resize_filter
-    return None
+    metadata = read_export_metadata(folder)
+    for part in (BOTH_GENERATORS.name, *GENERATORS, TOKENIZER.name):
+        metadata = metadata or read_metadata(folder / part)
+    return metadata and metadata.resize_filter
 
 
 def read_metadata(folder: str | os.PathLike) -> RunMetadata | None:
@@ -181,6 +186,33 @@ def read_metadata(folder: str | os.PathLike) -> RunMetadata | None:
 # Models to sample from.
 
 
+def read_export_metadata(folder: epath.Path) -> RunMetadata | None:
+    """The metadata of an export, None if the folder holds none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    found = export.read_config(folder)
+    return found and RunMetadata.from_json(found[0])
+
+
+def read_export(folder: epath.Path, *networks: str) -> tuple[RunMetadata, dict[str, Any]] | None:
+    """(metadata, parameters) of an export, None if the folder holds none.
+
+    Args:
+        networks: what to read; by default all that the model has.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    found = export.read_config(folder)
+    if found is None:
+        return None
+    content, checksums = found
+    metadata = RunMetadata.from_json(content)
+    return metadata, export.read(folder, checksums, networks or metadata.model.networks)
+
+
 def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, parameters) of an exported or converted folder, or of a training run's workdir.
 
@@ -188,13 +220,7 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
         UserError: there is no such folder, or no model in it.
     """
     folder = files.storage_path(folder)
-    found = read(
-        folder / EXPORT_FOLDER,
-        lambda metadata: {
-            name: metadata.model.abstract_params(name) for name in metadata.model.networks
-        },
-    )
-    return found or read_workdir(folder)
+    return read_export(folder) or read_workdir(folder)
 
 
 def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
@@ -276,37 +302,46 @@ def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
         UserError: all its checkpoints are damaged.
     """
     folder = files.storage_path(folder)
-    for place, key in ((EXPORT_FOLDER, "tokenizer"), (TOKENIZER.name, "params")):
-        found = read(
-            folder / place, lambda metadata: {key: metadata.model.abstract_params("tokenizer")}
-        )
-        if found is not None:
-            metadata = found[0].replace(model=found[0].model.only(), teacher=None)
-            return metadata, found[1][key]
-    return None
+    found, key = read_export(folder, "tokenizer"), "tokenizer"
+    if found is None:
+        abstract = lambda metadata: {"params": metadata.model.abstract_params("tokenizer")}
+        found, key = read(folder / TOKENIZER.name, abstract), "params"
+    if found is None:
+        return None
+    metadata, params = found
+    return metadata.replace(model=metadata.model.only(), teacher=None), params[key]
 
 
 def write_export(
-    folder: str | os.PathLike, metadata: RunMetadata, params: dict[str, Any], step: int = 0
+    folder: str | os.PathLike,
+    metadata: RunMetadata,
+    params: dict[str, Any],
+    dtype: str = "float32",
 ):
-    """Writes a model to a folder for `read_model`; replaces an earlier export.
+    """Writes a model to a folder for `read_model`; an earlier export stays until it is complete.
 
     Args:
-        step: the training step. An export of a lower step stays until the new one is complete.
+        params: the weights, on this host or replicated on its devices.
+        dtype: of the weights in the files, see `export.DTYPES`.
 
     Raises:
-        UserError: the folder is a training run's, whose checkpoints the export would hide.
+        UserError: the folder is a training run's, whose checkpoints the export would hide; an
+            unknown dtype, or weights that do not fit it; or no space or no permission.
     """
     folder = files.storage_path(folder)
     check_export(folder)
-    folder = folder / EXPORT_FOLDER
-    if is_main() and folder.exists():
-        steps = [int(child.name) for child in folder.iterdir() if child.name.isdecimal()]
-        if steps and max(steps) >= step:
-            folder.rmtree()
-    barrier(f"{folder} can be written")
-    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(step, params, metadata.to_json())
+    if is_main():
+        params = export.rounded(params, dtype)
+        if dtype != "float32":  # the tokenizer that will be read
+            tokenizer = jax.tree.map(lambda x: x.astype(np.float32), params["tokenizer"])
+            metadata = metadata.replace(fingerprint=files.fingerprint(tokenizer))
+        export.write(folder, metadata.to_json(), params)
+    barrier(f"{folder} is written")
+
+
+def holds_model(folder: epath.Path) -> bool:
+    """Whether this is the folder of an export or of a training run."""
+    return (folder / export.CONFIG).is_file() or any((folder / part).is_dir() for part in PARTS)
 
 
 def check_export(folder: epath.Path):

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, read_meta
+from helpers import ROOT
 from safetensors.numpy import load_file
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from torch_files import ordered, storage, tensor, write_zip
@@ -119,7 +119,7 @@ def test_there_and_back_on_the_command_line(files, folder, tmp_path):
 
 
 def test_the_folder_says_what_it_is(files, folder):
-    meta = read_meta(folder / "pipeline")
+    meta = json.loads((folder / "config.json").read_text())
     expected = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
     assert meta["tokenizer"] == expected
     for name in ("content", "structure"):

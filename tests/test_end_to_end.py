@@ -37,7 +37,7 @@ from nvg_jax.train import train
 from nvg_jax.training import tokenizer
 from nvg_jax.training.loop import BestModel
 from nvg_jax.visualize import to_uint8
-from nvg_jax.workdir import RunMetadata, read_metadata
+from nvg_jax.workdir import RunMetadata, read_export_metadata
 
 pytestmark = pytest.mark.slow
 
@@ -119,12 +119,12 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     assert update(resumed, 40) == (4.0, 3.0)
     assert update(resumed, 50) == (3.0, 3.0)
     assert kept == [10, 30]
-    stored = read_metadata(tmp_path / "pipeline")
+    stored = read_export_metadata(tmp_path)
     assert (stored.step, stored.fid) == (30, 3.0)
     # A new training in the same workdir does not compete with the one before.
     anew = BestModel(tmp_path, score, new=True)
     assert update(anew, 10) == (9.0, 9.0)
-    assert read_metadata(tmp_path / "pipeline").step == 10
+    assert read_export_metadata(tmp_path).step == 10
 
 
 def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe):

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
@@ -17,6 +16,7 @@ from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime import export
 from nvg_jax.runtime.files import fingerprint, make_folder
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
@@ -100,8 +100,12 @@ def convert(
     generator: str | Path | None = None,
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
+    dtype: str = "float32",
 ):
     """Writes a folder for `Pipeline.from_pretrained`; see `read_published` for the arguments.
+
+    Args:
+        dtype: of the weights in the files.
 
     Raises:
         UserError: as for `read_published`, or `out` exists and is not empty.
@@ -111,7 +115,17 @@ def convert(
     pipeline = Pipeline(
         *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
     )
-    pipeline.save_pretrained(out)
+    pipeline.save_pretrained(out, dtype)
+
+
+def export_model(workdir: str | Path, out: str | Path, dtype: str = "float32"):
+    """Writes a folder's model as an export, see `Pipeline.save_pretrained`.
+
+    Raises:
+        UserError: the folder holds no model, or `out` exists and is not empty.
+    """
+    _check_new(out)
+    Pipeline.from_pretrained(workdir).save_pretrained(out, dtype)
 
 
 def to_safetensors(workdir: str | Path, out: str | Path):
@@ -141,12 +155,12 @@ def to_safetensors(workdir: str | Path, out: str | Path):
         )
     make_folder(Path(out))
     tensors = weight_names.to_published(params["tokenizer"])
-    save_file(tensors, Path(out) / "autoencoder.safetensors")
+    export.save(tensors, Path(out) / "autoencoder.safetensors")
     if generators:
         both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
         both["canvas_scale"] = np.asarray(pipeline.metadata.canvas_scale, np.float32)
         tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
-        save_file(tensors, Path(out) / "generator.safetensors")
+        export.save(tensors, Path(out) / "generator.safetensors")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,14 +24,33 @@ def storage_path(folder: str | os.PathLike) -> epath.Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def local_file(path: epath.Path) -> Iterator[Path]:
+    """A file as one of this machine's disk: itself or, from a bucket, a temporary copy."""
+    if "://" not in os.fspath(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = epath.Path(folder) / path.name
+        path.copy(copy)
+        yield Path(copy)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | epath.Path) -> Iterator[Path]:
     """A temporary path to write to; its file replaces `path` when the block succeeds.
 
-    After an interruption at any moment, `path` is either complete or as it was before.
+    After an interruption at any moment, `path` is either complete or as it was before. A file in a
+    bucket is written to a disk and then copied, which is atomic there.
 
     Raises:
         UserError: there is no space or no permission; the message names `path`.
     """
+    if "://" in os.fspath(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            (epath.Path(folder) / path.name).copy(path, overwrite=True)
+        return
+    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -47,7 +67,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path | epath.Path) -> Iterator[BinaryIO]:
     """Like `atomic_path`, but yields the temporary file, opened for binary writing."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file

@@ -12,13 +12,7 @@ from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
-from nvg_jax.workdir import (
-    EXPORT_FOLDER,
-    RunMetadata,
-    check_resume,
-    read_metadata,
-    write_export,
-)
+from nvg_jax.workdir import RunMetadata, check_resume, read_export_metadata, write_export
 
 Score = Callable[[RunMetadata, dict[str, Any]], float]
 
@@ -121,7 +115,7 @@ class BestModel:
 
     def __init__(self, folder: epath.Path, score: Score, new: bool):
         self._folder, self._score = folder, score
-        stored = None if new else read_metadata(folder / EXPORT_FOLDER)
+        stored = None if new else read_export_metadata(folder)
         self.fid = float("inf")
         if stored:
             assert stored.fid is not None  # `update` exports with the FID
@@ -143,5 +137,5 @@ class BestModel:
         fid = self._score(metadata, params)
         if fid < self.fid:
             self.fid = fid
-            write_export(self._folder, finish().replace(fid=fid), params, step)
+            write_export(self._folder, finish().replace(fid=fid, step=step), params)
         return fid, self.fid

@@ -27,7 +27,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
 from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.files import storage_path
-from nvg_jax.workdir import RunMetadata
+from nvg_jax.workdir import RunMetadata, read_resize_filter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ def choose_resize_filter(
     if teacher is not None:
         return teacher.resize_filter
     for folder in (workdir, config.tokenizer_workdir, config.init_from):
-        found = folder and bundled.read_resize_filter(folder)
+        found = folder and read_resize_filter(bundled.find(folder))
         if found:
             return found
     return "lanczos"

@@ -1,0 +1,159 @@
+"""A model as the files that hubs understand: JSON and safetensors, readable by other tools too.
+
+`config.json` holds the metadata, the SHA-256 of every file of weights, and a checksum of itself.
+The weights are in `model.safetensors` or, above `MAX_FILE` bytes, in
+`model-00001-of-00003.safetensors` and so on, with `model.safetensors.index.json`, which says where
+each tensor is. The metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from nvg_jax.errors import UserError
+from nvg_jax.runtime.files import atomic_path, digest, local_file, make_folder
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
+MAX_FILE = 5 * 10**9  # bytes of tensors in a file, as on the Hugging Face hub
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def rounded(params: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The arrays of a tree in another dtype, as NumPy arrays.
+
+    Raises:
+        UserError: an unknown dtype, or values that are too large for it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"Weights can be {', '.join(DTYPES)}, got {dtype!r}.")
+    with np.errstate(over="ignore"):
+        tree = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), jax.device_get(params))
+    leaves: dict[str, Any] = flatten_dict(tree, sep=".")
+    for name, leaf in leaves.items():
+        if not np.isfinite(leaf).all():
+            raise UserError(
+                f"{name} has values that are not finite or too large for {dtype}; export it as "
+                "bfloat16 or float32."
+            )
+    return tree
+
+
+def write(folder: epath.Path, meta: dict[str, Any], params: dict[str, Any]):
+    """Writes a model; an earlier one in this folder stays until the new one is complete.
+
+    Raises:
+        UserError: no space or no permission.
+    """
+    make_folder(folder)
+    leaves: dict[str, Any] = flatten_dict(params, sep=".")
+    files = split(leaves)
+    content = {**meta, "model_type": "nvg", "files": {}}
+    with contextlib.ExitStack() as stack:
+        place = lambda name: stack.enter_context(atomic_path(folder / name))
+        config = place(CONFIG)  # entered first, so that it is replaced last
+        for name, tensors in files.items():
+            path = place(name)
+            save(tensors, path)
+            content["files"][name] = sha256(path)
+        if len(files) > 1:
+            size = sum(x.nbytes for tensors in files.values() for x in tensors.values())
+            index = {name: file for file, tensors in files.items() for name in tensors}
+            text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1)
+            place(INDEX).write_text(text)
+        config.write_text(json.dumps(content | {"digest": digest(content)}, indent=1))
+    kept = {*files, INDEX} if len(files) > 1 else {*files}
+    for path in folder.iterdir():  # of an earlier model in more or fewer files
+        if WEIGHTS.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
+
+
+def save(tensors: dict[str, np.ndarray], path: Path):
+    """safetensors' `save_file`, in a file that others may read as far as any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "flax"})
+    path.chmod(mode)
+
+
+def split(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """{file: its tensors}, in order, with at most `MAX_FILE` bytes in each."""
+    files, size = [{}], 0
+    for name, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > MAX_FILE:
+            files.append({})
+            size = 0
+        files[-1][name] = np.ascontiguousarray(tensor)
+        size += tensor.nbytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {
+        f"model-{number:05}-of-{len(files):05}.safetensors": part
+        for number, part in enumerate(files, 1)
+    }
+
+
+def read_config(folder: epath.Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """(metadata, {file of weights: its SHA-256}) of a folder's model; None if it holds none.
+
+    Raises:
+        UserError: config.json is damaged or was edited.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    with contextlib.suppress(ValueError):
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or content.get("model_type") != "nvg":
+            return None
+        if content.pop("digest", None) == digest(content):
+            del content["model_type"]
+            return content, content.pop("files")
+    raise UserError(
+        f"{path} is damaged or was edited: its checksum does not match. Restore a copy of it, or "
+        "export the model again."
+    )
+
+
+def read(folder: epath.Path, checksums: dict[str, str], networks: Iterable[str]) -> dict[str, Any]:
+    """The weights of some of a model's networks, as float32.
+
+    Args:
+        checksums: {file: its SHA-256}.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    tensors = {}
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}. Copy the folder again, whole.")
+        with local_file(folder / name) as path:
+            if sha256(path) != checksum:
+                raise UserError(
+                    f"{folder / name} is damaged (its SHA-256 differs from {CONFIG}'s). Restore a "
+                    "copy, or export or download the model again."
+                )
+            with safe_open(path, "numpy") as file:
+                for key in file.keys():
+                    if key.split(".")[0] in networks:
+                        tensors[key] = file.get_tensor(key).astype(np.float32, copy=False)
+    return unflatten_dict(tensors, sep=".")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,128 @@
+"""An export: config.json and safetensors, in three dtypes and any number of files."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import ROOT, flip_bit, random_pipeline
+from safetensors import safe_open
+
+from nvg_jax import Pipeline
+from nvg_jax.errors import UserError
+from nvg_jax.runtime import export
+from nvg_jax.runtime.files import fingerprint
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return random_pipeline()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_weights_are_rounded_once_and_other_tools_can_read_them(pipe, tmp_path, dtype):
+    pipe.save_pretrained(tmp_path, dtype)
+    numbers = dict(float32=np.float32, bfloat16=ml_dtypes.bfloat16, float16=np.float16)[dtype]
+    expected = jax.tree.map(lambda x: np.asarray(x).astype(numbers), pipe.params)
+    with safe_open(tmp_path / WEIGHTS, "numpy") as file:
+        bias = file.get_tensor("content.token_head.bias")
+        assert len(file.keys()) == len(jax.tree.leaves(pipe.params))
+    assert bias.dtype == numbers
+    np.testing.assert_array_equal(bias, expected["content"]["token_head"]["bias"])
+
+    again = Pipeline.from_pretrained(tmp_path)
+    expected = jax.tree.map(lambda x: x.astype(np.float32), expected)
+    jax.tree.map(np.testing.assert_array_equal, again.params, expected)
+    # Generators are matched with their tokenizer by the weights that are read.
+    name = pipe.metadata.fingerprint if dtype == "float32" else fingerprint(expected["tokenizer"])
+    assert again.metadata == pipe.metadata.replace(fingerprint=name)
+
+
+def test_a_large_model_is_in_several_files_with_an_index(pipe, tmp_path, monkeypatch):
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(pipe.params)]
+    limit = max(*sizes, sum(sizes) // 3)
+    monkeypatch.setattr(export, "MAX_FILE", limit)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    count = len(files)
+    assert count > 2 and index["metadata"]["total_size"] == sum(sizes)
+    assert files == [f"model-0000{i + 1}-of-0000{count}.safetensors" for i in range(count)]
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, "numpy") as opened:
+            assert name in opened.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", INDEX, *files}
+    assert all((tmp_path / file).stat().st_size < limit + 2**16 for file in files)
+    again = Pipeline.from_pretrained(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, pipe.params)
+    # A smaller one leaves nothing of it.
+    monkeypatch.undo()
+    pipe.save_pretrained(tmp_path, "float16")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS}
+
+
+def test_damage_is_found_and_named(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["files"]
+    assert stored == {WEIGHTS: hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()}
+    for name, message in (
+        (WEIGHTS, "model.safetensors is damaged .its SHA-256 differs"),
+        ("config.json", "config.json is damaged or was edited"),
+    ):
+        flip_bit(tmp_path / name, (tmp_path / name).stat().st_size // 2)
+        with pytest.raises(UserError, match=message):
+            Pipeline.from_pretrained(tmp_path)
+        flip_bit(tmp_path / name, (tmp_path / name).stat().st_size // 2)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="lacks model.safetensors. Copy the folder again, whole"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused(pipe, tmp_path):
+    params = {**pipe.params, "structure": {"head": np.full(3, 1e5, np.float32)}}
+    with pytest.raises(UserError, match="structure.head has values .* too large for float16"):
+        Pipeline(pipe.metadata, params).save_pretrained(tmp_path, "float16")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="float32, bfloat16, float16, got 'int8'"):
+        pipe.save_pretrained(tmp_path, "int8")
+
+
+def test_an_interrupted_export_leaves_the_earlier_one(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path, "float16")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.save_pretrained(tmp_path)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    Pipeline.from_pretrained(tmp_path)
+
+
+def test_metadata_for_others_has_no_paths_of_this_machine(pipe):
+    config = {"data": {"name": "tfds:a/b", "data_dir": "/disk/data"}, "init_from": "gs://b/x"}
+    metadata = pipe.metadata.replace(config=config, tokenizer_workdir="/disk/run").without_paths()
+    assert metadata.config == {"data": {"name": "tfds:a/b", "data_dir": ""}, "init_from": ""}
+    assert metadata.tokenizer_workdir is None
+
+
+def test_opening_a_model_imports_nothing_that_only_training_needs():
+    script = """
+import sys
+from nvg_jax import Pipeline
+Pipeline.from_pretrained("fashion_mnist")
+print(*(set(sys.argv[1].split()) & set(sys.modules)))
+"""
+    trained = "orbax tensorflow tensorflow_datasets clu grain sklearn optax ml_collections"
+    run = [sys.executable, "-c", script, trained]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
