@@ -13,7 +13,7 @@ def base() -> ml_collections.ConfigDict:
     optimizer = dict(
         learning_rate=1e-4,  # at batch size 256; scales linearly with it
         schedule="linear",  # constant, then linear decay; or "cosine", "constant"
-        warmup_steps=1000,
+        warmup_steps=1000,  # -1: follows from the length (nvg_jax/training/length.py)
         warmup_start=0.005,
         decay_start=0.8,  # fraction of the steps
         final=0.1,  # final rate as a fraction of the peak
@@ -21,10 +21,11 @@ def base() -> ml_collections.ConfigDict:
         b2=0.95,
         weight_decay=0.05,
         clip=1.0,
-        ema_decay=0.9999,
+        ema_decay=0.9999,  # -1: follows from the length
+        ema_warmup=False,  # True: the decay starts as (1 + step) / (10 + step)
     )
     run = dict(
-        log_every=100,  # in steps, like eval_every and save_every
+        log_every=100,  # in steps, like eval_every and save_every; -1: follows from the length
         eval_every=5000,
         eval_images=0,  # evenly spaced in the test split; 0: all
         save_every=5000,
@@ -75,7 +76,7 @@ def base() -> ml_collections.ConfigDict:
             class_dropout=0.1,  # share of labels replaced by the null class, for guidance
             tokenizer_training=run
             | dict(
-                length="100 epochs",  # or "800 steps"
+                length="100 epochs",  # or "800 steps", "9 epochs, at least 800 steps"
                 batch_size=256,
                 dtype="",  # dtype of the computation of this part; "": config.dtype
                 reconstruction="l1",  # or "l2"
@@ -136,6 +137,12 @@ def without_pretrained(config: ml_collections.ConfigDict):
     config.evaluation.judge = "classifier"
 
 
+def follow_length(training: ml_collections.ConfigDict):
+    """Lets warm-up, averaging and intervals follow from the length, in a folder of any size."""
+    training.update(log_every=-1, eval_every=-1, save_every=-1)
+    training.optimizer.update(warmup_steps=-1, ema_decay=-1.0, ema_warmup=True)
+
+
 def small_models(config: ml_collections.ConfigDict):
     """Training and sampling settings for models that a CPU trains in minutes or hours."""
     config.content.remat = config.structure.remat = "blocks"  # also faster on a CPU
@@ -193,6 +200,6 @@ def run_locally(config: ml_collections.ConfigDict):
     for training in (config.tokenizer_training, config.generator_training, config.distillation):
         training.update(length="12 steps", batch_size=16)
         training.update(log_every=2, save_every=4, eval_every=12, eval_images=100)
-        training.optimizer.update(warmup_steps=2, learning_rate=1e-3)
+        training.optimizer.update(warmup_steps=2, learning_rate=1e-3, ema_decay=0.8)
     config.tokenizer_training.index_backprop_epochs = 0.0
     config.sampling.flow_steps = 2

@@ -17,7 +17,7 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.checks import check_config
-from nvg_jax.training.length import training_length
+from nvg_jax.training.length import fitted, training_length
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule
 from nvg_jax.training.registry import pretrained_names
 
@@ -26,7 +26,7 @@ VARIANTS = {
     "digits": ("demo", "runlocal"),
     "emoji": ("runlocal",),
     "fashion_mnist": ("fine", "adversarial", "runlocal"),
-    "image_folder": ("64", "128", "256", "finetune", "runlocal"),
+    "image_folder": ("small", "64", "128", "256", "finetune", "runlocal"),
     "imagenet256": ("d16", "d20", "d24", "runlocal"),
 }
 EVERY = [(name, arg) for name, args in VARIANTS.items() for arg in (None, *args)]
@@ -72,7 +72,7 @@ def test_every_variant_is_a_whole_configuration(name, arg):
     config = load(name, arg)
     assert keys(config) == keys(importlib.import_module("configs.common").base())
     sizes = TokenizerConfig(**config.tokenizer)
-    for training in recipes(config):
+    for training in (fitted(recipe, 1000) for recipe in recipes(config)):
         OptimizerConfig(**training.optimizer)
         assert training_length(training.length, 1000, training.batch_size) > 0
     for part in models.GENERATORS:
@@ -109,7 +109,7 @@ def test_an_unknown_variant_gets_the_known_ones(name, arg, wrong):
     "name, arg, sentence",
     [
         ("imagenet256", "d16,d24", "Choose one model size, got d16, d24."),
-        ("image_folder", "64,256", "Choose one image size, got 64, 256."),
+        ("image_folder", "64,256", "Choose one size, got 64, 256."),
         ("image_folder", "finetune,64", "finetune has the sizes of d16; give it alone."),
     ],
 )

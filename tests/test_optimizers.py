@@ -139,6 +139,13 @@ def test_the_moving_average_follows_the_parameters():
     assert state.step == 3 and state.step.dtype == jnp.int32
 
 
+def test_an_average_that_warms_up_forgets_the_initial_parameters():
+    config = optimizer_config(ema_decay=0.3, ema_warmup=True)
+    decays = [float(config.average_decay(step)) for step in range(5)]
+    np.testing.assert_allclose(decays, [1 / 10, 2 / 11, 3 / 12, 0.3, 0.3], rtol=1e-6)
+    assert optimizer_config(ema_decay=0.3).average_decay(jnp.zeros((), jnp.int32)) == 0.3
+
+
 def test_the_average_starts_at_the_parameters_in_memory_of_its_own():
     state = TrainState.create({"x": jnp.arange(3.0)}, optax.sgd(1.0))
     np.testing.assert_array_equal(state.ema_params["x"], [0, 1, 2])

@@ -21,6 +21,7 @@ from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.training.generators import sampling_settings
 from nvg_jax.training.registry import make_trainer
+from nvg_jax.training.run import fitted_config
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # units in XLA's messages
@@ -112,9 +113,10 @@ class Compiler:
 
     def __init__(self, config: ml_collections.ConfigDict, target: Target, program: str):
         check_dtype(config.dtype)
-        self.config, self.target, self.program = config, target, program
+        self.target, self.program = target, program
         self.part = training_part(config) if program == "train" else None
         self.images, self._num_classes = data_size(config.data)
+        self.config = fitted_config(config, self.images)
 
     def lower(self, config: ml_collections.ConfigDict, batch_size: int, mesh: Mesh):
         model = ModelConfig.from_config(config, self._num_classes)

@@ -68,11 +68,13 @@ def check_process(config: ml_collections.ConfigDict):
 
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
-    for key in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
-        if config[name][key] < 1:
-            raise UserError(f"{name}.{key} must be at least 1, got {config[name][key]}.")
-    length.training_length(config[name].length, 10**6, config[name].batch_size)
-    optimizers.OptimizerConfig(**config[name].optimizer)
+    if config[name].batch_size < 1:
+        raise UserError(f"{name}.batch_size must be at least 1, got {config[name].batch_size}.")
+    recipe = length.fitted(config[name], 10**6)
+    for key in ("log_every", "eval_every", "save_every", "keep"):
+        if recipe[key] < 1:
+            raise UserError(f"{name}.{key} must be at least 1, got {recipe[key]}.")
+    optimizers.OptimizerConfig(**recipe.optimizer)
     if config[name].eval_images < 0:
         raise UserError(
             f"{name}.eval_images must be 0 (all) or more, got {config[name].eval_images}."

@@ -246,7 +246,7 @@ class DistillationTrainer(Trainer[TrainState]):
             "structure/flow_loss": losses,
             "grad_norm": optax.tree.norm(grads),
         }
-        return state.update(grads, self.optimizer, self.optimizer_config.ema_decay), metrics
+        return self.update(state, grads), metrics
 
     def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
         """The loss, and the share of positions split as by the teacher."""

@@ -270,7 +270,7 @@ class GeneratorTrainer(Trainer[TrainState]):
             )
             metrics |= {f"{name}/{term}": value for term, value in {"loss": loss, **terms}.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return state.update(grads, self.optimizer, self.optimizer_config.ema_decay), metrics
+        return self.update(state, grads), metrics
 
     def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
         """The losses of every generator without dropout."""
@@ -313,6 +313,11 @@ class GeneratorTrainer(Trainer[TrainState]):
             return state
         classes = run.train_source.class_names
         return with_params(state, start_from(run.config.init_from, state.params, classes))
+
+    def held_out(self, state: TrainState, inputs: Params, batch: Batch) -> dict[str, Array]:
+        """Of the averaged parameters and, as "raw/...", of those that are trained."""
+        raw = self.jit_eval_step(state.params, inputs, batch)
+        return super().held_out(state, inputs, batch) | {f"raw/{k}": v for k, v in raw.items()}
 
     def export(self, run: Run, state: TrainState, inputs: Params) -> Params:
         params = {"tokenizer": inputs["tokenizer"]}

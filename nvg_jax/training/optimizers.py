@@ -4,7 +4,9 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float32, Int32
 
 from nvg_jax.errors import UserError
 
@@ -19,6 +21,8 @@ class OptimizerConfig:
     schedule: after a linear warm-up from `warmup_start` of the rate, "linear" is constant until
         `decay_start` (a fraction of all steps) and falls linearly to `final` of it; "cosine" falls
         to `final` along a cosine; "constant" stays.
+    ema_warmup: whether the decay starts as (1 + step) / (10 + step), so that the average forgets
+        the initial parameters.
     """
 
     learning_rate: float
@@ -32,6 +36,7 @@ class OptimizerConfig:
     weight_decay: float
     clip: float
     ema_decay: float
+    ema_warmup: bool = False
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -49,6 +54,12 @@ class OptimizerConfig:
                 raise UserError(
                     f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}."
                 )
+
+    def average_decay(self, step: Int32[Array, ""]) -> float | Float32[Array, ""]:
+        """The decay of the average in the step after `step` others."""
+        if not self.ema_warmup:
+            return self.ema_decay
+        return jnp.minimum(self.ema_decay, (1 + step) / (10 + step))
 
 
 def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int) -> optax.Schedule:

@@ -10,6 +10,7 @@ from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
+from nvg_jax.training.length import warn_if_too_short
 from nvg_jax.training.run import Run
 from nvg_jax.training.tokenizer import TokenizerTrainer
 from nvg_jax.training.trainer import Trainer
@@ -53,8 +54,11 @@ def open_trainer(run: Run, part: Part) -> Trainer:
     Raises:
         UserError: invalid settings, or a batch that does not fit the mesh or the data set.
     """
-    run.check_batch_size(run.config[part.section].batch_size)
-    return make_trainer(part, run.config, run.model, run.mesh, len(run.train_source))
+    recipe = run.config[part.section]
+    run.check_batch_size(recipe.batch_size)
+    trainer = make_trainer(part, run.config, run.model, run.mesh, len(run.train_source))
+    warn_if_too_short(part.section, recipe, trainer.steps)
+    return trainer
 
 
 def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:

@@ -25,8 +25,10 @@ from nvg_jax.data import (
 )
 from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
+from nvg_jax.parts import PARTS
 from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.files import storage_path
+from nvg_jax.training import length
 from nvg_jax.workdir import RunMetadata, read_resize_filter
 
 
@@ -170,6 +172,7 @@ def open_run(
     }
     data_dir = config.data.data_dir or None
     train_source = open_source(config.data.name, "train", data_dir=data_dir)
+    config = fitted_config(config, len(train_source))
     test_source = open_source(
         config.data.name, "test", data_dir=data_dir, class_names=train_source.class_names
     )
@@ -178,6 +181,14 @@ def open_run(
     return Run(
         config, workdir, mesh, train_source, test_source, loaded, model, resize_filter, teacher
     )
+
+
+def fitted_config(config: ml_collections.ConfigDict, num_images: int) -> ml_collections.ConfigDict:
+    """A config whose recipes say numbers for everything that follows from the length."""
+    config = config.copy_and_resolve_references()
+    for section in {part.section for part in PARTS.values()}:
+        config[section] = length.fitted(config[section], num_images)
+    return config
 
 
 def choose_resize_filter(

@@ -29,9 +29,9 @@ class TrainState(flax.struct.PyTreeNode):
         )
 
     def update(
-        self, grads: Params, optimizer: optax.GradientTransformation, ema_decay: float
+        self, grads: Params, optimizer: optax.GradientTransformation, ema_decay: float | Array
     ) -> Self:
-        """The state after one step of the optimizer along `grads`."""
+        """The state after one step of `optimizer` along `grads`."""
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
         ema_params = optax.incremental_update(params, self.ema_params, 1 - ema_decay)

@@ -294,7 +294,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             warming_up,
         )
         metrics["grad_norm"] = optax.tree.norm(grads)
-        state = state.update(grads, self.optimizer, self.optimizer_config.ema_decay)
+        state = self.update(state, grads)
         if opponent is not None:
             metrics["discriminator_grad_norm"] = optax.tree.norm(opponent_grads)
             updates, opt_state = self.discriminator_optimizer.update(

@@ -145,6 +145,11 @@ class Trainer(abc.ABC, Generic[State]):
     def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
         """What `evaluate` needs of a batch; images whose "mask" is False do not count."""
 
+    def update(self, state: State, grads: Params) -> State:
+        """The state after one step of the optimizer along `grads`."""
+        decay = self.optimizer_config.average_decay(state.step)
+        return state.update(grads, self.optimizer, decay)
+
     def warming_up(self, step: int) -> bool:
         """Whether `step` is in the IBQ warm-up."""
         return False
@@ -190,13 +195,16 @@ class Trainer(abc.ABC, Generic[State]):
         """The state that a run starts from: initialized, or with the weights it builds on."""
         return self.jit_init_state(jax.random.fold_in(run.key, self.INIT_KEY), inputs)
 
+    def held_out(self, state: State, inputs: Params, batch: Batch) -> dict[str, Array]:
+        """The metrics of an evaluation on one batch."""
+        return self.jit_eval_step(state.ema_params, inputs, batch)
+
     def evaluate(
         self, run: Run, state: State, inputs: Params, metadata: RunMetadata
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Metrics of the averaged parameters on held-out images, and a picture uint8 (H, W, 3)."""
         metrics = run.test_metrics(
-            run.config[self.part.section],
-            lambda batch: self.jit_eval_step(state.ema_params, inputs, batch),
+            run.config[self.part.section], lambda batch: self.held_out(state, inputs, batch)
         )
         if self.part.images != "samples":
             return metrics, None
