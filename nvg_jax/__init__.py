@@ -15,7 +15,7 @@ import os
 
 from etils import epy
 
-# Silences TensorFlow's notices; must run before anything (such as clu) imports it.
+# Silences TensorFlow's notices, where it is installed and a library imports it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

@@ -176,36 +176,52 @@ def test_unknown_names():
         open_source("digits", "train", data_dir="/data")
 
 
-def test_tfds_array_record(tmp_path):
+def prepare_tfds(folder):
+    """What TFDS prepares, made without TensorFlow: two records a split, labels 0 and 1."""
     import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-    def records(split):  # ImageNet's test split has no labels
-        for label, color in enumerate([[255, 0, 0], [0, 0, 255]]):
-            file = f"{split}_{label}.png"
-            yield (
-                file,
-                {
-                    "image": np.broadcast_to(np.array(color, np.uint8), (3, 4, 3)),
-                    "label": -1 if split == "test" else label,
-                    "file_name": file,
-                },
-            )
-
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="imagenet2012",
-        version="1.10.0",
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(encoding_format="png"),
-                "label": tfds.features.ClassLabel(names=["red", "blue"]),
-                "file_name": tfds.features.Text(),
-            }
-        ),
-        split_datasets={split: list(records(split)) for split in ("train", "validation", "test")},
-        data_dir=tmp_path,
-        file_format="array_record",
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["red", "blue"]),
+            "file_name": tfds.features.Text(),
+        }
     )
+    serializer = ExampleSerializer(features.get_serialized_info())
+    folder.mkdir(parents=True)
+    features.save_config(folder)
+    splits = ("train", "validation", "test")
+    for split in splits:
+        file = folder / f"imagenet2012-{split}.array_record-00000-of-00001"
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for label, color in enumerate([[255, 0, 0], [0, 0, 255]]):
+            example = {
+                "image": io.BytesIO(encoded(np.full((3, 4, 3), color, np.uint8))),
+                "label": -1 if split == "test" else label,  # ImageNet's test split has no labels
+                "file_name": f"{split}_{label}.png",
+            }
+            writer.write(serializer.serialize_example(features.encode_example(example)))
+        writer.close()
+    info = {
+        "name": "imagenet2012",
+        "version": "1.10.0",
+        "fileFormat": "array_record",
+        "splits": [
+            {
+                "name": split,
+                "shardLengths": ["2"],
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+            for split in splits
+        ],
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
 
+
+def test_tfds_array_record(tmp_path):
+    prepare_tfds(tmp_path / "imagenet2012" / "1.10.0")
     train = open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))
     test = open_source("tfds:imagenet2012", "test", data_dir=str(tmp_path))
     assert train.class_names == ("red", "blue") and len(train) == len(test) == 2

@@ -18,7 +18,6 @@ from nvg_jax.train import train
 
 # What `train` imports only when it needs it, which takes seconds.
 IMPORTED_LATE = [
-    "clu.metric_writers",
     "nvg_jax.jobs.scoring",
     "nvg_jax.training.generators",
     "nvg_jax.training.tokenizer",

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow as tf
-from reference.evaluation import RESIZED, thinned
+from reference.evaluation import RESIZED, TF1_SIZES, tf1_images, thinned
 from reference.pretrained import FOLDER, images, seeded
 from test_pretrained import CLOSE, relative_error, save_torch
 from torch_files import write_legacy
@@ -61,13 +60,13 @@ def test_inception_takes_images_of_its_size():
             pretrained.inception({}, x)
 
 
-@pytest.mark.parametrize("size", [(256, 256), (400, 331), (299, 299), (32, 64), (1, 1)])
-def test_tf1_input_agrees_with_tensorflow(size):
-    x = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
-    resized = tf.compat.v1.image.resize_bilinear(x, (299, 299)).numpy()
+@pytest.mark.parametrize("size", TF1_SIZES)
+def test_tf1_input_agrees_with_tensorflow(expected, size):
+    x = tf1_images(size)
     found = jax.jit(pretrained.tf1_inception_input)(x)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, (resized - 128) / 128, atol=1e-6)
+    assert found.shape == (2, 299, 299, 3) and found.dtype == jnp.float32
+    reference = (expected[f"tf1_{size[0]}x{size[1]}"] - 128) / 128
+    np.testing.assert_allclose(thinned(found), reference, atol=1e-6)
     as_float = pretrained.tf1_inception_input(x.astype(np.float32))
     np.testing.assert_allclose(as_float, found, atol=1e-6)
 

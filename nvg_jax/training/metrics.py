@@ -1,13 +1,21 @@
 """The reports of a training: averaged metrics, codebook usage, progress lines, TensorBoard."""
 
+import io
 import logging
+import os
+import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath, epy
+from etils import epath
 from jax.experimental import multihost_utils
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
+from tensorboard.plugins.image import metadata as image_plugin
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nvg_jax.errors import UserError, reported
 from nvg_jax.runtime import heartbeat
@@ -16,21 +24,80 @@ from nvg_jax.runtime.progress import Progress
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import png
 
-with epy.lazy_imports():  # imports TensorFlow, which takes seconds
-    from clu import metric_writers
-
 logger = logging.getLogger("nvg_jax")
+
+# Protocol buffers get their classes when they are imported, where a type checker sees none.
+Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
+TensorProto: Any = tensor_pb2.TensorProto  # pyright: ignore[reportAttributeAccessIssue]
+FLUSH_SECONDS = 120
+
+
+class EventWriter:
+    """Writes TensorBoard's event files, without TensorFlow. Only process 0 writes.
+
+    On a disk, one file grows. Objects in a bucket cannot grow, so every flush makes another one;
+    TensorBoard reads the files of a folder in the order of their names.
+    """
+
+    def __init__(self, folder: epath.Path):
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._path, self._in_bucket = folder / name, "://" in os.fspath(folder)
+        self._buffer, self._flushed, self._flushes = io.BytesIO(), 0.0, 0
+        self._records = RecordWriter(self._buffer)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]):
+        for tag, value in scalars.items():
+            self._add(step, scalar_pb(tag, value))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]):
+        """Writes pictures, uint8 (H, W, 3)."""
+        for tag, image in images.items():
+            height, width, _ = image.shape
+            content = [str(width).encode(), str(height).encode(), png(image)]
+            shape = {"dim": [{"size": len(content)}]}
+            tensor = TensorProto(dtype="DT_STRING", tensor_shape=shape, string_val=content)
+            plugin = image_plugin.create_summary_metadata(None, None)
+            value = Summary.Value(tag=tag, metadata=plugin, tensor=tensor)
+            self._add(step, Summary(value=[value]))
+
+    def flush(self):
+        if not self._buffer.tell():
+            return
+        path = self._path
+        if self._in_bucket:
+            path = path.with_name(f"{path.name}.{self._flushes:06d}")
+        with reported(f"{path} cannot be written"):
+            if self._in_bucket:
+                path.write_bytes(self._buffer.getvalue())
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab") as file:
+                    file.write(self._buffer.getvalue())
+        self._buffer.seek(0)
+        self._buffer.truncate()
+        self._flushed, self._flushes = time.monotonic(), self._flushes + 1
+
+    def _add(self, step: int, summary: Any):
+        if not is_main():
+            return
+        if not self._buffer.tell() and (self._in_bucket or not self._flushes):
+            version = Event(wall_time=time.time(), file_version="brain.Event:2")
+            self._records.write(version.SerializeToString())
+        event = Event(wall_time=time.time(), step=step, summary=summary)
+        self._records.write(event.SerializeToString())
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
 
 
 class Reporter:
     """Logs the progress of one part and, on process 0, writes its metrics and pictures.
 
-    `close` closes the event file.
+    `close` writes what is left.
     """
 
     def __init__(self, part: str, folder: epath.Path, start: int, steps: int, batch_size: int):
-        writers = [metric_writers.SummaryWriter(str(folder))] if is_main() else []
-        self._writer = metric_writers.MultiWriter(writers)
+        self._writer = EventWriter(folder)
         self._part, self._folder, self._batch_size = part, folder, batch_size
         self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
@@ -42,7 +109,7 @@ class Reporter:
         self._beat(start)
 
     def close(self):
-        self._writer.close()
+        self._writer.flush()
 
     def _beat(self, step: int):
         more = {"steps": self._steps, "loss": self._losses}
@@ -84,7 +151,7 @@ class Reporter:
             path = self._folder / f"pictures_{step:07d}.png"
             with reported(f"{path} cannot be written"):
                 path.write_bytes(png(picture))
-            self._writer.write_images(step, {"pictures": picture[None]})
+            self._writer.write_images(step, {"pictures": picture})
 
     @property
     def last_assessed(self) -> int:

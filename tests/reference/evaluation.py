@@ -1,9 +1,11 @@
-"""Makes evaluation.npz: outputs of PyTorch's evaluation networks for weights drawn by name.
+"""Makes evaluation.npz: outputs of PyTorch's evaluation networks for weights drawn by name, and
+images resized by TensorFlow 1.
 
-    pip install torch torchvision lpips==0.1.4 pytorch-fid==0.3.0
+    pip install torch torchvision lpips==0.1.4 pytorch-fid==0.3.0 tensorflow-cpu
     python tests/reference/evaluation.py
 
-As in pretrained.py, the tests draw the same weights and images; only `main` imports PyTorch.
+As in pretrained.py, the tests draw the same weights and images; only `main` imports PyTorch and
+TensorFlow.
 """
 
 import json
@@ -13,6 +15,7 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 RESIZED = {"down": (1, 400, 331, 3), "up": (1, 64, 96, 3)}  # images resized to 299 x 299
+TF1_SIZES = [(256, 256), (400, 331), (299, 299), (32, 64), (1, 1)]  # by TensorFlow 1
 
 
 def thinned(images: np.ndarray) -> np.ndarray:
@@ -20,8 +23,13 @@ def thinned(images: np.ndarray) -> np.ndarray:
     return images[:, ::23, 22::23]
 
 
+def tf1_images(size: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+
+
 def main():
     import lpips
+    import tensorflow as tf
     import torch
     import torchvision
     from pretrained import images, seeded
@@ -68,6 +76,11 @@ def main():
             x, (299, 299), mode="bilinear", antialias=True, align_corners=False
         )
         out[f"resized_{name}"] = thinned(x.permute(0, 2, 3, 1).numpy())
+
+    # The input of FID with TensorFlow's Inception.
+    for size in TF1_SIZES:
+        x = tf.compat.v1.image.resize_bilinear(tf1_images(size), (299, 299)).numpy()
+        out[f"tf1_{size[0]}x{size[1]}"] = thinned(x)
 
     # LPIPS on AlexNet with its real heads.
     alex = torchvision.models.alexnet(weights=None)
