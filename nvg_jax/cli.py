@@ -162,7 +162,7 @@ def sampling_settings() -> dict[str, Any]:
     Raises:
         UserError: a value is not a number.
     """
-    given = {}
+    settings = {}
     for name, spec in Settings.specs().items():
         value = flags.FLAGS[name].value
         if value is not None and spec.per_stage:
@@ -171,8 +171,8 @@ def sampling_settings() -> dict[str, Any]:
             except ValueError:
                 raise UserError(f"--{name} takes numbers, got {','.join(value)!r}.") from None
         if value is not None:
-            given[name] = value
-    return given
+            settings[name] = value
+    return settings
 
 
 def exit_with_error(message):

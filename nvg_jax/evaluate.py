@@ -128,7 +128,7 @@ def compare(points, reference, out: Path):
         reference: the images to compare with.
     """
     report.warn_if_sizes_differ(points[0][1], reference)
-    judge = judges.Inception()
+    judge = judges.make_judge("inception")
     features = report.reference_features(reference, judge)
     if FLAGS.sweep:
         results = report.sweep(points, features, judge, out)
@@ -157,7 +157,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "judge",
         None,
-        ["inception", "classifier"],
+        judges.JUDGES,
         "The network whose features are compared; inception if there is a --reference.",
     )
     flags.DEFINE_boolean("reconstruction", False, "Evaluate the tokenizer alone.")

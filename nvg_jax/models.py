@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, Literal, cast, overload
 
 import jax
@@ -17,6 +18,21 @@ from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 
 Generator = ContentGenerator | StructureGenerator
+
+
+def check_networks(model: str, params: dict[str, Any], needed: Iterable[str], remedy: str):
+    """Raises UserError if {network: tree} of a model lacks a needed one.
+
+    Args:
+        model: what the message calls the model. remedy: a sentence that ends the message.
+    """
+    missing = [name for name in needed if name not in params]
+    if missing:
+        raise UserError(
+            f"{model} has no {' and no '.join(missing)}"
+            f"{' generator' if missing[-1] in GENERATORS else ''}; it has "
+            f"{', '.join(sorted(params))}. {remedy}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from nvg_jax import bundled, granularity, workdir
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import to_float
+from nvg_jax.models import check_networks
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.hardware import fast_dtype
@@ -95,12 +96,8 @@ class Pipeline:
 
     def check_can_sample(self):
         """Raises UserError if the folder lacks a generator."""
-        if not self.can_sample:
-            missing = [name for name in GENERATORS if name not in self.params]
-            raise UserError(
-                f"This folder has no {' and no '.join(missing)} generator yet, so it cannot "
-                "sample; train with --config.part=generators (or all), or convert one."
-            )
+        remedy = "To sample, train with --config.part=generators (or all), or convert one."
+        check_networks("This folder", self.params, GENERATORS, remedy)
 
     def class_id(self, name: int | str) -> int:
         """The id of a class given by its name or by its id, which may be a string.

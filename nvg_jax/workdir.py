@@ -164,8 +164,8 @@ def read(
     Raises:
         UserError: all checkpoints are damaged, or hold other leaves.
     """
-    found = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)))
-    return found and (RunMetadata.from_json(found[0]), found[1])
+    stored = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)))
+    return stored and (RunMetadata.from_json(stored[0]), stored[1])
 
 
 def read_resize_filter(folder: str | os.PathLike) -> str | None:
@@ -179,8 +179,8 @@ def read_resize_filter(folder: str | os.PathLike) -> str | None:
 
 def read_metadata(folder: str | os.PathLike) -> RunMetadata | None:
     """The metadata of a folder's newest undamaged checkpoint, None if there is no checkpoint."""
-    found = read(folder, lambda metadata: {})
-    return found and found[0]
+    stored = read(folder, lambda metadata: {})
+    return stored and stored[0]
 
 
 # Models to sample from.
@@ -237,17 +237,17 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             f"There is no folder {folder}. Give the --workdir of a training run, a folder that "
             "was exported or converted, or the name of a bundled model, such as fashion_mnist."
         )
-    found = {}  # generator -> (folder of its checkpoints, their metadata)
+    generators = {}  # name -> (folder of its checkpoints, their metadata)
     for part in (BOTH_GENERATORS.name, *GENERATORS):
         metadata = read_metadata(folder / part)
         for name in metadata.model.generators if metadata else ():
-            if name in found:
+            if name in generators:
                 raise UserError(
-                    f"{folder} holds two {name} generators, in {found[name][0].name}/ and in "
+                    f"{folder} holds two {name} generators, in {generators[name][0].name}/ and in "
                     f"{part}/. Move the one you do not want to another folder."
                 )
-            found[name] = folder / part, metadata
-    for place in (folder, *(m.tokenizer_workdir for _, m in found.values())):
+            generators[name] = folder / part, metadata
+    for place in (folder, *(m.tokenizer_workdir for _, m in generators.values())):
         tokenizer = read_tokenizer(place)
         if tokenizer is not None:
             break
@@ -262,19 +262,19 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             f"--config=... --workdir={folder}`."
         )
     metadata, params = tokenizer[0], {"tokenizer": tokenizer[1]}
-    if found and metadata.fingerprint is None:
+    if generators and metadata.fingerprint is None:
         raise UserError(
             f"The tokenizer in {place} is at step {metadata.step}, before the end of its "
             "training, and the generators need the finished one. Restore a copy of its "
             "last checkpoint, or let `python -m nvg_jax.train` finish it."
         )
-    if len({m.class_names for _, m in found.values()}) > 1:
+    if len({m.class_names for _, m in generators.values()}) > 1:
         raise UserError(
             f"The generators in {folder} were trained on data with different classes; train one of "
             "them again."
         )
     metadata = metadata.replace(step=None, steps=None, fid=None)
-    for name, (part_folder, part_metadata) in found.items():
+    for name, (part_folder, part_metadata) in generators.items():
         check_tokenizer(part_metadata, metadata, part_folder)
         stored = read(part_folder, lambda m: {"ema_params": {name: m.model.abstract_params(name)}})
         assert stored is not None  # its metadata was read above
@@ -302,13 +302,13 @@ def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
         UserError: all its checkpoints are damaged.
     """
     folder = files.storage_path(folder)
-    found, key = read_export(folder, "tokenizer"), "tokenizer"
-    if found is None:
+    stored, key = read_export(folder, "tokenizer"), "tokenizer"
+    if stored is None:
         abstract = lambda metadata: {"params": metadata.model.abstract_params("tokenizer")}
-        found, key = read(folder / TOKENIZER.name, abstract), "params"
-    if found is None:
+        stored, key = read(folder / TOKENIZER.name, abstract), "params"
+    if stored is None:
         return None
-    metadata, params = found
+    metadata, params = stored
     return metadata.replace(model=metadata.model.only(), teacher=None), params[key]
 
 

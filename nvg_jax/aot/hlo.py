@@ -80,8 +80,8 @@ class Instruction:
     root: bool
 
     def attribute(self, pattern: str) -> str | None:
-        found = re.search(pattern, self.text)
-        return found[1] if found else None
+        match = re.search(pattern, self.text)
+        return match[1] if match else None
 
     def required(self, pattern: str) -> str:
         """An attribute that every instruction of this kind has."""
@@ -131,10 +131,10 @@ class Computation:
 
     def operand(self, instruction: Instruction, number: int) -> Instruction:
         """An operand, looking through copies, reshapes and conversions."""
-        found = self.by_name[instruction.operands[number]]
-        while found.opcode in ("bitcast", "copy", "copy-done", "copy-start", "reshape", "convert"):
-            found = self.by_name[found.operands[0]]
-        return found
+        source = self.by_name[instruction.operands[number]]
+        while source.opcode in ("bitcast", "copy", "copy-done", "copy-start", "reshape", "convert"):
+            source = self.by_name[source.operands[0]]
+        return source
 
 
 class Module(NamedTuple):
@@ -401,9 +401,9 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> int
 
 def kernel_name(instruction: Instruction) -> str:
     """The target of a custom call; for a Pallas kernel, the kernel's name."""
-    found = re.search(r"(\w+)/pallas_call|/(\w+)$", instruction.op_name)
-    if instruction.target == "tpu_custom_call" and found:
-        return found[1] or found[2]
+    kernel = re.search(r"(\w+)/pallas_call|/(\w+)$", instruction.op_name)
+    if instruction.target == "tpu_custom_call" and kernel:
+        return kernel[1] or kernel[2]
     return instruction.target or ""
 
 

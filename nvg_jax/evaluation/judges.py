@@ -32,6 +32,7 @@ with epy.lazy_imports():  # slow
 
 logger = logging.getLogger("nvg_jax")
 
+JUDGES = ("inception", "classifier")  # of --judge and config.evaluation.judge; see `make_judge`
 DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
 BATCH_SIZE = 128
@@ -69,8 +70,7 @@ class Inception:
     """The network behind the published metrics, on all local devices.
 
     Args:
-        prepare: from uint8 images to its input: `tf1_inception_input` for generation,
-            `antialiased_inception_input` for reconstruction.
+        prepare: from uint8 images to its input, see `INCEPTION_INPUTS`.
 
     Raises:
         UserError: the network's weights are missing; the message says how to import them.
@@ -93,6 +93,32 @@ class Inception:
             features = self._features(self._params, local_batch(images, self._mesh))
             features = jax.device_get(features)
         return jax.tree.map(lambda x: x[: len(images)], features)
+
+
+# What is judged -> Inception's input; published metrics resize the two differently.
+INCEPTION_INPUTS = {
+    "samples": pretrained.tf1_inception_input,
+    "reconstructions": pretrained.antialiased_inception_input,
+}
+
+
+def make_judge(
+    name: str, images: str = "samples", fit: Callable[[], ClassJudge] | None = None
+) -> Judge:
+    """The judge of a name in `JUDGES`.
+
+    Args:
+        images: what it will judge, "samples" or "reconstructions".
+        fit: for a classifier, which is fitted to the data set; see `fit_classifier`.
+
+    Raises:
+        UserError: its weights are missing; the message says how to import them.
+    """
+    if name == "classifier":
+        assert fit is not None
+        return fit()
+    assert name == "inception", name
+    return Inception(INCEPTION_INPUTS[images])
 
 
 def fit_classifier(data_name: str, images, labels, num_classes: int) -> ClassJudge:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nvg_jax import pretrained
 from nvg_jax.evaluation.features import frechet_distance
 from nvg_jax.evaluation.image import psnr, structural_similarity, to_float
-from nvg_jax.evaluation.judges import Inception
+from nvg_jax.evaluation.judges import make_judge
 from nvg_jax.evaluation.report import write_results
 from nvg_jax.evaluation.sets import ImageSet, Split
 from nvg_jax.pipeline import Pipeline
@@ -69,7 +69,7 @@ def report(pipeline: Pipeline, images: Split, out: Path) -> dict[str, Any]:
     Raises:
         UserError: a network's weights are missing, or an image cannot be read.
     """
-    judge = Inception(pretrained.antialiased_inception_input)
+    judge = make_judge("inception", "reconstructions")
     mesh = local_mesh()
     networks = {name: pretrained.load(name) for name in ("lpips", "lpips_alex")}
     networks = jax.device_put(networks, NamedSharding(mesh, PartitionSpec()))

@@ -8,9 +8,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from nvg_jax import pretrained
 from nvg_jax.evaluation.features import FeatureSet
-from nvg_jax.evaluation.judges import Inception, Judge, fit_classifier
+from nvg_jax.evaluation.judges import Judge, fit_classifier, make_judge
 from nvg_jax.evaluation.report import features_of, measure, reference_features
 from nvg_jax.evaluation.sets import ImageSet, Split, load_split, open_reference
 from nvg_jax.jobs.reconstruction import Reconstructions
@@ -73,24 +72,24 @@ def make_scorers(
         return {}
     data = config.data.to_dict() | {"resize_filter": resize_filter}
     size = tuple(config.tokenizer.image_size)
-    scorers, classifier = {}, None
+    train = functools.cache(lambda: load_split(data, "train", size))
+    fit = functools.cache(
+        lambda: fit_classifier(data["name"], train().images, train().labels, num_classes)
+    )
+    scorers, judge_name = {}, config.evaluation.judge
     with jax.set_mesh(local_mesh()):
-        if config.evaluation.judge == "classifier":
-            train = load_split(data, "train", size)
-            classifier = fit_classifier(data["name"], train.images, train.labels, num_classes)
         for part in parts:
             recipe = config[part.section]
             count, batch_size = recipe.fid_samples, recipe.batch_size
             batch_size = min(max(1, batch_size // jax.process_count()), count)
+            judge = make_judge(judge_name, part.images, fit)
             if part.images == "reconstructions":
-                judge = classifier or Inception(pretrained.antialiased_inception_input)
                 originals = Split(data, "test", size, batch_size, count)
                 reference = features_of(originals, judge, keep=0)
                 images = functools.partial(Reconstructions, originals=originals)
             else:
-                judge = classifier or Inception()
-                if classifier:
-                    reference = features_of(train, judge, keep=0)
+                if judge_name == "classifier":
+                    reference = features_of(train(), judge, keep=0)
                 else:
                     real = open_reference(config.evaluation.reference, batch_size, size, data)
                     reference = reference_features(real, judge)

@@ -274,5 +274,5 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
 
 def _count(names: Iterable[str], pattern: str) -> int:
     """One more than the largest number that the pattern finds in a name; 0 if there is none."""
-    found = [int(match[1]) for name in names if (match := re.fullmatch(pattern, name))]
-    return max(found, default=-1) + 1
+    numbers = [int(match[1]) for name in names if (match := re.fullmatch(pattern, name))]
+    return max(numbers, default=-1) + 1

@@ -12,11 +12,12 @@ from etils import epy
 from nvg_jax.data.sources import SPLITS, check_name
 from nvg_jax.errors import UserError
 from nvg_jax.parts import CHOICES, DISTILLATION, PARTS, Part
-from nvg_jax.sampling.settings import Settings, check_dtype
+from nvg_jax.sampling.settings import check_dtype
 
 with epy.lazy_imports():  # slow
     from nvg_jax import models
-    from nvg_jax.training import initial, length, optimizers, registry
+    from nvg_jax.evaluation import judges
+    from nvg_jax.training import generators, initial, length, optimizers, registry
 
 
 def check_config(config: ml_collections.ConfigDict):
@@ -53,7 +54,7 @@ def check_config(config: ml_collections.ConfigDict):
 def check_sizes(config: ml_collections.ConfigDict):
     """Raises UserError for invalid sizes, or sampling settings that do not fit them."""
     sizes = models.ModelConfig.from_config(config, num_classes=0).tokenizer
-    Settings.from_dict(config.sampling.to_dict()).expand(sizes.num_stages, sizes.codebook_size)
+    generators.sampling_settings(config).expand(sizes.num_stages, sizes.codebook_size)
 
 
 def check_process(config: ml_collections.ConfigDict):
@@ -98,8 +99,8 @@ def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, .
             f"{name}.fid_every must be 0 (never) or more and fid_samples at least 2, got "
             f"{recipe.fid_every} and {recipe.fid_samples}."
         )
-    if judge not in ("inception", "classifier"):
-        raise UserError(f"evaluation.judge must be inception or classifier, got {judge!r}.")
+    if judge not in judges.JUDGES:
+        raise UserError(f"evaluation.judge must be {' or '.join(judges.JUDGES)}, got {judge!r}.")
     if any(part.section == name and not part.images for part in parts):
         raise UserError(
             f"generator_training.fid_every needs both generators to draw samples, and "

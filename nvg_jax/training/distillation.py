@@ -20,7 +20,7 @@ from nvg_jax import bundled, granularity
 from nvg_jax.data import SequenceSource
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
-from nvg_jax.models import init_generator
+from nvg_jax.models import check_networks, init_generator
 from nvg_jax.parts import GENERATORS, Part
 from nvg_jax.runtime import files, sharding
 from nvg_jax.sampling.guidance import Guidance
@@ -351,12 +351,9 @@ def read_teacher(folder: str) -> tuple[RunMetadata, Params]:
         UserError: there is no model, or it cannot sample.
     """
     metadata, params = bundled.read_model(folder)
-    missing = [name for name in GENERATORS if name not in params]
-    if missing:
-        raise UserError(
-            f"--teacher={folder} has no {' and no '.join(missing)} generator; distillation needs a "
-            "model that can sample."
-        )
+    check_networks(
+        f"--teacher={folder}", params, GENERATORS, "Distillation needs a model that can sample."
+    )
     return metadata, params
 
 

@@ -362,14 +362,14 @@ def load_tokenizer(run: Run) -> tuple[RunMetadata, Params]:
     folder = run.tokenizer_workdir
     # A single read, so that weights and metadata come from the same checkpoint, even if the newest
     # one is damaged.
-    found = workdir.read_tokenizer(folder)
-    if found is None or found[0].fingerprint is None:
+    stored = workdir.read_tokenizer(folder)
+    if stored is None or stored[0].fingerprint is None:
         raise UserError(
             f"The generators need a trained tokenizer, and {folder} has none that has finished. "
             "Run with --config.part=tokenizer (or all) first, or give a folder that has one with "
             "--config.tokenizer_workdir."
         )
-    metadata, params = found
+    metadata, params = stored
     sizes = metadata.model.tokenizer
     if sizes != run.model.tokenizer:
         raise UserError(
@@ -378,5 +378,5 @@ def load_tokenizer(run: Run) -> tuple[RunMetadata, Params]:
             "or another workdir."
         )
     if isinstance(run.train_source, SequenceSource):
-        run.train_source.check_tokenizer(found[0].fingerprint)
+        run.train_source.check_tokenizer(stored[0].fingerprint)
     return metadata, jax.device_put(params, run.replicated)

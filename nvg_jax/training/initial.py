@@ -10,16 +10,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax import bundled
 from nvg_jax.errors import UserError
+from nvg_jax.models import check_networks
 from nvg_jax.runtime.sharding import to_host
 from nvg_jax.training.state import TrainState
 from nvg_jax.workdir import RunMetadata
 
 State = TypeVar("State", bound=TrainState)
 
+REMEDY = "Give a model that has what is trained, or train less with --config.part."
 CLASS_TABLE = ("class_embed", "embedding")  # (classes + 1, width); the last row is the null class
 
 
-def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+def start_from(folder: str, initial: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
     """The weights of another model for a new training.
 
     The rows of the class table are matched by class name. A class that the model does not have
@@ -27,7 +29,7 @@ def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) 
 
     Args:
         folder: a workdir, an exported or converted folder, or the name of a bundled model.
-        wanted: {"tokenizer" or a generator: its initial parameters}, placed on devices.
+        initial: {"tokenizer" or a generator: its initial parameters}, placed on devices.
         class_names: the classes of the new data.
 
     Returns:
@@ -37,12 +39,12 @@ def start_from(folder: str, wanted: dict[str, Any], class_names: Sequence[str]) 
         UserError: the model lacks a network, or an array has another size; the message names it.
     """
     metadata, params = bundled.read_model(folder)
-    check_names(folder, wanted, params)
-    found = {
+    check_networks(f"init_from={folder}", params, initial, REMEDY)
+    weights = {
         name: fit_params(tree, params[name], f"{folder}: {name}", metadata, class_names)
-        for name, tree in wanted.items()
+        for name, tree in initial.items()
     }
-    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), found, wanted)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), weights, initial)
 
 
 def with_params(state: State, params) -> State:
@@ -60,26 +62,18 @@ def check_model(folder: str, sizes: dict[str, Any]):
         _, params = bundled.read_model(folder)
     except UserError as error:
         raise UserError(f"init_from={folder}: {error}") from error
-    check_names(folder, sizes, params)
-    for name, wanted in sizes.items():
-        wanted, found = flatten_dict(wanted), flatten_dict(params[name])
-        for tree in (wanted, found):
+    check_networks(f"init_from={folder}", params, sizes, REMEDY)
+    for name, abstract in sizes.items():
+        needed, stored = flatten_dict(abstract), flatten_dict(params[name])
+        for tree in (needed, stored):
             tree.pop(CLASS_TABLE, None)
-        check_sizes(wanted, found, f"{folder}: {name}")
+        check_sizes(needed, stored, f"{folder}: {name}")
 
 
-def check_names(folder: str, wanted: dict[str, Any], params: dict[str, Any]):
-    missing = [name for name in wanted if name not in params]
-    if missing:
-        raise UserError(
-            f"init_from={folder} has no {' and no '.join(missing)}; it has {', '.join(params)}."
-        )
-
-
-def check_sizes(wanted: dict[tuple, Any], found: dict[tuple, Any], where: str):
+def check_sizes(needed: dict[tuple, Any], stored: dict[tuple, Any], where: str):
     """Raises UserError for an array of {path: array} that is missing or has another size."""
-    for path in sorted(wanted.keys() | found.keys()):
-        sizes = [tree[path].shape if path in tree else "missing" for tree in (wanted, found)]
+    for path in sorted(needed.keys() | stored.keys()):
+        sizes = [tree[path].shape if path in tree else "missing" for tree in (needed, stored)]
         if sizes[0] != sizes[1]:
             raise UserError(
                 f"init_from={where}/{'/'.join(path)} is {sizes[1]}, and the config needs "
@@ -88,19 +82,19 @@ def check_sizes(wanted: dict[tuple, Any], found: dict[tuple, Any], where: str):
 
 
 def fit_params(
-    wanted_tree, found_tree, where: str, metadata: RunMetadata, class_names: Sequence[str]
-):
-    """`found_tree`, its class table adapted to `class_names`, as a tree like `wanted_tree`.
+    initial, weights, where: str, metadata: RunMetadata, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """`weights`, with a class table for `class_names`, as a tree like `initial`.
 
-    The REPA projector, which no model keeps, is taken from `wanted_tree`.
+    The REPA projector, which no model keeps, is taken from `initial`.
     """
-    wanted: dict[tuple, Any] = flatten_dict(wanted_tree)
-    found: dict[tuple, Any] = flatten_dict(found_tree)
-    if CLASS_TABLE in wanted and CLASS_TABLE in found:
-        found[CLASS_TABLE] = class_table(found[CLASS_TABLE], metadata.class_names, class_names)
-    found |= {path: to_host(x) for path, x in wanted.items() if path[0] == "repa"}
-    check_sizes(wanted, found, where)
-    return unflatten_dict(found)
+    needed: dict[tuple, Any] = flatten_dict(initial)
+    stored: dict[tuple, Any] = flatten_dict(weights)
+    if CLASS_TABLE in needed and CLASS_TABLE in stored:
+        stored[CLASS_TABLE] = class_table(stored[CLASS_TABLE], metadata.class_names, class_names)
+    stored |= {path: to_host(x) for path, x in needed.items() if path[0] == "repa"}
+    check_sizes(needed, stored, where)
+    return unflatten_dict(stored)
 
 
 def class_table(

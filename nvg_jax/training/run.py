@@ -209,7 +209,7 @@ def choose_resize_filter(
     if teacher is not None:
         return teacher.resize_filter
     for folder in (workdir, config.tokenizer_workdir, config.init_from):
-        found = folder and read_resize_filter(bundled.find(folder))
-        if found:
-            return found
+        stored = folder and read_resize_filter(bundled.find(folder))
+        if stored:
+            return stored
     return "lanczos"
