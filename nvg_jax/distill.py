@@ -25,7 +25,7 @@ with epy.lazy_imports():  # slow, and not needed to report an invalid setting
     from nvg_jax import workdir as folders
     from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
-    from nvg_jax.training import distillation, loop, registry, run
+    from nvg_jax.training import distillation, loop, plan, registry, run
 
 FLAGS = flags.FLAGS
 
@@ -56,6 +56,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
         scorers = scoring.make_scorers(
             config, (DISTILLATION,), opened.model.num_classes, opened.resize_filter
         )
+        plan.announce(opened, [trainer])
         loop.fit(trainer, opened, scorers.get(DISTILLATION))
     trained = folders.read(
         workdir / DISTILLATION.name,

@@ -22,7 +22,7 @@ from nvg_jax.training import checks
 with epy.lazy_imports():  # slow, and not needed to report an invalid setting
     from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
-    from nvg_jax.training import loop, registry, run
+    from nvg_jax.training import loop, plan, registry, run
 
 FLAGS = flags.FLAGS
 
@@ -48,6 +48,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
         scorers = scoring.make_scorers(
             config, parts, opened.model.num_classes, opened.resize_filter
         )
+        plan.announce(opened, todo)
         for trainer in todo:
             loop.fit(trainer, opened, scorers.get(trainer.part))
 

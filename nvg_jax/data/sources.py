@@ -6,6 +6,7 @@ source without images: it holds the granularity sequences that a tokenizer made 
 """
 
 import abc
+import collections
 import gzip
 import hashlib
 import os
@@ -65,6 +66,11 @@ class Source(abc.ABC):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def images_per_class(self) -> tuple[int, ...] | None:
+        """The number of images of every class; None if only reading all of them would tell."""
+        return None
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
@@ -80,6 +86,10 @@ class ArraySource(Source):
     ):
         super().__init__(class_names)
         self._images, self._labels, self._name = images, labels, name
+
+    @property
+    def images_per_class(self) -> tuple[int, ...]:
+        return tuple(np.bincount(self._labels, minlength=self.num_classes).tolist())
 
     def __len__(self) -> int:
         return len(self._images)
@@ -99,6 +109,11 @@ class FolderSource(Source):
         super().__init__(class_names)
         self._root, self._files = root, files
         self._labels = {name: label for label, name in enumerate(class_names)}
+
+    @property
+    def images_per_class(self) -> tuple[int, ...]:
+        counts = collections.Counter(file.split("/")[0] for file in self._files)
+        return tuple(counts[name] for name in self.class_names)
 
     def __len__(self) -> int:
         return len(self._files)

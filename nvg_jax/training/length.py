@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from nvg_jax.errors import UserError
+from nvg_jax.runtime.processes import is_main
 
 logger = logging.getLogger("nvg_jax")
 
@@ -69,6 +70,8 @@ def warn_if_too_short(section: str, recipe: ml_collections.ConfigDict, steps: in
     """Warns of a warm-up or an average that is longer than the training of `steps` steps."""
     warmup, decay = recipe.optimizer.warmup_steps, recipe.optimizer.ema_decay
     advice = f"Set it to {AUTO}, so that it follows from the length, or train longer"
+    if not is_main():
+        return
     if warmup >= steps:
         logger.warning(
             "%s.optimizer.warmup_steps=%d is longer than the training, %d steps: the learning rate "

@@ -102,6 +102,7 @@ class Reporter:
         self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
+        self._compiled = False
         self._assessed = folder / "assessed.txt"
         if start:
             state = "finished" if start >= steps else "resuming"
@@ -119,6 +120,9 @@ class Reporter:
         """Restarts the timer at the first step after a report, so that saving is not timed."""
         if not self._window:
             self._window_started = time.monotonic()
+        if not self._compiled:
+            logger.info("%s: compiling the step (about a minute)", self._part)
+            self._compiled = True
 
     def add(self, metrics: dict[str, Any]):
         """Adds the metrics of a step; they stay on the devices until the next line."""

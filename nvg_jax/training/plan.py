@@ -1,0 +1,125 @@
+"""What a training is about to do: told before its first step, and kept in the workdir."""
+
+import collections
+import importlib.metadata
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epy
+
+from nvg_jax.errors import reported
+from nvg_jax.runtime.files import make_folder
+from nvg_jax.runtime.processes import is_main
+from nvg_jax.training.run import Run
+from nvg_jax.training.trainer import Trainer
+
+with epy.lazy_imports():  # imports TensorFlow, which takes seconds
+    from clu import metric_writers
+
+logger = logging.getLogger("nvg_jax")
+FILE = "config.json"
+CLASSES_SHOWN = 20
+LIBRARIES = ("nvg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def announce(run: Run, trainers: Sequence[Trainer]):
+    """Logs what these trainers are about to do; process 0 writes it to the workdir.
+
+    WORKDIR/config.json and TensorBoard's text have the config, with everything that follows from
+    the number of images, the commit and the versions. It replaces that of an earlier start.
+
+    Raises:
+        UserError: the workdir cannot be written.
+    """
+    for line in describe(run, trainers):
+        logger.info("%s", line)
+    if not is_main():
+        return
+    text = json.dumps({"config": run.config_json(), **provenance()}, indent=1)
+    make_folder(run.workdir)
+    with reported(f"{run.workdir / FILE} cannot be written"):
+        (run.workdir / FILE).write_text(text + "\n")
+    writer = metric_writers.SummaryWriter(str(run.workdir))
+    writer.write_texts(0, {"config": f"```json\n{text}\n```"})
+    writer.close()
+
+
+def provenance() -> dict[str, Any]:
+    """The command, the commit of this code, and the versions of it and of its libraries."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        commit = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # installed without its repository
+        commit = None
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions = {"python": sys.version.split()[0], **versions}
+    return {"command": sys.argv, "commit": commit, "versions": versions}
+
+
+def describe(run: Run, trainers: Sequence[Trainer]) -> list[str]:
+    """Lines of text on the data, the devices, the training of every part, and the results."""
+    devices = collections.Counter(device.device_kind for device in run.mesh.devices.flat)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    return [
+        *describe_data(run),
+        f"devices: {', '.join(f'{n} x {kind}' for kind, n in devices.items())} (mesh: {mesh}) of "
+        f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}",
+        *(line for trainer in trainers for line in describe_part(run, trainer)),
+        f"results: {run.workdir} (tensorboard --logdir {run.workdir})",
+    ]
+
+
+def describe_data(run: Run) -> list[str]:
+    data, train, test = run.config.data, run.train_source, run.test_source
+    lines = [
+        f"data: {' '.join(filter(None, (data.name, data.data_dir)))}: {len(train):,} images to "
+        f"train on, {len(test):,} held out; unreadable ones "
+        + ("are skipped" if data.on_bad == "skip" else "stop the run (--config.data.on_bad=skip)")
+    ]
+    counts = train.images_per_class
+    if counts is None or train.num_classes > CLASSES_SHOWN:
+        lines.append(f"classes: {train.num_classes:,}")
+        if counts is not None:
+            lines[-1] += f", of {min(counts):,} to {max(counts):,} images"
+    else:
+        named = (f"{name} ({n:,})" for name, n in zip(train.class_names, counts))
+        lines.append(f"classes: {train.num_classes}: {', '.join(named)}")
+    return lines
+
+
+def describe_part(run: Run, trainer: Trainer) -> list[str]:
+    name, recipe = trainer.part.name, run.config[trainer.part.section]
+    sizes = {
+        network: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for network, tree in trainer.trained(trainer.abstract_state.params).items()
+    }
+    images = recipe.batch_size * trainer.steps
+    optimizer, dtype = trainer.optimizer_config, recipe.get("dtype") or run.config.dtype
+    rate = optimizer.learning_rate * recipe.batch_size / 256
+    intervals = f"evaluated every {recipe.eval_every:,} steps, saved every {recipe.save_every:,}"
+    if recipe.fid_every:
+        intervals += f", FID every {recipe.fid_every:,}"
+    return [
+        f"{name}: " + ", ".join(f"{k} of {n:,} parameters" for k, n in sizes.items()),
+        f"{name}: {trainer.steps:,} steps of {recipe.batch_size:,} images "
+        f"({images / trainer.num_images:,.3g} epochs), {intervals}",
+        f"{name}: learning rate {rate:.3g} ({optimizer.schedule}, {optimizer.warmup_steps:,} steps "
+        f"of warm-up), {dtype}, state of {state_bytes(trainer) / 2**20:,.1f} MiB per device",
+    ]
+
+
+def state_bytes(trainer: Trainer) -> int:
+    """The bytes of parameters, averages and optimizer state on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(trainer.abstract_state)
+    )
