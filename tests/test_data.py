@@ -4,8 +4,10 @@ import collections
 import gzip
 import io
 import json
+import os
 import pickle
 import struct
+import tracemalloc
 
 import grain
 import numpy as np
@@ -22,7 +24,7 @@ from nvg_jax.data import (
     open_source,
     train_batches,
 )
-from nvg_jax.data.sources import ArraySource
+from nvg_jax.data.sources import ArraySource, FolderSource
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 
@@ -167,6 +169,29 @@ def test_image_folder_errors(tmp_path):
         open_()
 
 
+def test_names_that_are_not_utf_8_and_links_to_themselves(tmp_path):
+    make_folder(tmp_path)
+    name = os.fsdecode(b"caf\xe9")  # Latin-1
+    (tmp_path / "ant" / "0.png").rename(tmp_path / "ant" / name)
+    (tmp_path / "ant").rename(tmp_path / f"ant {name}")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "zebra" / "loop.png").symlink_to("loop.png")
+    source = open_source("image_folder", "train", data_dir=str(tmp_path))
+    assert source.class_names == (f"ant {name}", "zebra")
+    assert len(source) == 3  # by the hashes of their names
+    with pytest.raises(UserError, match="loop.png cannot be read"):
+        FolderSource(tmp_path, ["zebra/loop.png"], ["zebra"])[0]
+
+
+def test_a_test_folder_without_classes_leaves_val(tmp_path):
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "val")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "unlabeled.png").touch()
+    source = open_source("image_folder", "test", data_dir=str(tmp_path))
+    assert source[0]["name"].startswith(str(tmp_path / "val"))
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match="no data set 'mnist'"):
         open_source("mnist", "train")
@@ -269,6 +294,8 @@ def encoded(pixels, mode=None, format="PNG", **options):
         (encoded(Image.new("1", (1, 1), 1)), [255, 255, 255]),
         (encoded(Image.new("LA", (1, 1), (5, 255))), [5, 5, 5]),
         (encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), format="TIFF"), [255, 0, 0]),
+        (encoded(np.array([[7]], np.uint16), transparency=7), [255, 255, 255]),
+        (encoded(np.array([[32896]], np.uint16), transparency=7), [128, 128, 128]),
         (encoded(Image.new("RGB", (1, 1), (250, 3, 9)).quantize(2)), [250, 3, 9]),
         (encoded(Image.new("RGB", (1, 1), (250, 3, 9)).quantize(2), transparency=0), [255] * 3),
     ],
@@ -342,6 +369,28 @@ def test_resize_covers_and_range():
         Transform((16, 16), resize_filter="x")
 
 
+@pytest.mark.parametrize("shape", [(8000, 1), (1, 8000)])
+@pytest.mark.parametrize("resize_filter", ["lanczos", "published"])
+def test_a_very_long_image_costs_no_more_than_its_crop(shape, resize_filter):
+    """Resized whole, it would have 288 x 2,304,000 pixels."""
+    image = Image.fromarray(np.full(shape, 51, np.uint8)).convert("RGB")
+    tracemalloc.start()
+    crop = Transform((256, 256), resize_filter=resize_filter)(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    np.testing.assert_array_equal(crop, np.full((256, 256, 3), np.float32(51 / 127.5 - 1)))
+
+
+def test_the_crop_of_a_long_image_is_that_of_the_whole(monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 131, 3), np.uint8))
+    transform = Transform((12, 10), pad=2)
+    parts = [transform(image), *(transform(image, np.random.default_rng(n)) for n in range(9))]
+    monkeypatch.setattr("nvg_jax.data.transforms.LONG", 1e9)
+    whole = [transform(image), *(transform(image, np.random.default_rng(n)) for n in range(9))]
+    np.testing.assert_array_equal(parts, whole)
+
+
 PUBLISHED = Transform((256, 256), resize_filter="published")
 
 
@@ -391,7 +440,7 @@ def test_lanczos4_by_hand():
     half = lanczos4.kernel(np.array([0.5], np.float32))[0]
     lanczos = np.sinc(x := np.arange(-3.5, 4)) * np.sinc(x / 4)
     np.testing.assert_allclose(half, lanczos / lanczos.sum(), atol=1e-6)
-    places, weights = lanczos4.taps(6, 3)  # each pixel is between two: 0.5, 2.5, 4.5
+    places, weights = lanczos4.taps(6, 3, np.arange(3))  # each pixel is between two: 0.5, 2.5, 4.5
     assert places.tolist()[0] == [0, 0, 0, 0, 1, 2, 3, 4]
     assert places.tolist()[2] == [1, 2, 3, 4, 5, 5, 5, 5]
     np.testing.assert_array_equal(weights, np.rint([half * 2048] * 3))

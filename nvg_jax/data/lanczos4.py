@@ -44,11 +44,11 @@ def resize(
     """
     channels = image.shape[2]
     # Rows first: only those that are needed, and contiguous in memory.
-    places, weights = (x[rows] for x in taps(image.shape[0], size[0]))
+    places, weights = taps(image.shape[0], size[0], rows)
     used, places = np.unique(places, return_inverse=True)
     sums = _weighted(places, weights, image[used].reshape(len(used), -1))
     sums = sums.reshape(len(rows), -1, channels).transpose(1, 0, 2)
-    places, weights = (x[columns] for x in taps(image.shape[1], size[1]))
+    places, weights = taps(image.shape[1], size[1], columns)
     sums = _weighted(places, weights, sums.reshape(len(sums), -1))
     sums = sums.reshape(len(columns), len(rows), channels).transpose(1, 0, 2)
     half = 1 << (2 * SCALE_BITS - 1)
@@ -62,15 +62,17 @@ def _weighted(places: np.ndarray, weights: np.ndarray, values: np.ndarray) -> np
     return sparse.csr_array(indices, (count, len(values))) @ values.astype(np.int32)
 
 
-@functools.lru_cache(256)
-def taps(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """The source pixels of each of `target` pixels along a side of `size`, and their weights.
+def taps(size: int, target: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The source pixels of some of `target` pixels along a side of `size`, and their weights.
+
+    Args:
+        indices: int (n,), which of the `target` pixels.
 
     Returns:
-        Two int32 (target, 8). Places beyond an edge are the edge's; weights are in 1/2048.
+        Two int32 (n, 8). Places beyond an edge are the edge's; weights are in 1/2048.
     """
     scale = 1 / (target / size)  # two divisions, as OpenCV rounds
-    centers = ((np.arange(target) + 0.5) * scale - 0.5).astype(np.float32)
+    centers = ((indices + 0.5) * scale - 0.5).astype(np.float32)
     first = np.floor(centers)
     places = first.astype(np.int32)[:, None] + np.arange(1 - TAPS // 2, 1 + TAPS // 2)
     weights = np.rint(kernel(centers - first) * np.float32(1 << SCALE_BITS)).astype(np.int32)

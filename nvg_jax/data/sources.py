@@ -7,6 +7,7 @@ source without images: it holds the granularity sequences that a tokenizer made 
 
 import abc
 import collections
+import errno
 import gzip
 import hashlib
 import os
@@ -346,9 +347,10 @@ def _image_folder(split: str, data_dir: str | None) -> Source:
         raise UserError(f"The data_dir '{root}' is not a folder.")
     held_out = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if (root / "train").is_dir() and held_out:
-        folder = {"train": root / "train", "test": held_out[0]}[split]
-        files = _list_images(folder)
         class_names = _subfolders(root / "train")
+        fitting = [held for held in held_out if _subfolders(held) == class_names]
+        folder = {"train": root / "train", "test": (fitting or held_out)[0]}[split]
+        files = _list_images(folder)
         if _subfolders(folder) != class_names:
             raise UserError(
                 f"'{folder}' and '{root / 'train'}' must have the same class folders; "
@@ -365,13 +367,22 @@ def _image_folder(split: str, data_dir: str | None) -> Source:
 
 
 def _in_test(file: str) -> bool:
-    digest = hashlib.sha256(file.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(file)).digest()  # names need not be UTF-8
     return int.from_bytes(digest[:8], "big") < FOLDER_TEST_FRACTION * 2**64
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if _is_folder(e) and not e.name.startswith("."))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False  # a link to itself: reading it will say so
 
 
 def _list_images(root: pathlib.Path) -> list[str]:
@@ -384,7 +395,7 @@ def _list_images(root: pathlib.Path) -> list[str]:
     files = []
     for name in classes:
         with os.scandir(root / name) as entries:
-            listed = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+            listed = sorted((e.name, _is_folder(e)) for e in entries if e.name[0] != ".")
         for file, is_folder in listed:
             if is_folder:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -10,6 +11,7 @@ from nvg_jax.data import lanczos4
 from nvg_jax.errors import UserError
 
 RESIZE_FILTERS = ("lanczos", "published")
+LONG = 16  # an image this many times as long as its crop is not resized whole
 
 
 def decode(image: bytes | np.ndarray | Image.Image, background: str = "white") -> Image.Image:
@@ -41,7 +43,11 @@ def decode(image: bytes | np.ndarray | Image.Image, background: str = "white") -
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     image.load()
     if image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+        gray = np.asarray(image)
+        rgb = Image.fromarray(_to_8_bits(gray)).convert("RGB")
+        if "transparency" in image.info:  # one gray value
+            rgb.paste(background, mask=Image.fromarray(gray == image.info["transparency"]))
+        return rgb
     if image.mode == "F":
         raise UserError("floating-point values have no fixed range")
     if image.has_transparency_data:
@@ -129,9 +135,27 @@ class Transform:
             pixels = lanczos4.resize(np.asarray(image), size, rows, columns)
         else:
             if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.LANCZOS)
+                image, rows, columns = self._resize(image, rows, columns)
             pixels = np.asarray(image)[rows][:, columns]
         return pixels.astype(np.float32) / 127.5 - 1
+
+    def _resize(self, image: Image.Image, rows: np.ndarray, columns: np.ndarray):
+        """(resized image, rows and columns in it): of a very long image only the part around them.
+
+        The resizing of a part rounds its source positions differently, in the last bit of float64,
+        so images of usual shapes are resized whole.
+        """
+        height, width = self.resized(image.height, image.width)
+        top, left, bottom, right = 0, 0, height, width
+        if height * width > LONG * math.prod(self.cover):
+            top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+        x, y = (lambda n: n * image.width / width), (lambda n: n * image.height / height)
+        resized = image.resize(
+            (int(right - left), int(bottom - top)),
+            Image.Resampling.LANCZOS,
+            box=(x(left), y(top), x(right), y(bottom)),
+        )
+        return resized, rows - top, columns - left
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width to which an image of height x width is resized."""
