@@ -30,6 +30,7 @@ def base() -> ml_collections.ConfigDict:
         eval_images=0,  # evenly spaced in the test split; 0: all
         save_every=5000,
         keep=2,  # number of checkpoints to keep
+        max_skipped_steps=0,  # steps in a row that may be left out for bad gradients; 0: none
         fid_every=0,  # steps between FID measurements; the best model is kept; 0: never
         fid_samples=10_000,
     )

@@ -100,6 +100,22 @@ def compile_fast():
         add_xla_flags(*FAST_COMPILE)
 
 
+def define_resume_flags():
+    """Defines how a training goes on with what its workdir holds."""
+    flags.DEFINE_list(
+        "allow_changes",
+        [],
+        "Settings that may differ from those the run was started with, such as learning_rate, "
+        "length or data; the change is recorded.",
+    )
+    flags.DEFINE_integer(
+        "resume_step",
+        None,
+        "Go back to the checkpoint of this step; later ones are renamed to abandoned_STEP.",
+        lower_bound=1,
+    )
+
+
 def define_model_flags():
     flags.DEFINE_string("workdir", None, MODEL)
     flags.DEFINE_integer("seed", 0, "Seed of all randomness.")

@@ -9,6 +9,7 @@ and `evaluate`. Run the same command again to resume.
 """
 
 import os
+from collections.abc import Sequence
 
 import ml_collections
 from absl import flags
@@ -19,7 +20,7 @@ from nvg_jax import cli
 from nvg_jax.errors import UserError
 from nvg_jax.parts import DISTILLATION
 from nvg_jax.runtime import preemption, watchdog
-from nvg_jax.training.checks import check_process, check_recipe
+from nvg_jax.training.checks import check_process, check_recipe, check_resume
 
 with epy.lazy_imports():  # slow, and not needed to report an invalid setting
     from nvg_jax import workdir as folders
@@ -30,8 +31,17 @@ with epy.lazy_imports():  # slow, and not needed to report an invalid setting
 FLAGS = flags.FLAGS
 
 
-def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.PathLike):
+def distill(
+    config: ml_collections.ConfigDict,
+    teacher: str,
+    workdir: str | os.PathLike,
+    allow_changes: Sequence[str] = (),
+    resume_step: int | None = None,
+):
     """Trains a student of `teacher` and writes the complete model to `workdir`; resumes.
+
+    Args:
+        allow_changes, resume_step: as for `train`.
 
     Raises:
         UserError: an invalid setting, teacher or data set, or a metric that is not finite; the
@@ -40,6 +50,8 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     """
     check_process(config)
     check_recipe(config, DISTILLATION.section, (DISTILLATION,))
+    resume = folders.Resume(tuple(allow_changes), resume_step)
+    check_resume(config, (DISTILLATION,), resume)
     workdir = files.storage_path(workdir)
     folders.check_export(workdir)
     if folders.holds_model(workdir) and not (workdir / DISTILLATION.name).exists():
@@ -51,7 +63,7 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
     config = distillation.with_teacher(config, metadata)
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        opened = run.open_run(config, workdir, mesh, teacher=(metadata, params))
+        opened = run.open_run(config, workdir, mesh, teacher=(metadata, params), resume=resume)
         trainer = registry.open_trainer(opened, DISTILLATION)
         scorers = scoring.make_scorers(
             config, (DISTILLATION,), opened.model.num_classes, opened.resize_filter
@@ -70,12 +82,13 @@ def distill(config: ml_collections.ConfigDict, teacher: str, workdir: str | os.P
 def main(_):
     preemption.watch()
     watchdog.start(FLAGS.config.stall_timeout)
-    distill(FLAGS.config, FLAGS.teacher, FLAGS.workdir)
+    distill(FLAGS.config, FLAGS.teacher, FLAGS.workdir, FLAGS.allow_changes, FLAGS.resume_step)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
     flags.DEFINE_string("teacher", None, cli.MODEL)
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the model.")
+    cli.define_resume_flags()
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
     cli.main(main, cli.compile_fast)

@@ -8,6 +8,7 @@ launchers do so before they pay for a machine.
 
 import os
 import sys
+from collections.abc import Sequence
 
 import ml_collections
 from absl import flags
@@ -20,6 +21,7 @@ from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training import checks
 
 with epy.lazy_imports():  # slow, and not needed to report an invalid setting
+    from nvg_jax import workdir as folders
     from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
     from nvg_jax.training import loop, plan, registry, run
@@ -27,8 +29,18 @@ with epy.lazy_imports():  # slow, and not needed to report an invalid setting
 FLAGS = flags.FLAGS
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    allow_changes: Sequence[str] = (),
+    resume_step: int | None = None,
+):
     """Trains the parts that `config.part` names, resuming from `workdir`.
+
+    Args:
+        allow_changes: settings that may differ from those the run was started with, such as
+            "learning_rate"; a section allows all of its settings.
+        resume_step: goes back to the checkpoint of this step; later ones are renamed.
 
     Raises:
         UserError: an invalid setting or data set, or a metric that is not finite; the message says
@@ -37,12 +49,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
     """
     checks.check_config(config)
     parts, workdir = CHOICES[config.part], files.storage_path(workdir)
+    resume = folders.Resume(tuple(allow_changes), resume_step)
+    checks.check_resume(config, parts, resume)
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
         # A run that has already started does not read init_from again.
         if config.init_from and not any((workdir / part.name).exists() for part in parts):
             checks.check_init(config, parts)
-        opened = run.open_run(config, workdir, mesh, registry.pretrained_names(parts, config))
+        names = registry.pretrained_names(parts, config)
+        opened = run.open_run(config, workdir, mesh, names, resume=resume)
         # All trainers first, so that no setting of a later part is refused after days of training.
         todo = [registry.open_trainer(opened, part) for part in parts]
         scorers = scoring.make_scorers(
@@ -56,7 +71,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
 def main(_):
     preemption.watch()
     watchdog.start(FLAGS.config.stall_timeout)
-    train(FLAGS.config, FLAGS.workdir)
+    train(FLAGS.config, FLAGS.workdir, FLAGS.allow_changes, FLAGS.resume_step)
 
 
 def set_up():
@@ -74,5 +89,6 @@ if __name__ == "__main__":
     flags.DEFINE_boolean(
         "check_only", False, "Check the flags and the config, without data and devices, and end."
     )
+    cli.define_resume_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     cli.main(main, set_up)

@@ -8,8 +8,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +33,9 @@ MAY_CHANGE = frozenset(
     + ("data_dir", "num_threads", "prefetch", "on_bad")
     + ("resize_filter",)  # what it comes to, `RunMetadata.resize_filter`, may not
 )
+LENGTH = ("length", "batch_size", "num_images")
+FOLLOW = ("warmup_steps", "ema_decay")  # may change with these, which they follow from if -1
+FIXED = (*SIZES, "teacher", "class_names")  # metadata that never change: what the weights fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,9 @@ class RunMetadata:
         tokenizer_workdir: the workdir of the tokenizer that the generators were trained with.
         config: the training configuration.
         steps: the length of the training.
+        num_images: the size of the training data. Older checkpoints do not say it.
+        changes: what was changed on purpose, oldest first: {"step", "images": those seen before,
+            "settings": {dotted path: [old value, new value]}}.
         fid: the Frechet distance of a model that was kept as the best of its training.
         sources: the files that converted weights come from.
         resize_filter: how its training images were resized, see `Transform`. Checkpoints that do
@@ -66,10 +73,23 @@ class RunMetadata:
     tokenizer_workdir: str | None = None
     config: dict[str, Any] | None = None
     steps: int | None = None
+    num_images: int | None = None
+    changes: tuple[dict[str, Any], ...] = ()
     fid: float | None = None
     sources: dict[str, Any] | None = None
     resize_filter: str = "lanczos"
     step: int | None = None
+
+    def images_seen(self, section: str, step: int) -> int:
+        """The number of training images until `step` of the recipe in a section of the config."""
+        assert self.config is not None
+        last = self.changes[-1] if self.changes else {"step": 0, "images": 0}
+        return last["images"] + (step - last["step"]) * self.config[section]["batch_size"]
+
+    def went_back_to(self, step: int) -> bool:
+        """Whether this is a later step of a run whose last change was at `step`."""
+        assert self.step is not None
+        return bool(self.changes) and self.changes[-1]["step"] == step < self.step
 
     @property
     def transform(self) -> Transform:
@@ -141,6 +161,7 @@ class RunMetadata:
             metadata = cls(model=model, **content)
             return metadata.replace(
                 class_names=tuple(metadata.class_names),
+                changes=tuple(metadata.changes),
                 canvas_scale=metadata.canvas_scale and tuple(metadata.canvas_scale),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -281,6 +302,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         part_metadata, state = stored
         params[name] = state["ema_params"][name]
         of_generator = ("class_names", "sampling", "config", "resize_filter", "steps", "step")
+        of_generator += ("num_images", "changes")
         metadata = metadata.replace(
             model=dataclasses.replace(
                 metadata.model,
@@ -363,34 +385,109 @@ def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: epat
         )
 
 
-def check_resume(stored: RunMetadata, new: RunMetadata, section: str, folder: epath.Path):
-    """Raises UserError if the config differs from the one that the run in `folder` started with.
+class Resume(NamedTuple):
+    """How to go on with a run.
 
-    Settings in `MAY_CHANGE` may differ.
+    Attributes:
+        allow_changes: names of settings that may differ from those of the checkpoint: a setting
+            ("learning_rate"), a section ("data"), or a dotted path of both.
+        step: go back to the checkpoint of this step; None: the newest one.
+    """
+
+    allow_changes: tuple[str, ...] = ()
+    step: int | None = None
+
+
+NEWEST = Resume()  # go on from the newest checkpoint with the same settings
+
+
+def covers(name: str, setting: str) -> bool:
+    """Whether a name, such as "learning_rate" or "data", means a setting given by its path."""
+    return f".{name}." in f".{setting}."
+
+
+def changed_settings(
+    stored: RunMetadata, new: RunMetadata, section: str
+) -> dict[str, tuple[Any, Any]]:
+    """{dotted path: (stored value, new value)} of the settings that differ.
+
+    Settings in `MAY_CHANGE` are left out, and so are settings that are newer than the run and off.
 
     Args:
         section: the section of the config with the recipe.
     """
-    if new.model.generators:
-        check_tokenizer(stored, new, folder)
 
-    def must_stay(metadata: RunMetadata) -> dict[str, Any]:
+    def settings(metadata: RunMetadata) -> dict[str, Any]:
         content = metadata.to_json()
         config = content["config"]
-        settings = {name: content[name] for name in (*SIZES, "teacher", "resize_filter")}
-        settings |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
-        settings |= {name: content[name] for name in ("class_names", "steps")}
+        found = {name: content[name] for name in FIXED}
+        found |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
+        found |= {"data.num_images": content["num_images"]}
+        found |= {"data.resize_filter": content["resize_filter"]}
         for name in ("data", section):
-            values = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
-            settings |= {f"{name}.{k}": v for k, v in values.items()}
-        return settings
+            found[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
+        return dict(leaves(found))
 
-    stored_settings = must_stay(stored)
-    for key, value in must_stay(new).items():
-        if key not in stored_settings and not value:
-            continue  # a setting that is newer than the run, and off
-        if stored_settings.get(key) != value:
-            raise UserError(
-                f"{folder} holds a run with {key} = {stored_settings.get(key)}, which cannot be "
-                f"resumed with {value}. Use the settings it was started with, or another workdir."
-            )
+    old = settings(stored)
+    changes = {
+        name: (old.get(name), value)
+        for name, value in settings(new).items()
+        if old.get(name) != value and (name in old or value)
+    }
+    if stored.num_images is None:  # an older run, which stored only its length in steps
+        number = changes.pop("data.num_images", None)
+        if number and not changes and stored.steps != new.steps:
+            changes["data.num_images"] = number
+    return changes
+
+
+def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every entry of nested dictionaries."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def check_resume(
+    stored: RunMetadata,
+    new: RunMetadata,
+    section: str,
+    folder: epath.Path,
+    allow_changes: Sequence[str] = (),
+):
+    """Raises UserError if settings differ from those of the run in `folder` and are not allowed to.
+
+    Args:
+        section: the section of the config with the recipe.
+        allow_changes: see `Resume`.
+    """
+    if new.model.generators:
+        check_tokenizer(stored, new, folder)
+    changes = changed_settings(stored, new, section)
+    follow = FOLLOW if any(covers(n, name) for n in LENGTH for name in changes) else ()
+    refused = [
+        name
+        for name in changes
+        if name.split(".")[0] in FIXED
+        or not any(covers(n, name) for n in (*allow_changes, *follow))
+    ]
+    if not refused:
+        return
+    shown = "; ".join(
+        f"{name} = {reprlib.repr(changes[name][0])}, now {reprlib.repr(changes[name][1])}"
+        for name in refused
+    )
+    if any(name.split(".")[0] in FIXED for name in refused):
+        advice = (
+            "The weights are of that model. Use the settings it was started with, or another "
+            "workdir (--config.init_from=... starts from the weights of a model)."
+        )
+    else:
+        names = dict.fromkeys("data" if covers("data", n) else n.split(".")[-1] for n in refused)
+        advice = (
+            "Use the settings it was started with, or another workdir. To change this run on "
+            f"purpose, add --allow_changes={','.join([*allow_changes, *names])}."
+        )
+    raise UserError(f"{folder} holds a run with {shown}. {advice}")

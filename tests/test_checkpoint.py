@@ -55,13 +55,11 @@ def same(found, state) -> bool:
     )
 
 
-def restore(folder):
+def restore(folder, step=None):
     """(state, position, step) as a resumed run gets them."""
-    checkpoints = Checkpoints(folder)
-    try:
-        return checkpoints.restore(abstract(make_state(0)), lambda meta: None)
-    finally:
-        checkpoints.close()
+    with Checkpoints(folder) as checkpoints:
+        state, meta, position = checkpoints.restore(lambda meta: abstract(make_state(0)), step)
+        return state, position, meta["step"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -173,6 +171,19 @@ def test_truncated_missing_and_broken_files_give_the_one_before(two, tmp_path, c
     assert any("The checkpoint of step 2" in r.getMessage() for r in warnings)
 
 
+def test_going_back_renames_what_came_later(tmp_path):
+    folder = tmp_path / "run"
+    save(folder, 1, 2, 3)
+    with pytest.raises(UserError, match="no checkpoint of step 5 in .*; it has those of 1, 2, 3"):
+        restore(folder, step=5)
+    state, position, step = restore(folder, step=2)
+    assert step == 2 and position == {"next_index": 20} and same(state, make_state(2))
+    assert (folder / "abandoned_3").is_dir() and read_meta(folder)["step"] == 2
+    save(folder, 3)  # as the run will
+    restore(folder, step=2)
+    assert (folder / "abandoned_3_1").is_dir() and restore(folder)[2] == 2
+
+
 def test_when_all_are_damaged_nothing_starts_over(two):
     for step in ("1", "2"):
         largest = max((two / step).rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
@@ -197,7 +208,7 @@ def test_another_model_is_not_reported_as_damage(two):
         read(two, lambda meta: abstract(other))
     checkpoints = Checkpoints(two)
     with pytest.raises(UserError, match="are of another model"):
-        checkpoints.restore(abstract(other), lambda meta: None)
+        checkpoints.restore(lambda meta: abstract(other))
     checkpoints.close()
     assert restore(two)[2] == 2
 

@@ -342,7 +342,7 @@ def test_generators_refuse_another_tokenizer(workdir, tmp_path):
     (alone / "tokenizer").symlink_to(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="no content and no structure generator; it has tokenizer"):
         Pipeline.from_pretrained(alone).sample([0])
-    with pytest.raises(UserError, match="seed = 0, which cannot be resumed with 5"):
+    with pytest.raises(UserError, match="seed = 0, now 5"):
         train(tiny_config(part="tokenizer", seed=5), workdir)
     other_sizes = tiny_config(part="generators")
     other_sizes.tokenizer.codebook_size = 32

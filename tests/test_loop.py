@@ -1,5 +1,6 @@
 """The training loop with a model of one number: what it evaluates, and when."""
 
+import logging
 import types
 
 import numpy as np
@@ -7,24 +8,31 @@ import pytest
 from helpers import logged, tiny_config
 from ml_collections import ConfigDict
 
+from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.files import storage_path
 from nvg_jax.training import loop
-from nvg_jax.workdir import RunMetadata, read_metadata
+from nvg_jax.training.length import START, training_length
+from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_export_metadata, read_metadata
 
 STEPS = 6
 
 
 class Batches:
-    """An endless iterator over the numbers 0, 1, ..., that can be resumed."""
+    """An endless iterator over the numbers 0, 1, ..., that can be resumed.
 
-    position = 0
+    A number is the first image of a batch, over 16.
+    """
+
+    def __init__(self, batch_size, seed, skip):
+        self.position, self.batch_size, self.skip = 0, batch_size, skip
 
     def __next__(self):
+        number = (self.skip + self.position * self.batch_size) / 16
         self.position += 1
-        return {"image": np.full((1, 1), self.position - 1, np.float32)}
+        return {"image": np.full((1, 1), number, np.float32)}
 
     def get_state(self):
         return self.position
@@ -39,20 +47,32 @@ class Batches:
 class Sum:
     """Trains the sum of its batches; its FID is 10 minus the sum."""
 
-    part, steps, STEP_KEY, DATA_SEED = TOKENIZER, STEPS, 0, 0
+    part, STEP_KEY, DATA_SEED = TOKENIZER, 0, 0
     abstract_state = {"sum": np.zeros((1, 1), np.float32)}
 
-    def __init__(self):
+    def __init__(self, recipe, origin=START):
+        self.recipe, self.origin = recipe, origin
+        self.steps = training_length(recipe.length, 96, recipe.batch_size, origin)
         self.evaluated = []
         self.interrupted = False  # by SIGTERM, in an evaluation
 
     def open(self, run):
         config = tiny_config()
         model = ModelConfig.from_config(config, 1).only()
-        return {}, RunMetadata(model, ("a",), config=run.config.to_dict(), steps=STEPS)
+        return {}, RunMetadata(model, ("a",), config=run.config.to_dict(), steps=self.steps)
 
     def first_state(self, run, inputs):
         return self.abstract_state
+
+    def stored_state(self, metadata):
+        return self.abstract_state
+
+    def resumed(self, state):
+        return state
+
+    def restated(self, origin):
+        self.__init__(self.recipe, origin)
+        return self
 
     def warming_up(self, step):
         return False
@@ -80,14 +100,17 @@ class Sum:
 @pytest.fixture
 def fit(tmp_path, monkeypatch):
     """Trains `Sum` in a folder: (SIGTERM's step, what an evaluation and a score do) -> it."""
-    config = ConfigDict(tiny_config())
-    config.tokenizer_training.update(save_every=2, eval_every=2, fid_every=3, log_every=1, keep=2)
+    base = tiny_config()
+    base.tokenizer_training.update(save_every=2, eval_every=2, fid_every=3, log_every=1, keep=2)
+    base.tokenizer_training.length = f"{STEPS} steps"
     monkeypatch.setattr(sharding, "global_batch", lambda batch, mesh: batch)
 
-    def fit(sigterm_at=None, in_evaluation=False, in_score=False):
+    def fit(sigterm_at=None, in_evaluation=False, in_score=False, resume=NEWEST, **changes):
         calls = iter(range(1, 100))
         monkeypatch.setattr(preemption, "noticed", lambda: next(calls) == sigterm_at)
-        trainer = Sum()
+        config = ConfigDict(base)
+        config.tokenizer_training.update(changes)
+        trainer = Sum(config.tokenizer_training)
         trainer.interrupted = in_evaluation
 
         def score(metadata, params):
@@ -100,7 +123,8 @@ def fit(tmp_path, monkeypatch):
             workdir=storage_path(tmp_path),
             mesh=None,
             key=0,
-            train_batches=lambda batch_size, seed: Batches(),
+            train_batches=Batches,
+            resume=resume,
         )
         monkeypatch.setattr("jax.random.fold_in", lambda key, data: key)
         loop.fit(trainer, run, score)
@@ -114,7 +138,7 @@ def assert_complete(folder):
     values = logged(folder / "tokenizer")
     assert {s: v for (tag, s), v in values.items() if tag == "test_sum"} == {2: 1, 4: 6, 6: 15}
     assert {s: v for (tag, s), v in values.items() if tag == "fid"} == {3: 17, 6: 5}
-    best = read_metadata(folder / "best_tokenizer" / "pipeline")
+    best = read_export_metadata(storage_path(folder / "best_tokenizer"))
     assert (best.step, best.fid, best.fingerprint) == (6, 5.0, "finished")
 
 
@@ -142,3 +166,45 @@ def test_an_interrupted_measurement_is_made_up_for(fit, tmp_path):
             fit(**again)
     fit()
     assert_complete(tmp_path)
+
+
+# Changing a run on purpose.
+
+
+def test_a_finished_run_is_extended_with_a_larger_batch(fit, tmp_path, caplog):
+    fit()
+    with pytest.raises(UserError, match="length = '6 steps', now '8 steps'.* --allow_changes=len"):
+        fit(length="8 steps")
+    change = dict(length="2 epochs", batch_size=32)  # of 96 images: 3 steps of 32 are left
+    with caplog.at_level(logging.INFO, "nvg_jax"):
+        evaluated = fit(resume=Resume(("length", "batch_size")), **change)
+    assert "tokenizer: changed at step 6, after 96 images: tokenizer_training.batch" in caplog.text
+    assert evaluated == [(15.0 + 6 + 8, None), (15.0 + 6 + 8 + 10, "finished")]
+    stored = read_metadata(tmp_path / "tokenizer")
+    settings = {"batch_size": [16, 32], "length": ["6 steps", "2 epochs"]}
+    settings = {f"tokenizer_training.{name}": values for name, values in settings.items()}
+    assert stored.changes == ({"step": 6, "images": 96, "settings": settings},)
+    assert (stored.step, stored.steps) == (9, 9)
+    assert fit(**change) == []  # what was allowed once is part of the run
+
+
+def test_a_run_that_went_back_does_so_once(fit, tmp_path, caplog):
+    fit(keep=9)
+    back = dict(resume=Resume(("batch_size",), step=2), keep=9, batch_size=32)
+    with pytest.raises(preemption.Preempted):
+        fit(sigterm_at=3, **back)  # after the fifth step
+    folder = tmp_path / "tokenizer"
+    assert {path.name for path in folder.glob("abandoned_*")} == {"abandoned_4", "abandoned_6"}
+    # A launcher gives the same flags. 0 + 1, then the images from 32 on in batches of 32: 2, 4, ...
+    assert fit(**back)[-1] == (1.0 + 2 + 4 + 6 + 8, "finished")
+    assert [change["step"] for change in read_metadata(folder).changes] == [2]
+    # Other settings go back again.
+    fit(**back | dict(resume=Resume(("batch_size",), step=2), batch_size=48))
+    assert (folder / "abandoned_4_1").is_dir()
+
+
+def test_a_run_is_not_shortened_to_less_than_it_has(fit):
+    with pytest.raises(preemption.Preempted):
+        fit(sigterm_at=5)
+    with pytest.raises(UserError, match="length = '4 steps' is 4 steps, and the .* is of step 5"):
+        fit(resume=Resume(("length",)), length="4 steps")

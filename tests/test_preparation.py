@@ -133,7 +133,7 @@ def test_an_old_run_resumes_with_its_own_filter_only(published, tmp_path):
     old = old.replace(model=old.model.only())
     new = old.replace(config=tiny_config().to_dict())
     workdir.check_resume(old, new, "tokenizer_training", tmp_path)
-    with pytest.raises(UserError, match="resize_filter = lanczos, .* resumed with published"):
+    with pytest.raises(UserError, match="data.resize_filter = 'lanczos', now 'published'"):
         workdir.check_resume(
             old, new.replace(resize_filter="published"), "tokenizer_training", tmp_path
         )

@@ -39,7 +39,7 @@ def test_every_line_of_the_log_replaces_the_heartbeat(tmp_path, monkeypatch):
         reporter.start_step()
         reporter.add({"l1_loss": loss, "accuracy": 0.0})
         reporter.add({"l1_loss": loss, "accuracy": 0.0})
-        reporter.progress(step, learning_rate=1.0)
+        reporter.progress(step, learning_rate=1.0, checkpoint=None)
         line = read()
         reporter.evaluation(step, {"psnr": 1.0}, picture=None)
         reporter.fid(step, 1.0, best=1.0)

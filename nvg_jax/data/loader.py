@@ -88,7 +88,9 @@ def check_batch_size(source: Source, options: LoaderOptions):
         )
 
 
-def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.DatasetIterator":
+def train_batches(
+    source: Source, options: LoaderOptions, seed: int, skip: int = 0
+) -> "grain.DatasetIterator":
     """Endless training batches with random crops, in a new order every epoch.
 
     The examples of an epoch fill the global batches one after the other. A batch may hold the end
@@ -99,6 +101,7 @@ def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.D
         source: the training split.
         options: how to make examples and batches.
         seed: seed of the order and the crops.
+        skip: leaves out this number of examples at the start.
 
     Returns:
         An iterator over stacked examples. `get_state` and `set_state` resume training at the exact
@@ -112,7 +115,7 @@ def train_batches(source: Source, options: LoaderOptions, seed: int) -> "grain.D
     check_batch_size(source, options)
     load = _Load.of(source, options)
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-    return _own_batches(examples.random_map(load.train).repeat(), source, options)
+    return _own_batches(examples.random_map(load.train).repeat()[skip:], source, options)
 
 
 def eval_batches(source: Source, options: LoaderOptions, count: int = 0) -> "grain.DatasetIterator":

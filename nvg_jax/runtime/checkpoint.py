@@ -84,46 +84,52 @@ class Checkpoints:
         items = dict(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(content))
         self._writing(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
-    def restore(self, state, check: Callable[[dict[str, Any]], None]) -> tuple[Any, Any, int]:
-        """Restores the newest undamaged checkpoint; renames newer, damaged ones.
+    def restore(
+        self, wanted: Callable[[dict[str, Any]], Any], step: int | None = None
+    ) -> tuple[Any, dict[str, Any], Any]:
+        """Restores the newest undamaged checkpoint; renames newer ones.
 
         Args:
-            state: the shapes, dtypes and shardings to restore to.
-            check: called with the metadata; raises if the run must not be resumed.
+            wanted: maps the metadata to the shapes, dtypes and shardings to restore to; raises if
+                the run must not be resumed.
+            step: restores the checkpoint of this step, or the newest undamaged one before it.
 
         Returns:
-            (state, data position, step).
+            (state, metadata with "step", data position).
 
         Raises:
-            UserError: all checkpoints are damaged, or they hold a state of other sizes.
+            UserError: all checkpoints are damaged, they hold a state of other sizes, or there is
+                none of `step`.
         """
-
-        def wanted(meta):
-            check(meta)
-            return state
-
-        found, damaged = newest(self._manager, self._folder, wanted, ocp.args.StandardRestore)
+        steps = sorted(self._manager.all_steps())
+        if step is not None and step not in steps:
+            raise UserError(
+                f"There is no checkpoint of step {step} in {self._folder}; it has those of "
+                f"{', '.join(map(str, steps))}."
+            )
+        later = [] if step is None else [s for s in steps if s > step]
+        found, damaged = newest(self._manager, self._folder, wanted, ocp.args.StandardRestore, step)
         if found is None:
             raise UserError(
                 f"Every checkpoint in {self._folder} is damaged (steps {sorted(damaged)}). Put "
                 "back a copy, or delete the folder to start over."
             )
-        self._rename(damaged)
+        self._rename({s: "damaged" for s in damaged} | {s: "abandoned" for s in later})
         step, content, restored = found
-        return restored, content["position"], step
+        return restored, content["meta"] | {"step": step}, content["position"]
 
-    def _rename(self, steps: list[int]):
+    def _rename(self, steps: dict[int, str]):
         if not steps:
             return
         if processes.is_main():
-            for step in steps:
-                target = self._folder / f"damaged_{step}"
+            for step, reason in steps.items():
+                target = self._folder / f"{reason}_{step}"
                 number = 0
                 while target.exists():
                     number += 1
-                    target = self._folder / f"damaged_{step}_{number}"
+                    target = self._folder / f"{reason}_{step}_{number}"
                 (self._folder / str(step)).rename(target)
-        processes.barrier("damaged checkpoints are renamed")
+        processes.barrier("checkpoints are renamed")
         self._manager.reload()
 
     def _writing(self, write: Callable[[], Any]):
@@ -204,12 +210,14 @@ def newest(
     folder: epath.Path,
     wanted: Callable[[dict[str, Any]], Any],
     restore: Callable[[Any], "ocp.args.CheckpointArgs"],
+    last: int | None = None,
 ) -> tuple[tuple[int, dict[str, Any], Any] | None, list[int]]:
     """Finds and restores the newest undamaged checkpoint.
 
     Args:
         wanted: maps the metadata to the abstract tree to restore.
         restore: how to restore an abstract tree.
+        last: ignores checkpoints of later steps.
 
     Returns:
         (step, content, restored tree) of the checkpoint, or None; and the steps of newer, damaged
@@ -217,6 +225,8 @@ def newest(
     """
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
+        if last is not None and step > last:
+            continue
         content, reason = attempt(manager, folder, step, meta=ocp.args.JsonRestore())
         reason = reason or damage(content)
         if reason is None:

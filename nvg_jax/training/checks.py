@@ -4,6 +4,7 @@ Most settings are checked by the dataclass that they become; here are those that
 what involves several settings.
 """
 
+import difflib
 import math
 
 import ml_collections
@@ -15,7 +16,7 @@ from nvg_jax.parts import CHOICES, DISTILLATION, PARTS, Part
 from nvg_jax.sampling.settings import check_dtype
 
 with epy.lazy_imports():  # slow
-    from nvg_jax import models
+    from nvg_jax import models, workdir
     from nvg_jax.evaluation import judges
     from nvg_jax.training import generators, initial, length, optimizers, registry
 
@@ -75,6 +76,11 @@ def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part
     for key in ("log_every", "eval_every", "save_every", "keep"):
         if recipe[key] < 1:
             raise UserError(f"{name}.{key} must be at least 1, got {recipe[key]}.")
+    if recipe.max_skipped_steps < 0:
+        raise UserError(
+            f"{name}.max_skipped_steps must be 0 (leave out no step) or more, got "
+            f"{recipe.max_skipped_steps}."
+        )
     optimizers.OptimizerConfig(**recipe.optimizer)
     if config[name].eval_images < 0:
         raise UserError(
@@ -82,6 +88,24 @@ def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part
         )
     if config[name].fid_every:
         check_fid(config, name, parts)
+
+
+def check_resume(
+    config: ml_collections.ConfigDict, parts: tuple[Part, ...], resume: "workdir.Resume"
+):
+    """Raises UserError for names of settings that do not exist, or a step of an unnamed part."""
+    settings = [path for path, _ in workdir.leaves(config.to_dict())]
+    for name in resume.allow_changes:
+        if not any(workdir.covers(name, path) for path in settings):
+            names = {part for path in settings for part in path.split(".")}
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--allow_changes: there is no setting {name!r}.{hint}")
+    if resume.step is not None and len(parts) > 1:
+        raise UserError(
+            f"--resume_step is a step of one part, and part={config.part} trains "
+            f"{' and '.join(part.name for part in parts)}; name it with --config.part."
+        )
 
 
 def check_init(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):

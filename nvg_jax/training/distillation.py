@@ -300,6 +300,8 @@ class DistillationTrainer(Trainer[TrainState]):
             sampling=student_settings(run.config),
             teacher=files.fingerprint(params["structure"]),
             config=run.config_json(),
+            num_images=len(run.train_source),
+            changes=(),
             resize_filter=run.resize_filter,
             steps=self.steps,
             step=None,

@@ -294,6 +294,7 @@ class GeneratorTrainer(Trainer[TrainState]):
         metadata = RunMetadata(
             model=self.model.only(*self.part.networks),
             class_names=run.train_source.class_names,
+            num_images=len(run.train_source),
             fingerprint=tokenizer.fingerprint,
             canvas_scale=tokenizer.canvas_scale,
             sampling=sampling_settings(run.config),

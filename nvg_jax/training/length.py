@@ -2,7 +2,7 @@
 
 import logging
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -18,14 +18,24 @@ FORM = re.compile(
 )
 
 
-def training_length(length: str, num_images: int, batch_size: int) -> int:
-    """The number of steps of a run, at least 1.
+class Origin(NamedTuple):
+    """Where the settings of a run last changed: the steps and the training images before it."""
+
+    step: int
+    images: int
+
+
+START = Origin(0, 0)  # of a run whose settings never changed
+
+
+def training_length(length: str, num_images: int, batch_size: int, origin: Origin = START) -> int:
+    """The number of steps of a run, at least 1, those before `origin` included.
 
     Args:
         length: "800 steps", or "200 epochs" (a decimal number of epochs is allowed: "0.5 epochs"),
             with limits if you like: "200 epochs, at least 2000 steps, at most 4000 steps".
         num_images: images in an epoch.
-        batch_size: images in a step.
+        batch_size: images in a step from `origin` on.
 
     Raises:
         UserError: any other text, or a length of zero.
@@ -40,8 +50,16 @@ def training_length(length: str, num_images: int, batch_size: int) -> int:
             'example "800 steps" or "200 epochs" (--config.generator_training.length="800 steps"), '
             'or with limits "200 epochs, at least 2000 steps, at most 4000 steps".'
         )
-    steps = int(number) if unit.startswith("step") else float(number) * num_images / batch_size
-    return min(max(round(steps), least), most)
+    if unit.startswith("step"):
+        steps = int(number)
+    else:
+        steps = step_of(float(number), num_images, batch_size, origin)
+    return min(max(steps, least), most)
+
+
+def step_of(epochs: float, num_images: int, batch_size: int, origin: Origin = START) -> int:
+    """The step, rounded, at which a run has seen its data `epochs` times."""
+    return origin.step + round((epochs * num_images - origin.images) / batch_size)
 
 
 def fitted(recipe: ml_collections.ConfigDict, num_images: int) -> ml_collections.ConfigDict:

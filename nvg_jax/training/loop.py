@@ -1,6 +1,7 @@
 """The training loop. It knows no model: a `Trainer` says what one step does."""
 
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,22 @@ import jax
 import numpy as np
 from etils import epath
 
+from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
+from nvg_jax.training.length import Origin
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
-from nvg_jax.workdir import RunMetadata, check_resume, read_export_metadata, write_export
+from nvg_jax.workdir import (
+    RunMetadata,
+    changed_settings,
+    check_resume,
+    read_export_metadata,
+    read_metadata,
+    write_export,
+)
+
+logger = logging.getLogger("nvg_jax")
 
 Score = Callable[[RunMetadata, dict[str, Any]], float]
 
@@ -29,25 +41,24 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             differs from the one this run was started with; or another process is training in the
             same folder.
     """
-    name, steps, recipe = trainer.part.name, trainer.steps, run.config[trainer.part.section]
+    name, recipe = trainer.part.name, run.config[trainer.part.section]
     folder = run.workdir / name
     inputs, metadata = trainer.open(run)
     key = jax.random.fold_in(run.key, trainer.STEP_KEY)
-    batches = run.train_batches(recipe.batch_size, run.config.seed + trainer.DATA_SEED)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(batches))
         checkpoints = stack.enter_context(checkpoint.Checkpoints(folder, recipe.keep))
         if checkpoints.latest_step is None:
-            state, start = trainer.first_state(run, inputs), 0
+            state, position, start = trainer.first_state(run, inputs), None, 0
         else:
-            state, position, start = checkpoints.restore(
-                trainer.abstract_state,
-                lambda stored: check_resume(
-                    RunMetadata.from_json(stored), metadata, trainer.part.section, folder
-                ),
-            )
+            trainer, state, metadata, position, start = resume(trainer, run, metadata, checkpoints)
+        steps = trainer.steps
+        batches = run.train_batches(
+            recipe.batch_size, run.config.seed + trainer.DATA_SEED, skip=trainer.origin.images
+        )
+        stack.enter_context(contextlib.closing(batches))
+        if position is not None:
             batches.set_state(position)
-        reporter = Reporter(name, folder, start, steps, recipe.batch_size)
+        reporter = Reporter(name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps)
         stack.enter_context(contextlib.closing(reporter))
         best = BestModel(run.workdir / f"best_{name}", score, new=start == 0) if score else None
 
@@ -86,9 +97,8 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             preempted = preemption.noticed()
             save = last or preempted or done % recipe.save_every == 0
             if save or any(due(done)) or done % recipe.log_every == 0:
-                reporter.progress(
-                    done, learning_rate=np.asarray(trainer.learning_rate(step)).item()
-                )
+                rate = np.asarray(trainer.learning_rate(step)).item()
+                reporter.progress(done, rate, checkpoints.latest_step)
 
             if last:
                 metadata = trainer.finish(run, state, metadata)
@@ -104,6 +114,71 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             if preempted:
                 checkpoints.wait()
                 raise preemption.Preempted(f"{name}: preempted; saved at step {done} of {steps}")
+
+
+def resume(
+    trainer: Trainer, run: Run, new: RunMetadata, checkpoints: checkpoint.Checkpoints
+) -> tuple[Trainer, Any, RunMetadata, Any, int]:
+    """Restores the checkpoint to go on from, and records what changed since it was written.
+
+    The data go on after the images seen before, in the order of the new settings.
+
+    Args:
+        new: the metadata of the run without its history.
+
+    Returns:
+        (trainer with its schedule restated, state, metadata, data position, step); the position is
+        None at the trainer's `origin`.
+
+    Raises:
+        UserError: settings changed that are not allowed to, or there is nothing left to train.
+    """
+    name, section, step = trainer.part.name, trainer.part.section, run.resume.step
+    folder = run.workdir / name
+    if step is not None:
+        latest = read_metadata(folder)
+        if latest and latest.went_back_to(step) and not changed_settings(latest, new, section):
+            logger.info("%s: this run went back to step %d already", name, step)
+            step = None  # it was interrupted afterwards
+
+    def wanted(content: dict[str, Any]):
+        stored = RunMetadata.from_json(content)
+        check_resume(stored, new, section, folder, run.resume.allow_changes)
+        return trainer.stored_state(stored)
+
+    state, content, position = checkpoints.restore(wanted, step)
+    stored = RunMetadata.from_json(content)
+    assert stored.step is not None  # it was read
+    start, changes = stored.step, stored.changes
+    settings = changed_settings(stored, new, section)
+    if settings or step is not None:
+        images = stored.images_seen(section, start)
+        change = {
+            "step": start,
+            "images": images,
+            "settings": {k: [*v] for k, v in settings.items()},
+        }
+        changes, position = (*changes, change), None
+    if changes:
+        trainer = trainer.restated(Origin(changes[-1]["step"], changes[-1]["images"]))
+    if settings:
+        if trainer.steps <= start != stored.steps:
+            raise UserError(
+                f"{section}.length = {trainer.recipe.length!r} is {trainer.steps} steps, and the "
+                f"checkpoint in {folder} is of step {start}. Give a longer one, or go back with "
+                "--resume_step."
+            )
+        logger.info(
+            "%s: changed at step %d, after %d images: %s. The optimizer's state is kept, and the "
+            "learning rate goes on at %.3g.",
+            name,
+            start,
+            changes[-1]["images"],
+            "; ".join(f"{key} from {old!r} to {now!r}" for key, (old, now) in settings.items()),
+            np.asarray(trainer.learning_rate(start)).item(),
+        )
+    new = new.replace(changes=changes, steps=trainer.steps)
+    return trainer, trainer.resumed(state), new, position, start
 
 
 class BestModel:

@@ -18,10 +18,12 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nvg_jax.errors import UserError, reported
+from nvg_jax.parts import PARTS
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.tokenizer import codebook_usage
+from nvg_jax.training.state import FAR_ABOVE
 from nvg_jax.visualize import png
 
 logger = logging.getLogger("nvg_jax")
@@ -96,9 +98,18 @@ class Reporter:
     `close` writes what is left.
     """
 
-    def __init__(self, part: str, folder: epath.Path, start: int, steps: int, batch_size: int):
+    def __init__(
+        self,
+        part: str,
+        folder: epath.Path,
+        start: int,
+        steps: int,
+        batch_size: int,
+        max_skipped: int = 0,
+    ):
         self._writer = EventWriter(folder)
         self._part, self._folder, self._batch_size = part, folder, batch_size
+        self._max_skipped = max_skipped
         self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
@@ -128,19 +139,25 @@ class Reporter:
         """Adds the metrics of a step; they stay on the devices until the next line."""
         self._window.append(metrics)
 
-    def progress(self, step: int, learning_rate: float):
+    def progress(self, step: int, learning_rate: float, checkpoint: int | None):
         """Writes the mean metrics since the last call.
 
+        Args:
+            checkpoint: the step of the last checkpoint, if there is one.
+
         Raises:
-            UserError: a metric is not finite.
+            UserError: a metric is not finite, or too many steps in a row were left out.
         """
-        scalars = summarize(jax.device_get(self._window), self._part, step)
+        window = jax.device_get(self._window)
+        check_steps(window, self._part, step, self._max_skipped, checkpoint)
+        scalars = summarize(window)
         rate = len(self._window) / (time.monotonic() - self._window_started)
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
         self._writer.write_scalars(step, scalars)
         self._losses = {k: v for k, v in scalars.items() if k.endswith("loss")}
-        self._progress.update(step, "  ".join(f"{k} {v:.4g}" for k, v in self._losses.items()))
+        shown = self._losses | {k: v for k, v in scalars.items() if k == "skipped_steps" and v}
+        self._progress.update(step, "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
         self._beat(step)
         self._window = []
 
@@ -180,21 +197,64 @@ class Reporter:
         self._beat(step)
 
 
-def summarize(window: list[dict[str, Any]], part: str, last_step: int) -> dict[str, float]:
-    """Mean metrics of the steps up to `last_step`; codebook usage over all of them.
+def check_steps(
+    window: list[dict[str, Any]],
+    part: str,
+    last_step: int,
+    max_skipped: int,
+    checkpoint: int | None,
+):
+    """Raises UserError if a metric is not finite, or `max_skipped` steps in a row were left out.
 
-    Raises:
-        UserError: a metric is not finite; the message names the step and the metric.
+    Args:
+        window: the metrics of the steps up to `last_step`.
+        checkpoint: the step of the last checkpoint, if there is one.
     """
     for step, metrics in enumerate(window, last_step - len(window) + 1):
+        if metrics.get("skipped"):
+            if metrics["skipped_in_a_row"] >= max_skipped:
+                reason = (
+                    f"{max_skipped} steps in a row were left out up to step {step}: their "
+                    f"gradient norms are not finite, or over {FAR_ABOVE:g} times the median"
+                )
+                raise diverged(part, reason, checkpoint)
+            continue
         values = flatten(metrics)
         for name in sorted(values, key=lambda name: "_loss" not in name):  # losses first
             if not np.isfinite(values[name]):
-                raise UserError(
-                    f"{part}: {name} is {values[name]} at step {step}. Training stopped; the last "
-                    "checkpoint is from before it. A lower learning rate or clip, or "
-                    "--config.dtype=float32, usually helps."
-                )
+                raise diverged(part, f"{name} is {values[name]} at step {step}", checkpoint)
+
+
+def diverged(part: str, reason: str, checkpoint: int | None) -> UserError:
+    """The error that ends a training, with what to do."""
+    section = PARTS[part].section
+    saved, allow = "There is no checkpoint yet", ""
+    if checkpoint is not None:
+        saved = f"The last checkpoint is of step {checkpoint}"
+        allow = (
+            ", and name what you change: --allow_changes=learning_rate,clip,dtype,"
+            "max_skipped_steps. --resume_step=N goes back to an older checkpoint"
+        )
+    return UserError(
+        f"{part}: {reason}. {saved}. Run the same command again with a lower --config.{section}."
+        f"optimizer.learning_rate or .clip, with --config.dtype=float32, or with --config.{section}"
+        f".max_skipped_steps=10, which leaves out single bad steps{allow}."
+    )
+
+
+def summarize(window: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean metrics of the steps that were taken, codebook usage over all of them.
+
+    "skipped_steps" is the number of the others, if steps may be left out.
+    """
+    if "skipped" in window[0]:
+        counts = {"skipped_steps": float(sum(metrics["skipped"] for metrics in window))}
+        taken = [
+            {k: v for k, v in metrics.items() if not k.startswith("skipped")}
+            for metrics in window
+            if not metrics["skipped"]
+        ]
+        return counts | (summarize(taken) if taken else {})
     means = {}
     for name in window[0]:
         values = np.stack([metrics[name] for metrics in window])

@@ -1,6 +1,5 @@
 """From parts to their trainers."""
 
-import functools
 from collections.abc import Iterable
 
 import ml_collections
@@ -10,10 +9,10 @@ from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
-from nvg_jax.training.length import warn_if_too_short
+from nvg_jax.training.length import START, warn_if_too_short
 from nvg_jax.training.run import Run
 from nvg_jax.training.tokenizer import TokenizerTrainer
-from nvg_jax.training.trainer import Trainer
+from nvg_jax.training.trainer import Trainer, shared_trainer
 from nvg_jax.workdir import MAY_CHANGE
 
 # The section of a part's recipe -> how it is trained.
@@ -40,12 +39,8 @@ def make_trainer(
     settings[part.section] = {
         name: value for name, value in config[part.section].items() if name not in MAY_CHANGE
     }
-    return _shared(kind, part, ml_collections.FrozenConfigDict(settings), model, mesh, num_images)
-
-
-@functools.lru_cache(maxsize=4)
-def _shared(kind: type[Trainer], *arguments) -> Trainer:
-    return kind(*arguments)
+    frozen = ml_collections.FrozenConfigDict(settings)
+    return shared_trainer(kind, part, frozen, model, mesh, num_images, START)
 
 
 def open_trainer(run: Run, part: Part) -> Trainer:

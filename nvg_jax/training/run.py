@@ -29,7 +29,7 @@ from nvg_jax.parts import PARTS
 from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.files import storage_path
 from nvg_jax.training import length
-from nvg_jax.workdir import RunMetadata, read_resize_filter
+from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_resize_filter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Run:
         networks: {name: parameters} of the pretrained networks that the losses need.
         resize_filter: how images are resized, see `Transform`.
         teacher: the metadata and parameters of the model to distill, if one is distilled.
+        resume: how to go on with what the workdir holds.
     """
 
     config: ml_collections.ConfigDict
@@ -52,6 +53,7 @@ class Run:
     model: ModelConfig
     resize_filter: str
     teacher: tuple[RunMetadata, dict[str, Any]] | None = None
+    resume: Resume = NEWEST
 
     @property
     def key(self):
@@ -114,9 +116,9 @@ class Run:
             prefetch=data.prefetch,
         )
 
-    def train_batches(self, batch_size: int, seed: int) -> "grain.DatasetIterator":
-        """Endless training batches, this process's share of each."""
-        return train_batches(self.train_source, self.loader_options(batch_size), seed=seed)
+    def train_batches(self, batch_size: int, seed: int, skip: int = 0) -> "grain.DatasetIterator":
+        """Endless training batches, this process's share of each, without the first images."""
+        return train_batches(self.train_source, self.loader_options(batch_size), seed, skip)
 
     def test_batches(self, recipe: ml_collections.ConfigDict) -> Iterator[dict[str, jax.Array]]:
         """Yields `recipe.eval_images` test images, each once, as global batches.
@@ -157,6 +159,7 @@ def open_run(
     mesh: Mesh,
     networks: Iterable[str] = (),
     teacher: tuple[RunMetadata, dict[str, Any]] | None = None,
+    resume: Resume = NEWEST,
 ) -> Run:
     """Opens the data and the pretrained networks of a run.
 
@@ -179,8 +182,9 @@ def open_run(
     model = ModelConfig.from_config(config, train_source.num_classes)
     resize_filter = choose_resize_filter(config, workdir, train_source, teacher and teacher[0])
     return Run(
-        config, workdir, mesh, train_source, test_source, loaded, model, resize_filter, teacher
-    )
+        config, workdir, mesh, train_source, test_source, loaded, model, resize_filter, teacher,
+        resume,
+    )  # fmt: skip
 
 
 def fitted_config(config: ml_collections.ConfigDict, num_images: int) -> ml_collections.ConfigDict:

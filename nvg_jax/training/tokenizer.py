@@ -33,6 +33,7 @@ from nvg_jax.tokenizer.losses import (
     generator_loss,
 )
 from nvg_jax.training.initial import start_from, with_params
+from nvg_jax.training.length import step_of
 from nvg_jax.training.optimizers import make_optimizer
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, TrainState
@@ -337,11 +338,16 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         }
 
     def warming_up(self, step: int) -> bool:
-        epochs = self.recipe.index_backprop_epochs
-        return step < round(epochs * self.num_images / self.recipe.batch_size)
+        epochs, batch_size = self.recipe.index_backprop_epochs, self.recipe.batch_size
+        return step < step_of(epochs, self.num_images, batch_size, self.origin)
 
     def trained(self, params: Params) -> Params:
         return {"tokenizer": params}
+
+    @property
+    def gradient_norms(self) -> tuple[str, ...]:
+        own = ("discriminator_grad_norm",) if self.modules.discriminator else ()
+        return (*super().gradient_norms, *own)
 
     @property
     def networks(self) -> Params:
@@ -355,6 +361,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         metadata = RunMetadata(
             model=self.model.only(),
             class_names=run.train_source.class_names,
+            num_images=len(run.train_source),
             config=run.config_json(),
             resize_filter=run.resize_filter,
             steps=self.steps,

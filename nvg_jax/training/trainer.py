@@ -1,8 +1,9 @@
 """The training of one part: the compiled step that `train` runs and `compile` lowers."""
 
 import abc
+import functools
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.processes import is_main
-from nvg_jax.training.length import training_length
+from nvg_jax.training.length import START, Origin, training_length
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
-from nvg_jax.training.state import Params, TrainState
+from nvg_jax.training.state import Params, Skipping, TrainState
 from nvg_jax.visualize import image_grid
 from nvg_jax.workdir import RunMetadata
 
@@ -64,19 +65,21 @@ class Trainer(abc.ABC, Generic[State]):
         model: ModelConfig,
         mesh: Mesh,
         num_images: int,
+        origin: Origin = START,
     ):
         """
         Args:
             config: the section of the part and `SETTINGS`, nothing else.
             num_images: the size of the training data.
+            origin: where a run to resume last changed its settings.
 
         Raises:
             UserError: invalid settings.
         """
         self.part, self.config, self.model, self.mesh = part, config, model, mesh
         self.recipe = recipe = config[part.section]
-        self.num_images = num_images
-        self.steps = training_length(recipe.length, num_images, recipe.batch_size)
+        self.num_images, self.origin = num_images, origin
+        self.steps = training_length(recipe.length, num_images, recipe.batch_size, origin)
         self.optimizer_config = OptimizerConfig(**recipe.optimizer)
         self.learning_rate = learning_rate_schedule(
             self.optimizer_config, recipe.batch_size, self.steps
@@ -94,16 +97,26 @@ class Trainer(abc.ABC, Generic[State]):
             batch, NamedSharding(mesh, sharding.BATCH_SPEC)
         )
         self.abstract_inputs = sharding.with_shardings(self.input_shapes(), replicated)
+        skips = bool(recipe.max_skipped_steps)
         self.jit_init_state, self.abstract_state = sharding.sharded_init(
-            self.init_state, mesh, abstract_key(), self.abstract_inputs
+            self.init_skipping_state if skips else self.init_state,
+            mesh,
+            abstract_key(),
+            self.abstract_inputs,
         )
         self.jit_train_step = jax.jit(
-            self.train_step,
+            self.skipping_step if skips else self.train_step,
             donate_argnums=0,
             static_argnames="warming_up",
             out_shardings=(jax.tree.map(lambda x: x.sharding, self.abstract_state), replicated),
         )
         self.jit_eval_step = jax.jit(self.eval_step, out_shardings=replicated)
+
+    def restated(self, origin: Origin) -> Self:
+        """The trainer of a run whose settings last changed at `origin`."""
+        return shared_trainer(
+            type(self), self.part, self.config, self.model, self.mesh, self.num_images, origin
+        )
 
     # The program.
 
@@ -140,6 +153,60 @@ class Trainer(abc.ABC, Generic[State]):
             key: the run's key for steps; the step number is folded in.
             warming_up: whether this is a step of the IBQ warm-up (a tokenizer's).
         """
+
+    def init_skipping_state(self, key: PRNGKeyArray, inputs: Params) -> State:
+        """`init_state` for `skipping_step`."""
+        return self.init_state(key, inputs).replace(skipping=self.new_skipping())
+
+    def new_skipping(self) -> Skipping:
+        return Skipping.create(self.gradient_norms)
+
+    @property
+    def gradient_norms(self) -> tuple[str, ...]:
+        """The metrics of `train_step` that are gradient norms."""
+        return ("grad_norm",)
+
+    def skipping_step(
+        self,
+        state: State,
+        inputs: Params,
+        batch: Batch,
+        key: PRNGKeyArray,
+        *,
+        warming_up: bool = False,
+    ) -> tuple[State, dict[str, Array]]:
+        """`train_step`, or only the next step number if its gradients are not finite or too large.
+
+        The metrics also have "skipped", 1 if the step was left out, and "skipped_in_a_row".
+        """
+        assert state.skipping is not None
+        taken, metrics = self.train_step(state, inputs, batch, key, warming_up=warming_up)
+        skipping, left_out = state.skipping.update(metrics)
+        state = jax.tree.map(lambda old, new: jnp.where(left_out, old, new), state, taken)
+        counts = {"skipped": left_out.astype(jnp.int32), "skipped_in_a_row": skipping.in_a_row}
+        return state.replace(step=taken.step, skipping=skipping), metrics | counts
+
+    def stored_state(self, metadata: RunMetadata) -> State:
+        """The abstract state in a checkpoint of this part, whose run may not have left out steps.
+
+        `resumed` turns what is restored to it into the state of this run.
+        """
+        assert metadata.config is not None
+        skips = metadata.config[self.part.section].get("max_skipped_steps")
+        if not skips:
+            return self.abstract_state.replace(skipping=None)
+        abstract = jax.eval_shape(self.new_skipping)
+        placed = NamedSharding(self.mesh, PartitionSpec())
+        return self.abstract_state.replace(skipping=sharding.with_shardings(abstract, placed))
+
+    def resumed(self, state: State) -> State:
+        """A restored state, with or without `skipping` as this run needs it."""
+        if self.abstract_state.skipping is None:
+            return state.replace(skipping=None)
+        if state.skipping is None:
+            placed = NamedSharding(self.mesh, PartitionSpec())
+            return state.replace(skipping=jax.jit(self.new_skipping, out_shardings=placed)())
+        return state
 
     @abc.abstractmethod
     def eval_step(self, params: Params, inputs: Params, batch: Batch) -> dict[str, Array]:
@@ -218,6 +285,12 @@ class Trainer(abc.ABC, Generic[State]):
     @abc.abstractmethod
     def export(self, run: Run, state: State, inputs: Params) -> Params:
         """{network: NumPy parameters} of the model as trained so far."""
+
+
+@functools.lru_cache(maxsize=4)
+def shared_trainer(kind: type[Trainer], *arguments) -> Any:
+    """A trainer; the same one for equal arguments, so that its programs compile once."""
+    return kind(*arguments)
 
 
 def sample_picture(metadata: RunMetadata, params: Params, seed: int) -> np.ndarray:

@@ -1,0 +1,233 @@
+"""Going on with a run: what may change, going back, leaving out bad steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from helpers import read_meta, tiny_config
+from test_end_to_end import weights
+
+from nvg_jax.data import LoaderOptions, Transform, open_source, train_batches
+from nvg_jax.errors import UserError
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import CHOICES, TOKENIZER
+from nvg_jax.runtime import sharding
+from nvg_jax.train import train
+from nvg_jax.training import checks, registry
+from nvg_jax.training.length import Origin, step_of, training_length
+from nvg_jax.training.metrics import check_steps, summarize
+from nvg_jax.training.state import FAR_ABOVE, NORMS, Skipping
+from nvg_jax.workdir import Resume, RunMetadata, changed_settings, check_resume
+
+SECTION = "tokenizer_training"
+
+
+def metadata(num_images=100, **changes) -> RunMetadata:
+    config = tiny_config()
+    config[SECTION].update(changes)
+    model = ModelConfig.from_config(config, num_classes=2).only()
+    content = RunMetadata(model, ("cat", "dog"), config=config.to_dict(), num_images=num_images)
+    return RunMetadata.from_json(content.to_json())
+
+
+# What may change.
+
+
+def test_the_refusal_names_every_setting_that_changed_and_how_to_allow_it(tmp_path):
+    stored = metadata(length="150 steps", optimizer=dict(learning_rate=1e-3))
+    new = metadata(length="300 steps", optimizer=dict(learning_rate=5e-4))
+    with pytest.raises(UserError) as error:
+        check_resume(stored, new, SECTION, tmp_path)
+    for text in (
+        "tokenizer_training.length = '150 steps', now '300 steps'",
+        "tokenizer_training.optimizer.learning_rate = 0.001, now 0.0005",
+        "add --allow_changes=length,learning_rate.",
+    ):
+        assert text in str(error.value)
+    with pytest.raises(UserError, match=r"rate = .* --allow_changes=length,learning_rate\.$"):
+        check_resume(stored, new, SECTION, tmp_path, ["length"])
+    for allowed in (["length", "learning_rate"], [SECTION], ["length", "optimizer"]):
+        check_resume(stored, new, SECTION, tmp_path, allowed)
+    with pytest.raises(UserError, match="learning_rate = "):
+        check_resume(stored, new, SECTION, tmp_path, ["length", "rate", "content"])
+
+
+def test_what_follows_from_the_length_may_change_with_it(tmp_path):
+    stored = metadata(length="150 steps", optimizer=dict(warmup_steps=7, ema_decay=0.8))
+    new = metadata(length="300 steps", optimizer=dict(warmup_steps=15, ema_decay=0.9))
+    with pytest.raises(UserError, match=r"length = '150 steps', now '300 steps'\. .*=length\.$"):
+        check_resume(stored, new, SECTION, tmp_path)
+    check_resume(stored, new, SECTION, tmp_path, ["length"])
+    new = metadata(length="150 steps", optimizer=dict(warmup_steps=15, ema_decay=0.8))
+    with pytest.raises(UserError, match="warmup_steps = 7, now 15"):
+        check_resume(stored, new, SECTION, tmp_path, ["length"])
+
+
+def test_the_size_of_the_data_set_may_change_on_purpose(tmp_path):
+    with pytest.raises(UserError, match="data.num_images = 100, now 120.* --allow_changes=data"):
+        check_resume(metadata(), metadata(120), SECTION, tmp_path)
+    check_resume(metadata(), metadata(120), SECTION, tmp_path, ["data"])
+    # Older checkpoints tell it only from the length in steps.
+    old = dataclasses.replace(metadata(), num_images=None, steps=12)
+    same = dataclasses.replace(metadata(), steps=12)
+    assert not changed_settings(old, same, SECTION)
+    more = dataclasses.replace(metadata(120), steps=14)
+    assert changed_settings(old, more, SECTION) == {"data.num_images": (None, 120)}
+
+
+def test_the_sizes_of_the_weights_never_change(tmp_path):
+    new = metadata()
+    sizes = dataclasses.replace(new.model.tokenizer, codebook_size=32)
+    new = new.replace(model=dataclasses.replace(new.model, tokenizer=sizes))
+    with pytest.raises(UserError, match="tokenizer.codebook_size = 16, now 32. .*another workdir"):
+        check_resume(metadata(), new, SECTION, tmp_path, ["tokenizer", "codebook_size"])
+
+
+@pytest.mark.parametrize(
+    "part, resume, message",
+    [
+        (
+            "all",
+            Resume(("lerning_rate",)),
+            "no setting 'lerning_rate'. Did you mean 'learning_rate",
+        ),
+        ("all", Resume(step=5), "step of one part, and part=all trains tokenizer and generators"),
+    ],
+)
+def test_flags_that_cannot_be_meant(part, resume, message):
+    with pytest.raises(UserError, match=message):
+        checks.check_resume(tiny_config(part=part), CHOICES[part], resume)
+    checks.check_resume(tiny_config(), (TOKENIZER,), Resume(("data", "clip"), step=5))
+
+
+# Epochs and data after a change.
+
+
+def test_epochs_count_the_images_that_were_seen():
+    # 1,000 images. 10 epochs in batches of 10 are 1,000 steps; after 300 of them, 7,000 images are
+    # left: 350 batches of 20.
+    assert training_length("10 epochs", 1000, 20, Origin(300, 3000)) == 650
+    assert training_length("400 steps", 1000, 20, Origin(300, 3000)) == 400
+    # A warm-up of one epoch was over at step 100, whatever the batch is now.
+    assert step_of(1.0, 1000, 20, Origin(300, 3000)) <= 300
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 7])
+def test_data_go_on_after_the_images_seen(batch_size):
+    source, transform = open_source("digits", "test"), Transform((8, 8), resize=9, pad=1)
+    ones = train_batches(
+        source, LoaderOptions(transform, process_batch_size=1, num_threads=1), seed=3
+    )
+    every = [next(ones)["image"][0] for _ in range(30)]
+    options = LoaderOptions(transform, process_batch_size=batch_size, num_threads=1)
+    batches = train_batches(source, options, seed=3, skip=12)
+    for start in (12, 12 + batch_size):
+        np.testing.assert_array_equal(
+            next(batches)["image"], np.stack(every[start : start + batch_size])
+        )
+
+
+# Leaving out steps.
+
+
+def test_norms_far_above_the_median_or_not_finite_are_left_out():
+    skipping, update = Skipping.create(["grad_norm"]), jax.jit(Skipping.update)
+    taken = []
+
+    def see(norm):
+        nonlocal skipping
+        skipping, left_out = update(skipping, {"grad_norm": jnp.float32(norm), "loss": 0.0})
+        taken.append(not left_out)
+        return taken[-1], int(skipping.in_a_row)
+
+    assert see(np.nan) == (False, 1) and see(np.inf) == (False, 2)
+    for number in range(NORMS):  # too few norms to compare with: 1, 2, 3, 1, 2, 3, ...
+        assert see(1000.0 if number == 5 else 1 + number % 3) == (True, 0)
+    assert see(2 * FAR_ABOVE) == (True, 0)
+    assert see(2.1 * FAR_ABOVE) == (False, 1) and see(np.nan) == (False, 2)
+    assert see(3.0) == (True, 0)
+    steps = 0
+    while not see(50.0)[0]:  # a lasting change: half of the norms are new ones in the end
+        steps += 1
+    assert NORMS / 2 - 5 <= steps <= NORMS / 2 + 5
+
+
+def window(*steps):
+    return [
+        {"a_loss": np.float32(loss), "grad_norm": np.float32(1), **more} for loss, more in steps
+    ]
+
+
+def left_out(in_a_row):
+    return {"skipped": np.int32(in_a_row > 0), "skipped_in_a_row": np.int32(in_a_row)}
+
+
+def test_steps_left_out_are_counted_and_in_no_mean():
+    steps = window((1, left_out(0)), (np.nan, left_out(1)), (7, left_out(2)), (3, left_out(0)))
+    check_steps(steps, "tokenizer", 40, max_skipped=3, checkpoint=None)
+    assert summarize(steps) == {"skipped_steps": 2, "a_loss": 2, "grad_norm": 1}
+    assert summarize(steps[1:3]) == {"skipped_steps": 2}
+    with pytest.raises(UserError, match="tokenizer: 2 steps in a row were left out up to step 39"):
+        check_steps(steps, "tokenizer", 40, max_skipped=2, checkpoint=None)
+
+
+def test_a_run_that_diverged_says_what_there_is_to_go_on_from():
+    steps = window((1, {}), (np.nan, {}))
+    with pytest.raises(UserError) as error:
+        check_steps(steps, "generators", 40, 0, checkpoint=None)
+    assert "generators: a_loss is nan at step 40. There is no checkpoint yet" in str(error.value)
+    assert "--config.generator_training.max_skipped_steps=10" in str(error.value)
+    assert "allow_changes" not in str(error.value)
+    with pytest.raises(UserError, match="is of step 30.* --allow_changes=.* --resume_step=N"):
+        check_steps(steps, "generators", 40, 0, checkpoint=30)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_left_out_changes_only_its_number():
+    config = tiny_config()
+    config.tokenizer_training.max_skipped_steps = 2
+    mesh, model = sharding.make_mesh(), ModelConfig.from_config(config, num_classes=10)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (16, 8, 8, 3)).astype(np.float32)
+    batch = {"image": images, "label": np.zeros(16, np.int32)}
+    with sharding.in_mesh(mesh):
+        trainer = registry.make_trainer(TOKENIZER, config, model, mesh, 100)
+        state = trainer.jit_init_state(jax.random.key(0), {})
+        state, metrics = trainer.jit_train_step(
+            state, {}, batch, jax.random.key(1), warming_up=False
+        )
+        assert not metrics["skipped"] and state.step == 1
+        before = jax.tree.map(np.asarray, state)
+        bad = batch | {"image": np.full_like(images, np.nan)}
+        state, metrics = trainer.jit_train_step(state, {}, bad, jax.random.key(1), warming_up=False)
+    assert metrics["skipped"] and metrics["skipped_in_a_row"] == 1 and state.step == 2
+    kept = state.replace(step=before.step, skipping=before.skipping)
+    jax.tree.map(np.testing.assert_array_equal, kept, before)
+    jax.tree.map(np.testing.assert_array_equal, state.skipping.norms, before.skipping.norms)
+
+
+# Runs.
+
+
+@pytest.mark.slow
+def test_going_back_with_steps_that_may_be_left_out(tmp_path):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])
+    config = tiny_config(part="tokenizer")
+    config.tokenizer_training.keep = 9
+    train(config, tmp_path)
+    config.tokenizer_training.max_skipped_steps = 2
+    config.tokenizer_training.optimizer.learning_rate = 5e-4
+    back = dict(allow_changes=["learning_rate", "max_skipped_steps"], resume_step=4)
+    train(config, tmp_path, **back)
+    meta = read_meta(tmp_path / "tokenizer")
+    assert meta["step"] == 12 and [change["step"] for change in meta["changes"]] == [4]
+    whole = weights(tmp_path / "tokenizer")
+    assert whole["skipping"]["count"] == 8
+    # From the middle on, as a launcher starts it again: the statistic goes on, too.
+    (tmp_path / "tokenizer" / "12").rename(tmp_path / "removed")
+    train(config, tmp_path, **back)
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "tokenizer"), whole)
