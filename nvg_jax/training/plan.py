@@ -1,6 +1,7 @@
 """What a training is about to do: told before its first step, and kept in the workdir."""
 
 import collections
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -60,8 +61,10 @@ def provenance() -> dict[str, Any]:
         commit = commit.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # installed without its repository
         commit = None
-    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    versions = {"python": sys.version.split()[0], **versions}
+    versions = {"python": sys.version.split()[0]}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+            versions[name] = importlib.metadata.version(name)
     return {"command": sys.argv, "commit": commit, "versions": versions}
 
 
