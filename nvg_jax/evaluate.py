@@ -11,7 +11,6 @@ usage of the tokenizer. The last needs no downloaded network: a classifier train
 is the judge (--judge=classifier). docs/evaluation.md has the details.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -36,9 +35,9 @@ def main(_):
     settings = cli.sampling_settings()
     judge = FLAGS.judge or ("inception" if FLAGS.reference else "classifier")
     check_flags(judge)
-    results, table = evaluate_samples() if FLAGS.samples else evaluate_model(judge, settings)
+    _, table = evaluate_samples() if FLAGS.samples else evaluate_model(judge, settings)
     if is_main():
-        print(table or json.dumps(results, indent=1))
+        print(table)
         print(f"metrics.json: {out_folder()}")
     barrier("the metrics are written")
 
@@ -86,7 +85,7 @@ def evaluate_samples():
 
 
 def evaluate_model(judge: str, settings):
-    """(results, table or None) for a model."""
+    """(results, table) for a model."""
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
     data = (
@@ -97,11 +96,13 @@ def evaluate_model(judge: str, settings):
     if FLAGS.reconstruction:
         assert data is not None
         images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
-        return reconstruction.report(pipe, images, out), None
+        results = reconstruction.report(pipe, images, out)
+        return results, results and reconstruction.table(results)
     if judge == "classifier":
         assert data is not None
         job = sampling_job(pipe, settings) if pipe.can_sample else None
-        return classification.report(pipe, data, job, out), None
+        results = classification.report(pipe, data, job, out)
+        return results, results and classification.table(results, len(pipe.class_names))
     pipe.check_can_sample()
     job, points = sampling_job(pipe, settings), []
     for point in parse_sweep(FLAGS.sweep) if FLAGS.sweep else [{}]:

@@ -14,7 +14,7 @@ from nvg_jax import pretrained
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation import features, image, report, sets
-from nvg_jax.jobs import reconstruction
+from nvg_jax.jobs import classification, reconstruction
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.sampling.settings import parse_sweep
 from nvg_jax.tokenizer import GranularitySequence
@@ -233,18 +233,49 @@ def test_a_sweep_is_every_combination():
 
 
 def test_the_table_marks_the_lowest_fid():
-    line = dict.fromkeys(FIGURES, 0.5)
+    line = dict.fromkeys(FIGURES, 0.5) | {"images": 50_000, "features": 2048}
     results = [
         {**line, "fid": fid, "sweep": dict(top_p=(1.0, top_p))} for fid, top_p in ((3, 0.5), (2, 1))
     ]
-    first, second = report.table(results).splitlines()[1:]
+    first, second = report.table(results).splitlines()[1:3]
     assert "top_p=1,0.5" in first and "lowest" not in first
     assert "top_p=1,1" in second and second.endswith("lowest FID")
 
 
+def test_numbers_have_three_digits_and_every_name_is_explained():
+    """A small folder once gave 352.59935075584195, from 27 images, without a word."""
+    values = [352.59935075584195, 0.35, 12345.6, 0.0012345, 0.0]
+    assert [report.digits(v) for v in values] == ["353", "0.350", "12300", "0.00123", "0.00"]
+    few = dict.fromkeys(FIGURES, 352.59935075584195) | {"images": 27, "features": 64}
+    text = report.table([few])
+    assert "353" in text and "352.6" not in text
+    assert "too few images for FID: 27, which is not more than the 64 features" in text
+    for name in report.HEADS:
+        assert text.count(f"\n{name}: ") == 1
+    assert "too few" not in report.table([few | {"images": 65}])
+
+
+def test_a_model_stands_beside_real_images_and_chance():
+    five = dict.fromkeys(FIGURES, 2.0)
+    results = {
+        "test_psnr": 21.04, "rfid": 12.0, "classifier_accuracy_on_reconstructions": 0.7,
+        "classifier_accuracy_on_real_test_images": 0.74074, "class_agreement": 0.35,
+        "copying": {"near_share": 0.25}, "figures_of_samples": five,
+        "figures_of_real_test_images": five | {"fid": 1.0}, "figures_images": 27, "features": 64,
+    }  # fmt: skip
+    lines = classification.table(results, num_classes=3).splitlines()
+    assert lines[0].split() == ["model", "real", "images", "chance"]
+    assert "class agreement         0.350        0.741    0.333" in lines
+    assert "near copies             0.250       0.0500" in lines
+    assert "FID                      2.00         1.00" in lines
+    assert any(line.startswith("too few images for FID: 27") for line in lines)
+    alone = {k: v for k, v in results.items() if not k.startswith(("class_", "fig", "copy"))}
+    assert "class agreement:" not in classification.table(alone, num_classes=3)
+
+
 def test_reconstruction(monkeypatch, tmp_path):
     """A model that darkens the images by a known amount, with stubs for the networks."""
-    monkeypatch.setattr(reconstruction, "Inception", lambda prepare: Judge())
+    monkeypatch.setattr(reconstruction, "make_judge", lambda name, images: Judge())
     monkeypatch.setattr(pretrained, "load", lambda name: {"w": np.float32(len(name))})
     distance = lambda params, a, b, dtype: params["w"] * abs(a - b).mean((1, 2, 3))
     monkeypatch.setattr(pretrained, "lpips", distance)

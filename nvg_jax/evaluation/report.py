@@ -6,6 +6,7 @@ folder, so that a run that was killed resumes where it stopped; during training,
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from nvg_jax.runtime.resumable import own_parts, read_arrays
 from nvg_jax.sampling.settings import text_of
 
 logger = logging.getLogger("nvg_jax")
+HEADS = ("FID", "sFID", "IS", "precision", "recall")  # what tables call METRICS
 REFERENCE_IMAGES = 10_000  # images of a data set used for precision and recall
 
 
@@ -162,6 +164,7 @@ def compare(
     if not is_main():
         return {}
     results |= {"images": len(images), "reference_images": reference.count}
+    results |= {"features": len(reference.pool_mean)}
     results |= {"judge": judge.name, "network": judge.fingerprint, **facts}
     write_results(out / "metrics.json", results)
     return results
@@ -208,15 +211,55 @@ def warn_if_sizes_differ(images: ImageSet, reference: ImageSet):
         )
 
 
+def digits(value: float) -> str:
+    """A number with three significant digits."""
+    value = float(f"{value:.3g}")
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:.{max(decimals, 0)}f}"
+
+
+# What the numbers mean, below every table that has them.
+MEANINGS = {
+    "FID": "Frechet distance of the judge's features from those of the reference; lower is better",
+    "sFID": "the same of features that keep their place in the image",
+    "rFID": "FID of reconstructions from their originals",
+    "IS": "Inception Score: how surely and how evenly the judge sees its classes; higher is better",
+    "precision": "share of images as close to the reference as its own images are to each other",
+    "recall": "share of the reference as close to the images as they are to each other",
+    "class agreement": "share of samples that the judge takes for the class they were asked for",
+    "judge's accuracy": "the same of reconstructions, and of real images with their labels",
+    "PSNR": "likeness of pixels in dB; higher is better",
+    "SSIM": "likeness of small patches, at most 1",
+    "LPIPS": "distance in the features of a network that agrees with people; lower is better",
+    "codebook usage": "share of the tokens that occur",
+    "near copies": "share of samples nearer to a training image than 95% of unseen real images are",
+}
+
+
+def explain(names: Sequence[str]) -> list[str]:
+    """One line on each of these names."""
+    return [f"{name}: {MEANINGS[name]}" for name in names]
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Results as lines of text; if there are several, the one with the lowest FID is marked."""
-    heads = ("FID", "sFID", "IS", "precision", "recall")  # of METRICS
     best = min(range(len(results)), key=lambda i: results[i]["fid"])
-    lines = ["".join(f"{head:>11}" for head in heads)]
+    lines = ["".join(f"{head:>11}" for head in HEADS)]
     for index, result in enumerate(results):
-        line = "".join(f"{result[name]:11.4f}" for name in METRICS)
+        line = "".join(f"{digits(result[name]):>11}" for name in METRICS)
         if "sweep" in result:
             line += "  " + " ".join(f"{k}={text_of(v)}" for k, v in result["sweep"].items())
             line += "  <- lowest FID" if index == best else ""
         lines.append(line)
-    return "\n".join(lines)
+    lines += too_few(results[0])
+    return "\n".join([*lines, "", *explain(HEADS)])
+
+
+def too_few(result: dict[str, Any]) -> list[str]:
+    """A line if the FID of a result is of fewer images than it needs."""
+    if result["images"] > result["features"]:
+        return []
+    return [
+        f"too few images for FID: {result['images']:,}, which is not more than the "
+        f"{result['features']:,} features; compare it only with one of as many images"
+    ]

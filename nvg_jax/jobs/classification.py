@@ -8,10 +8,19 @@ from typing import Any
 import numpy as np
 
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.features import class_agreement
-from nvg_jax.evaluation.image import copying_report, psnr
+from nvg_jax.evaluation.features import METRICS, class_agreement
+from nvg_jax.evaluation.image import LOW_QUANTILE, copying_report, psnr
 from nvg_jax.evaluation.judges import ClassJudge, fit_classifier
-from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure, write_results
+from nvg_jax.evaluation.report import (
+    HEADS,
+    REFERENCE_IMAGES,
+    digits,
+    explain,
+    features_of,
+    measure,
+    too_few,
+    write_results,
+)
 from nvg_jax.evaluation.sets import LabeledImages, Split, load_split
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob, stages_picture
@@ -112,8 +121,38 @@ def sample_metrics(
         ("real_test_images", test.select(chosen)),
     ):
         results[f"figures_of_{name}"] = measure(images, classifier, reference)
-    results["figures_images"] = len(chosen)
+    results |= {"figures_images": len(chosen), "features": len(reference.pool_mean)}
     return results
+
+
+def table(results: dict[str, Any], num_classes: int) -> str:
+    """The metrics of `report` beside those of real held-out images, and chance, as text."""
+    rows = [
+        ("PSNR", results["test_psnr"], None, None),
+        ("rFID", results["rfid"], 0.0, None),
+        (
+            "judge's accuracy",
+            results["classifier_accuracy_on_reconstructions"],
+            results["classifier_accuracy_on_real_test_images"],
+            1 / num_classes,
+        ),
+    ]
+    notes = []
+    if "class_agreement" in results:
+        copying = results["copying"]
+        rows += [
+            ("class agreement", results["class_agreement"], rows[-1][2], 1 / num_classes),
+            ("near copies", copying["near_share"], LOW_QUANTILE, None),
+        ]
+        model, real = results["figures_of_samples"], results["figures_of_real_test_images"]
+        rows += [(head, model[name], real[name], None) for head, name in zip(HEADS, METRICS)]
+        notes = too_few({"images": results["figures_images"], "features": results["features"]})
+    text = lambda value: "" if value is None else digits(value)
+    lines = [f"{'':<18}{'model':>11}{'real images':>13}{'chance':>9}"]
+    lines += [
+        f"{name:<18}{text(a):>11}{text(b):>13}{text(c):>9}".rstrip() for name, a, b, c in rows
+    ]
+    return "\n".join([*lines, *notes, "", *explain([row[0] for row in rows])])
 
 
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:

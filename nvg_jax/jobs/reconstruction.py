@@ -13,7 +13,7 @@ from nvg_jax import pretrained
 from nvg_jax.evaluation.features import frechet_distance
 from nvg_jax.evaluation.image import psnr, structural_similarity, to_float
 from nvg_jax.evaluation.judges import make_judge
-from nvg_jax.evaluation.report import write_results
+from nvg_jax.evaluation.report import digits, explain, too_few, write_results
 from nvg_jax.evaluation.sets import ImageSet, Split
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.files import fingerprint
@@ -134,11 +134,20 @@ def report(pipeline: Pipeline, images: Split, out: Path) -> dict[str, Any]:
     usage = codebook_usage(codes.sum(0))
     results["codebook_usage"] = float(usage["codebook_usage"])
     results["codebook_usage_of_stages"] = usage["codebook_usage_stage"].tolist()
-    results |= {"images": count, "network": judge.fingerprint, "dtype": pipeline.dtype}
+    results |= {"images": count, "features": measured.real.shape[1]}
+    results |= {"network": judge.fingerprint, "dtype": pipeline.dtype}
     results["data"] = images.describe()
     save_png(out / "extremes.png", extremes(pipeline, images, measured.lpips_vgg[:, 0]))
     write_results(out / "metrics.json", results)
     return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The metrics of `report` as text."""
+    names = {"rFID": "rfid", "LPIPS": "lpips_vgg", "PSNR": "psnr", "SSIM": "ssim"}
+    names["codebook usage"] = "codebook_usage"
+    lines = [f"{head:<16}{digits(results[name]):>11}" for head, name in names.items()]
+    return "\n".join([*lines, *too_few(results), "", *explain(list(names))])
 
 
 def extremes(pipeline: Pipeline, images: Split, distances: np.ndarray) -> np.ndarray:
