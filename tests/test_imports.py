@@ -1,6 +1,9 @@
 """The layers of the package: who may import whom, read from the source."""
 
 import ast
+import importlib.metadata
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +99,18 @@ def test_the_package_knows_no_preset_no_launcher_and_no_test():
 def test_presets_need_only_ml_collections():
     for path in files("configs"):
         assert outside(path) <= {"configs", "ml_collections"}, path
+
+
+def test_what_the_package_imports_is_required():
+    """By requirements.txt, by JAX, or by the extra of the web page."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines += [*(importlib.metadata.requires("jax") or ()), "gradio"]
+    required = {re.split(r"[^\w-]", line)[0].replace("_", "-").lower() for line in lines}
+    distributions = importlib.metadata.packages_distributions()
+    for path in files("nvg_jax"):
+        for name in outside(path) - sys.stdlib_module_names - {"nvg_jax"}:
+            owners = {owner.replace("_", "-").lower() for owner in distributions[name]}
+            assert owners & required, f"{path} imports {name}"
 
 
 def test_nothing_needs_torch():

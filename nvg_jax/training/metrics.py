@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nvg_jax.errors import UserError, reported
@@ -62,6 +63,11 @@ class EventWriter:
             plugin = image_plugin.create_summary_metadata(None, None)
             value = Summary.Value(tag=tag, metadata=plugin, tensor=tensor)
             self._add(step, Summary(value=[value]))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]):
+        """Writes Markdown."""
+        for tag, text in texts.items():
+            self._add(step, text_pb(tag, text))
 
     def flush(self):
         if not self._buffer.tell():

@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epy
 
 from nvg_jax.errors import reported
 from nvg_jax.runtime.files import make_folder
 from nvg_jax.runtime.processes import is_main
+from nvg_jax.training.metrics import EventWriter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
-
-with epy.lazy_imports():  # imports TensorFlow, which takes seconds
-    from clu import metric_writers
 
 logger = logging.getLogger("nvg_jax")
 FILE = "config.json"
@@ -47,9 +44,9 @@ def announce(run: Run, trainers: Sequence[Trainer]):
     make_folder(run.workdir)
     with reported(f"{run.workdir / FILE} cannot be written"):
         (run.workdir / FILE).write_text(text + "\n")
-    writer = metric_writers.SummaryWriter(str(run.workdir))
+    writer = EventWriter(run.workdir)
     writer.write_texts(0, {"config": f"```json\n{text}\n```"})
-    writer.close()
+    writer.flush()
 
 
 def provenance() -> dict[str, Any]:
