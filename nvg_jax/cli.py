@@ -16,8 +16,8 @@ import jax
 from absl import app, flags
 
 from nvg_jax.errors import UserError, is_failure
-from nvg_jax.runtime import preemption
-from nvg_jax.sampling.settings import DTYPES, Settings
+from nvg_jax.runtime import hardware, preemption
+from nvg_jax.sampling.settings import DTYPES, MAX_SEED, Settings
 
 USER_ERROR = 2
 MODEL = "A run's workdir, an exported or converted folder, or a bundled model."
@@ -60,6 +60,7 @@ def main(command, set_up=lambda: None):
     logger.propagate = False
 
     def start(argv):
+        hardware.pin_options()
         set_up()
         join_processes()
         find_devices()
@@ -118,14 +119,20 @@ def define_resume_flags():
 
 def define_model_flags():
     flags.DEFINE_string("workdir", None, MODEL)
-    flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
+    define_seed_flag()
     flags.DEFINE_integer("batch_size", 64, "Images per batch and process.", lower_bound=1)
+
+
+def define_seed_flag():
+    flags.DEFINE_integer("seed", 0, "Seed of all randomness.", 0, MAX_SEED)
 
 
 def define_data_flags():
     flags.DEFINE_string("data_name", None, "Data set, if not the one the model was trained on.")
     flags.DEFINE_string("data_dir", None, "Folder of the data set.")
-    flags.DEFINE_integer("resize", None, "Short side before the crop; 0: image size * 288 / 256.")
+    flags.DEFINE_integer(
+        "resize", None, "Short side before the crop; 0: image size * 288 / 256.", 0
+    )
 
 
 def data_section(config: dict[str, Any] | None, resize_filter: str) -> dict[str, Any]:
@@ -261,6 +268,11 @@ def parse_flags(argv):
         else:
             message = " ".join(lines)
         exit_with_error(message)
+    if rest[1:]:
+        exit_with_error(
+            f"Unexpected arguments: {' '.join(rest[1:])}. Flags begin with --, and several values "
+            "of a flag are separated by commas: --classes=0,1,2."
+        )
     for name in flags.FLAGS:  # such as --edit=$FILE without a FILE; config values may be empty
         flag = flags.FLAGS[name]
         if flag.present and flag.value in ("", []) and not name.startswith("config"):

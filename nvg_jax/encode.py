@@ -45,7 +45,9 @@ def main(_):
 if __name__ == "__main__":
     cli.define_model_flags()
     cli.define_data_flags()
-    flags.DEFINE_integer("pad", None, "Random shifts of training crops by up to this many pixels.")
+    flags.DEFINE_integer(
+        "pad", None, "Random shifts of training crops by up to this many pixels.", 0
+    )
     flags.DEFINE_string("out", None, "Folder of the sequences; several processes share it.")
     flags.DEFINE_integer("crops", 1, "Random crops of each training image.", lower_bound=1)
     flags.DEFINE_enum("on_bad", "error", ["error", "skip"], "What an unreadable image does.")

@@ -66,6 +66,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("classes", None, "Class names or ids; by default the first eight.")
     flags.DEFINE_string("image", None, "A picture whose stages sequence.png shows.")
     flags.DEFINE_integer("columns", 3, "Samples per row.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of all randomness.")
+    cli.define_seed_flag()
     flags.mark_flags_as_required(["workdir", "out"])
     cli.main(main)

@@ -19,15 +19,13 @@ from nvg_jax.evaluation.image import to_float
 from nvg_jax.models import check_networks
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.files import fingerprint
-from nvg_jax.runtime.hardware import fast_dtype
+from nvg_jax.runtime.hardware import fast_dtype, name_options
 from nvg_jax.runtime.sharding import local_batch, local_mesh
 from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import check_dtype
+from nvg_jax.sampling.settings import MAX_SEED, check_dtype
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
 from nvg_jax.workdir import RunMetadata
-
-MAX_SEED = 2**32 - 1  # largest seed of a random key without 64-bit mode
 
 
 class SampleOutput(NamedTuple):
@@ -62,6 +60,7 @@ class Pipeline:
         """
         if dtype is not None:
             check_dtype(dtype)
+        name_options()
         self.dtype = dtype or fast_dtype()
         self.metadata = metadata
         self.class_names = metadata.class_names

@@ -250,8 +250,8 @@ def test_the_same_command_again_resumes(teacher, student, tmp_path):
     "changes, message",
     [
         (dict(flow_steps=2), "distillation.flow_steps = 1, now 2"),
-        (dict(flow_steps=0), "flow_steps must be a whole number of 1 or more, got 0"),
-        (dict(batch_size=0), "distillation.batch_size must be at least 1"),
+        (dict(flow_steps=0), "distillation.flow_steps must be 1 or more, got 0"),
+        (dict(batch_size=0), "distillation.batch_size must be 1 or more"),
         (dict(structure_guidance=(1.0, 2.0, 3.0)), "a .start, end. pair or 5 values"),
     ],
 )

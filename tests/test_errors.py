@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
@@ -14,7 +15,7 @@ from helpers import ROOT, tiny_config
 from nvg_jax import cli
 from nvg_jax.data.sources import ArraySource
 from nvg_jax.errors import UserError, is_failure, is_mistake, reported
-from nvg_jax.runtime import checkpoint, sharding
+from nvg_jax.runtime import checkpoint, hardware, sharding
 from nvg_jax.train import train
 
 
@@ -86,11 +87,11 @@ def test_a_failure_passes_unchanged_and_changes_no_checkpoint(
         assert sorted(path.name for path in (folder / "tokenizer").glob("*")) == before
 
 
-def run(command: str, **environment) -> subprocess.CompletedProcess:
+def run(command: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
     """Runs a command of `cli.main` in a process of its own."""
     script = f"from nvg_jax import cli\ndef command(_):\n    {command}\ncli.main(command)"
     return subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
@@ -122,6 +123,36 @@ def test_a_platform_that_is_not_there_is_a_mistake(platforms):
     assert re.fullmatch(
         rf"error: JAX cannot use JAX_PLATFORMS={platforms} on this machine.*\n", done.stderr
     )
+
+
+def test_what_is_left_over_on_the_command_line_is_refused():
+    done = run("print('never')", "--verbosity=-1", "1", "2")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: Unexpected arguments: 1 2. ")
+
+
+def test_options_of_jax_from_outside_are_pinned_or_named():
+    command = "import jax; print(jax.numpy.arange(3).dtype, jax.random.key(0).dtype)"
+    changed = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
+    done = run(command, JAX_DEFAULT_MATMUL_PRECISION="highest", **changed)
+    assert done.stdout == "int32 key<fry>\n"
+    lines = [line.split(" ", 1)[1] for line in done.stderr.splitlines()]
+    assert lines == [
+        "JAX_ENABLE_X64=True is not used: nvg_jax needs False",
+        "JAX_DEFAULT_PRNG_IMPL=rbg is not used: nvg_jax needs threefry2x32",
+        "JAX_DEFAULT_MATMUL_PRECISION=highest: results differ from those without it",
+    ]
+
+
+def test_options_of_jax_in_python_are_refused_for_training(caplog):
+    """A notebook's own options are left as they are; samples come with a line that names them."""
+    with jax.enable_x64(True):
+        with pytest.raises(UserError, match="Training needs jax_enable_x64=False, and .* True"):
+            hardware.check_options()
+        with caplog.at_level("WARNING", "nvg_jax"):
+            hardware.name_options()
+    assert caplog.messages == ["jax_enable_x64=True: samples differ from those with False"]
+    hardware.check_options()
 
 
 def test_no_home_and_no_cache_folder_is_a_mistake(monkeypatch):

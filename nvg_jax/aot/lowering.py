@@ -18,7 +18,7 @@ from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, PARTS, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import check_dtype
+from nvg_jax.training.checks import check_process
 from nvg_jax.training.generators import sampling_settings
 from nvg_jax.training.registry import make_trainer
 from nvg_jax.training.run import fitted_config
@@ -112,7 +112,7 @@ class Compiler:
     """Compiles one program ("train" or "sample") of a config for a target, at any batch size."""
 
     def __init__(self, config: ml_collections.ConfigDict, target: Target, program: str):
-        check_dtype(config.dtype)
+        check_process(config)
         self.target, self.program = target, program
         self.part = training_part(config) if program == "train" else None
         self.images, self._num_classes = data_size(config.data)

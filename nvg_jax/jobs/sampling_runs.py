@@ -17,13 +17,13 @@ from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.sets import ImageSet
 from nvg_jax.parts import GENERATORS
-from nvg_jax.pipeline import MAX_SEED, Pipeline, SampleOutput, check_integer
+from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.files import atomic_write, digest, fingerprint
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.resumable import open_folder, own_missing
 from nvg_jax.sampling import control
-from nvg_jax.sampling.settings import Settings
+from nvg_jax.sampling.settings import MAX_SEED, Settings
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.visualize import image_grid, save_png, stages_grid, to_uint8
 

@@ -1,7 +1,23 @@
-"""What depends on the devices that a program runs on: the platform, the dtype, XLA's options."""
+"""What programs run with: the platform of the devices, the dtype, the options of JAX and XLA."""
+
+import logging
 
 import jax
 
+from nvg_jax.errors import UserError
+
+logger = logging.getLogger("nvg_jax")
+
+# Options of JAX that change our numbers, or make our programs fail, with the values for which they
+# are written. An environment variable may set them: JAX_ENABLE_X64.
+OPTIONS = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+}
 # cuBLAS computes all matrix products. XLA's autotuner would choose kernels of its own for some,
 # with which sampling takes a tenth longer (docs/performance.md).
 CUBLAS_ONLY: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
@@ -31,3 +47,39 @@ def fast_dtype() -> str:
 def compiler_options() -> dict[str, str | bool] | None:
     """XLA's options for the sampler on this machine's devices."""
     return CUBLAS_ONLY if jax.default_backend() == "gpu" else None
+
+
+def changed_options() -> dict[str, object]:
+    """{name: value} of the `OPTIONS` that have another value in this process."""
+    values = {name: getattr(jax.config, name, usual) for name, usual in OPTIONS.items()}
+    return {name: value for name, value in values.items() if value != OPTIONS[name]}
+
+
+def check_options():
+    """Raises UserError if an option of JAX has a value for which training is not written."""
+    for name, value in changed_options().items():
+        raise UserError(
+            f"Training needs {name}={OPTIONS[name]}, and this process has {value}. Call "
+            f"jax.config.update({name!r}, {OPTIONS[name]!r}) first."
+        )
+
+
+def name_options():
+    """Logs a line for each of the `OPTIONS` with another value, which changes samples."""
+    for name, value in changed_options().items():
+        logger.warning("%s=%s: samples differ from those with %s", name, value, OPTIONS[name])
+
+
+def pin_options():
+    """Sets the `OPTIONS` of this process, with a line in the log for each that had another value.
+
+    The precision of matrix products may be chosen from outside; the log says so.
+    """
+    for name, value in changed_options().items():
+        logger.warning("%s=%s is not used: nvg_jax needs %s", name.upper(), value, OPTIONS[name])
+        jax.config.update(name, OPTIONS[name])
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if precision is not None:
+        logger.warning(
+            "JAX_DEFAULT_MATMUL_PRECISION=%s: results differ from those without it", precision
+        )

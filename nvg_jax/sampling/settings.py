@@ -18,6 +18,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.structure.flow import SOLVERS
 
 DTYPES = ("float32", "bfloat16")  # dtypes for training and sampling
+MAX_SEED = 2**32 - 1  # largest seed of a random key without 64-bit mode
 
 
 def check_dtype(dtype: str):

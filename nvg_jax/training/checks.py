@@ -1,11 +1,10 @@
 """Checks of a training's config that come before anything slow is imported or any data is read.
 
-Most settings are checked by the dataclass that they become; here are those that become none, and
-what involves several settings.
+Numbers have their ranges in `ranges.py`; names are checked by the dataclass that they become. Here
+are those that become none, and what involves several settings.
 """
 
 import difflib
-import math
 
 import ml_collections
 from etils import epy
@@ -13,7 +12,9 @@ from etils import epy
 from nvg_jax.data.sources import SPLITS, check_name
 from nvg_jax.errors import UserError
 from nvg_jax.parts import CHOICES, DISTILLATION, PARTS, Part
+from nvg_jax.runtime import hardware
 from nvg_jax.sampling.settings import check_dtype
+from nvg_jax.training.ranges import check_ranges
 
 with epy.lazy_imports():  # slow
     from nvg_jax import models, workdir
@@ -62,30 +63,13 @@ def check_process(config: ml_collections.ConfigDict):
     """Raises UserError for invalid settings of a whole process, whatever it trains."""
     check_dtype(config.dtype)
     check_dtype(config.tokenizer_training.dtype or config.dtype)
-    if not 0 <= config.stall_timeout < math.inf:
-        raise UserError(
-            f"stall_timeout must be 0 (off) or a number of seconds, got {config.stall_timeout}."
-        )
+    check_ranges(config)
+    hardware.check_options()
 
 
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
-    if config[name].batch_size < 1:
-        raise UserError(f"{name}.batch_size must be at least 1, got {config[name].batch_size}.")
-    recipe = length.fitted(config[name], 10**6)
-    for key in ("log_every", "eval_every", "save_every", "keep"):
-        if recipe[key] < 1:
-            raise UserError(f"{name}.{key} must be at least 1, got {recipe[key]}.")
-    if recipe.max_skipped_steps < 0:
-        raise UserError(
-            f"{name}.max_skipped_steps must be 0 (leave out no step) or more, got "
-            f"{recipe.max_skipped_steps}."
-        )
-    optimizers.OptimizerConfig(**recipe.optimizer)
-    if config[name].eval_images < 0:
-        raise UserError(
-            f"{name}.eval_images must be 0 (all) or more, got {config[name].eval_images}."
-        )
+    optimizers.OptimizerConfig(**length.fitted(config[name], 10**6).optimizer)
     if config[name].fid_every:
         check_fid(config, name, parts)
 
@@ -117,12 +101,7 @@ def check_init(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
 
 def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError if the recipe `name` requests an FID that cannot be measured."""
-    recipe, judge = config[name], config.evaluation.judge
-    if recipe.fid_every < 0 or recipe.fid_samples < 2:
-        raise UserError(
-            f"{name}.fid_every must be 0 (never) or more and fid_samples at least 2, got "
-            f"{recipe.fid_every} and {recipe.fid_samples}."
-        )
+    judge = config.evaluation.judge
     if judge not in judges.JUDGES:
         raise UserError(f"evaluation.judge must be {' or '.join(judges.JUDGES)}, got {judge!r}.")
     if any(part.section == name and not part.images for part in parts):

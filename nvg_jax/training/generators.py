@@ -48,10 +48,6 @@ class RepaConfig:
     weight: float
     block: int
 
-    def __post_init__(self):
-        if not self.weight >= 0:
-            raise UserError(f"generator_training.repa_weight must be 0 or more, got {self.weight}.")
-
     def check(self, depth: int, grid: tuple[int, int]):
         """Raises UserError if a content generator of these sizes cannot be aligned."""
         if self.weight and not 1 <= self.block <= depth:

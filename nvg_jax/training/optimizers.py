@@ -1,7 +1,6 @@
 """AdamW with the decay mask, the gradient clip and the learning-rate schedules (Appendix)."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +42,6 @@ class OptimizerConfig:
             raise UserError(
                 f"Unknown learning-rate schedule {self.schedule!r}; choose one of {SCHEDULES}."
             )
-        if not 0 <= self.learning_rate < math.inf:
-            raise UserError(
-                f"optimizer.learning_rate must be 0 or a positive number, got {self.learning_rate}."
-            )
-        if not 0 < self.clip < math.inf:  # 0 would multiply all gradients by zero
-            raise UserError(f"optimizer.clip must be a positive number, got {self.clip}.")
-        for name in ("b1", "b2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}."
-                )
 
     def average_decay(self, step: Int32[Array, ""]) -> float | Float32[Array, ""]:
         """The decay of the average in the step after `step` others."""

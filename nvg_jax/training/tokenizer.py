@@ -56,7 +56,7 @@ class TokenizerLossConfig:
         opposes the hinge loss, is a loss of the discriminator's too, as in the published training.
 
     Raises:
-        UserError: an unknown name, or a negative weight.
+        UserError: an unknown name.
     """
 
     reconstruction: str
@@ -73,11 +73,6 @@ class TokenizerLossConfig:
                 raise UserError(
                     f"tokenizer_training.{name} must be one of {', '.join(choices)}, got "
                     f"{getattr(self, name)!r}."
-                )
-        for name in ("perceptual_weight", "adversarial_weight", "lecam_weight"):
-            if not getattr(self, name) >= 0:
-                raise UserError(
-                    f"tokenizer_training.{name} must be 0 or more, got {getattr(self, name)}."
                 )
 
     @property

@@ -1,0 +1,109 @@
+"""The valid range of every number of a training's config."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from nvg_jax.errors import UserError
+from nvg_jax.sampling.settings import MAX_SEED
+from nvg_jax.training.length import AUTO
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Finite numbers from `low` to `high`, without `low` if `above`, without `high` if `below`.
+
+    auto: a number outside with a meaning of its own, see the comment of the setting.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    auto: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        low = value > self.low if self.above else value >= self.low
+        high = value < self.high if self.below else value <= self.high
+        return value == self.auto or (math.isfinite(value) and low and high)
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return "a finite number"
+        text = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        if math.isfinite(self.high):
+            text += f" and {'below' if self.below else 'at most'} {self.high:.10g}"
+        return text + (f", or {self.auto:g}" if self.auto is not None else "")
+
+
+COUNT, NUMBER, SHARE = Range(1), Range(0), Range(0, 1)
+RATE = Range(0, 1, below=True)
+OPTIMIZER = dict(
+    learning_rate=NUMBER,  # 0 freezes a part
+    warmup_steps=Range(0, auto=AUTO),
+    warmup_start=SHARE,
+    decay_start=SHARE,
+    final=SHARE,
+    b1=RATE,
+    b2=RATE,
+    weight_decay=NUMBER,
+    clip=Range(0, above=True),  # 0 would multiply all gradients by zero
+    ema_decay=Range(0, 1, below=True, auto=AUTO),
+)
+RECIPE = dict(
+    batch_size=COUNT,
+    log_every=Range(1, auto=AUTO),
+    eval_every=Range(1, auto=AUTO),
+    save_every=Range(1, auto=AUTO),
+    eval_images=NUMBER,
+    max_skipped_steps=NUMBER,
+    keep=COUNT,
+    fid_every=NUMBER,
+    fid_samples=Range(2),
+    optimizer=OPTIMIZER,
+)
+TRANSFORMER = dict(
+    width=COUNT,
+    depth=COUNT,
+    head_dim=COUNT,
+    mlp_ratio=COUNT,
+    drop_path=Range(0, 1, below=True, auto=-1),
+)
+# Every number of a config, but for `sampling`, whose ranges are in `Settings`. Sizes must also fit
+# each other, see `TokenizerConfig` and `TransformerConfig`.
+RANGES = dict(
+    seed=Range(0, MAX_SEED),
+    stall_timeout=NUMBER,
+    class_dropout=RATE,
+    mesh=dict.fromkeys(("data", "fsdp", "tensor"), Range(1, auto=-1)),
+    data=dict(resize=NUMBER, pad=NUMBER, num_threads=COUNT, num_workers=NUMBER, prefetch=COUNT),
+    tokenizer=dict.fromkeys(
+        ("image_size", "latent_size", "latent_dim", "codebook_size", "base_channels")
+        + ("channel_multipliers", "blocks_per_level"),
+        COUNT,
+    ),
+    content=TRANSFORMER,
+    structure=TRANSFORMER,
+    tokenizer_training=RECIPE
+    | dict(
+        perceptual_weight=NUMBER,
+        adversarial_weight=NUMBER,
+        lecam_weight=NUMBER,
+        discriminator_weight_decay=NUMBER,
+        index_backprop_epochs=NUMBER,
+    ),
+    generator_training=RECIPE | dict(repa_weight=NUMBER, repa_block=COUNT),
+    distillation=RECIPE | dict(flow_steps=COUNT, teacher_steps=NUMBER, structure_guidance=Range()),
+)
+
+
+def check_ranges(config, ranges: dict[str, Any] = RANGES, path: str = ""):
+    """Raises UserError for a number outside its range: all of a tuple's have the same."""
+    for name, allowed in ranges.items():
+        value = config[name]
+        if isinstance(allowed, dict):
+            check_ranges(value, allowed, f"{path}{name}.")
+        elif any(number not in allowed for number in np.atleast_1d(value).tolist()):
+            raise UserError(f"{path}{name} must be {allowed}, got {value}.")
