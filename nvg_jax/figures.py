@@ -18,7 +18,7 @@ from nvg_jax.errors import UserError
 
 with epy.lazy_imports():  # slow, and not needed to report a wrong flag
     from nvg_jax import pipeline, visualize
-    from nvg_jax.jobs import editing, figures
+    from nvg_jax.jobs import editing, figures, sampling_runs
     from nvg_jax.runtime import files
 
 FLAGS = flags.FLAGS
@@ -43,11 +43,11 @@ def main(_):
         if name == "sequence" and FLAGS.image:
             image = pipe.prepare(editing.read_picture(FLAGS.image))[None]
             visual = pipe.encode(image)
-            return figures.sequence(pipe, visual, [Path(FLAGS.image).stem])
+            return sampling_runs.stages_picture(pipe, visual, [Path(FLAGS.image).stem])
         if name == "sequence":
             sample = pipe.sample(classes[:4], seed=FLAGS.seed)
             rows = [pipe.class_names[c] for c in classes[:4]]
-            return figures.sequence(pipe, sample.sequence, rows)
+            return sampling_runs.stages_picture(pipe, sample.sequence, rows)
         if name == "binary":
             return figures.binary(pipe, classes, FLAGS.columns, FLAGS.seed)
         if name == "drawings":

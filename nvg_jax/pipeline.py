@@ -74,6 +74,24 @@ class Pipeline:
         if self.can_sample:
             self.program = sampling_program(model)
 
+    def __repr__(self) -> str:
+        tokenizer, classes = self.tokenizer.config, self.class_names
+        sizes = lambda pair: " x ".join(map(str, pair))
+        networks = {
+            name: sum(leaf.size for leaf in jax.tree.leaves(self.params[name]))
+            for name in self.metadata.model.networks
+            if name in self.params
+        }
+        lines = [
+            f"images: {sizes(tokenizer.image_size)} pixels, latents {sizes(tokenizer.latent_size)} "
+            f"in {tokenizer.num_stages} stages, {tokenizer.codebook_size:,} codes",
+            "parameters: " + ", ".join(f"{name} {size:,}" for name, size in networks.items()),
+            f"classes: {len(classes):,} ({', '.join(classes[:5])}{', ...' if classes[5:] else ''})",
+            f"settings: {self.settings}" if self.can_sample else "no generators: cannot sample",
+            f"computes in {self.dtype} on {self._mesh.size} x {jax.local_devices()[0].device_kind}",
+        ]
+        return "\n  ".join(["Pipeline", *lines])
+
     @property
     def params(self) -> dict[str, Any]:
         """The weights: {"tokenizer": tree} and, to sample, "content" and "structure"."""

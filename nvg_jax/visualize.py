@@ -1,4 +1,4 @@
-"""Grids of images, reconstructions and stages as uint8 arrays (H, W, 3), and PNG files."""
+"""Grids of images with labels as uint8 arrays (H, W, 3), and PNG files."""
 
 import io
 import itertools
@@ -42,7 +42,28 @@ def image_grid(images, columns: int) -> np.ndarray:
 
 def reconstruction_grid(images, reconstructions) -> np.ndarray:
     """Images (B, H, W, 3) of either kind in one row, their reconstructions in the row below."""
-    return image_grid(np.concatenate([to_uint8(images), to_uint8(reconstructions)]), len(images))
+    rows = [to_uint8(images), to_uint8(reconstructions)]
+    return labeled_grid(rows, ["image", "reconstruction"], [""] * len(images))
+
+
+def class_grid(images, names: Sequence[str], columns: int) -> np.ndarray:
+    """Images (B, H, W, 3) of either kind in rows, with the names of their classes before them.
+
+    Every class begins a new row.
+
+    Args:
+        names: the class of every image; those of a class are neighbors.
+    """
+    images, tiles, rows, start = to_uint8(images), [], [], 0
+    for name, group in itertools.groupby(names):
+        count = len(list(group))
+        for first in range(start, start + count, columns):
+            row = images[first : min(first + columns, start + count)]
+            padding = ((0, columns - len(row)), (0, 0), (0, 0), (0, 0))
+            tiles.append(np.pad(row, padding, constant_values=255))
+            rows.append(name)
+        start += count
+    return labeled_grid(tiles, rows, [""] * columns)
 
 
 def structure_colors(labels, stage: int) -> np.ndarray:
@@ -86,24 +107,6 @@ def map_tile(
     return np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.NEAREST))
 
 
-def stages_grid(stage_images, structure, latent_size: tuple[int, int]) -> np.ndarray:
-    """Shows generation stage by stage, from left to right, in two rows for each image.
-
-    The upper row has the decoded canvas of each stage, the lower row its structure map.
-
-    Args:
-        stage_images: (B, S, H, W, 3) in [-1, 1], the canvas decoded after each stage.
-        structure: int (B, S, L).
-        latent_size: (h, w).
-    """
-    batch, stages, height, width, _ = np.shape(stage_images)
-    tiles = []
-    for images, maps in zip(to_uint8(stage_images), np.asarray(structure)):
-        tiles.extend(images)
-        tiles += [map_tile(m, stage, latent_size, (height, width)) for stage, m in enumerate(maps)]
-    return image_grid(np.stack(tiles), stages)
-
-
 def labeled_grid(tiles, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
     """Tiles in rows and columns, with a label before each row and one above each column.
 
@@ -116,7 +119,7 @@ def labeled_grid(tiles, rows: Sequence[str], columns: Sequence[str]) -> np.ndarr
     grid = image_grid(tiles.reshape(-1, *tiles.shape[2:]), columns=len(columns))
     font = ImageFont.load_default(FONT_SIZE)
     left = GAP * 4 + max(int(np.ceil(font.getlength(text))) for text in rows)
-    top = FONT_SIZE * 3 // 2
+    top = FONT_SIZE * 3 // 2 if any(columns) else 0
     height, width, _ = grid.shape
     tile_height, tile_width = ((x + GAP) / len(n) for x, n in ((height, rows), (width, columns)))
     picture = Image.new("RGB", (left + width, top + height), "white")

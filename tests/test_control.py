@@ -355,7 +355,7 @@ def test_the_command_edits_an_image(pipe, files, tmp_path):
     image, mask = files / "image.png", files / "mask.png"
     edit = sample(f"--edit={image}", f"--mask={mask}", "--edit_from=1", "--paste", "--feather=0")
     assert edit.returncode == 0, edit.stderr
-    made = np.asarray(Image.open(tmp_path / "out" / "000001_class3.png"), np.int32)
+    made = np.asarray(Image.open(tmp_path / "out" / "000001_3.png"), np.int32)
     assert (made[:, :4] == np.asarray(Image.open(image))[:, :4]).all()
     both = sample(f"--edit={image}", f"--mask={mask}", "--structure_map=rings")
     assert both.returncode == 2 and "only one of --structure_map, --edit" in both.stderr

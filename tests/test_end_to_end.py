@@ -560,11 +560,11 @@ def test_the_command_lines_write_pictures_arrays_and_metrics(workdir, tmp_path):
     sample = ("nvg_jax.sample", f"--workdir={workdir}", "--classes=0,1", "--per_class=3")
     python(*sample, f"--out={tmp_path / 'pictures'}")
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert {"000000_class0.png", "000005_class1.png", "grid.png", "stages.png"} <= names
+    assert {"000000_0.png", "000005_1.png", "grid.png", "stages.png"} <= names
     python(*sample, f"--out={tmp_path / 'all.npz'}", "--batch_size=4")
     images = np.load(tmp_path / "all.npz")["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 3)
-    first = np.asarray(Image.open(tmp_path / "pictures" / "000003_class1.png"))
+    first = np.asarray(Image.open(tmp_path / "pictures" / "000003_1.png"))
     assert np.abs(first.astype(int) - images[3]).max() <= 1
     python("nvg_jax.evaluate", f"--workdir={workdir}", "--num_samples=20", f"--out={tmp_path}")
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from helpers import ROOT, random_pipeline
 
-from nvg_jax.jobs import figures
+from nvg_jax.jobs import figures, sampling_runs
 from nvg_jax.visualize import GAP, structure_colors, to_uint8
 
 TILE = 64 + GAP  # images of 8 x 8 pixels are enlarged eight times
@@ -24,10 +25,19 @@ def tile(picture, rows, columns, row, column):
     return grid[row * TILE : row * TILE + 64 : 8, column * TILE : column * TILE + 64 : 8]
 
 
+def test_a_model_says_what_it_is(pipe):
+    lines = [line.strip() for line in repr(pipe).splitlines()]
+    assert lines[:2] == ["Pipeline", "images: 8 x 8 pixels, latents 4 x 4 in 5 stages, 16 codes"]
+    assert lines[2] == "parameters: tokenizer 209,771, content 34,548, structure 37,636"
+    assert lines[3] == "classes: 10 (0, 1, 2, 3, 4, ...)"
+    assert lines[4].startswith("settings: Settings(") and "flow_steps=2" in lines[4]
+    assert lines[5] == f"computes in float32 on {jax.local_device_count()} x cpu"
+
+
 def test_canvases_stand_above_their_maps(pipe):
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     sequence = pipe.encode(images)
-    picture = figures.sequence(pipe, sequence, ["a", "b"])
+    picture = sampling_runs.stages_picture(pipe, sequence, ["a", "b"])
     restored = to_uint8(pipe.decode(sequence))
     for image in range(2):
         last = tile(picture, 4, 5, 2 * image, 4)

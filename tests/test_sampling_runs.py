@@ -228,7 +228,7 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [0, 1] and not (out / "grid.png").exists()
-    (out / "000004_class7.png").rename(out / "000004_class7.png.tmp")  # killed while writing it
+    (out / "000004_7.png").rename(out / "000004_7.png.tmp")  # killed while writing it
     made.clear()
     with pytest.raises(KeyboardInterrupt):
         sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
@@ -236,7 +236,7 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
     made.clear()
     sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
     assert made == [3]
-    names = [f"{i:06d}_class{7 if i < 5 else 2}.png" for i in range(10)]
+    names = [f"{i:06d}_{7 if i < 5 else 2}.png" for i in range(10)]
     others = {"grid.png", "stages.png", "settings.json"}
     assert {path.name for path in out.iterdir()} == {*names, *others}
     images = np.stack([np.asarray(Image.open(out / name)) for name in names])
@@ -244,7 +244,7 @@ def test_a_folder_of_pictures_goes_on_where_it_was(pipe, whole, tmp_path, monkey
     with pytest.raises(UserError, match="seed was 4 and is 5 now"):
         sampling_runs.write_pictures(samples_of(pipe, seed=5), out, columns=5)
     (out / names[3]).write_bytes((out / names[3]).read_bytes()[:60])
-    with pytest.raises(UserError, match="000003_class7.png is not a readable image.*Delete it"):
+    with pytest.raises(UserError, match="000003_7.png is not a readable image.*Delete it"):
         sampling_runs.write_pictures(samples_of(pipe), out, columns=5)
 
 
@@ -321,7 +321,7 @@ def test_two_processes_share_the_work(pipe, workdir, whole, tmp_path):
     # Batches 0 and 2, and 1 and 3: once for the array and once for the pictures.
     assert (tmp_path / "made_0").read_text() == "[0, 2, 0, 2]"
     assert (tmp_path / "made_1").read_text() == "[1, 3, 1, 3]"
-    pictures = sorted((tmp_path / "pictures").glob("*_class*.png"))
+    pictures = sorted((tmp_path / "pictures").glob("0*_*.png"))
     images = np.stack([np.asarray(Image.open(path)) for path in pictures])
     np.testing.assert_array_equal(images, np.load(whole)["arr_0"])
     assert (tmp_path / "pictures" / "stages.png").exists()

@@ -5,11 +5,11 @@ from PIL import Image
 
 from nvg_jax.visualize import (
     GAP,
+    class_grid,
     image_grid,
     labeled_grid,
     reconstruction_grid,
     save_png,
-    stages_grid,
     structure_colors,
     to_uint8,
 )
@@ -59,8 +59,10 @@ def test_float_tiles():
 
 def test_originals_are_above_their_reconstructions():
     originals = np.stack([np.full((64, 64, 3), value, np.float32) for value in (-1, 1)])
-    grid = reconstruction_grid(originals, np.zeros_like(originals))
-    assert grid.shape == (130, 130, 3)
+    labeled = reconstruction_grid(originals, np.zeros_like(originals))
+    assert (labeled[:, :-130] < 128).any()  # what the rows are
+    grid = labeled[:, -130:]
+    assert len(grid) == 130
     assert is_all(grid[:64, :64], 0) and is_all(grid[:64, 66:], 255)
     assert is_all(grid[66:, :64], 127) and is_all(grid[66:, 66:], 127)
 
@@ -97,24 +99,22 @@ def test_a_grid_with_texts():
     labeled_grid([[tile(RED)]], [""], [""])
 
 
-def test_stages_stand_above_their_maps():
-    # One row of two positions in images of 32 x 64 pixels; two images.
-    structure = np.array([[[0, 0], [0, 1]], [[0, 0], [1, 0]]])
-    decoded = np.empty((2, 2, 32, 64, 3), np.float32)
-    decoded[0, 0], decoded[0, 1], decoded[1] = -1, 0, 1
-    grid = stages_grid(decoded, structure, latent_size=(1, 2))
-    assert grid.shape == (4 * 66 - 2, 2 * 130 - 2, 3)  # enlarged twice
-    left, right = slice(0, 128), slice(130, 258)
-    assert is_all(grid[:64, left], 0) and is_all(grid[:64, right], 127)
-    assert is_all(grid[132:196], 255)
-    (whole,), (first, second) = structure_colors([0], 0), structure_colors([0, 1], 1)
-    assert is_all(grid[66:130, left], whole) and is_all(grid[198:, left], whole)
-    assert is_all(grid[66:130, 130:194], first) and is_all(grid[66:130, 194:], second)
-    assert is_all(grid[198:, 130:194], second) and is_all(grid[198:, 194:], first)
-
-
 def test_a_png_holds_the_very_pixels(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     save_png(tmp_path / "picture.png", picture)
     with Image.open(tmp_path / "picture.png") as image:
         np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def test_every_class_begins_a_row_with_its_name():
+    images = [tile(RED), tile(GREEN), tile(BLUE), tile(RED)]
+    picture = class_grid(np.stack(images), ["cat", "cat", "cat", "dog"], columns=2)
+    grid = picture[:, -130:]
+    assert grid.shape == (3 * 66 - 2, 130, 3)
+    for row, column, expected in (
+        (0, 0, RED), (0, 1, GREEN), (1, 0, BLUE), (1, 1, 255), (2, 0, RED), (2, 1, 255)
+    ):  # fmt: skip
+        top, left = 66 * row, 66 * column
+        assert is_all(grid[top : top + 64, left : left + 64], expected)
+    dark = (picture[:, :-130] < 128).any((1, 2))
+    assert dark[:64].any() and dark[66:130].any() and dark[132:].any()

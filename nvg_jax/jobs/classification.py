@@ -26,9 +26,11 @@ from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob, stages_picture
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import is_main
-from nvg_jax.visualize import image_grid, reconstruction_grid, save_png
+from nvg_jax.tokenizer import GranularitySequence
+from nvg_jax.visualize import class_grid, reconstruction_grid, save_png
 
 STAGES_SHOWN = 4  # samples in the picture of the stages
+CLASSES_SHOWN, COLUMNS = 20, 8  # rows and columns in the picture of samples
 COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
 
 
@@ -75,11 +77,14 @@ def report(
     pictures = reconstruction_grid(test.images[:12], restored.images[:12])
     save_png(out / "reconstructions.png", pictures)
     if job:
-        columns = num_classes if num_classes <= 20 else 10
-        save_png(out / "samples.png", image_grid(samples.images[: 8 * columns], columns=columns))
-        first = job.sample(0)
-        picks = np.arange(min(STAGES_SHOWN, len(first.images)))
-        save_png(out / "stages.png", stages_picture(pipeline, first, picks))
+        shown = np.argsort(samples.labels, kind="stable")
+        rank = np.arange(len(shown)) - np.searchsorted(samples.labels[shown], samples.labels[shown])
+        shown = shown[(rank < COLUMNS) & (samples.labels[shown] < CLASSES_SHOWN)]
+        names = [pipeline.class_names[label] for label in samples.labels[shown]]
+        save_png(out / "samples.png", class_grid(samples.images[shown], names, COLUMNS))
+        visual = GranularitySequence(*(part[:STAGES_SHOWN] for part in job.sample(0).sequence))
+        names = [pipeline.class_names[job.classes[i]] for i in range(len(visual.structure))]
+        save_png(out / "stages.png", stages_picture(pipeline, visual, names))
     write_results(out / "metrics.json", results)
     return results
 

@@ -8,35 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from nvg_jax.jobs import editing
-from nvg_jax.jobs.sampling_runs import SamplingJob, stage_images
+from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.visualize import labeled_grid, map_tile, to_uint8
 
 
-def captions(num_stages: int) -> list[str]:
-    return [f"{2**stage} token{'s' if stage else ''}" for stage in range(num_stages)]
-
-
 def picture_of(pipe: Pipeline, labels: np.ndarray, stage: int) -> np.ndarray:
     config = pipe.tokenizer.config
     return map_tile(labels, stage, config.latent_size, config.image_size)
-
-
-def sequence(pipe: Pipeline, visual: GranularitySequence, names: Sequence[str]) -> np.ndarray:
-    """Canvases and maps, stage by stage (Figure 1): two rows per image.
-
-    Args:
-        visual: the sequences of B images. names: the row labels.
-    """
-    config = pipe.tokenizer.config
-    tiles = []
-    for images, maps in zip(to_uint8(stage_images(pipe, visual)), visual.structure):
-        tiles.append(list(images))
-        tiles.append([picture_of(pipe, x, s) for s, x in enumerate(maps)])
-    rows = [text for name in names for text in (name, "structure")]
-    return labeled_grid(tiles, rows, captions(config.num_stages))
 
 
 def binary(pipe: Pipeline, classes: Sequence[int], columns: int, seed: int) -> np.ndarray:

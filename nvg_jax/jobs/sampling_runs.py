@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,9 @@ from nvg_jax.runtime.resumable import open_folder, own_missing
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings
 from nvg_jax.tokenizer import GranularitySequence
-from nvg_jax.visualize import image_grid, save_png, stages_grid, to_uint8
+from nvg_jax.visualize import class_grid, labeled_grid, map_tile, save_png, to_uint8
 
+UNFIT = r"[^\w.-]+"  # characters of a class name that a file name does without
 GRID_LIMIT = 400  # samples in the grid
 STAGES_LIMIT = 8  # samples in the picture of the stages
 
@@ -208,11 +210,23 @@ def stage_images(pipeline: Pipeline, sequence: GranularitySequence) -> np.ndarra
     return images.reshape(*canvases.shape[:2], *images.shape[1:])
 
 
-def stages_picture(pipeline: Pipeline, output: SampleOutput, picks: np.ndarray) -> np.ndarray:
-    """The stages of the samples `picks` of an output: each decoded canvas above its map."""
-    sequence = GranularitySequence(*(part[picks] for part in output.sequence))
-    latent_size = pipeline.tokenizer.config.latent_size
-    return stages_grid(stage_images(pipeline, sequence), sequence.structure, latent_size)
+def stages_picture(
+    pipeline: Pipeline, visual: GranularitySequence, names: Sequence[str]
+) -> np.ndarray:
+    """Canvases and maps, stage by stage (Figure 1 of the paper): two rows per image.
+
+    Args:
+        visual: the sequences of B images.
+        names: the labels of their rows.
+    """
+    config, tiles = pipeline.tokenizer.config, []
+    for images, maps in zip(to_uint8(stage_images(pipeline, visual)), visual.structure):
+        tiles.append(list(images))
+        sizes = config.latent_size, config.image_size
+        tiles.append([map_tile(labels, stage, *sizes) for stage, labels in enumerate(maps)])
+    rows = [text for name in names for text in (name, "structure")]
+    counts = [2**stage for stage in range(config.num_stages)]
+    return labeled_grid(tiles, rows, [f"{n} token{'s' if n > 1 else ''}" for n in counts])
 
 
 # Files of samples.
@@ -300,16 +314,18 @@ def write_pictures(job: SamplingJob, out: Path, columns: int):
             written.
     """
     classes = np.repeat(job.classes, job.per_class)
-    pictures = [out / f"{index:06d}_class{label}.png" for index, label in enumerate(classes)]
+    names = [job.pipeline.class_names[label] for label in classes]
+    pictures = [out / f"{i:06d}_{re.sub(UNFIT, '_', name)}.png" for i, name in enumerate(names)]
     stages = out / "stages.png"
     files = lambda batch: [pictures[i] for i in job.indices(batch)] + [stages] * (batch == 0)
-    open_folder(out, "*_class*.png", job.describe(), "samples")
+    open_folder(out, "[0-9]*_*.png", job.describe(), "samples")
     for batch, output in job.sample_all(own_missing(job.num_batches, files)):
         for index, image in zip(job.indices(batch), to_uint8(output.images)):
             save_png(pictures[index], image)
         if batch == 0:
             picks = np.unique(np.linspace(0, len(output.images) - 1, STAGES_LIMIT).astype(int))
-            save_png(stages, stages_picture(job.pipeline, output, picks))
+            visual = GranularitySequence(*(part[picks] for part in output.sequence))
+            save_png(stages, stages_picture(job.pipeline, visual, [names[i] for i in picks]))
     barrier(f"the pictures in {out} are there")
     if is_main():
         shown = []
@@ -320,4 +336,4 @@ def write_pictures(job: SamplingJob, out: Path, columns: int):
                 raise UserError(
                     f"{path} is {error}. Delete it and run the same command again."
                 ) from error
-        save_png(out / "grid.png", image_grid(np.stack(shown), columns))
+        save_png(out / "grid.png", class_grid(np.stack(shown), names[: len(shown)], columns))

@@ -22,7 +22,7 @@ from nvg_jax.training.length import START, Origin, training_length
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule, make_optimizer
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, Skipping, TrainState
-from nvg_jax.visualize import image_grid
+from nvg_jax.visualize import class_grid
 from nvg_jax.workdir import RunMetadata
 
 PICTURE_CLASSES, PICTURE_PER_CLASS = 10, 4  # samples in the picture of an evaluation
@@ -298,7 +298,8 @@ def sample_picture(metadata: RunMetadata, params: Params, seed: int) -> np.ndarr
     count = min(metadata.model.num_classes, PICTURE_CLASSES)
     classes = np.arange(count).repeat(PICTURE_PER_CLASS)
     with jax.set_mesh(sharding.local_mesh()):
-        return image_grid(Pipeline(metadata, params).sample(classes, seed=seed).images, columns=8)
+        images = Pipeline(metadata, params).sample(classes, seed=seed).images
+    return class_grid(images, [metadata.class_names[c] for c in classes], PICTURE_PER_CLASS)
 
 
 def abstract_key():
