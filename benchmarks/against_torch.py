@@ -34,10 +34,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from benchmarks.sampling import random_params, read_config
-from nvg_jax import granularity, layers
+from nvg_jax import granularity, layers, presets
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
 from nvg_jax.structure.flow import SOLVERS
@@ -408,7 +407,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
+    presets.define_flag()
     flags.DEFINE_integer("batch_size", 1, "Images at once.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "Type of the arithmetic.")
     flags.DEFINE_multi_enum("rows", ROWS, ROWS, "What to compare; may be given several times.")

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import config_flags
 
 from benchmarks.sampling import CLASSES, random_params, random_weights, read_config
+from nvg_jax import presets
 from nvg_jax.aot.lowering import training_part
 from nvg_jax.pipeline import sample_keys
 from nvg_jax.runtime import sharding
@@ -119,7 +119,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
+    presets.define_flag()
     flags.DEFINE_enum("program", "train", ["train", "sample"], "The program to run.")
     flags.DEFINE_integer("batch_size", 64, "Global batch.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Calls, of which the median counts.", lower_bound=1)

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from nvg_jax import presets
 from nvg_jax.layers import cast_blocks
 from nvg_jax.models import ModelConfig
 from nvg_jax.sampling.guidance import Guidance, filter_logits
@@ -149,7 +149,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
+    presets.define_flag()
     flags.DEFINE_list("dtypes", "float32,bfloat16", "Types of the arithmetic.")
     flags.DEFINE_list("batches", "1,8,64", "Images at once.")
     flags.DEFINE_integer("repeats", 3, "Calls of which the shortest counts.", lower_bound=1)

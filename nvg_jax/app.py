@@ -1,29 +1,24 @@
 """A page to sample, control and edit in the browser: `python -m nvg_jax.app --workdir=runs/digits`.
 
 Without --workdir it shows the bundled Fashion-MNIST model. Only this machine can open it unless
---host says otherwise. Needs Gradio: pip install -e ".[app]".
+--host says otherwise. Needs Gradio: pip install "nvg_jax[app]".
 """
 
 from absl import flags
 from etils import epy
 
 from nvg_jax import cli
-from nvg_jax.errors import UserError
+from nvg_jax.errors import comes_with
 from nvg_jax.sampling.settings import DTYPES
 
-with epy.lazy_imports():
+with epy.lazy_imports(error_callback=comes_with("app")):
     from nvg_jax import page, pipeline
 
 FLAGS = flags.FLAGS
 
 
 def main(_):
-    try:
-        build = page.build
-    except ImportError as error:
-        raise UserError(
-            f'The page needs Gradio, which is not installed ({error}). pip install -e ".[app]"'
-        ) from error
+    build = page.build  # first, since it may need what is not installed
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     pipe.check_can_sample()
     blocks = build(page.Page(pipe, FLAGS.workdir))

@@ -15,9 +15,8 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from nvg_jax import cli
+from nvg_jax import cli, presets
 from nvg_jax.aot import batch
 from nvg_jax.aot.chips import find_target, hide_accelerators
 from nvg_jax.aot.lowering import Compiler, training_part
@@ -57,7 +56,7 @@ def main(_):
 
 if __name__ == "__main__":
     hide_accelerators()
-    config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
+    presets.define_flag()
     flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16, v5p:4x4x4 or h100:8.")
     flags.DEFINE_enum("program", "train", ["train", "sample"], "The program to compile.")
     flags.DEFINE_integer(

@@ -14,15 +14,14 @@ from collections.abc import Sequence
 import ml_collections
 from absl import flags
 from etils import epy
-from ml_collections import config_flags
 
-from nvg_jax import cli
-from nvg_jax.errors import UserError
+from nvg_jax import cli, presets
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import DISTILLATION
 from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training.checks import check_process, check_recipe, check_resume
 
-with epy.lazy_imports():  # slow, and not needed to report an invalid setting
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
     from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
@@ -86,7 +85,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Configuration, as for `train`.")
+    presets.define_flag()
     flags.DEFINE_string("teacher", None, cli.MODEL)
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the model.")
     cli.define_resume_flags()

@@ -7,6 +7,7 @@ other exceptions keep their traceback, end with another code, and the command is
 import contextlib
 import errno
 import re
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -66,3 +67,19 @@ def reported(what: str):
         raise UserError(
             f"{what}: {error.strerror or error}. Fix the cause and run the same command again."
         ) from error
+
+
+def comes_with(extra: str) -> Callable[[Exception], None]:
+    """For `epy.lazy_imports(error_callback=...)` of packages that only an extra installs.
+
+    Using one that is not installed raises UserError with the command that installs it.
+    """
+
+    def report(error: Exception):
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            raise UserError(
+                f"This needs {error.name.partition('.')[0]}, which is not installed. Run: "
+                f'pip install "nvg_jax[{extra}]"'
+            ) from error
+
+    return report

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import ml_collections
 from absl import flags
 from etils import epy
-from ml_collections import config_flags
 
-from nvg_jax import cli
+from nvg_jax import cli, presets
+from nvg_jax.errors import comes_with
 from nvg_jax.parts import CHOICES
 from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training import checks
 
-with epy.lazy_imports():  # slow, and not needed to report an invalid setting
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
     from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
@@ -82,9 +82,7 @@ def set_up():
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Configuration, e.g. configs/digits.py or configs/imagenet256.py:d16."
-    )
+    presets.define_flag()
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
     flags.DEFINE_boolean(
         "check_only", False, "Check the flags and the config, without data and devices, and end."

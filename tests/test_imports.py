@@ -22,7 +22,7 @@ LEVELS = (
     ("train", "sample", "evaluate", "convert", "compile", "encode", "distill", "figures", "app"),
 )
 # These know no model: of the package they import only each other. Every level may import them.
-FREE = ("errors", "parts", "data", "runtime", "torch_interop", "visualize")
+FREE = ("__main__", "errors", "presets", "parts", "data", "runtime", "torch_interop", "visualize")
 STRANGERS = (("structure", "content"), ("content", "structure"))  # never, whatever their level
 
 

@@ -54,7 +54,7 @@ def test_what_it_is_about_to_do(opened):
 def test_the_plan_is_kept(opened):
     run, trainers = opened
     plan.announce(run, trainers)
-    kept = json.loads((run.workdir / "config.json").read_text())
+    kept = json.loads((run.workdir / "run.json").read_text())
     assert kept["config"]["generator_training"]["save_every"] == 1  # not -1
     assert kept["config"]["tokenizer"]["image_size"] == [8, 8]
     assert kept["versions"]["jax"] == jax.__version__

@@ -21,9 +21,9 @@ from etils import epy
 
 from nvg_jax.data.sources import SequenceSource, Source
 from nvg_jax.data.transforms import Transform, decode
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 
-with epy.lazy_imports():  # takes seconds, and is not needed to report an invalid setting
+with epy.lazy_imports(error_callback=comes_with("train")):  # takes seconds
     import grain
 
 logger = logging.getLogger("nvg_jax")

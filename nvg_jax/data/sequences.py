@@ -16,10 +16,10 @@ from typing import Any, cast
 import numpy as np
 from etils import epy
 
-from nvg_jax.errors import UserError, is_failure, is_mistake
+from nvg_jax.errors import UserError, comes_with, is_failure, is_mistake
 from nvg_jax.runtime.files import atomic_path, make_folder, read_json, write_json
 
-with epy.lazy_imports():  # slow
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import grain
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -18,9 +18,9 @@ from typing import Any, cast
 import numpy as np
 from etils import epy
 
-from nvg_jax.errors import UserError, is_failure, reported
+from nvg_jax.errors import UserError, comes_with, is_failure, reported
 
-with epy.lazy_imports():  # slow
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import tensorflow_datasets as tfds
     from sklearn import datasets, model_selection
 

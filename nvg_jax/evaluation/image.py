@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epy
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 
-with epy.lazy_imports():  # slow
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from sklearn import metrics
 
 LOW_QUANTILE = 0.05  # of held-out distances; smaller distances are unusually small

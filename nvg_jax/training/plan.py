@@ -22,7 +22,7 @@ from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
 
 logger = logging.getLogger("nvg_jax")
-FILE = "config.json"
+FILE = "run.json"
 CLASSES_SHOWN = 20
 LIBRARIES = ("nvg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -30,7 +30,7 @@ LIBRARIES = ("nvg_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 def announce(run: Run, trainers: Sequence[Trainer]):
     """Logs what these trainers are about to do; process 0 writes it to the workdir.
 
-    WORKDIR/config.json and TensorBoard's text have the config, with everything that follows from
+    WORKDIR/run.json and TensorBoard's text have the config, with everything that follows from
     the number of images, the commit and the versions. It replaces that of an earlier start.
 
     Raises:

@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import grain
 import jax
 import ml_collections
-from etils import epath
+from etils import epath, epy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nvg_jax import bundled, pretrained
@@ -30,6 +29,9 @@ from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.files import storage_path
 from nvg_jax.training import length
 from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_resize_filter
+
+with epy.lazy_imports():
+    import grain
 
 
 @dataclasses.dataclass(frozen=True)

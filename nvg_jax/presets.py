@@ -1,0 +1,79 @@
+"""Presets by name, from any folder: `--config=digits:demo` is configs/digits.py with "demo".
+
+In a clone they are files of configs/; a wheel has them in nvg_jax/configs/.
+"""
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from nvg_jax.errors import UserError
+
+INSTALLED = Path(__file__).parent / "configs"
+FOLDER = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def names() -> list[str]:
+    """The names of all presets."""
+    return sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common"})
+
+
+def find(config: str) -> str:
+    """The file, and ":" and the variant if there is one, of "digits:demo" or "my/file.py:small".
+
+    Raises:
+        UserError: there is no such preset or file.
+    """
+    name, *variant = config.split(":", 1)
+    file = FOLDER / f"{name}.py" if name in names() else Path(name)
+    if not file.is_file():
+        raise UserError(
+            f"There is no configuration {name}. Give a file, or a preset: {', '.join(names())}."
+        )
+    return ":".join([str(file), *variant])
+
+
+def load(config: str) -> ml_collections.ConfigDict:
+    """The configuration of a preset or file, such as "digits:demo", to change and train with.
+
+    Raises:
+        UserError: there is no such preset, file or variant.
+    """
+    file, *variant = find(config).split(":", 1)
+    make_importable(Path(file))
+    spec = importlib.util.spec_from_file_location("config", file)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*variant)
+
+
+def define_flag():
+    """Defines --config, with --config.KEY=VALUE for each of its settings."""
+    help = "A preset such as digits or imagenet256:d16, or a file with get_config."
+    config_flags.DEFINE_config_file("config", None, help)
+    parser = flags.FLAGS["config"].parser
+    parse = parser.parse
+
+    def parse_config(argument: str):
+        config = find(argument)
+        make_importable(Path(config.split(":")[0]))
+        return parse(config)
+
+    parser.parse = parse_config
+
+
+def make_importable(file: Path):
+    """Lets a configuration import `configs`: its own folder if it has that name, then the presets.
+
+    The folder that contains them need not be on the path: it is not in an installed package.
+    """
+    folders = (file.absolute().parent, FOLDER)
+    package = types.ModuleType("configs")
+    package.__path__ = [str(folder) for folder in folders if folder.name == "configs"]
+    sys.modules.setdefault("configs", package)

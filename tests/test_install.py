@@ -1,0 +1,182 @@
+"""What is installed: requirements, the command `nvg`, presets by name, wheel and sdist."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from etils import epy
+from helpers import ROOT
+from test_imports import LEVELS
+
+from configs import digits
+from nvg_jax import __main__, presets
+from nvg_jax.errors import UserError, comes_with
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def test_the_requirements_are_a_plain_installation_and_training():
+    text = (ROOT / "requirements.txt").read_text()
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    assert [line for line in lines if line] == PROJECT["dependencies"] + EXTRAS["train"]
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it():
+    with epy.lazy_imports(error_callback=comes_with("train")):
+        import no_such_package.inner
+    message = 'needs no_such_package, which is not installed. Run: pip install "nvg_jax.train."'
+    with pytest.raises(UserError, match=message):
+        no_such_package.inner.function()
+    assert {"train", "app", "tfds"} <= EXTRAS.keys()
+
+
+# The command.
+
+
+def nvg(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["nvg", *arguments])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    return end.value.code
+
+
+def test_every_command_is_listed_and_another_is_refused(monkeypatch, capsys):
+    assert set(__main__.COMMANDS) == set(LEVELS[-1])
+    assert nvg(monkeypatch) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in LEVELS[-1])
+    assert nvg(monkeypatch, "trian") == 2
+    assert "error: nvg has no command 'trian'.\nusage:" in capsys.readouterr().err
+
+
+# Presets.
+
+
+def test_presets_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert presets.load("digits:demo") == digits.get_config("demo")
+    assert presets.load(str(ROOT / "configs" / "digits.py")) == digits.get_config()
+    assert presets.names() == ["digits", "emoji", "fashion_mnist", "image_folder", "imagenet256"]
+    for name in ("cats", "configs/digits.py", "common"):
+        with pytest.raises(UserError, match=f"no configuration {name}. .* a preset: digits, emoji"):
+            presets.load(f"{name}:demo")
+
+
+def test_a_file_of_ones_own_builds_on_presets(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != ROOT])
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "rates.py").write_text("RATE = 7")
+    (folder / "mine.py").write_text(
+        "from configs import digits, rates\n"
+        "def get_config(arg=None):\n"
+        "    config = digits.get_config(arg)\n"
+        "    config.seed = rates.RATE\n"
+        "    return config\n"
+    )
+    config = presets.load(f"{folder / 'mine.py'}:demo")
+    assert config.seed == 7
+    config.seed = 0
+    assert config == digits.get_config("demo")
+
+
+# Wheel and sdist.
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(tracked files, sdist, wheel made from the unpacked sdist)."""
+    pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    folder = tmp_path_factory.mktemp("built")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    out = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True)
+    tracked = [name for name in out.stdout.splitlines() if (ROOT / name).is_file()]
+    for name in tracked:
+        copy = folder / "clone" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+
+    def build(kind: str, source: Path) -> Path:
+        script = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+        run = [sys.executable, "-c", script]
+        done = subprocess.run(run, cwd=source, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return next(folder.glob("*.tar.gz" if kind == "sdist" else "*.whl"))
+
+    sdist = build("sdist", folder / "clone")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return tracked, sdist, build("wheel", folder / sdist.name.removesuffix(".tar.gz"))
+
+
+@pytest.mark.slow
+def test_the_sdist_is_the_whole_repository(built):
+    tracked, sdist, _ = built
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(tracked) <= names
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_package_and_the_presets(built):
+    tracked, _, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = {name for name in tracked if name.startswith("nvg_jax/")}
+    presets = {name for name in tracked if name.startswith("configs/")}
+    assert names == expected | {f"nvg_jax/{name}" for name in presets}
+    assert wheel.stat().st_size < 5e6
+
+
+# Runs `nvg` without what the extras would install.
+PLAIN = "import sys; sys.modules |= dict.fromkeys(sys.argv.pop(1).split(','))\n"
+MISSING = "tensorflow,tensorflow_datasets,grain,array_record,sklearn,tensorboard,gradio"
+NVG = PLAIN + "from nvg_jax.__main__ import main; main()"
+SAMPLE = (
+    PLAIN
+    + """
+import nvg_jax
+pipe = nvg_jax.Pipeline.from_pretrained("fashion_mnist")
+print(nvg_jax.__file__, pipe.sample(["Bag"], flow_steps=1).images.shape)
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_wheel_without_extras_samples_and_says_what_else_needs(built, tmp_path):
+    *_, wheel = built
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+
+    def run(script, *arguments):
+        return subprocess.run(
+            [sys.executable, "-c", script, MISSING, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    done = run(SAMPLE)
+    place = tmp_path / "site" / "nvg_jax" / "__init__.py"
+    assert done.stdout == f"{place} (1, 32, 32, 3)\n", done.stderr
+    train = ["train", "--config=digits:demo", f"--workdir={tmp_path / 'run'}"]
+    done = run(NVG, *train, "--check_only")
+    assert (done.returncode, done.stderr) == (0, "")
+    for arguments, package, extra in ((train, "sklearn", "train"), (["app"], "gradio", "app")):
+        done = run(NVG, *arguments)
+        message = (
+            f'This needs {package}, which is not installed. Run: pip install "nvg_jax[{extra}]"'
+        )
+        assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
