@@ -23,9 +23,8 @@ from nvg_jax.training.checks import check_process, check_recipe, check_resume
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
-    from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
-    from nvg_jax.training import distillation, loop, plan, registry, run
+    from nvg_jax.training import distillation, registry, run
 
 FLAGS = flags.FLAGS
 
@@ -63,12 +62,7 @@ def distill(
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
         opened = run.open_run(config, workdir, mesh, teacher=(metadata, params), resume=resume)
-        trainer = registry.open_trainer(opened, DISTILLATION)
-        scorers = scoring.make_scorers(
-            config, (DISTILLATION,), opened.model.num_classes, opened.resize_filter
-        )
-        plan.announce(opened, [trainer])
-        loop.fit(trainer, opened, scorers.get(DISTILLATION))
+        registry.train_parts(opened, [DISTILLATION])
     trained = folders.read(
         workdir / DISTILLATION.name,
         lambda m: {"ema_params": {"structure": m.model.abstract_params("structure")}},

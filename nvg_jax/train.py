@@ -22,9 +22,8 @@ from nvg_jax.training import checks
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
-    from nvg_jax.jobs import scoring
     from nvg_jax.runtime import files, sharding
-    from nvg_jax.training import loop, plan, registry, run
+    from nvg_jax.training import registry, run
 
 FLAGS = flags.FLAGS
 
@@ -58,14 +57,7 @@ def train(
             checks.check_init(config, parts)
         names = registry.pretrained_names(parts, config)
         opened = run.open_run(config, workdir, mesh, names, resume=resume)
-        # All trainers first, so that no setting of a later part is refused after days of training.
-        todo = [registry.open_trainer(opened, part) for part in parts]
-        scorers = scoring.make_scorers(
-            config, parts, opened.model.num_classes, opened.resize_filter
-        )
-        plan.announce(opened, todo)
-        for trainer in todo:
-            loop.fit(trainer, opened, scorers.get(trainer.part))
+        registry.train_parts(opened, parts)
 
 
 def main(_):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from nvg_jax.evaluation.features import FeatureSet
@@ -18,65 +17,57 @@ from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import gather
 from nvg_jax.runtime.sharding import local_mesh
+from nvg_jax.training.loop import Score
+from nvg_jax.training.run import Run
 from nvg_jax.workdir import RunMetadata
 
 
-class Scorer:
-    """FID of the images that a model makes, at several steps of its training.
+def score(
+    judge: Judge,
+    images: Callable[[Pipeline], ImageSet],
+    reference: FeatureSet,
+    metadata: RunMetadata,
+    params: dict[str, Any],
+) -> float:
+    """FID of the images that a model makes, the same on every process.
+
+    Collective: every process must call it.
 
     Args:
         images: from the model to the images.
         reference: the judge's features to compare with.
+        params: {"tokenizer": tree} and, to sample, "content" and "structure", NumPy arrays.
+
+    Raises:
+        Preempted: SIGTERM arrived.
     """
-
-    def __init__(self, judge: Judge, images: Callable[[Pipeline], ImageSet], reference: FeatureSet):
-        self._judge, self._images, self._reference = judge, images, reference
-
-    def __call__(self, metadata: RunMetadata, params: dict[str, Any]) -> float:
-        """The distance for these weights, the same on every process.
-
-        Collective: every process must call it.
-
-        Args:
-            params: {"tokenizer": tree} and, to sample, "content" and "structure", NumPy arrays.
-
-        Raises:
-            Preempted: SIGTERM arrived.
-        """
-        with jax.set_mesh(local_mesh()):
-            images = self._images(Pipeline(metadata, params))
-            results = measure(images, self._judge, self._reference, names=("fid",))
-        # All processes must make the same decision, so all take the value of process 0.
-        return float(gather(np.array([results.get("fid", np.nan)]), jax.process_count())[0])
+    with jax.set_mesh(local_mesh()):
+        made = images(Pipeline(metadata, params))
+        results = measure(made, judge, reference, names=("fid",))
+    # All processes must make the same decision, so all take the value of process 0.
+    return float(gather(np.array([results.get("fid", np.nan)]), jax.process_count())[0])
 
 
-def make_scorers(
-    config: ml_collections.ConfigDict,
-    parts: Sequence[Part],
-    num_classes: int,
-    resize_filter: str = "lanczos",
-) -> dict[Part, Scorer]:
-    """{part: its scorer} for the parts with a `fid_every`.
+def make_scores(run: Run, parts: Sequence[Part]) -> dict[Part, Score]:
+    """{part: what measures its FID} for the parts with a `fid_every`.
 
     The tokenizer's reconstructions are compared with their originals, held-out images; samples with
     `config.evaluation.reference`.
 
-    Args:
-        resize_filter: how the run resizes its images.
-
     Raises:
         UserError: a network, a file or data is missing.
     """
+    config, num_classes = run.config, run.model.num_classes
     parts = [part for part in parts if config[part.section].fid_every]
     if not parts:
         return {}
-    data = config.data.to_dict() | {"resize_filter": resize_filter}
-    size = tuple(config.tokenizer.image_size)
+    data = config.data.to_dict() | {"resize_filter": run.resize_filter}
+    size = run.model.tokenizer.image_size
     train = functools.cache(lambda: load_split(data, "train", size))
     fit = functools.cache(
         lambda: fit_classifier(data["name"], train().images, train().labels, num_classes)
     )
-    scorers, judge_name = {}, config.evaluation.judge
+    scores, judge_name = {}, config.evaluation.judge
     with jax.set_mesh(local_mesh()):
         for part in parts:
             recipe = config[part.section]
@@ -102,5 +93,5 @@ def make_scorers(
                     seed=config.seed,
                     settings={},  # the model's own
                 )
-            scorers[part] = Scorer(judge, images, reference)
-    return scorers
+            scores[part] = functools.partial(score, judge, images, reference)
+    return scores

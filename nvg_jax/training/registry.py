@@ -1,12 +1,14 @@
-"""From parts to their trainers."""
+"""From parts to their trainers, and their training one after the other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import ml_collections
 from jax.sharding import Mesh
 
+from nvg_jax.jobs.scoring import make_scores
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
+from nvg_jax.training import loop, plan
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
 from nvg_jax.training.length import START, warn_if_too_short
@@ -54,6 +56,16 @@ def open_trainer(run: Run, part: Part) -> Trainer:
     trainer = make_trainer(part, run.config, run.model, run.mesh, len(run.train_source))
     warn_if_too_short(part.section, recipe, trainer.steps)
     return trainer
+
+
+def train_parts(run: Run, parts: Sequence[Part]):
+    """Trains parts one after the other, each from its latest checkpoint; see `loop.fit`."""
+    # All trainers first, so that no setting of a later part is refused after days of training.
+    trainers = [open_trainer(run, part) for part in parts]
+    scores = make_scores(run, parts)
+    plan.announce(run, trainers)
+    for trainer in trainers:
+        loop.fit(trainer, run, scores.get(trainer.part))
 
 
 def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:
