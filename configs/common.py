@@ -42,7 +42,7 @@ def base() -> ml_collections.ConfigDict:
         dict(
             part="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
-            tokenizer_workdir="",  # folder of a run, exported or converted; "": --workdir
+            tokenizer_workdir="",  # a run, export or bundled model; "": --workdir
             init_from="",  # model to start from; its data and classes may differ
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # dtype of the computation; "bfloat16" on accelerators

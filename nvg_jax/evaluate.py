@@ -19,7 +19,7 @@ from etils import epy
 from nvg_jax import cli
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.files import make_folder, storage_path
+from nvg_jax.runtime.files import storage_path
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import parse_sweep
 
@@ -92,7 +92,6 @@ def evaluate_model(judge: str, settings):
         cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter) if needs_data else None
     )
     out = out_folder()
-    make_folder(out)
     if FLAGS.reconstruction:
         assert data is not None
         images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)

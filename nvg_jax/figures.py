@@ -34,15 +34,14 @@ def main(_):
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
     if not FLAGS.image or FLAGS.figures != ["sequence"]:
         pipe.check_can_sample()
-    names = FLAGS.classes or range(min(len(pipe.class_names), 8))
-    classes = [pipe.class_id(name) for name in names]
+    classes = pipe.class_ids(FLAGS.classes or range(min(len(pipe.class_names), 8)))
+    picture = editing.read_picture(FLAGS.image) if FLAGS.image else None
     out = Path(FLAGS.out)
     files.make_folder(out)
 
     def draw(name: str) -> np.ndarray:
-        if name == "sequence" and FLAGS.image:
-            image = pipe.prepare(editing.read_picture(FLAGS.image))[None]
-            visual = pipe.encode(image)
+        if name == "sequence" and picture is not None:
+            visual = pipe.encode(pipe.prepare(picture)[None])
             return sampling_runs.stages_picture(pipe, visual, [Path(FLAGS.image).stem])
         if name == "sequence":
             sample = pipe.sample(classes[:4], seed=FLAGS.seed)
@@ -63,7 +62,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, cli.MODEL)
     flags.DEFINE_string("out", None, "Folder for the figures.")
     flags.DEFINE_list("figures", ",".join(FIGURES), f"Which of {', '.join(FIGURES)}.")
-    flags.DEFINE_list("classes", None, "Class names or ids; by default the first eight.")
+    flags.DEFINE_list(
+        "classes", None, "Class names or ids (3, or id:3); by default the first eight."
+    )
     flags.DEFINE_string("image", None, "A picture whose stages sequence.png shows.")
     flags.DEFINE_integer("columns", 3, "Samples per row.", lower_bound=1)
     cli.define_seed_flag()

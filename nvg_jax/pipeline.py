@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -117,22 +117,45 @@ class Pipeline:
         check_networks("This folder", self.params, GENERATORS, remedy)
 
     def class_id(self, name: int | str) -> int:
-        """The id of a class given by its name or by its id, which may be a string.
+        """The id of a class given by its name or, if no class has that name, by its id.
 
         Raises:
             UserError: there is no such class.
         """
-        count = len(self.class_names)
-        if isinstance(name, str) and name in self.class_names:
-            return self.class_names.index(name)
-        if isinstance(name, str) and name.isdecimal():
-            name = int(name)
+        names, count = self.class_names, len(self.class_names)
+        if isinstance(name, str):
+            if name in names:
+                return names.index(name)
+            digits = name.removeprefix("id:")
+            name = int(digits) if digits.isdecimal() else name
         if is_integer(name) and 0 <= name < count:
             return int(name)
         raise UserError(
             f"Unknown class {name!r}: this model has the classes 0 to {count - 1} "
-            f"({', '.join(self.class_names[:10])}{', ...' if count > 10 else ''})."
+            f"({', '.join(names[:10])}{', ...' if count > 10 else ''})."
         )
+
+    def class_ids(self, classes: Iterable[int | str]) -> list[int]:
+        """The ids of classes given by ids or by names.
+
+        Ids may be strings: the strings of a list are all names or all ids. "id:3" is always an id.
+
+        Raises:
+            UserError: there is no such class, or strings that mean other classes as names than as
+                ids.
+        """
+        given = [np.asarray(c).item() if np.shape(c) == () else c for c in classes]
+        ids = [self.class_id(c) for c in given]
+        texts = [c for c in given if isinstance(c, str) and not c.startswith("id:")]
+        as_names = {c: self.class_names.index(c) for c in texts if c in self.class_names}
+        as_ids = {c: int(c) for c in texts if c.isdecimal() and int(c) < len(self.class_names)}
+        readings = [found for found in (as_names, as_ids) if found.keys() == set(texts)]
+        if not readings or readings[0] != readings[-1]:
+            raise UserError(
+                f"The classes {', '.join(texts)} can be read as names and as ids, which mean other "
+                "classes. Write id:3 for the class with the id 3."
+            )
+        return [readings[0].get(c, index) for c, index in zip(given, ids)]
 
     # Reading and writing.
 
@@ -330,7 +353,7 @@ class Pipeline:
                 f"class_ids must be a list of class ids or names, got {class_ids!r}; for one "
                 f"image give [{class_ids!r}]."
             )
-        ids = np.array([self.class_id(c) for c in class_ids], np.int32)
+        ids = np.array(self.class_ids(class_ids), np.int32)
         if ids.size == 0:
             raise UserError("class_ids is empty; give at least one class.")
         noise, keys = self._randomness(seed, first_index, len(ids))

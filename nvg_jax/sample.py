@@ -35,8 +35,7 @@ def main(_):
     settings = cli.sampling_settings()
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     pipe.check_can_sample()
-    names = FLAGS.classes or range(len(pipe.class_names))
-    classes = [pipe.class_id(name) for name in names]
+    classes = pipe.class_ids(FLAGS.classes or range(len(pipe.class_names)))
     batch_size = min(FLAGS.batch_size, len(classes) * FLAGS.per_class)
     job = sampling_runs.SamplingJob(
         pipe,
@@ -86,7 +85,7 @@ if __name__ == "__main__":
     cli.define_model_flags()
     cli.define_sampling_flags()
     flags.DEFINE_string("out", None, "Folder for the pictures, or a file ending in .npz.")
-    flags.DEFINE_list("classes", None, "Class names or ids; all classes by default.")
+    flags.DEFINE_list("classes", None, "Class names or ids (3, or id:3); by default all.")
     flags.DEFINE_integer("per_class", 8, "Samples of each class.", lower_bound=1)
     flags.DEFINE_integer("walk_to", None, "The seed to which the samples of each class walk.")
     flags.DEFINE_string("structure_from", None, "An image whose first stages are kept.")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
+from etils import epath, epy
 
 from nvg_jax.data.transforms import Transform
 from nvg_jax.errors import UserError
@@ -25,6 +25,9 @@ from nvg_jax.runtime import checkpoint, export, files
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
+
+with epy.lazy_imports():  # it imports this module
+    from nvg_jax import bundled
 
 SIZES = ("tokenizer", *GENERATORS)  # keys of the sizes in the stored metadata
 # Settings that may differ on resume: logging, saving, and how and where the same data is read.
@@ -315,7 +318,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
 
 
 def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
-    """The tokenizer of a workdir or of an exported or converted folder, without generators.
+    """The tokenizer of a workdir, of an exported or converted folder, or of a bundled model.
 
     Returns:
         (metadata, raw parameters), or None if the folder holds no tokenizer.
@@ -323,7 +326,7 @@ def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
     Raises:
         UserError: all its checkpoints are damaged.
     """
-    folder = files.storage_path(folder)
+    folder = bundled.find(folder)
     stored, key = read_export(folder, "tokenizer"), "tokenizer"
     if stored is None:
         abstract = lambda metadata: {"params": metadata.model.abstract_params("tokenizer")}

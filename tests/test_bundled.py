@@ -3,16 +3,20 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from helpers import ROOT, random_pipeline
+from helpers import ROOT, random_pipeline, tiny_config
 
-from nvg_jax import Pipeline, bundled
+from nvg_jax import Pipeline, bundled, evaluate, workdir
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
+from nvg_jax.runtime.files import fingerprint
 from nvg_jax.sampling import control
+from nvg_jax.training.run import Run
 
 
 def test_the_bundled_model_draws_the_class_that_is_asked_for():
@@ -60,15 +64,25 @@ def test_an_installation_without_its_models_says_so(tmp_path, monkeypatch):
 def test_a_folder_of_the_same_name_comes_first_if_it_holds_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fashion_mnist" / "evaluation").mkdir(parents=True)
-    for name in ("fashion_mnist", Path("fashion_mnist")):
+    for name in ("fashion_mnist", Path("fashion_mnist"), "fashion_mnist/"):
         assert "Bag" in Pipeline.from_pretrained(name).class_names
     random_pipeline().save_pretrained("fashion_mnist")
     assert Pipeline.from_pretrained("fashion_mnist").class_names == tuple("0123456789")
 
 
-@pytest.mark.slow
-def test_results_of_a_bundled_model_are_kept_apart(tmp_path):
+@pytest.mark.parametrize("name", ["fashion_mnist", "fashion_mnist/"])
+def test_results_of_a_bundled_model_are_kept_apart(tmp_path, monkeypatch, name):
     """In a folder of its name, they would look as if the folder held the model."""
+    monkeypatch.chdir(tmp_path)
+    flags = types.SimpleNamespace(out=None, samples=None, workdir=name)
+    monkeypatch.setattr(evaluate, "FLAGS", flags)
+    assert evaluate.out_folder() == Path("runs/fashion_mnist/evaluation")
+    random_pipeline().save_pretrained("fashion_mnist")
+    assert evaluate.out_folder() == Path("fashion_mnist/evaluation")
+
+
+@pytest.mark.slow
+def test_nothing_is_made_before_the_input_is_checked(tmp_path):
     command = [sys.executable, "-m", "nvg_jax.evaluate", "--workdir=fashion_mnist"]
     run = subprocess.run(
         [*command, "--reconstruction", "--data_name=sequences"],
@@ -76,7 +90,57 @@ def test_results_of_a_bundled_model_are_kept_apart(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert run.returncode == 2 and "needs data_dir" in run.stderr
-    assert (tmp_path / "runs" / "fashion_mnist" / "evaluation").is_dir()
-    assert not (tmp_path / "fashion_mnist").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_generators_can_use_a_bundled_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = types.SimpleNamespace(workdir=tmp_path, config=tiny_config())
+    choose = lambda folder: run.config.update(tokenizer_workdir=folder) or named(run)
+    named = Run.tokenizer_workdir.fget
+    assert choose("") == str(tmp_path) and choose("there") == str(tmp_path / "there")
+    assert choose("emoji_tokenizer") == "emoji_tokenizer"  # as the metadata keeps it
+    metadata, params = workdir.read_tokenizer("emoji_tokenizer")
+    assert metadata.fingerprint == fingerprint(params)
+
+
+# Classes.
+
+
+@pytest.fixture(scope="module")
+def numbered():
+    """A model of folders that are called 1, 2, ... 10: as ids, these names mean other classes."""
+    pipe = random_pipeline()
+    names = tuple(str(number) for number in range(1, 11))
+    return Pipeline(pipe.metadata.replace(class_names=names), pipe.params)
+
+
+@pytest.mark.parametrize(
+    "classes, expected",
+    [
+        (["0", "1", "2"], [0, 1, 2]),  # "0" is no name
+        (["1", "2", "10"], [0, 1, 9]),  # 10 is no id
+        (["id:1", "id:2"], [1, 2]),
+        ([1, "10"], [1, 9]),
+        ([np.array(3), jax.numpy.array(4), np.int64(5)], [3, 4, 5]),
+        (range(2), [0, 1]),
+    ],
+)
+def test_a_list_of_classes_has_one_meaning(numbered, classes, expected):
+    assert numbered.class_ids(classes) == expected
+
+
+@pytest.mark.parametrize("classes", [["1", "2"], ["0", "10"]])
+def test_classes_that_may_be_names_or_ids_are_refused(numbered, classes):
+    with pytest.raises(UserError, match=f"classes {', '.join(classes)} can be read as names and"):
+        numbered.class_ids(classes)
+
+
+def test_names_and_ids_that_agree_may_be_mixed():
+    assert random_pipeline().class_ids(["3", "7", 5]) == [3, 7, 5]  # digits are called 0 .. 9
+    pipe = Pipeline.from_pretrained("fashion_mnist")
+    assert pipe.class_ids(["Bag", "Dress", 0]) == [8, 3, 0]
+    assert pipe.class_ids(["8", "3"]) == [8, 3]

@@ -45,7 +45,7 @@ def find(folder: str | os.PathLike) -> epath.Path:
     Raises:
         UserError: the installation lacks the model.
     """
-    name, place = os.fspath(folder), storage_path(folder)
+    name, place = os.fspath(folder).rstrip("/"), storage_path(folder)
     if name not in MODELS or workdir.holds_model(place):
         return place
     place = epath.Path(FOLDER / name)

@@ -25,6 +25,7 @@ from nvg_jax.evaluation.sets import LabeledImages, Split, load_split
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob, stages_picture
 from nvg_jax.pipeline import Pipeline
+from nvg_jax.runtime.files import make_folder
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.visualize import class_grid, reconstruction_grid, save_png
@@ -59,6 +60,7 @@ def report(
             f"The model has {pipeline.metadata.model.num_classes} classes and the data set "
             f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
         )
+    make_folder(out)
     test = load_split(data, "test", size)
     restored = Reconstructions(pipeline, test).collect("reconstruction")
     restored = dataclasses.replace(test, images=restored)

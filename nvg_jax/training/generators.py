@@ -294,7 +294,7 @@ class GeneratorTrainer(Trainer[TrainState]):
             fingerprint=tokenizer.fingerprint,
             canvas_scale=tokenizer.canvas_scale,
             sampling=sampling_settings(run.config),
-            tokenizer_workdir=str(run.tokenizer_workdir),
+            tokenizer_workdir=run.tokenizer_workdir,
             config=run.config_json(),
             resize_filter=run.resize_filter,
             steps=self.steps,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -63,9 +64,11 @@ class Run:
         return jax.random.key(self.config.seed)
 
     @property
-    def tokenizer_workdir(self) -> epath.Path:
-        """The workdir with the tokenizer that the generators use."""
-        return storage_path(self.config.tokenizer_workdir or self.workdir)
+    def tokenizer_workdir(self) -> str:
+        """The workdir with the tokenizer that the generators use, or a bundled model's name."""
+        folder = self.config.tokenizer_workdir or self.workdir
+        place = storage_path(folder)
+        return os.fspath(place if bundled.find(folder) == place else folder)
 
     @property
     def replicated(self) -> NamedSharding:
