@@ -497,7 +497,7 @@ def test_an_unknown_setting_is_named(pipe):
         (lambda folder: train(tiny_config(part="content"), folder), "need a trained tokenizer"),
         (
             lambda folder: train(tiny_config(tokenizer_training={"eval_images": -1}), folder),
-            r"tokenizer_training.eval_images must be 0 \(all\) or more, got -1",
+            r"tokenizer_training.eval_images must be 0 or more, got -1",
         ),
     ],
 )
