@@ -49,6 +49,7 @@ take_train_arguments() {
         esac
     done
     workdir=${workdir%/}
+    [[ $workdir != "~"/* ]] || workdir=$HOME/${workdir#"~/"} # as training reads it
     [[ $config ]] || fail "no --config=FILE among the training arguments, which come after --; see $0 --help"
     [[ $workdir ]] || fail "no --workdir=FOLDER among the training arguments, which come after --; see $0 --help"
     train_arguments=("$@")

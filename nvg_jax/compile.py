@@ -12,7 +12,6 @@ program; nothing is measured.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -23,14 +22,15 @@ from nvg_jax.aot.lowering import Compiler, training_part
 from nvg_jax.aot.report import best_remat, format_report, make_report
 from nvg_jax.errors import UserError
 from nvg_jax.parts import GENERATORS
+from nvg_jax.runtime.storage import atomic_write, make_folder, storage_path
 
 FLAGS = flags.FLAGS
 
 
 def main(_):
-    file = Path(FLAGS.json) if FLAGS.json else None
-    if file and not file.absolute().parent.is_dir():
-        raise UserError(f"The folder of --json={file} does not exist; create it first.")
+    file = storage_path(FLAGS.json) if FLAGS.json else None
+    if file:
+        make_folder(file.parent)
     if FLAGS.find_remat:
         has_blocks = set(GENERATORS) & set(training_part(FLAGS.config).networks)
         if FLAGS.program == "sample" or not has_blocks:
@@ -51,7 +51,8 @@ def main(_):
         report = make_report(compiler, batch_size)
     print(format_report(report))
     if file:
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        with atomic_write(file) as out:
+            out.write(json.dumps(report, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

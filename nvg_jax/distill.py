@@ -23,7 +23,7 @@ from nvg_jax.training.checks import check_process, check_recipe, check_resume
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
-    from nvg_jax.runtime import files, sharding
+    from nvg_jax.runtime import checkpoint, sharding
     from nvg_jax.training import distillation, registry, run
 
 FLAGS = flags.FLAGS
@@ -50,7 +50,7 @@ def distill(
     check_recipe(config, DISTILLATION.section, (DISTILLATION,))
     resume = folders.Resume(tuple(allow_changes), resume_step)
     check_resume(config, (DISTILLATION,), resume)
-    workdir = files.storage_path(workdir)
+    workdir = checkpoint.run_folder(workdir)
     folders.check_export(workdir)
     if folders.holds_model(workdir) and not (workdir / DISTILLATION.name).exists():
         raise UserError(

@@ -11,16 +11,14 @@ usage of the tokenizer. The last needs no downloaded network: a classifier train
 is the judge (--judge=classifier). docs/evaluation.md has the details.
 """
 
-from pathlib import Path
-
 from absl import flags
-from etils import epy
+from etils import epath, epy
 
 from nvg_jax import cli
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.files import storage_path
 from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling.settings import parse_sweep
 
 with epy.lazy_imports():  # slow, and not needed to report a wrong flag
@@ -66,15 +64,15 @@ def check_flags(judge: str):
         raise UserError("--sweep needs --reference (train, test or an .npz file).")
 
 
-def out_folder() -> Path:
+def out_folder() -> epath.Path:
     """The folder for the results: by default in the model's folder, or beside the samples."""
     if FLAGS.out:
-        return Path(FLAGS.out)
+        return storage_path(FLAGS.out)
     if FLAGS.samples:
-        return Path(FLAGS.samples).with_suffix(".evaluation")
-    workdir = Path(FLAGS.workdir)
-    is_own = bundled.find(workdir) == storage_path(workdir)
-    return (workdir if is_own else Path("runs") / workdir) / "evaluation"
+        return storage_path(FLAGS.samples).with_suffix(".evaluation")
+    workdir = storage_path(FLAGS.workdir)
+    is_own = bundled.find(FLAGS.workdir) == workdir
+    return (workdir if is_own else storage_path("runs") / FLAGS.workdir) / "evaluation"
 
 
 def evaluate_samples():
@@ -120,7 +118,7 @@ def sampling_job(pipe, settings):
     return sampling_runs.SamplingJob(pipe, classes, 1, size, FLAGS.seed, settings)
 
 
-def compare(points, reference, out: Path):
+def compare(points, reference, out: epath.Path):
     """(results, table) of the points of a sweep, or of a single point.
 
     Args:

@@ -19,7 +19,7 @@ from nvg_jax.errors import UserError
 with epy.lazy_imports():  # slow, and not needed to report a wrong flag
     from nvg_jax import pipeline, visualize
     from nvg_jax.jobs import editing, figures, sampling_runs
-    from nvg_jax.runtime import files
+    from nvg_jax.runtime import storage
 
 FLAGS = flags.FLAGS
 FIGURES = ("sequence", "binary", "drawings", "stages")
@@ -36,8 +36,8 @@ def main(_):
         pipe.check_can_sample()
     classes = pipe.class_ids(FLAGS.classes or range(min(len(pipe.class_names), 8)))
     picture = editing.read_picture(FLAGS.image) if FLAGS.image else None
-    out = Path(FLAGS.out)
-    files.make_folder(out)
+    out = storage.storage_path(FLAGS.out)
+    storage.make_folder(out)
 
     def draw(name: str) -> np.ndarray:
         if name == "sequence" and picture is not None:

@@ -18,9 +18,9 @@ from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.models import check_networks
 from nvg_jax.parts import GENERATORS
-from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.hardware import fast_dtype, name_options
 from nvg_jax.runtime.sharding import local_batch, local_mesh
+from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import MAX_SEED, check_dtype

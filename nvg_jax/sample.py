@@ -14,14 +14,13 @@ With --walk_to=SEED, the samples of each class are a walk from the structure of 
 another seed.
 """
 
-from pathlib import Path
-
 from absl import flags
 from etils import epy
 
 from nvg_jax import cli
 from nvg_jax.errors import UserError
 from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.storage import storage_path
 
 with epy.lazy_imports():  # slow, and not needed to report a wrong flag
     from nvg_jax import pipeline
@@ -47,7 +46,7 @@ def main(_):
         constraint(pipe),
         FLAGS.walk_to,
     )
-    out = Path(FLAGS.out)
+    out = storage_path(FLAGS.out)
     if out.suffix == ".npz":
         sampling_runs.write_array(job, out)
     else:

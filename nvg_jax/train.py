@@ -22,7 +22,7 @@ from nvg_jax.training import checks
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
-    from nvg_jax.runtime import files, sharding
+    from nvg_jax.runtime import checkpoint, sharding
     from nvg_jax.training import registry, run
 
 FLAGS = flags.FLAGS
@@ -47,7 +47,7 @@ def train(
         Preempted: SIGTERM arrived; the state is saved.
     """
     checks.check_config(config)
-    parts, workdir = CHOICES[config.part], files.storage_path(workdir)
+    parts, workdir = CHOICES[config.part], checkpoint.run_folder(workdir)
     resume = folders.Resume(tuple(allow_changes), resume_step)
     checks.check_resume(config, parts, resume)
     mesh = sharding.make_mesh(**config.mesh)
@@ -69,6 +69,7 @@ def main(_):
 def set_up():
     if FLAGS.check_only:
         checks.check_config(FLAGS.config)
+        checkpoint.run_folder(FLAGS.workdir)
         sys.exit()
     cli.compile_fast()
 

@@ -2,13 +2,13 @@
 
 import io
 import itertools
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nvg_jax.runtime.files import atomic_write
+from nvg_jax.runtime.storage import atomic_write, storage_path
 
 MIN_TILE = 64  # smaller tiles are enlarged by an integer factor to about this many pixels
 GAP = 2  # pixels between tiles
@@ -144,7 +144,7 @@ def png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def save_png(path: str | Path, image: np.ndarray):
+def save_png(path: str | os.PathLike, image: np.ndarray):
     """Writes a uint8 image (H, W, 3) to a PNG file, atomically."""
-    with atomic_write(Path(path)) as file:
+    with atomic_write(storage_path(path)) as file:
         file.write(png(image))

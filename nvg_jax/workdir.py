@@ -21,7 +21,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, GENERATORS, PARTS, TOKENIZER
-from nvg_jax.runtime import checkpoint, export, files
+from nvg_jax.runtime import checkpoint, export, storage
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
@@ -194,7 +194,7 @@ def read(
 
 def read_resize_filter(folder: str | os.PathLike) -> str | None:
     """How the images of the model in a folder were resized, None if it holds no model."""
-    folder = files.storage_path(folder)
+    folder = storage.storage_path(folder)
     metadata = read_export_metadata(folder)
     for part in (BOTH_GENERATORS.name, *GENERATORS, TOKENIZER.name):
         metadata = metadata or read_metadata(folder / part)
@@ -243,7 +243,7 @@ def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
     Raises:
         UserError: there is no such folder, or no model in it.
     """
-    folder = files.storage_path(folder)
+    folder = storage.storage_path(folder)
     return read_export(folder) or read_workdir(folder)
 
 
@@ -353,13 +353,13 @@ def write_export(
         UserError: the folder is a training run's, whose checkpoints the export would hide; an
             unknown dtype, or weights that do not fit it; or no space or no permission.
     """
-    folder = files.storage_path(folder)
+    folder = storage.storage_path(folder)
     check_export(folder)
     if is_main():
         params = export.rounded(params, dtype)
         if dtype != "float32":  # the tokenizer that will be read
             tokenizer = jax.tree.map(lambda x: x.astype(np.float32), params["tokenizer"])
-            metadata = metadata.replace(fingerprint=files.fingerprint(tokenizer))
+            metadata = metadata.replace(fingerprint=storage.fingerprint(tokenizer))
         export.write(folder, metadata.to_json(), params)
     barrier(f"{folder} is written")
 

@@ -14,7 +14,7 @@ from helpers import ROOT, random_pipeline, tiny_config
 from nvg_jax import Pipeline, bundled, evaluate, workdir
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
-from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling import control
 from nvg_jax.training.run import Run
 

@@ -18,7 +18,7 @@ from orbax.checkpoint import multihost
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read
-from nvg_jax.runtime.files import storage_path
+from nvg_jax.runtime.storage import storage_path
 
 # After an error Orbax leaves coroutines behind, which Python warns about.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -17,7 +17,7 @@ from torch_files import ordered, storage, tensor, write_zip
 from configs import common
 from nvg_jax import Pipeline
 from nvg_jax.jobs import conversion
-from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names

@@ -26,7 +26,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import CONTENT
-from nvg_jax.runtime import files, sharding
+from nvg_jax.runtime import sharding, storage
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import generators as steps
 from nvg_jax.training.registry import make_trainer
@@ -50,7 +50,7 @@ def pipeline():
     """A tokenizer with random weights."""
     metadata = RunMetadata(model=ModelConfig(SIZES, 2), class_names=("ant", "bee"))
     params = {"tokenizer": random_params(SIZES)}
-    fingerprint = files.fingerprint(params["tokenizer"])
+    fingerprint = storage.fingerprint(params["tokenizer"])
     return Pipeline(metadata.replace(fingerprint=fingerprint), params)
 
 
@@ -260,7 +260,7 @@ def test_a_damaged_folder_is_refused_with_what_to_do(tmp_path):
     (folder / "meta.json").unlink()
     with pytest.raises(UserError, match="no cached sequences"):
         open_()
-    files.write_json(folder / "meta.json", {"format": 2})
+    storage.write_json(folder / "meta.json", {"format": 2})
     with pytest.raises(UserError, match="are in format 2"):
         open_()
     with pytest.raises(UserError, match="needs data_dir"):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from nvg_jax import Pipeline
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import export
-from nvg_jax.runtime.files import fingerprint
+from nvg_jax.runtime.storage import fingerprint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -10,7 +10,7 @@ from nvg_jax import Pipeline, models
 from nvg_jax.errors import UserError
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import sharding
-from nvg_jax.runtime.files import fingerprint, storage_path
+from nvg_jax.runtime.storage import fingerprint, storage_path
 from nvg_jax.train import train
 from nvg_jax.training import initial
 from nvg_jax.training.registry import open_trainer

@@ -12,7 +12,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import preemption, sharding
-from nvg_jax.runtime.files import storage_path
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import loop
 from nvg_jax.training.length import START, training_length
 from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_export_metadata, read_metadata

@@ -11,7 +11,7 @@ from PIL import Image
 from nvg_jax.data import open_source
 from nvg_jax.parts import CHOICES
 from nvg_jax.runtime import sharding
-from nvg_jax.runtime.files import storage_path
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import plan, registry
 from nvg_jax.training.run import open_run
 

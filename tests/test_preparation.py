@@ -88,7 +88,7 @@ def test_prepare_refuses_what_is_no_image(published, image):
 def test_a_run_resizes_as_configured_or_as_what_it_builds_on(folder, tmp_path):
     source = open_source("digits", "train")
     choose = lambda **settings: choose_resize_filter(
-        tiny_config(**settings), workdir.files.storage_path(tmp_path), source
+        tiny_config(**settings), workdir.storage.storage_path(tmp_path), source
     )
     assert choose() == "lanczos"
     assert choose(tokenizer_workdir=str(folder)) == "published"
@@ -97,7 +97,7 @@ def test_a_run_resizes_as_configured_or_as_what_it_builds_on(folder, tmp_path):
     assert choose(init_from=str(folder), data=dict(resize_filter="lanczos")) == "lanczos"
     assert read_resize_filter(tmp_path) is None
     config = tiny_config(tokenizer_workdir=str(folder))
-    run = open_run(config, workdir.files.storage_path(tmp_path), sharding.make_mesh())
+    run = open_run(config, workdir.storage.storage_path(tmp_path), sharding.make_mesh())
     assert run.loader_options(16).transform.resize_filter == "published"
 
 

@@ -128,7 +128,7 @@ def test_a_run_killed_at_its_end_goes_on(pipe, whole, tmp_path, monkeypatch, mom
         if moment == "join":
             patch.setattr(sampling_runs, "read_part", kill)
         else:
-            patch.setattr(sampling_runs.shutil, "rmtree", kill)
+            patch.setattr("shutil.rmtree", kill)
         with pytest.raises(Killed):
             sampling_runs.write_array(samples_of(pipe), out)
     if moment == "removal":

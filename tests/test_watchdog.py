@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
 from helpers import CACHE_READ_ONLY, ROOT
 
 from nvg_jax.runtime import heartbeat
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training.metrics import Reporter
 
 
@@ -56,36 +58,33 @@ def test_every_line_of_the_log_replaces_the_heartbeat(tmp_path, monkeypatch):
 
 
 class Bucket:
-    """The folder of a bucket, or an object in it."""
+    """A client of buckets, as fsspec gives."""
 
-    objects = {}
+    def __init__(self):
+        self.objects = {}
 
-    def __init__(self, name: str):
-        self.name = name
-
-    def __truediv__(self, name):
-        return Bucket(f"{self.name}/{name}")
-
-    def __str__(self):
-        return self.name
-
-    __fspath__ = __str__
-
-    def write_text(self, text):
-        if "denied" in self.name:
+    def put_file(self, local, name):
+        if "denied" in name:
             raise RuntimeError("403")
-        self.objects[self.name] = text
+        self.objects[name] = Path(local).read_text()
 
 
-def test_the_heartbeat_in_a_bucket_is_written_in_one_piece(caplog):
-    heartbeat.beat(Bucket("gs://b/run"), "tokenizer", 0, 5)
-    assert json.loads(Bucket.objects["gs://b/run/heartbeat.json"])["step"] == 5
+@pytest.fixture
+def bucket(monkeypatch):
+    client = Bucket()
+    monkeypatch.setattr("fsspec.filesystem", {"gs": client}.get)
+    return client
 
 
-@pytest.mark.parametrize("place", [Bucket("gs://denied"), epath.Path("/dev/null")])
-def test_a_heartbeat_that_cannot_be_written_ends_nothing(place, caplog):
+def test_the_heartbeat_in_a_bucket_is_written_in_one_piece(bucket):
+    heartbeat.beat(storage_path("gs://b/run"), "tokenizer", 0, 5)
+    assert json.loads(bucket.objects["gs://b/run/heartbeat.json"])["step"] == 5
+
+
+@pytest.mark.parametrize("place", ["gs://denied", "/dev/null"])
+def test_a_heartbeat_that_cannot_be_written_ends_nothing(bucket, place, caplog):
     with caplog.at_level("WARNING", "nvg_jax"):
-        heartbeat.beat(place, "tokenizer", 0, 5)
+        heartbeat.beat(storage_path(place), "tokenizer", 0, 5)
     assert "heartbeat.json cannot be written" in caplog.text
 
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from nvg_jax import workdir
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.files import storage_path
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.workdir import RunMetadata
 
 FOLDER = Path(__file__).parent

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epy
 
 from nvg_jax.errors import UserError, comes_with, is_failure, is_mistake
-from nvg_jax.runtime.files import atomic_path, make_folder, read_json, write_json
+from nvg_jax.runtime.storage import atomic_path, make_folder, read_json, write_json
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import grain

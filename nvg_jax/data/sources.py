@@ -19,6 +19,7 @@ import numpy as np
 from etils import epy
 
 from nvg_jax.errors import UserError, comes_with, is_failure, reported
+from nvg_jax.runtime.storage import local_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import tensorflow_datasets as tfds
@@ -211,30 +212,28 @@ def open_source(
     check_name(name)
     if split not in SPLITS:
         raise UserError(f"There is no split '{split}'; choose one of {', '.join(SPLITS)}.")
-    if data_dir and "://" in data_dir:
-        raise UserError(
-            f"data_dir '{data_dir}' is a URL, but data sets are read from folders. Mount the "
-            "bucket on every machine (gcsfuse; docs/launch.md) and give the mounted folder."
-        )
+    folder = local_path(data_dir, "data_dir") if data_dir else None
     if name == "digits":
-        if data_dir:
+        if folder:
             raise UserError(
                 f"The digits come with scikit-learn, not from '{data_dir}'; leave data_dir empty, "
                 "or choose another data set."
             )
         source = _digits(split)
     elif name == "fashion_mnist":
-        source = _fashion_mnist(split, data_dir)
+        source = _fashion_mnist(split, folder or pathlib.Path(FASHION_MNIST_DIR))
     elif name == "image_folder":
-        source = _image_folder(split, data_dir)
+        source = _image_folder(split, folder)
     elif name.startswith("tfds:"):
-        source = _tfds(name.removeprefix("tfds:"), split, data_dir or TFDS_DIR)
+        source = _tfds(
+            name.removeprefix("tfds:"), split, folder or local_path(TFDS_DIR, "data_dir")
+        )
     else:
-        if not data_dir:
+        if not folder:
             raise UserError(
                 "The data set sequences needs data_dir, the folder that nvg_jax.encode wrote."
             )
-        source = SequenceSource(pathlib.Path(data_dir), split)
+        source = SequenceSource(folder, split)
     if class_names is not None and tuple(class_names) != source.class_names:
         raise UserError(
             f"The model was trained with {_count_classes(class_names)}, but the data set "
@@ -276,11 +275,10 @@ def _digits(split: str) -> Source:
     return ArraySource(images, digits.target[indices], class_names, f"digits {split}")
 
 
-def _fashion_mnist(split: str, data_dir: str | None) -> Source:
+def _fashion_mnist(split: str, folder: pathlib.Path) -> Source:
     """60,000 training and 10,000 test images of clothes, 28x28, from IDX files or TFDS."""
-    folder = pathlib.Path(data_dir or FASHION_MNIST_DIR)
     if (folder / "fashion_mnist").is_dir():
-        return _tfds("fashion_mnist", split, str(folder))
+        return _tfds("fashion_mnist", split, folder)
     prefix = {"train": "train", "test": "t10k"}[split]
     images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
     labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
@@ -333,16 +331,15 @@ def _read_idx(folder: pathlib.Path, file: str, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _image_folder(split: str, data_dir: str | None) -> Source:
+def _image_folder(split: str, root: pathlib.Path | None) -> Source:
     """A folder with one subfolder of images per class.
 
     If there are subfolders train and test (or val), each with the class folders inside, they are
     the splits. Otherwise, a hash of "class/file name" puts a tenth of the files into the test
     split, so that a file stays in its split when others are added or removed.
     """
-    if not data_dir:
+    if not root:
         raise UserError("The data set image_folder needs data_dir, a folder of class folders.")
-    root = pathlib.Path(data_dir)
     if not root.is_dir():
         raise UserError(f"The data_dir '{root}' is not a folder.")
     held_out = [root / name for name in ("test", "val") if (root / name).is_dir()]
@@ -411,9 +408,9 @@ def _list_images(root: pathlib.Path) -> list[str]:
     return files
 
 
-def _tfds(name: str, split: str, data_dir: str) -> Source:
+def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
     """The newest version of a data set that TFDS has prepared in data_dir/NAME/VERSION."""
-    root = pathlib.Path(data_dir).expanduser() / name
+    root = data_dir / name
     versions = [path.parent for path in root.glob("*.*.*/dataset_info.json")]
     if not versions:
         raise UserError(

@@ -24,10 +24,10 @@ from nvg_jax import pretrained
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
-from nvg_jax.runtime.files import atomic_write, digest, fingerprint, make_folder
 from nvg_jax.runtime.processes import gather, is_main
 from nvg_jax.runtime.resumable import read_arrays
 from nvg_jax.runtime.sharding import local_batch, local_mesh
+from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, make_folder
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from sklearn import svm

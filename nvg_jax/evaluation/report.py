@@ -14,15 +14,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from nvg_jax import pretrained
 from nvg_jax.evaluation.features import METRICS, FeatureSet, Moments, generation_metrics
 from nvg_jax.evaluation.judges import Judge
 from nvg_jax.evaluation.sets import Archive, ImageSet
 from nvg_jax.pretrained import ImageFeatures
-from nvg_jax.runtime.files import atomic_write, digest
 from nvg_jax.runtime.processes import barrier, gather, gather_rows, is_main
 from nvg_jax.runtime.resumable import own_parts, read_arrays
+from nvg_jax.runtime.storage import atomic_write, digest
 from nvg_jax.sampling.settings import text_of
 
 logger = logging.getLogger("nvg_jax")
@@ -34,7 +35,7 @@ def measure(
     images: ImageSet,
     judge: Judge,
     reference: FeatureSet,
-    folder: Path | None = None,
+    folder: Path | epath.Path | None = None,
     names: Sequence[str] = METRICS,
 ) -> dict[str, float]:
     """The metrics `names` of a set of images.
@@ -56,7 +57,10 @@ def measure(
 
 
 def features_of(
-    images: ImageSet, judge: Judge, folder: Path | None = None, keep: int | None = None
+    images: ImageSet,
+    judge: Judge,
+    folder: Path | epath.Path | None = None,
+    keep: int | None = None,
 ) -> FeatureSet:
     """The features of all images, on every process.
 
@@ -146,7 +150,7 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
 
 
 def compare(
-    images: ImageSet, reference: FeatureSet, judge: Judge, out: Path, facts: dict[str, Any]
+    images: ImageSet, reference: FeatureSet, judge: Judge, out: epath.Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """The five metrics of a set of images; writes metrics.json into `out`.
 
@@ -174,7 +178,7 @@ def sweep(
     points: Sequence[tuple[dict[str, Any], ImageSet, dict[str, Any]]],
     reference: FeatureSet,
     judge: Judge,
-    out: Path,
+    out: epath.Path,
 ) -> list[dict[str, Any]]:
     """`compare` for every point of a sweep, each in its own folder; writes metrics.json.
 
@@ -195,7 +199,7 @@ def sweep(
     return results
 
 
-def write_results(path: Path, results: dict[str, Any] | list[dict[str, Any]]):
+def write_results(path: epath.Path, results: dict[str, Any] | list[dict[str, Any]]):
     with atomic_write(path) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
 

@@ -11,7 +11,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from nvg_jax.data.sources import SPLITS
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import from_float
-from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.processes import gather, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
+from nvg_jax.runtime.storage import fingerprint, local_path, storage_path
 
 logger = logging.getLogger("nvg_jax")
 # Arrays of a reference file, in pairs: what `FeatureSet` calls them.
@@ -92,11 +91,11 @@ class Archive(ImageSet):
     """
 
     def __init__(self, path: str | os.PathLike, batch_size: int):
-        self.path, self.batch_size = Path(path), batch_size
+        self.path, self.batch_size = storage_path(path), batch_size
         if not self.path.is_file():
             raise UserError(f"There is no file {path}.")
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
                 if "arr_0" not in names:
                     raise UserError(
@@ -121,7 +120,11 @@ class Archive(ImageSet):
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         wanted, bytes_per_image = set(numbers), int(np.prod(self.shape[1:]))
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            with (
+                self.path.open("rb") as file,
+                zipfile.ZipFile(file) as archive,
+                archive.open("arr_0.npy") as member,
+            ):
                 read_header(member)
                 for number in range(max(wanted, default=-1) + 1):
                     count = min(self.batch_size, len(self) - number * self.batch_size)
@@ -134,7 +137,7 @@ class Archive(ImageSet):
     def statistics(self) -> dict[str, np.ndarray]:
         """The statistics that a reference file holds besides its images, for `FeatureSet`."""
         try:
-            with np.load(self.path) as archive:
+            with self.path.open("rb") as file, np.load(file) as archive:
                 pairs = [pair for pair in STATISTICS if all(name in archive for name in pair)]
                 return {pair[n]: archive[n].astype(np.float64) for pair in pairs for n in pair}
         except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
@@ -272,7 +275,7 @@ class Split(ImageSet):
             ) from error
 
     def describe(self) -> dict[str, Any]:
-        folder = self._data["data_dir"] and os.path.abspath(self._data["data_dir"])
+        folder = self._data["data_dir"] and str(local_path(self._data["data_dir"], "data_dir"))
         first, last = (self.source[index]["name"] for index in (0, len(self.source) - 1))
         # Said only where it differs, so that measurements begun before it was a setting go on.
         filters = [name for name in [self._transform.resize_filter] if name != "lanczos"]

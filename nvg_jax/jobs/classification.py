@@ -2,10 +2,10 @@
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.features import METRICS, class_agreement
@@ -25,8 +25,8 @@ from nvg_jax.evaluation.sets import LabeledImages, Split, load_split
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob, stages_picture
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.files import make_folder
 from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.storage import make_folder
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.visualize import class_grid, reconstruction_grid, save_png
 
@@ -36,7 +36,7 @@ COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all train
 
 
 def report(
-    pipeline: Pipeline, data: dict[str, Any], job: SamplingJob | None, out: Path
+    pipeline: Pipeline, data: dict[str, Any], job: SamplingJob | None, out: epath.Path
 ) -> dict[str, Any]:
     """Writes metrics.json and pictures into `out`; all processes share the work.
 

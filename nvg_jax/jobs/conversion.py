@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax.data.sources import default_class_names
@@ -17,7 +19,7 @@ from nvg_jax.models import ModelConfig
 from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import export
-from nvg_jax.runtime.files import fingerprint, make_folder
+from nvg_jax.runtime.storage import atomic_path, fingerprint, local_path, make_folder, storage_path
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import weight_names
@@ -25,8 +27,8 @@ from nvg_jax.workdir import RunMetadata
 
 
 def read_published(
-    autoencoder: str | Path,
-    generator: str | Path | None = None,
+    autoencoder: str | os.PathLike,
+    generator: str | os.PathLike | None = None,
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
 ) -> tuple[RunMetadata, dict[str, Any]]:
@@ -45,10 +47,12 @@ def read_published(
         UserError: a file is missing, is not a checkpoint, lacks these weights or has other tensors
             than the published model; or the generator belongs to another autoencoder.
     """
+    autoencoder = local_path(autoencoder, "autoencoder")
     files = {"autoencoder": (autoencoder, autoencoder_weights)}
     if generator is not None:
+        generator = local_path(generator, "generator")
         files["generator"] = generator, generator_weights
-    for file in (Path(file) for file, _ in files.values()):
+    for file, _ in files.values():
         if not file.is_file():
             raise UserError(f"There is no file {file}. Give a checkpoint that the authors publish.")
     sizes = {}
@@ -66,7 +70,7 @@ def read_published(
             class_names=classes,
             resize_filter="published",
             sources={
-                part: {"file": Path(file).name, "weights": weights, "sha256": _sha256(Path(file))}
+                part: {"file": file.name, "weights": weights, "sha256": _sha256(file)}
                 for part, (file, weights) in files.items()
             },
         )
@@ -95,9 +99,9 @@ def read_published(
 
 
 def convert(
-    out: str | Path,
-    autoencoder: str | Path,
-    generator: str | Path | None = None,
+    out: str | os.PathLike,
+    autoencoder: str | os.PathLike,
+    generator: str | os.PathLike | None = None,
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
     dtype: str = "float32",
@@ -110,7 +114,7 @@ def convert(
     Raises:
         UserError: as for `read_published`, or `out` exists and is not empty.
     """
-    _check_new(out)
+    out = _new_folder(out)
     # Not bound to a name, so the arrays are freed once the pipeline holds copies.
     pipeline = Pipeline(
         *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
@@ -118,17 +122,17 @@ def convert(
     pipeline.save_pretrained(out, dtype)
 
 
-def export_model(workdir: str | Path, out: str | Path, dtype: str = "float32"):
+def export_model(workdir: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32"):
     """Writes a folder's model as an export, see `Pipeline.save_pretrained`.
 
     Raises:
         UserError: the folder holds no model, or `out` exists and is not empty.
     """
-    _check_new(out)
+    out = _new_folder(out)
     Pipeline.from_pretrained(workdir).save_pretrained(out, dtype)
 
 
-def to_safetensors(workdir: str | Path, out: str | Path):
+def to_safetensors(workdir: str | os.PathLike, out: str | os.PathLike):
     """Writes a folder's weights under the published names, float32, in the published layout.
 
     The files are `out`/autoencoder.safetensors and, for a folder that can sample,
@@ -142,7 +146,7 @@ def to_safetensors(workdir: str | Path, out: str | Path):
         UserError: the folder holds no model or only one of the generators, or `out` exists and is
             not empty.
     """
-    _check_new(out)
+    out = _new_folder(out)
     pipeline = Pipeline.from_pretrained(workdir)
     params: dict[str, dict[str, Any]] = {
         name: flatten_dict(jax.device_get(tree), sep="/") for name, tree in pipeline.params.items()
@@ -153,18 +157,18 @@ def to_safetensors(workdir: str | Path, out: str | Path):
             f"{workdir} has only the {generators[0]} generator, and the published layout holds "
             "both in one file. Train the other one first."
         )
-    make_folder(Path(out))
+    make_folder(out)
     tensors = weight_names.to_published(params["tokenizer"])
-    export.save(tensors, Path(out) / "autoencoder.safetensors")
+    _save(tensors, out / "autoencoder.safetensors")
     if generators:
         both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
         both["canvas_scale"] = np.asarray(pipeline.metadata.canvas_scale, np.float32)
         tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
-        export.save(tensors, Path(out) / "generator.safetensors")
+        _save(tensors, out / "generator.safetensors")
 
 
 @contextlib.contextmanager
-def _naming(file: str | Path):
+def _naming(file: Path):
     """Adds the name of the file to a UserError."""
     try:
         yield
@@ -182,7 +186,13 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_new(folder: str | Path):
-    folder = Path(folder)
+def _save(tensors: dict[str, np.ndarray], path: epath.Path):
+    with atomic_path(path) as temporary:
+        export.save(tensors, temporary)
+
+
+def _new_folder(given: str | os.PathLike) -> epath.Path:
+    folder = storage_path(given)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty. Give --out a new folder.")
+    return folder

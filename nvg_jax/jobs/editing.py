@@ -1,7 +1,6 @@
 """Reads from files what samples keep of an image or take from a drawing."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,6 +10,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import from_float
 from nvg_jax.jobs.sampling_runs import Constraint
 from nvg_jax.pipeline import Pipeline, check_integer
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling import control
 from nvg_jax.tokenizer import GranularitySequence
 
@@ -29,10 +29,11 @@ def read_picture(
     Raises:
         UserError: the file does not exist, is not a picture, or has another size.
     """
-    if not Path(path).is_file():
+    path = storage_path(path)
+    if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        pixels = np.asarray(decode(Path(path).read_bytes(), background))
+        pixels = np.asarray(decode(path.read_bytes(), background))
     except UserError as error:
         raise UserError(f"{path} is {error}.") from error
     if size is not None and pixels.shape[:2] != size:
@@ -68,7 +69,7 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint
     height, width = config.image_size
     if isinstance(drawing, str) and drawing in control.DRAWINGS:
         regions = control.ready_made(drawing, min(height, width))
-    elif not Path(drawing).is_file():
+    elif not storage_path(drawing).is_file():
         raise UserError(
             f"--structure_map must be a file or one of {', '.join(control.DRAWINGS)}, got "
             f"{str(drawing)!r}."

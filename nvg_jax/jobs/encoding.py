@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
+from nvg_jax.runtime.storage import local_path
 
 
 def encode_data_set(
     pipeline: Pipeline,
-    out: str | Path,
+    out: str | os.PathLike,
     data: dict[str, Any],
     *,
     crops: int = 1,
@@ -54,7 +56,7 @@ def encode_data_set(
         UserError: the data has no images or other classes, `out` holds something else or cannot be
             written, or an image is unreadable (on_bad="error").
     """
-    out = Path(out)
+    out = local_path(out, "out")
     sources, settings = plan_encoding(pipeline, data, crops, seed)
     size, images = pipeline.tokenizer.config.image_size, settings["data"]
     loading = LoaderOptions(

@@ -1,12 +1,12 @@
 """How well a tokenizer reconstructs images."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import pretrained
@@ -16,10 +16,10 @@ from nvg_jax.evaluation.judges import make_judge
 from nvg_jax.evaluation.report import digits, explain, too_few, write_results
 from nvg_jax.evaluation.sets import ImageSet, Split
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.processes import gather_rows, is_main
 from nvg_jax.runtime.resumable import own_parts
 from nvg_jax.runtime.sharding import local_batch, local_mesh
+from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8
 
@@ -57,7 +57,7 @@ class Measurements(NamedTuple):
     codes: Any  # bool (S, V), whether the batch uses a code in a stage
 
 
-def report(pipeline: Pipeline, images: Split, out: Path) -> dict[str, Any]:
+def report(pipeline: Pipeline, images: Split, out: epath.Path) -> dict[str, Any]:
     """rFID, LPIPS, PSNR, SSIM and codebook usage; writes metrics.json and extremes.png.
 
     As published: reconstructions are truncated to uint8, images are resized for Inception with

@@ -4,25 +4,25 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import os
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.sets import ImageSet
 from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
-from nvg_jax.runtime.files import atomic_write, digest, fingerprint
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.resumable import open_folder, own_missing
+from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, storage_path
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings
 from nvg_jax.tokenizer import GranularitySequence
@@ -232,7 +232,7 @@ def stages_picture(
 # Files of samples.
 
 
-def write_array(job: SamplingJob, out: Path):
+def write_array(job: SamplingJob, out: str | os.PathLike):
     """Writes the samples to one .npz with "arr_0", uint8 (N, H, W, 3).
 
     Each batch is first written to a file in a folder of parts. When all parts exist, they are
@@ -242,7 +242,7 @@ def write_array(job: SamplingJob, out: Path):
         UserError: `out`, or the folder of parts, was made with other settings, or cannot be
             written.
     """
-    description = job.describe()
+    out, description = storage_path(out), job.describe()
     mark = digest(description).encode()  # the comment of the finished archive
     folder = out.with_name(out.name + ".parts")
     part = lambda batch: folder / f"{batch:06d}.npz"
@@ -263,35 +263,35 @@ def write_array(job: SamplingJob, out: Path):
         if is_main():
             join_parts(job, part, out, mark)
     if is_main():
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.rmtree(missing_ok=True)
     barrier(f"{out} is there")
 
 
-def read_mark(path: Path) -> bytes | None:
+def read_mark(path: epath.Path) -> bytes | None:
     """The comment of an archive, or None for any other file."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return archive.comment
     except zipfile.BadZipFile:
         return None
 
 
-def write_part(path: Path, images: np.ndarray):
+def write_part(path: epath.Path, images: np.ndarray):
     with atomic_write(path) as file:
         np.savez(file, images)
 
 
-def read_part(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def read_part(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The images of a part; None if it is missing, fails the archive's CRC, or has other images."""
     try:
-        with open(path, "rb") as file, np.load(file) as archive:
+        with path.open("rb") as file, np.load(file) as archive:
             images = archive["arr_0"]
     except Exception:  # damage raises errors of many kinds
         return None
     return images if images.shape == shape and images.dtype == np.uint8 else None
 
 
-def join_parts(job: SamplingJob, part, out: Path, mark: bytes):
+def join_parts(job: SamplingJob, part, out: epath.Path, mark: bytes):
     """Joins the parts into the .npz, one in memory at a time; recreates damaged ones."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(job), *job.image_shape)}
     with atomic_write(out) as file, zipfile.ZipFile(file, "w") as archive:
@@ -306,14 +306,14 @@ def join_parts(job: SamplingJob, part, out: Path, mark: bytes):
                 member.write(images.tobytes())
 
 
-def write_pictures(job: SamplingJob, out: Path, columns: int):
+def write_pictures(job: SamplingJob, out: str | os.PathLike, columns: int):
     """Writes a PNG per sample, grid.png and, for the first batch, stages.png into a folder.
 
     Raises:
         UserError: the folder holds pictures with other settings, or a damaged one, or cannot be
             written.
     """
-    classes = np.repeat(job.classes, job.per_class)
+    out, classes = storage_path(out), np.repeat(job.classes, job.per_class)
     names = [job.pipeline.class_names[label] for label in classes]
     pictures = [out / f"{i:06d}_{re.sub(UNFIT, '_', name)}.png" for i, name in enumerate(names)]
     stages = out / "stages.png"

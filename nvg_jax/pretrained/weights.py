@@ -30,7 +30,7 @@ from nvg_jax.pretrained.networks import (
     Lpips,
     VisionTransformer,
 )
-from nvg_jax.runtime.files import atomic_write, fingerprint, make_folder
+from nvg_jax.runtime.storage import atomic_write, fingerprint, local_path, make_folder
 from nvg_jax.torch_interop.checkpoint_files import check_tensors, listed, read_state_dict
 
 
@@ -110,7 +110,9 @@ def abstract(name: str) -> dict[str, Any]:
     return jax.eval_shape(init)["params"]
 
 
-def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = None) -> Path:
+def convert(
+    name: str, files: Sequence[str | os.PathLike], cache: str | os.PathLike | None = None
+) -> Path:
     """Imports a network's published files into the cache, for `load`.
 
     Args:
@@ -128,16 +130,17 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
         UserError: an unknown name; files that are missing or cannot be read; tensors that are
             missing, unexpected, or of another shape or type, which the message lists.
     """
-    source = SOURCES[_known(name)]
+    source, path = SOURCES[_known(name)], _path(name, cache)
+    paths = [local_path(file, "from") for file in files]
     tensors = {}
-    for file in map(Path, files):
+    for file in paths:
         found = _read(file, source.unneeded)
         # lpips keeps torchvision's layer numbers, but divides the layers into five slices.
         found = {re.sub(r"^net\.slice\d\.", "features.", key): x for key, x in found.items()}
         if twice := [key for key in found if key in tensors]:
             raise UserError(f"{file} repeats tensors of another file: {listed(twice)}.")
         tensors |= found
-    _check(name, files, tensors)
+    _check(name, paths, tensors)
     tensors = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
     if name in LPIPS_NETWORKS:
         params = _lpips_params(name, tensors)
@@ -145,7 +148,6 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
         params = _inception_params(tensors)
     else:
         params = _vit_params(tensors, **SIZES[name])
-    path = _path(name, cache)
     make_folder(path.parent)
     flat = {key: np.ascontiguousarray(x) for key, x in flatten_dict(params, sep="/").items()}
     checksum = fingerprint(unflatten_dict(flat, sep="/"))
@@ -154,7 +156,7 @@ def convert(name: str, files: Sequence[str | Path], cache: str | Path | None = N
     return path
 
 
-def load(name: str, cache: str | Path | None = None) -> dict[str, Any]:
+def load(name: str, cache: str | os.PathLike | None = None) -> dict[str, Any]:
     """The parameters of a network as NumPy float32, read from the cache.
 
     Args:
@@ -198,28 +200,20 @@ def _known(name: str) -> str:
     return name
 
 
-def cache_folder(cache: str | Path | None = None) -> Path:
+def cache_folder(cache: str | os.PathLike | None = None) -> Path:
     """The folder for cached results and imports: `cache`, $NVG_CACHE or ~/.cache/nvg_jax.
 
     Raises:
         UserError: the folder is in a bucket, or there is no home folder.
     """
     folder = cache or os.environ.get("NVG_CACHE") or "~/.cache/nvg_jax"
-    if "://" in str(folder):
-        raise UserError(
-            f"The cache must be a folder, not {folder}. Mount the bucket on "
-            "every machine (gcsfuse; docs/launch.md) and give the mount point."
-        )
     try:
-        return Path(folder).expanduser().absolute()
-    except RuntimeError as error:
-        raise UserError(
-            f"The cache {folder} needs a home folder, and this user has none. Set HOME, or set "
-            "NVG_CACHE or --pretrained_dir to a folder."
-        ) from error
+        return local_path(folder, "The cache")
+    except UserError as error:
+        raise UserError(f"{error} (NVG_CACHE and --pretrained_dir name the cache.)") from error
 
 
-def _path(name: str, cache: str | Path | None) -> Path:
+def _path(name: str, cache: str | os.PathLike | None) -> Path:
     return cache_folder(cache) / f"{name}.safetensors"
 
 
@@ -239,7 +233,7 @@ def _read(file: Path, unneeded: str) -> dict[str, np.ndarray]:
         raise UserError(f"Cannot read {file}, it is not a safetensors file: {error}.") from error
 
 
-def _check(name: str, files: Sequence[str | Path], tensors: dict[str, np.ndarray]):
+def _check(name: str, files: Sequence[Path], tensors: dict[str, np.ndarray]):
     """Raises UserError unless the tensors are those of the published files."""
     if name in LPIPS_NETWORKS:
         shapes = _lpips_shapes(name)

@@ -7,6 +7,7 @@ metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,30 @@ from jax.experimental import multihost_utils
 
 from nvg_jax.errors import UserError, is_failure, is_mistake, reported
 from nvg_jax.runtime import processes
-from nvg_jax.runtime.files import digest, lock, make_folder, storage_path
+from nvg_jax.runtime.storage import digest, lock, make_folder, storage_path
 
 with epy.lazy_imports():  # slow to import, and not needed to print an error
     import orbax.checkpoint as ocp
 
 logger = logging.getLogger("nvg_jax")
+
+
+PATTERN = re.compile(r"[*?\[\\]")  # what begins or is a glob pattern
+
+
+def run_folder(given: str | os.PathLike) -> epath.Path:
+    """`storage_path` of a folder to write checkpoints to.
+
+    Raises:
+        UserError: Orbax takes its path for a pattern. What it writes there, it cannot read.
+    """
+    folder = storage_path(given)
+    if found := PATTERN.search(os.fspath(folder)):
+        raise UserError(
+            f"Checkpoints cannot be kept in {folder}: {found[0]} in a path is a pattern for Orbax, "
+            "which writes them. Choose a path without [ * ? and backslashes."
+        )
+    return folder
 
 
 class Checkpoints:
@@ -37,7 +56,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
-        self._folder = storage_path(folder)
+        self._folder = run_folder(folder)
         self._lock = self._lock_folder()
         try:
             self._manager = ocp.CheckpointManager(

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.files import atomic_path, digest, local_file, make_folder
+from nvg_jax.runtime.storage import atomic_path, digest, local_file, make_folder
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

@@ -4,12 +4,11 @@ import json
 import logging
 import os
 import time
-from pathlib import Path
 
 from etils import epath
 
-from nvg_jax.runtime.files import atomic_write
 from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.storage import atomic_write
 
 FILE = "heartbeat.json"
 VARIABLE = "NVG_HEARTBEAT"  # names a file on this machine, which launch/restart.sh reads
@@ -32,10 +31,7 @@ def beat(workdir: epath.Path, part: str, start: int, step: int, **more):
         places.append(epath.Path(os.environ[VARIABLE]))
     for place in places:
         try:
-            if "://" in os.fspath(place):  # objects in buckets appear whole
-                place.write_text(text + "\n")
-            else:
-                with atomic_write(Path(place)) as file:
-                    file.write(text.encode() + b"\n")
+            with atomic_write(place) as file:
+                file.write(text.encode() + b"\n")
         except Exception as error:  # libraries for buckets raise errors of many kinds
             logger.warning("%s cannot be written: %s", place, error)

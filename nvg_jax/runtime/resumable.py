@@ -3,6 +3,7 @@
 Every existing file is complete and was made with the settings that the folder names.
 """
 
+import fnmatch
 import json
 import logging
 import reprlib
@@ -12,23 +13,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import preemption
-from nvg_jax.runtime.files import atomic_write, make_folder
 from nvg_jax.runtime.processes import barrier, is_main, own_share
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.storage import atomic_write, make_folder
 
 SETTINGS_FILE = "settings.json"
 
 logger = logging.getLogger("nvg_jax")
 
 
-def open_folder(folder: Path, pattern: str, description: dict[str, Any], noun: str):
+def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, Any], noun: str):
     """Creates a folder of parts, or checks that it was created with the same settings.
 
     Args:
-        pattern: glob pattern of the parts.
+        pattern: pattern of the names of the parts.
         description: everything the parts depend on, JSON-serializable; stored in the folder.
         noun: what the parts are, such as "samples".
 
@@ -56,7 +58,7 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any], noun: s
                 "same settings to resume, or another --out; or delete that folder to start over. "
                 "(Another model: a run that was trained further has other weights.)"
             )
-    elif folder.is_dir() and any(folder.glob(pattern)):
+    elif folder.is_dir() and fnmatch.filter((p.name for p in folder.iterdir()), pattern):
         raise UserError(
             f"{folder} holds {noun} but no {SETTINGS_FILE} that says how they were made. Give "
             "another --out, or move them away."
@@ -73,10 +75,12 @@ def open_folder(folder: Path, pattern: str, description: dict[str, Any], noun: s
         )
 
 
-def own_missing(num_batches: int, files: Callable[[int], Sequence[Path]]) -> list[int]:
-    """This process's batches for which one of `files(batch)` does not exist yet."""
+def own_missing(num_batches: int, files: Callable[[int], Sequence[Path | epath.Path]]) -> list[int]:
+    """This process's batches for which one of `files(batch)`, all in one folder, is missing."""
     own = own_share(num_batches)
-    missing = [batch for batch in own if not all(path.exists() for path in files(batch))]
+    folder = files(0)[0].parent  # listed once: in a bucket, every look at a file is a request
+    present = {path.name for path in folder.iterdir()}
+    missing = [batch for batch in own if not all(path.name in present for path in files(batch))]
     if len(missing) < len(own):
         logger.info("%d of %d batches exist already", len(own) - len(missing), len(own))
     return missing
@@ -87,7 +91,7 @@ def own_parts(
     num_batches: int,
     size: int,
     noun: str,
-    folder: Path | None = None,
+    folder: Path | epath.Path | None = None,
     description: dict[str, Any] | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields (number, arrays) for each of this process's batches: computed, or read from a file.
@@ -107,7 +111,7 @@ def own_parts(
     """
     own = own_share(num_batches)
 
-    def path(number: int) -> Path:
+    def path(number: int) -> Path | epath.Path:
         assert folder is not None
         return folder / f"{number:06d}.npz"
 
@@ -138,10 +142,10 @@ def own_parts(
         yield number, arrays
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+def read_arrays(path: Path | epath.Path) -> dict[str, np.ndarray] | None:
     """The arrays of a part, or None if it is damaged."""
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as file, np.load(file) as archive:
             return dict(archive)
     except Exception as error:  # damage raises errors of many kinds
         logger.warning("%s is damaged (%s); computing it again", path, error)

@@ -19,6 +19,7 @@ from nvg_jax.training.ranges import check_ranges
 with epy.lazy_imports():  # slow
     from nvg_jax import models, workdir
     from nvg_jax.evaluation import judges
+    from nvg_jax.runtime import storage
     from nvg_jax.training import generators, initial, length, optimizers, registry
 
 
@@ -50,7 +51,21 @@ def check_config(config: ml_collections.ConfigDict):
             )
     check_sizes(config)
     check_name(config.data.name)
+    check_paths(config)
     registry.pretrained_names(parts, config)  # checks the losses
+
+
+def check_paths(config: ml_collections.ConfigDict):
+    """Raises UserError for paths that no machine can read."""
+    for name in ("init_from", "tokenizer_workdir"):
+        if config[name]:
+            storage.storage_path(config[name])
+    for name, path in (
+        ("pretrained_dir", config.pretrained_dir),
+        ("data.data_dir", config.data.data_dir),
+    ):
+        if path:
+            storage.local_path(path, name)
 
 
 def check_sizes(config: ml_collections.ConfigDict):

@@ -22,7 +22,7 @@ from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
 from nvg_jax.models import check_networks, init_generator
 from nvg_jax.parts import GENERATORS, Part
-from nvg_jax.runtime import files, sharding
+from nvg_jax.runtime import sharding, storage
 from nvg_jax.sampling.guidance import Guidance
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure import flow
@@ -298,7 +298,7 @@ class DistillationTrainer(Trainer[TrainState]):
         metadata = teacher.replace(
             model=self.model,
             sampling=student_settings(run.config),
-            teacher=files.fingerprint(params["structure"]),
+            teacher=storage.fingerprint(params["structure"]),
             config=run.config_json(),
             num_images=len(run.train_source),
             changes=(),

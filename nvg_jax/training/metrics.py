@@ -23,9 +23,10 @@ from nvg_jax.parts import PARTS
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
+from nvg_jax.runtime.storage import atomic_write, in_bucket
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.training.state import FAR_ABOVE
-from nvg_jax.visualize import png
+from nvg_jax.visualize import png, save_png
 
 logger = logging.getLogger("nvg_jax")
 
@@ -45,7 +46,7 @@ class EventWriter:
 
     def __init__(self, folder: epath.Path):
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._path, self._in_bucket = folder / name, "://" in os.fspath(folder)
+        self._path, self._in_bucket = folder / name, in_bucket(folder)
         self._buffer, self._flushed, self._flushes = io.BytesIO(), 0.0, 0
         self._records = RecordWriter(self._buffer)
 
@@ -75,10 +76,11 @@ class EventWriter:
         path = self._path
         if self._in_bucket:
             path = path.with_name(f"{path.name}.{self._flushes:06d}")
-        with reported(f"{path} cannot be written"):
-            if self._in_bucket:
-                path.write_bytes(self._buffer.getvalue())
-            else:
+        if self._in_bucket:
+            with atomic_write(path) as file:
+                file.write(self._buffer.getvalue())
+        else:
+            with reported(f"{path} cannot be written"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab") as file:
                     file.write(self._buffer.getvalue())
@@ -176,8 +178,7 @@ class Reporter:
         self._beat(step)
         if picture is not None and is_main():
             path = self._folder / f"pictures_{step:07d}.png"
-            with reported(f"{path} cannot be written"):
-                path.write_bytes(png(picture))
+            save_png(path, picture)
             self._writer.write_images(step, {"pictures": picture})
 
     @property
@@ -194,7 +195,8 @@ class Reporter:
     def assessed(self, step: int):
         """Notes that the model of this step has been evaluated, for a run that is resumed there."""
         if is_main():
-            self._assessed.write_text(str(step))
+            with atomic_write(self._assessed) as file:
+                file.write(str(step).encode())
 
     def fid(self, step: int, fid: float, best: float):
         """Writes the FID of the model at this step; `best` is the lowest one so far."""

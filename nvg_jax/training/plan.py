@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 
-from nvg_jax.errors import reported
-from nvg_jax.runtime.files import make_folder
 from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.storage import atomic_write, make_folder
 from nvg_jax.training.metrics import EventWriter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
@@ -42,8 +41,8 @@ def announce(run: Run, trainers: Sequence[Trainer]):
         return
     text = json.dumps({"config": run.config_json(), **provenance()}, indent=1)
     make_folder(run.workdir)
-    with reported(f"{run.workdir / FILE} cannot be written"):
-        (run.workdir / FILE).write_text(text + "\n")
+    with atomic_write(run.workdir / FILE) as file:
+        file.write(text.encode() + b"\n")
     writer = EventWriter(run.workdir)
     writer.write_texts(0, {"config": f"```json\n{text}\n```"})
     writer.flush()

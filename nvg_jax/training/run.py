@@ -27,7 +27,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime import preemption, sharding, watchdog
-from nvg_jax.runtime.files import storage_path
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import length
 from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_resize_filter
 

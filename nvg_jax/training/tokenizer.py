@@ -21,8 +21,8 @@ from nvg_jax.errors import UserError
 from nvg_jax.models import init_tokenizer
 from nvg_jax.parts import Part
 from nvg_jax.runtime import sharding
-from nvg_jax.runtime.files import fingerprint
 from nvg_jax.runtime.sharding import unshard
+from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.tokenizer import Quantized, Tokenizer, codebook_usage
 from nvg_jax.tokenizer.diffaug import augment, discriminator_input
 from nvg_jax.tokenizer.discriminator import DiscriminatorHeads, SmallFeatures

@@ -1,0 +1,229 @@
+"""Storage: paths on disks and in buckets, atomic writes, JSON with a checksum, fingerprints."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import fsspec.config
+import jax
+import numpy as np
+from etils import epath
+
+from nvg_jax.errors import UserError, reported
+
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a URL -> the package that epath reaches it with
+
+# The same client everywhere: without this, epath takes TensorFlow's where it is installed.
+os.environ.setdefault("EPATH_USE_TF", "0")
+for _name in ("gcs", "s3"):  # their caches would not show what other processes write
+    fsspec.config.conf.setdefault(_name, {}).setdefault("use_listings_cache", False)
+
+
+# Paths.
+
+
+def storage_path(given: str | os.PathLike) -> epath.Path:
+    """The absolute path of a file or folder that a user names, on a disk or in a bucket.
+
+    `~` is expanded, and a slash at the end dropped. A path that this returned stays as it is.
+
+    Raises:
+        UserError: a URL that is no path in a bucket, or a home folder that does not exist.
+    """
+    text = os.fspath(given)
+    if not text:
+        raise UserError("A path is empty; give a folder or a file.")
+    if url := re.fullmatch(r"(\w+)://(.*)|(gs|s3):/(.*)", text):  # pathlib merges slashes
+        scheme, place = url[1] or url[3], (url[2] or url[4] or "").strip("/")
+        if scheme not in BUCKETS or not place:
+            raise UserError(f"{text} is neither a path nor a bucket's URL, such as gs://BUCKET/x.")
+        if importlib.util.find_spec(BUCKETS[scheme]) is None:
+            raise UserError(f"{text} needs the package {BUCKETS[scheme]}; install it with pip.")
+        return epath.Path(f"{scheme}://{posixpath.normpath(place)}")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{text} needs a home folder, and there is none of that name. Set HOME, or give "
+            "another path (./~ for a folder that is called so)."
+        )
+    path = os.path.abspath(expanded)
+    if path.split("/")[1] in ("gs", "s3", "az", "hf"):
+        raise UserError(
+            f"{path} cannot be used: libraries take /{path.split('/')[1]} for a bucket. Mount or "
+            "link it under another name."
+        )
+    return epath.Path(path)
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def local_path(given: str | os.PathLike, what: str) -> Path:
+    """`storage_path` of what libraries can only read or write on a disk.
+
+    Args:
+        what: its name in the message, such as "data_dir".
+
+    Raises:
+        UserError: it is in a bucket.
+    """
+    path = storage_path(given)
+    if in_bucket(path):
+        raise UserError(
+            f"{what} must be a path on this machine, not {given}. Copy it there, or mount the "
+            "bucket on every machine (gcsfuse; docs/launch.md) and give the path there."
+        )
+    return Path(path)
+
+
+@contextlib.contextmanager
+def local_file(path: epath.Path) -> Iterator[Path]:
+    """A file as one of this machine's disk: itself or, from a bucket, a temporary copy."""
+    if not in_bucket(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="nvg_jax_") as folder:
+        copy = epath.Path(folder) / path.name
+        path.copy(copy)
+        yield Path(copy)
+
+
+# Writing.
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | epath.Path) -> Iterator[Path]:
+    """A temporary path on a disk to write to; it replaces `path` when the block succeeds.
+
+    After an interruption at any moment, `path` is either complete or as it was before.
+
+    Raises:
+        UserError: there is no space or no permission; the message names `path`.
+    """
+    with contextlib.ExitStack() as stack:
+        if in_bucket(path):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nvg_jax_"))
+            temporary = Path(folder, path.name)
+        else:
+            temporary = Path(path).with_name(path.name + ".tmp")
+        try:
+            yield temporary
+            if in_bucket(path):
+                scheme = os.fspath(path).split("://")[0]
+                fsspec.filesystem(scheme).put_file(str(temporary), os.fspath(path))
+            else:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if error.filename not in (None, str(temporary)):  # an error about another file
+                raise
+            with reported(f"{path} cannot be written"):
+                raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | epath.Path) -> Iterator[BinaryIO]:
+    """Like `atomic_path`, but yields the temporary file, opened for binary writing."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def lock(folder: epath.Path) -> int | None:
+    """Locks a folder against other processes, until the descriptor is closed or this process ends.
+
+    Returns:
+        A file descriptor; None where nothing can be locked: in buckets and on some network disks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if in_bucket(folder):
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def make_folder(folder: Path | epath.Path):
+    """Creates a folder and those above it; in a bucket, folders need not be created.
+
+    Raises:
+        UserError: a file has the name of one of them, or there is no permission.
+    """
+    if in_bucket(folder):
+        return
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{place} is a file, so it cannot be a folder; give another name.")
+            break
+    with reported(f"{folder} cannot be created"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+# Fingerprints.
+
+
+def digest(content: dict[str, Any]) -> str:
+    """The SHA-256 of JSON-serializable content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(tree) -> str:
+    """A short hash of all names and values in a tree of host or fully addressable arrays."""
+    sha = hashlib.sha256()
+    for path, leaf in sorted(
+        jax.tree_util.tree_leaves_with_path(tree), key=lambda item: jax.tree_util.keystr(item[0])
+    ):
+        sha.update(jax.tree_util.keystr(path).encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()[:16]
+
+
+# JSON with a checksum.
+
+
+def write_json(path: Path | epath.Path, content: dict[str, Any]):
+    """Writes JSON together with its checksum, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps({**content, "digest": digest(content)}, indent=1).encode())
+
+
+def read_json(path: Path | epath.Path) -> dict[str, Any] | None:
+    """Reads what `write_json` wrote; None if there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        stored = content.pop("digest")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, AttributeError):
+        content = stored = None
+    if content is None or stored != digest(content):
+        raise UserError(
+            f"{path} is damaged. Restore a copy, or delete {path.parent} and start over."
+        )
+    return content
