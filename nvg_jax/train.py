@@ -2,7 +2,11 @@
 
 Trains the tokenizer, then the generators on what it encodes. Run the same command again to resume.
 `--config.part=` picks one part: tokenizer, structure, content, generators (both on the same
-batches), separate (one after the other), or all. `--check_only` checks the arguments and ends:
+batches), separate (one after the other), or all.
+
+`--check` rehearses the run on the machines that it is for: it reads a batch, writes and reads back
+a small checkpoint, compiles, takes a few steps, and tells hours and device-hours of the whole run
+(their cost with `--price`). `--check_only` checks the arguments alone, without data and devices:
 launchers do so before they pay for a machine.
 """
 
@@ -33,6 +37,8 @@ def train(
     workdir: str | os.PathLike,
     allow_changes: Sequence[str] = (),
     resume_step: int | None = None,
+    check: bool = False,
+    price: float = 0.0,
 ):
     """Trains the parts that `config.part` names, resuming from `workdir`.
 
@@ -40,6 +46,8 @@ def train(
         allow_changes: settings that may differ from those the run was started with, such as
             "learning_rate"; a section allows all of its settings.
         resume_step: goes back to the checkpoint of this step; later ones are renamed.
+        check: rehearses the run instead, see `rehearsal.rehearse`.
+        price: with `check`, the price of a device for an hour.
 
     Raises:
         UserError: an invalid setting or data set, or a metric that is not finite; the message says
@@ -57,13 +65,23 @@ def train(
             checks.check_init(config, parts)
         names = registry.pretrained_names(parts, config)
         opened = run.open_run(config, workdir, mesh, names, resume=resume)
-        registry.train_parts(opened, parts)
+        if check:
+            registry.rehearse_parts(opened, parts, price)
+        else:
+            registry.train_parts(opened, parts)
 
 
 def main(_):
     preemption.watch()
     watchdog.start(FLAGS.config.stall_timeout)
-    train(FLAGS.config, FLAGS.workdir, FLAGS.allow_changes, FLAGS.resume_step)
+    train(
+        FLAGS.config,
+        FLAGS.workdir,
+        FLAGS.allow_changes,
+        FLAGS.resume_step,
+        FLAGS.check,
+        FLAGS.price,
+    )
 
 
 def set_up():
@@ -80,6 +98,8 @@ if __name__ == "__main__":
     flags.DEFINE_boolean(
         "check_only", False, "Check the flags and the config, without data and devices, and end."
     )
+    flags.DEFINE_boolean("check", False, "Rehearse the run on these machines, and end.")
+    flags.DEFINE_float("price", 0.0, "With --check: the price of a device for an hour.", 0.0)
     cli.define_resume_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     cli.main(main, set_up)

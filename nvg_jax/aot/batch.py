@@ -4,8 +4,9 @@ import logging
 import math
 import time
 
-from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory
+from nvg_jax.aot.lowering import Compiler, DoesNotFitError
 from nvg_jax.errors import UserError
+from nvg_jax.runtime.hardware import device_memory
 
 SAMPLES = 64  # default batch of the sampler
 

@@ -93,6 +93,11 @@ class Target:
     options: dict[str, str | bool] = dataclasses.field(default_factory=dict)
 
     @property
+    def chips(self) -> int:
+        """The number of chips; some TPUs present each as several devices."""
+        return len({getattr(d, "coords", None) or d.id for d in self.mesh.devices.flat})
+
+    @property
     def batch_shards(self) -> int:
         return sharding.batch_shards(self.mesh)
 

@@ -86,20 +86,6 @@ def lower_sampling(
         return program.sample.lower(*arguments, plan=plan), arguments[0]
 
 
-def device_memory(stats, hbm: float) -> dict[str, float]:
-    """Bytes on one device, as the compiler accounts for them.
-
-    outputs: only those that do not reuse the memory of an argument. total: the sum of all parts.
-    """
-    parts = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    return {**parts, "total": sum(parts.values()), "hbm": hbm}
-
-
 class Compiled(NamedTuple):
     """A compiled program, its networks' abstract parameters, and the compile time in seconds."""
 

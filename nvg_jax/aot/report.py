@@ -10,10 +10,15 @@ import ml_collections
 
 from nvg_jax.aot import hlo
 from nvg_jax.aot.chips import GIB, Chip, Target
-from nvg_jax.aot.lowering import Compiler, DoesNotFitError, device_memory
+from nvg_jax.aot.lowering import Compiler, DoesNotFitError
 from nvg_jax.layers import REMAT
+from nvg_jax.runtime.hardware import device_memory
+from nvg_jax.training.length import training_length
 
 logger = logging.getLogger("nvg_jax")
+# Measured training steps over the estimate without overlap, on one H100 and on one H200
+# (docs/performance.md).
+MEASURED = (1.14, 1.28)
 ESTIMATE = "roofline estimate from the compiled program, not a measurement"
 
 
@@ -85,6 +90,13 @@ def make_report(
         for name, tree in compiled.params.items()
     }
     steps_per_day = 86_400 / times["seconds"]
+    whole = {}
+    if compiler.part:
+        length = compiler.config[compiler.part.section].length
+        whole["steps"] = training_length(length, compiler.images, batch_size)
+        unit = whole["steps"] * times["seconds_no_overlap"] / 3600
+        whole["hours"] = [unit * ratio for ratio in MEASURED]
+        whole["chip_hours"] = [hours * target.chips for hours in whole["hours"]]
     return {
         "estimate": ESTIMATE,
         "topology": target.topology,
@@ -109,6 +121,7 @@ def make_report(
         "steps_per_day": steps_per_day,
         "images_per_second": batch_size / times["seconds"],
         "epochs_per_day": steps_per_day * batch_size / compiler.images,
+        **whole,
     }
 
 
@@ -209,4 +222,12 @@ def format_report(report: dict[str, Any]) -> str:
         lines[-1] += (
             f", {r['steps_per_day']:,.0f} steps and {r['epochs_per_day']:,.1f} epochs per day"
         )
+        (low, high), (least, most) = r["hours"], r["chip_hours"]
+        lines += [
+            f"The configured length, {r['steps']:,} steps",
+            f"  {low:,.3g} to {high:,.3g} h, {least:,.4g} to {most:,.4g} chip-hours, without data, "
+            "evaluations and saving",
+            f"  ({MEASURED[0]:g} to {MEASURED[1]:g} times no overlap, as measured on one H100 and "
+            "one H200)",
+        ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The Frechet distance of a model while it trains, measured by all processes together."""
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.processes import gather
+from nvg_jax.runtime.processes import gather, own_share
 from nvg_jax.runtime.sharding import local_mesh
 from nvg_jax.training.loop import Score
 from nvg_jax.training.run import Run
@@ -48,11 +49,32 @@ def score(
     return float(gather(np.array([results.get("fid", np.nan)]), jax.process_count())[0])
 
 
-def make_scores(run: Run, parts: Sequence[Part]) -> dict[Part, Score]:
+def time_score(
+    judge: Judge,
+    images: Callable[[Pipeline], ImageSet],
+    reference: FeatureSet,
+    metadata: RunMetadata,
+    params: dict[str, Any],
+) -> float:
+    """An estimate of the seconds of `score`, from one batch on this process, once compiled."""
+    with jax.set_mesh(local_mesh()):
+        made, start = images(Pipeline(metadata, params)), 0.0
+        for _ in range(2):
+            start = time.monotonic()
+            judge.image_features(next(iter(made.filled([0]))))
+        return (time.monotonic() - start) * len(own_share(made.num_batches))
+
+
+def make_scores(
+    run: Run, parts: Sequence[Part], function: Callable[..., float] = score
+) -> dict[Part, Score]:
     """{part: what measures its FID} for the parts with a `fid_every`.
 
     The tokenizer's reconstructions are compared with their originals, held-out images; samples with
     `config.evaluation.reference`.
+
+    Args:
+        function: `score`, or `time_score`.
 
     Raises:
         UserError: a network, a file or data is missing.
@@ -93,5 +115,5 @@ def make_scores(run: Run, parts: Sequence[Part]) -> dict[Part, Score]:
                     seed=config.seed,
                     settings={},  # the model's own
                 )
-            scores[part] = functools.partial(score, judge, images, reference)
+            scores[part] = functools.partial(function, judge, images, reference)
     return scores

@@ -83,3 +83,17 @@ def pin_options():
         logger.warning(
             "JAX_DEFAULT_MATMUL_PRECISION=%s: results differ from those without it", precision
         )
+
+
+def device_memory(stats, hbm: float) -> dict[str, float]:
+    """Bytes on one device, as the compiler accounts for them.
+
+    outputs: only those that do not reuse the memory of an argument. total: the sum of all parts.
+    """
+    parts = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values()), "hbm": hbm}

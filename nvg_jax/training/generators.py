@@ -22,9 +22,10 @@ from nvg_jax.content.losses import alignment_loss, content_losses
 from nvg_jax.content.model import RepaProjector
 from nvg_jax.data import SequenceSource
 from nvg_jax.errors import UserError
-from nvg_jax.models import Generator, ModelConfig, init_generator
+from nvg_jax.models import Generator, ModelConfig, init_generator, init_tokenizer
 from nvg_jax.parts import GENERATORS, Part
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
@@ -286,7 +287,20 @@ class GeneratorTrainer(Trainer[TrainState]):
         Raises:
             UserError: the sampling settings are invalid, or there is no trained tokenizer.
         """
-        tokenizer, params = load_tokenizer(run)
+        return self.open_with(run, *load_tokenizer(run))
+
+    def rehearse(self, run: Run) -> tuple[Params, RunMetadata]:
+        """`open` with a random tokenizer, in place of one that is yet to be trained."""
+        initial = lambda: unbox(init_tokenizer(self.tokenizer, run.key))
+        params = jax.jit(initial, out_shardings=run.replicated)()
+        ones = (1.0,) * (self.model.tokenizer.num_stages + 1)
+        metadata = RunMetadata(self.model.only(), run.train_source.class_names, canvas_scale=ones)
+        return self.open_with(run, metadata, params)
+
+    def open_with(
+        self, run: Run, tokenizer: RunMetadata, params: Params
+    ) -> tuple[Params, RunMetadata]:
+        """`open` with this tokenizer."""
         metadata = RunMetadata(
             model=self.model.only(*self.part.networks),
             class_names=run.train_source.class_names,

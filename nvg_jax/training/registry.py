@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 import ml_collections
 from jax.sharding import Mesh
 
-from nvg_jax.jobs.scoring import make_scores
+from nvg_jax.jobs.scoring import make_scores, time_score
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
-from nvg_jax.training import loop, plan
+from nvg_jax.training import loop, plan, rehearsal
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
 from nvg_jax.training.length import START, warn_if_too_short
@@ -66,6 +66,12 @@ def train_parts(run: Run, parts: Sequence[Part]):
     plan.announce(run, trainers)
     for trainer in trainers:
         loop.fit(trainer, run, scores.get(trainer.part))
+
+
+def rehearse_parts(run: Run, parts: Sequence[Part], price: float):
+    """Tells whether `train_parts` will work and what it takes; see `rehearsal.rehearse`."""
+    trainers = [open_trainer(run, part) for part in parts]
+    rehearsal.rehearse(run, trainers, make_scores(run, parts, time_score), price)
 
 
 def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:

@@ -258,6 +258,10 @@ class Trainer(abc.ABC, Generic[State]):
             UserError: what the run builds on is missing or does not fit.
         """
 
+    def rehearse(self, run: Run) -> tuple[Params, RunMetadata]:
+        """`open` before anything is trained, for a few steps whose results do not count."""
+        return self.open(run)
+
     def first_state(self, run: Run, inputs: Params) -> State:
         """The state that a run starts from: initialized, or with the weights it builds on."""
         return self.jit_init_state(jax.random.fold_in(run.key, self.INIT_KEY), inputs)

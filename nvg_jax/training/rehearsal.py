@@ -1,0 +1,177 @@
+"""A rehearsal of a training on its machines, before the money is spent."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nvg_jax.errors import UserError
+from nvg_jax.parts import TOKENIZER, Part
+from nvg_jax.runtime import checkpoint, sharding, watchdog
+from nvg_jax.runtime.hardware import device_memory
+from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.training import plan
+from nvg_jax.training.run import Run
+from nvg_jax.training.trainer import Trainer
+from nvg_jax.workdir import RunMetadata
+
+STEPS = 5  # timed
+FOLDER = "rehearsal"  # in the workdir, while it lasts
+
+# (metadata, {network: parameters}) -> seconds of one measurement of FID.
+FidSeconds = Callable[[RunMetadata, dict[str, Any]], float]
+
+
+class Cost(NamedTuple):
+    """Seconds of a whole training, by what they are spent on."""
+
+    compiling: float
+    steps: float
+    evaluations: float
+    fid: float
+    saving: float
+
+
+def rehearse(
+    run: Run, trainers: Sequence[Trainer], fid_seconds: dict[Part, FidSeconds], price: float = 0.0
+):
+    """Prints what works, line by line, and what the whole run takes.
+
+    Every process reads a batch and takes `STEPS` steps of every part; process 0 prints.
+
+    Args:
+        fid_seconds: for the parts whose FID is measured.
+        price: of a chip for an hour; 0: not known.
+
+    Raises:
+        UserError: what does not work, and why.
+    """
+    report = functools.partial(print, flush=True) if is_main() else lambda text: None
+    for line in plan.describe(run, trainers):
+        report(line)
+    report(f"✓ data: {len(run.train_source):,} and {len(run.test_source):,} images open")
+    if run.networks:
+        report(f"✓ pretrained networks: {', '.join(run.networks)}")
+    saving = check_workdir(run)
+    report(f"✓ workdir: a checkpoint is written and read back in {saving:.1f} s")
+    costs = []
+    trains_tokenizer = any(trainer.part == TOKENIZER for trainer in trainers)
+    for trainer in trainers:
+        opened = trainer.rehearse(run) if trains_tokenizer else trainer.open(run)
+        cost, lines = rehearse_part(run, trainer, opened, fid_seconds.get(trainer.part), saving)
+        costs.append(cost)
+        for line in lines:
+            report(f"✓ {trainer.part.name}: {line}")
+    report(f"the whole run: {summary(costs, run.mesh.size, price)}")
+
+
+def check_workdir(run: Run) -> float:
+    """Writes and reads back a small checkpoint in the workdir: the seconds that it took."""
+    folder, state = run.workdir / FOLDER, {"numbers": np.arange(8.0, dtype=np.float32)}
+    start = time.monotonic()
+    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, jax.device_put(state, run.replicated), {})
+    found = checkpoint.read(folder, lambda content: state)
+    if found is None or (found[1]["numbers"] != state["numbers"]).any():
+        raise UserError(
+            f"A checkpoint written to {folder} does not read back as it was. Give a --workdir that "
+            "all processes share."
+        )
+    seconds = time.monotonic() - start
+    barrier("the checkpoint is read back")
+    if is_main():
+        folder.rmtree()
+    return seconds
+
+
+def rehearse_part(
+    run: Run,
+    trainer: Trainer,
+    opened: tuple[Any, RunMetadata],
+    fid_seconds: FidSeconds | None,
+    saving: float,
+) -> tuple[Cost, list[str]]:
+    """Compiles a part and takes a few steps: (what it will cost, lines of text)."""
+    recipe, (inputs, metadata) = run.config[trainer.part.section], opened
+    watchdog.reset(slow=True)
+    start = time.monotonic()
+    program = trainer.lower().compile()
+    compiling = time.monotonic() - start
+    lines = [f"compiled in {compiling:.0f} s", memory_line(program)]
+
+    watchdog.reset(slow=True)
+    state = trainer.jit_init_state(jax.random.fold_in(run.key, trainer.INIT_KEY), inputs)
+    key = jax.random.fold_in(run.key, trainer.STEP_KEY)
+    seed = run.config.seed + trainer.DATA_SEED
+    with contextlib.closing(run.train_batches(recipe.batch_size, seed)) as batches:
+        batch = next(batches)
+        start = time.monotonic()
+        for _ in range(STEPS):
+            batch = next(batches)
+        reading = (time.monotonic() - start) / STEPS
+        for number in range(1 + STEPS):
+            if number == 1:  # the first step also loads the program
+                jax.block_until_ready(state)
+                start = time.monotonic()
+            state, metrics = program(state, inputs, sharding.global_batch(batch, run.mesh), key)
+        jax.block_until_ready(state)
+        stepping = (time.monotonic() - start) / STEPS
+    step = max(stepping, reading)
+    lines.append(
+        f"a step of {recipe.batch_size:,} images takes {stepping:.3g} s and its data {reading:.3g}"
+        " s" + (", so the steps wait for the data" if reading > stepping else "")
+    )
+
+    evaluation = evaluation_seconds(run, trainer, state, inputs)
+    lines.append(f"an evaluation takes {evaluation:.3g} s, without its picture")
+    fid = 0.0
+    if fid_seconds is not None:
+        fid = fid_seconds(metadata, trainer.export(run, state, inputs))
+        lines.append(f"a measurement of FID takes {fid:.3g} s")
+    times = lambda every: math.ceil(trainer.steps / every) if every else 0
+    cost = Cost(
+        compiling,
+        trainer.steps * step,
+        times(recipe.eval_every) * evaluation,
+        times(recipe.fid_every) * fid,
+        times(recipe.save_every) * saving,
+    )
+    lines.append(f"{trainer.steps:,} steps: {sum(cost) / 3600:.3g} h")
+    return cost, lines
+
+
+def memory_line(program: jax.stages.Compiled) -> str:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    total = device_memory(program.memory_analysis(), limit)["total"]
+    text = f"needs {total / 2**30:.3g} GiB of memory per device"
+    return text + (f" of {limit / 2**30:.3g}" if limit else "")
+
+
+def evaluation_seconds(run: Run, trainer: Trainer, state, inputs) -> float:
+    """An estimate of the time of an evaluation, from one batch, once compiled."""
+    recipe = run.config[trainer.part.section]
+    batch = next(run.test_batches(recipe))
+    start = 0.0
+    for _ in range(2):
+        start = time.monotonic()
+        jax.block_until_ready(trainer.held_out(state, inputs, batch))
+    seconds = time.monotonic() - start
+    count = min(recipe.eval_images or len(run.test_source), len(run.test_source))
+    return seconds * math.ceil(count / len(batch["label"]))
+
+
+def summary(costs: Sequence[Cost], chips: int, price: float) -> str:
+    """The sum of all costs as text: hours, chip-hours, shares, and what they cost."""
+    total = Cost(*map(sum, zip(*costs)))
+    hours = sum(total) / 3600
+    shares = ", ".join(
+        f"{name} {value / sum(total):.0%}" for name, value in total._asdict().items() if value
+    )
+    text = f"{hours:.3g} h on {chips:,} device{'s' if chips > 1 else ''}, "
+    text += f"{hours * chips:.3g} device-hours ({shares})"
+    return text + (f", {hours * chips * price:,.2f} at {price:g} an hour" if price else "")
