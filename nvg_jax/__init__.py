@@ -12,8 +12,14 @@ Signatures show shapes with jaxtyping: `Float[Array, "B L D"]`, and "*batch" for
 """
 
 import os
+import sys
 
-from etils import epy
+from nvg_jax.runtime import interrupts
+
+if sys.argv[:1] == ["-m"]:  # `python -m nvg_jax.COMMAND`: Ctrl-C may come during the imports
+    interrupts.listen()
+
+from etils import epy  # noqa: E402
 
 # Silences TensorFlow's notices, where it is installed and a library imports it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

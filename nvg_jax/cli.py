@@ -1,8 +1,8 @@
 """Shared by all commands: multi-process start-up, logging, flags, and user errors as one line.
 
 Exit codes: 0 done; 2 a `UserError` (`error: ...`), which a restart cannot mend; 75 preempted, with
-all work saved (see `runtime.preemption`); anything else is a failure, with its traceback, after
-which launchers run the command again.
+all work saved (see `runtime.preemption`); 130 ended by Ctrl-C (see `runtime.interrupts`); anything
+else is a failure, with its traceback, after which launchers run the command again.
 """
 
 import difflib
@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 
 from nvg_jax.errors import UserError, is_failure
-from nvg_jax.runtime import hardware, preemption
+from nvg_jax.runtime import hardware, interrupts, preemption
 from nvg_jax.sampling.settings import DTYPES, MAX_SEED, Settings
 
 USER_ERROR = 2
@@ -47,12 +47,15 @@ ORDERED_COLLECTIVES = "--xla_cpu_multi_thread_eigen=false"
 logger = logging.getLogger("nvg_jax")
 
 
-def main(command, set_up=lambda: None):
+def main(command, set_up=lambda: None, kept: str = ""):
     """Runs a command with logging; --verbosity=1 shows stack traces of user errors.
 
     Args:
         set_up: called when the flags are parsed, before JAX looks for devices.
+        kept: what remains when Ctrl-C ends the command at once, a sentence.
     """
+    interrupts.listen()
+    interrupts.kept = kept
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
@@ -73,8 +76,13 @@ def main(command, set_up=lambda: None):
     try:
         app.run(start, flags_parser=parse_flags)
     except preemption.Preempted as notice:
-        logger.warning("%s", notice)
+        logger.warning("preempted; %s", notice)
         sys.exit(preemption.EXIT_CODE)
+    except interrupts.Interrupted as notice:
+        logger.warning("interrupted; %s", notice)
+        sys.exit(interrupts.EXIT_CODE)
+    except KeyboardInterrupt:  # before `interrupts` listened
+        interrupts.end()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or flags.FLAGS.verbosity > 0:
             raise

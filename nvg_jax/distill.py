@@ -29,6 +29,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 FLAGS = flags.FLAGS
 
 
+@preemption.interruptible()
 def distill(
     config: ml_collections.ConfigDict,
     teacher: str,
@@ -45,6 +46,7 @@ def distill(
         UserError: an invalid setting, teacher or data set, or a metric that is not finite; the
             message says what is valid, or names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
+        Interrupted: a KeyboardInterrupt; Ctrl-C or a notebook's stop button did the same.
     """
     check_process(config)
     check_recipe(config, DISTILLATION.section, (DISTILLATION,))
@@ -84,4 +86,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the model.")
     cli.define_resume_flags()
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
-    cli.main(main, cli.compile_fast)
+    cli.main(
+        main, cli.compile_fast, kept="The same command goes on from the last checkpoint, if any."
+    )

@@ -54,4 +54,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_threads", 2, "Threads that decode, in every worker.", lower_bound=1)
     flags.DEFINE_integer("num_workers", 0, "Processes that decode; 0: threads only.", lower_bound=0)
     flags.mark_flags_as_required(["workdir", "out"])
-    cli.main(main)
+    cli.main(main, kept="Written parts are kept; the same command encodes the others.")

@@ -101,4 +101,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("paste", False, "With --edit: put the original pixels back outside.")
     flags.DEFINE_integer("feather", 2, "With --paste: pixels over which to blend.", 0)
     flags.mark_flags_as_required(["workdir", "out"])
-    cli.main(main)
+    cli.main(main, kept="Written samples are kept; the same command makes the others.")

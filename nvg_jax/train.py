@@ -32,6 +32,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 FLAGS = flags.FLAGS
 
 
+@preemption.interruptible()
 def train(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike,
@@ -53,6 +54,7 @@ def train(
         UserError: an invalid setting or data set, or a metric that is not finite; the message says
             what is valid, or names the step and the metric.
         Preempted: SIGTERM arrived; the state is saved.
+        Interrupted: a KeyboardInterrupt; Ctrl-C or a notebook's stop button did the same.
     """
     checks.check_config(config)
     parts, workdir = CHOICES[config.part], checkpoint.run_folder(workdir)
@@ -102,4 +104,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("price", 0.0, "With --check: the price of a device for an hour.", 0.0)
     cli.define_resume_flags()
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.main(main, set_up)
+    cli.main(main, set_up, kept="The same command goes on from the last checkpoint, if any.")

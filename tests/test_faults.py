@@ -135,7 +135,7 @@ def test_asked_to_end_it_saves_at_once_and_loses_no_step(whole, tmp_path, monkey
     monkeypatch.setattr(sharding, "global_batch", count)
     try:
         preemption.watch()
-        with pytest.raises(preemption.Preempted, match=f"tokenizer: .* saved at step {step} of 12"):
+        with pytest.raises(preemption.Preempted, match=f"tokenizer: saved at step {step} of 12"):
             run(tmp_path)
     finally:
         signal.signal(signal.SIGTERM, handler)

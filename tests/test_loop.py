@@ -1,6 +1,8 @@
 """The training loop with a model of one number: what it evaluates, and when."""
 
 import logging
+import os
+import signal
 import types
 
 import numpy as np
@@ -208,3 +210,55 @@ def test_a_run_is_not_shortened_to_less_than_it_has(fit):
         fit(sigterm_at=5)
     with pytest.raises(UserError, match="length = '4 steps' is 4 steps, and the .* is of step 5"):
         fit(resume=Resume(("length",)), length="4 steps")
+
+
+# Ctrl-C, as the stop button of a notebook sends it.
+
+
+@pytest.fixture
+def fit_in_notebook(tmp_path, monkeypatch):
+    """Trains `Sum`; SIGINT comes while the batches of these numbers are loaded."""
+
+    def fit_in_notebook(*interrupts):
+        config, seen = ConfigDict(tiny_config()), iter(range(1, 100))
+        config.tokenizer_training.update(length=f"{STEPS} steps", log_every=1, save_every=100)
+
+        def place(batch, mesh):
+            if next(seen) in interrupts:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch
+
+        monkeypatch.setattr(sharding, "global_batch", place)
+        monkeypatch.setattr("jax.random.fold_in", lambda key, data: key)
+        run = types.SimpleNamespace(
+            config=config, workdir=storage_path(tmp_path), mesh=None, key=0,
+            train_batches=Batches, resume=NEWEST,
+        )  # fmt: skip
+        trainer = Sum(config.tokenizer_training)
+        preemption.interruptible()(loop.fit)(trainer, run)
+        return trainer.evaluated
+
+    return fit_in_notebook
+
+
+def test_the_stop_button_saves_after_the_step(fit_in_notebook, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="tokenizer: saved at step 3 of 6. The same"):
+        fit_in_notebook(3)
+    assert read_metadata(tmp_path / "tokenizer").step == 3
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert fit_in_notebook() == [(15.0, "finished")]
+
+
+@pytest.mark.parametrize("interrupts", [(1,), (3, 3)])
+def test_before_the_first_step_and_the_second_time_it_ends_at_once(
+    fit_in_notebook, tmp_path, interrupts, monkeypatch
+):
+    if len(interrupts) == 2:
+        kill = os.kill
+        monkeypatch.setattr(os, "kill", lambda *arguments: [kill(*arguments), kill(*arguments)])
+    with pytest.raises(KeyboardInterrupt) as error:
+        fit_in_notebook(*interrupts)
+    assert not str(error.value)
+    assert read_metadata(tmp_path / "tokenizer") is None
+    assert fit_in_notebook() == [(15.0, "finished")]  # nothing of the request is left

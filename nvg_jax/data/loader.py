@@ -13,6 +13,7 @@ that holds them.
 import dataclasses
 import functools
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -317,9 +318,15 @@ def _iterate(
         loaded = loaded.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=options.num_workers, per_worker_buffer_size=options.prefetch
-            )
+            ),
+            worker_init_fn=_ignore_interrupts,
         )
     return iter(loaded.map(note_unreadable))
+
+
+def _ignore_interrupts(worker: int, count: int):
+    """In a worker: Ctrl-C, which all processes receive, is for the one that saves and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

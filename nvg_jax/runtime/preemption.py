@@ -1,11 +1,15 @@
-"""Preemption: turns the SIGTERM sent before a machine is reclaimed into a flag that loops poll."""
+"""Requests to stop: SIGTERM, sent before a machine is reclaimed, and Ctrl-C. Loops poll them."""
 
+import contextlib
 import itertools
 import signal
 import threading
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
+
+from nvg_jax.runtime import interrupts
 
 EXIT_CODE = 75  # EX_TEMPFAIL; the launchers run the command again when they see it
 
@@ -26,6 +30,23 @@ def watch():
         signal.signal(signal.SIGTERM, lambda *_: _asked.set())
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Inside, Ctrl-C stops the work like SIGTERM, and raises Interrupted instead of Preempted."""
+    with interrupts.in_notebook():
+        try:
+            yield
+        except Preempted as notice:
+            if interrupts.requested.is_set():
+                raise interrupts.Interrupted(str(notice)) from None
+            raise
+
+
+def defer_interrupts(on: bool):
+    """Whether there is something to save, so that Ctrl-C waits until `noticed` is polled."""
+    interrupts.defer(on, also_sigterm=jax.process_count() > 1)
+
+
 def noticed() -> bool:
     """Whether to save and stop after the current step.
 
@@ -34,4 +55,10 @@ def noticed() -> bool:
     """
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(next(_steps))
-    return _asked.is_set()
+    return _asked.is_set() or interrupts.requested.is_set()
+
+
+def stop(notice: str) -> NoReturn:
+    """Raises Preempted when everything is saved; a command then ends within seconds."""
+    interrupts.end_soon(interrupts.EXIT_CODE if interrupts.requested.is_set() else EXIT_CODE)
+    raise Preempted(notice)

@@ -56,6 +56,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             recipe.batch_size, run.config.seed + trainer.DATA_SEED, skip=trainer.origin.images
         )
         stack.enter_context(contextlib.closing(batches))
+        stack.callback(preemption.defer_interrupts, False)
         if position is not None:
             batches.set_state(position)
         reporter = Reporter(name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps)
@@ -85,6 +86,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
             assess(start)
         for step in range(start, steps):
             watchdog.reset(slow=step == start)  # the first step compiles
+            preemption.defer_interrupts(step > start)
             reporter.start_step()
             batch = sharding.global_batch(next(batches), run.mesh)
             state, metrics = trainer.jit_train_step(
@@ -113,7 +115,9 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
                         checkpoints.save(done, state, metadata.to_json(), batches.get_state())
             if preempted:
                 checkpoints.wait()
-                raise preemption.Preempted(f"{name}: preempted; saved at step {done} of {steps}")
+                preemption.stop(
+                    f"{name}: saved at step {done} of {steps}. The same command goes on from there."
+                )
 
 
 def resume(

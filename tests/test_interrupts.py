@@ -1,0 +1,128 @@
+"""Ctrl-C of a command: one line, nothing left behind, and the work saved if there is any."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import CACHE_READ_ONLY, ROOT, read_meta
+
+# Python's own handler, which a background process of a shell does not have.
+FOREGROUND = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
+def run(script: str, *arguments, timeout=60) -> tuple[int, str, float]:
+    """(exit code, output, seconds) of a script."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", FOREGROUND + script, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    return done.returncode, done.stdout, time.monotonic() - start
+
+
+def test_during_the_imports_of_a_command():
+    code, output, _ = run(
+        "import sys, time; sys.argv[0] = '-m'\n"  # as Python says while it looks for the module
+        "import nvg_jax\n"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    assert (code, output) == (130, "Interrupted.\n")
+
+
+def test_a_library_handles_no_signals():
+    code, output, _ = run("import nvg_jax; os.kill(os.getpid(), signal.SIGINT)")
+    assert code == -signal.SIGINT and "KeyboardInterrupt" in output
+
+
+STUCK = """
+import multiprocessing, threading, time
+from nvg_jax.runtime import interrupts
+
+if __name__ == "__main__":
+    interrupts.listen()
+    interrupts.kept = "Parts are kept."
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=time.sleep, args=(600,), daemon=True)
+    child.start()
+    print(child.pid, flush=True)
+    os.kill(child.pid, signal.SIGINT)  # which it does not notice
+    time.sleep(0.1)
+    assert child.is_alive()
+"""
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_it_ends_at_once_with_its_workers_though_the_main_thread_is_in_a_library():
+    code, output, _ = run(
+        STUCK + "    import ctypes; threading.Timer(0.2, os.kill, (os.getpid(), 2)).start()\n"
+        "    ctypes.CDLL(None).sleep(60)\n"
+    )
+    pid, line = output.splitlines()
+    assert (code, line) == (130, "Interrupted. Parts are kept.")
+    assert is_gone(int(pid))
+
+
+def test_the_first_is_a_request_while_there_is_work_to_save_and_the_second_ends():
+    code, output, _ = run(
+        STUCK + "    interrupts.defer(True); os.kill(os.getpid(), 2)\n"
+        "    assert interrupts.requested.wait(30); print('saves', flush=True)\n"
+        "    os.kill(os.getpid(), 2); time.sleep(60)\n"
+    )
+    _, *lines = output.splitlines()
+    first = "Saving after this step. Ctrl-C again ends at once."
+    assert code == 130 and sorted(lines[:2]) == sorted([first, "saves"])
+    assert lines[2:] == ["Interrupted. Parts are kept."]
+
+
+def test_whatever_a_library_waits_for_at_the_end():
+    code, _, seconds = run(
+        STUCK + "    interrupts.GRACE = 0.5; interrupts.end_soon(75)\n"
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"  # joined at exit
+    )
+    assert code == 75 and seconds < 50
+
+
+@pytest.mark.slow
+def test_a_training_with_workers_saves_and_ends(tmp_path):
+    command = [
+        "-m", "nvg_jax.train", "--config=configs/digits.py:runlocal", "--config.part=tokenizer",
+        f"--workdir={tmp_path}", "--config.data.num_workers=2",
+        "--config.tokenizer_training.length=12 steps",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOREGROUND + "import sys\n"
+         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])", *command],
+        cwd=ROOT,
+        env=os.environ | CACHE_READ_ONLY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "tokenizer: 2/12" in line:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            start = time.monotonic()
+    process.stderr.close()
+    assert process.wait() == 130, lines
+    assert time.monotonic() - start < 30
+    text = "".join(lines)
+    assert "Traceback" not in text and "Saving after this step" in text
+    step = read_meta(tmp_path / "tokenizer")["step"]
+    assert re.search(rf"interrupted; tokenizer: saved at step {step} of 12. The same", lines[-1])
