@@ -1,11 +1,13 @@
-"""How many steps the structure flow needs.
+"""What the structure flow must compute: quality over evaluations of the network.
 
-    python -m benchmarks.flow_steps --workdir=runs/digits --out=runs/digits_steps.jsonl
+    python -m benchmarks.flow_steps --workdir=runs/digits --out=runs/digits_steps.jsonl \\
+        --sweep="flow_steps=25;8;4;2 structure_solves=;0,1;0"
 
-For every number of steps, solver and time shift, this measures on the model's own data set:
+For every combination of settings, this measures on the model's own data set:
 
+- evaluations: of the structure generator, for one image;
 - splits: the share of positions that split as with 200 Euler steps from the same noise, canvas and
-  maps (those of --split_images held-out images), over all learned splits;
+  maps (those of --split_images held-out images), over all learned splits that are all solved;
 - FID, precision and recall against the training images in the features of a classifier trained on
   them; the share of samples that it assigns to the requested class; and the spread of a class: the
   mean distance between two of its samples, relative to that between two training images;
@@ -15,7 +17,6 @@ Each point is measured with two seeds, whose difference shows the noise. Every r
 --out at once; run the same command again to resume.
 """
 
-import itertools
 import json
 import time
 from pathlib import Path
@@ -31,7 +32,8 @@ from nvg_jax.evaluation.judges import fit_classifier
 from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure
 from nvg_jax.evaluation.sets import LabeledImages, load_split
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.sampling.settings import Settings
+from nvg_jax.sampling.generate import make_plan
+from nvg_jax.sampling.settings import Settings, parse_sweep, text_of
 from nvg_jax.structure import flow
 from nvg_jax.training.distillation import guided_velocity, solution, solve_stages, split_stages
 from nvg_jax.visualize import to_uint8
@@ -96,33 +98,48 @@ def main(_):
 
     out = Path(FLAGS.out)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    columns = ("workdir", "num_samples", "solver", "flow_steps", "flow_shift", "seed")
-    known = {tuple(result[name] for name in columns): result for result in done}
-    print(
-        "| solver | shift | steps | splits | FID | precision | recall | agreement | spread | ms |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for solver, shift, steps in itertools.product(FLAGS.solvers, FLAGS.shifts, FLAGS.steps):
-        point = dict(solver=solver, flow_steps=int(steps), flow_shift=float(shift))
-        shared = (FLAGS.workdir, FLAGS.num_samples, *point.values())
-        keys = [(*shared, seed) for seed in range(FLAGS.seeds)]
-        share = {}  # of the splits, which do not depend on the seed
-        if splits and not all(key in known for key in keys):
+    points = parse_sweep(FLAGS.sweep)
+    of = lambda result: (result["num_samples"], result["seed"], tuple(map(tuple, result["point"])))
+    known = {of(result): result for result in done if result["workdir"] == FLAGS.workdir}
+    print(f"| {' | '.join(points[0])} | evaluations | splits | FID | precision | recall |", end="")
+    print(" agreement | spread | ms |\n" + "|---" * (len(points[0]) + 8) + "|")
+    for point in points:
+        named = [(name, text_of(value)) for name, value in point.items()]
+        shared = {"workdir": FLAGS.workdir, "num_samples": FLAGS.num_samples, "point": named}
+        rows = [shared | {"seed": seed} for seed in range(FLAGS.seeds)]
+        shared["evaluations"] = evaluations(pipe, point)
+        all_solved = not point.get("structure_solves") and point.get("flow_restart", 1) == 1
+        if splits and all_solved and not all(of(result) in known for result in rows):
             same = splits(pipe.settings.updated(point)) == splits.exact
-            share = {"splits": float(same.mean())}
-        for seed, key in enumerate(keys):
-            if key not in known:
+            shared["splits"] = float(same.mean())  # does not depend on the seed
+        for seed, result in enumerate(rows):
+            if of(result) not in known:
                 measured = measure_point(pipe, point, seed, classes, judge, reference)
                 measured["spread"] /= real_spread
-                known[key] = dict(zip(columns, key)) | share | measured
+                known[of(result)] = shared | result | measured
                 with out.open("a") as file:
-                    file.write(json.dumps(known[key]) + "\n")
-        print(row(point, [known[key] for key in keys]), flush=True)
+                    file.write(json.dumps(known[of(result)]) + "\n")
+        print(row([known[of(result)] for result in rows]), flush=True)
     if FLAGS.figure:
         draw(list(known.values()), FLAGS.figure)
 
 
-def row(point: dict, results: list[dict]) -> str:
+def evaluations(pipe: Pipeline, point: dict) -> int:
+    """How often the structure generator runs for one image."""
+    config = pipe.tokenizer.config
+    settings = pipe.settings.updated(point).expand(config.num_stages, config.codebook_size)
+    times = flow.shifted_times(settings.flow_steps, config.num_positions, settings.flow_shift)
+    count = 0
+    for stage in make_plan(settings).stages:
+        if stage.split in ("plain", "guided"):
+            steps = (
+                (times[:-1] < settings.flow_restart).sum() + 1 if stage.restart else len(times) - 1
+            )
+            count += steps * flow.SOLVERS[settings.solver] * (2 if stage.split == "guided" else 1)
+    return int(count)
+
+
+def row(results: list[dict]) -> str:
     """A line of the table: the mean over the seeds and half the difference between them."""
 
     def cell(name: str, form: str, factor: float = 1) -> str:
@@ -130,8 +147,9 @@ def row(point: dict, results: list[dict]) -> str:
         half = (max(values) - min(values)) / 2
         return f"{np.mean(values):{form}} ± {half:{form}}"
 
-    cells = [point["solver"], f"{point['flow_shift']:g}", str(point["flow_steps"])]
-    cells += [f"{results[0]['splits']:.1%}" if "splits" in results[0] else ""]
+    first = results[0]
+    cells = [value for _, value in first["point"]] + [str(first["evaluations"])]
+    cells += [f"{first['splits']:.1%}" if "splits" in first else ""]
     cells += [cell("fid", ".2f")]
     cells += [cell(name, ".3f") for name in ("precision", "recall")]
     cells += [cell("agreement", ".1%"), cell("spread", ".3f")]
@@ -140,28 +158,28 @@ def row(point: dict, results: list[dict]) -> str:
 
 
 def draw(results: list[dict], path: str):
-    """Plots splits and FID against the number of evaluations per split; needs matplotlib."""
+    """Plots FID against the evaluations for an image, a curve for what differs beside the steps."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     curves = {}
     for result in results:
-        curves.setdefault((result["solver"], result["flow_shift"]), []).append(result)
-    for (solver, shift), points in curves.items():
-        steps = sorted({point["flow_steps"] for point in points})
-        evaluations = [step * flow.SOLVERS[solver] for step in steps]
-        label = solver if shift == 0 else f"{solver}, shift {shift:g}"
-        for axis, name in zip(axes, ("splits", "fid")):
-            values = [[p[name] for p in points if p["flow_steps"] == step] for step in steps]
-            line = axis.plot(evaluations, np.mean(values, axis=1), "o-", ms=3, label=label)
-            low, high = np.min(values, axis=1), np.max(values, axis=1)
-            axis.fill_between(evaluations, low, high, color=line[0].get_color(), alpha=0.15, lw=0)
-    for axis, title in zip(axes, ("positions split as with 200 steps", "FID")):
-        axis.set(xscale="log", xlabel="evaluations of the network a split", title=title)
-    axes[0].legend(frameon=False)
+        others = [f"{name} {value}" for name, value in result["point"] if name != "flow_steps"]
+        curve = curves.setdefault(", ".join(others), {})
+        curve.setdefault(result["evaluations"], []).append(result["fid"])
+    for label, curve in curves.items():
+        counts = sorted(curve)
+        values = [curve[count] for count in counts]
+        line = axis.plot(counts, np.mean(values, axis=1), "o-", ms=3, label=label)
+        low, high = np.min(values, axis=1), np.max(values, axis=1)
+        axis.fill_between(counts, low, high, color=line[0].get_color(), alpha=0.15, lw=0)
+    axis.set(
+        xscale="log", xlabel="evaluations of the structure generator for an image", title="FID"
+    )
+    axis.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=100)
 
 
@@ -191,9 +209,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
     flags.DEFINE_string("out", None, "File of results, a JSON object a line.", required=True)
     flags.DEFINE_string("figure", None, "A picture of the results.")
-    flags.DEFINE_list("steps", "1,2,3,4,6,8,12,25,50", "Numbers of steps.")
-    flags.DEFINE_list("solvers", "euler,heun,multistep", "Solvers.")
-    flags.DEFINE_list("shifts", "0,1,3", "Time shifts; 0 is the published one.")
+    flags.DEFINE_string("sweep", "flow_steps=1;2;4;8;25", "As evaluate's --sweep.")
     flags.DEFINE_integer("seeds", 2, "Seeds of every point.")
     flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.")
     flags.DEFINE_integer("split_images", 500, "Images whose splits are compared; 0: none.")

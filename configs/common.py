@@ -119,6 +119,8 @@ def base() -> ml_collections.ConfigDict:
                 flow_steps=25,
                 solver="euler",  # solver of the structure flow; or "heun", "multistep"
                 flow_shift=0.0,  # 0: the published time shift
+                structure_solves=(),  # stages whose splits are solved; (): all
+                flow_restart=1.0,  # time at which later solves start, from the last solution
                 gumbel=False,
             ),
         )

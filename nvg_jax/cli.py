@@ -178,6 +178,8 @@ def define_sampling_flags():
     for name, spec in Settings.specs().items():
         if spec.per_stage:
             flags.DEFINE_list(name, None, f"{spec.help} A number, start,end, or one per stage.")
+        elif spec.kind is tuple:
+            flags.DEFINE_list(name, None, spec.help)
         elif spec.kind is bool:
             flags.DEFINE_boolean(name, None, spec.help)
         elif spec.kind is str:
@@ -196,7 +198,7 @@ def sampling_settings() -> dict[str, Any]:
     settings = {}
     for name, spec in Settings.specs().items():
         value = flags.FLAGS[name].value
-        if value is not None and spec.per_stage:
+        if isinstance(value, list):
             try:
                 value = spec.parse(",".join(value))
             except ValueError:

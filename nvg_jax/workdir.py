@@ -116,14 +116,16 @@ class RunMetadata:
             )
         own = self.sampling
         known = [n for n in range(1, own.flow_steps + 1) if own.flow_steps % n == 0]
-        same = (settings.solver, settings.flow_shift) == (own.solver, own.flow_shift)
+        times = lambda x: (x.solver, x.flow_shift, x.flow_restart)
+        same = times(settings) == times(own)
         assert self.config is not None  # a distilled generator was trained here
         if self.config["distillation"]["reflow"] and not (same and settings.flow_steps in known):
             raise UserError(
                 f"This model's structure generator was distilled for {own.flow_steps} steps and "
-                f"knows no other times: give solver={own.solver!r}, flow_shift={own.flow_shift:g} "
-                f"and flow_steps={' or '.join(map(str, known))}; got {settings.solver!r}, "
-                f"{settings.flow_shift!r} and {settings.flow_steps!r}."
+                f"knows no other times: give solver={own.solver!r}, flow_shift={own.flow_shift:g}, "
+                f"flow_restart={own.flow_restart:g} and "
+                f"flow_steps={' or '.join(map(str, known))}; got {settings.solver!r}, "
+                f"{settings.flow_shift!r}, {settings.flow_restart!r} and {settings.flow_steps!r}."
             )
 
     def replace(self, **changes) -> "RunMetadata":

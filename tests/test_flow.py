@@ -70,6 +70,14 @@ def test_the_exact_velocity_leads_to_the_target(solver, stage, times):
     np.testing.assert_allclose(got, TARGET, atol=1e-6)
 
 
+def test_a_restarted_flow_begins_between_noise_and_the_last_solution():
+    noise, last = jnp.full(TARGET.shape, 8.0), jnp.full(TARGET.shape, -4.0)
+    rest = lambda z, time: jnp.zeros_like(z)
+    got = flow.solve(rest, noise, known_of(1), 1, jnp.array([0.25, 0.1, 0.0]), start=last)
+    # A quarter of 8 and three quarters of -4; the first channel is known.
+    np.testing.assert_array_equal(got, jnp.where(jnp.arange(3) < 1, TARGET, -1.0))
+
+
 def solve_scalar(velocity, steps, solver, start=2.0):
     """Where a flow of one channel leads in `steps` equal steps."""
     start = jnp.full((1, 1, 1), start)

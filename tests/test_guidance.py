@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from nvg_jax.errors import UserError
-from nvg_jax.sampling.generate import StagePlan, make_plan
+from nvg_jax.sampling.generate import Networks, StagePlan, generate, make_plan
 from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.settings import Settings
+from nvg_jax.tokenizer import GranularitySequence
 
 # Not in order, so that a filter must find the likely tokens.
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3], np.float32)
@@ -135,6 +136,9 @@ def test_one_value_a_stage_is_taken_as_it_is():
         ({"top_p": ()}, r"top_p takes .* got \(\)"),
         ({"content_guidance": (1,) * 6}, "content_guidance takes .* 5 values"),
         ({"structure_guidance": ((1, 2),)}, "structure_guidance takes .* 5 values"),
+        ({"structure_solves": (0, 3)}, r"must be a tuple of stages from 0 to 2, .* got \(0, 3\)"),
+        ({"structure_solves": 2}, "structure_solves must be a tuple of stages from 0 to 2"),
+        ({"flow_restart": 0.0}, "flow_restart must be above 0 and at most 1, got 0.0"),
     ],
 )
 def test_wrong_settings_get_a_sentence(wrong, sentence):
@@ -182,6 +186,55 @@ def test_given_stages_are_read_and_the_rest_is_made():
     assert everything == 4 * (StagePlan("prefix", "prefix"),) + (StagePlan("prefix", "none"),)
     maps_only = plan(structure_stages=5).stages
     assert maps_only == 4 * (StagePlan("plain", "prefix"),) + (StagePlan("plain", "none"),)
+
+
+def test_splits_that_are_not_solved_reuse_the_last_solution():
+    splits = lambda *args, **settings: [stage.split for stage in plan(*args, **settings).stages]
+    assert splits(structure_solves=(0, 2)) == ["plain", "reuse", "plain", "noise", "none"]
+    assert splits(structure_solves=(0, 1, 2)) == splits()
+    # The first split that is drawn has no solution to reuse.
+    assert splits(structure_solves=(1,)) == ["plain", "plain", "reuse", "noise", "none"]
+    assert splits(2, structure_solves=(0,)) == ["prefix", "plain", "reuse", "noise", "none"]
+    restarts = [stage.restart for stage in plan(structure_solves=(0, 2), flow_restart=0.5).stages]
+    assert restarts == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("solves", [(), (0, 2), (0,)])
+@pytest.mark.parametrize("restart", [1.0, 0.5])
+def test_a_split_uses_the_solution_of_the_last_solve(solves, restart):
+    """Stage i's flow leads to the halves of random scores i; every split takes its own bit."""
+    stages, length = 5, 16
+    targets = jax.random.normal(jax.random.key(1), (stages, 1, length, stages - 1))
+    networks = Networks(
+        logits=lambda canvas, maps, stage, classes: jnp.zeros((1, length, 8)),
+        flow_velocity=lambda labels, canvas, stage, classes, times: (
+            lambda z, time: (z - targets[stage]) / time,
+            times,
+        ),
+        add_stage=lambda canvas, tokens, stage: canvas,
+        null_id=1,
+        latent_dim=2,
+    )
+    settings = Settings(structure_solves=solves, flow_restart=restart).expand(stages, 8)
+    nothing = jnp.zeros((1, stages, length), jnp.int32)
+    sequence, _ = generate(
+        networks,
+        jnp.zeros(1, jnp.int32),
+        jax.random.split(jax.random.key(2), 1),
+        jax.random.normal(jax.random.key(3), (1, length, stages - 1)),
+        make_plan(settings),
+        jax.tree.map(jnp.asarray, settings.traced()),
+        GranularitySequence(nothing, nothing),
+        jnp.zeros((1, length), bool),
+    )
+    for stage in range(3):
+        solved = max(s for s in solves or range(3) if s <= stage)
+        labels, scores = sequence.structure[0, stage], targets[solved, 0, :, stage]
+        upper = sequence.structure[0, stage + 1] % 2 == 1
+        for cluster in range(2**stage):
+            own = np.flatnonzero(labels == cluster)
+            ranked = own[np.argsort(scores[own])]
+            assert set(own[upper[own]]) == set(ranked[len(own) // 2 :])
 
 
 @pytest.mark.parametrize(

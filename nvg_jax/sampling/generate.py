@@ -59,11 +59,13 @@ class SampleRequests(NamedTuple):
 class StagePlan(NamedTuple):
     """Where one stage's tokens and its split come from.
 
-    content: "prefix", "plain" or "guided"; split: "prefix", "plain", "guided", "noise" or "none".
+    content: "prefix", "plain" or "guided"; split: "prefix", "plain", "guided", "reuse" (of the last
+    solution of the flow), "noise" or "none". restart: the flow starts from the last solution.
     """
 
     content: str
     split: str
+    restart: bool = False
 
 
 class SamplingPlan(NamedTuple):
@@ -94,6 +96,8 @@ def make_plan(
     content_guidance = settings.per_stage("content_guidance")
     structure_guidance = settings.per_stage("structure_guidance")
     count = len(content_guidance)
+    first = max(structure_stages - 1, 0)  # the first split that is drawn is always solved
+    solves = {first, *(settings.structure_solves or range(count))}
     stages = []
     for stage in range(count):
         content = "plain" if content_guidance[stage] == 1 else "guided"
@@ -106,7 +110,10 @@ def make_plan(
             split = "prefix"
         elif stage == count - 2:
             split = "noise"  # not learned: either order of a pair is valid
-        stages.append(StagePlan(content, split))
+        elif stage not in solves:
+            split = "reuse"
+        restart = split in ("plain", "guided") and stage > first and settings.flow_restart < 1
+        stages.append(StagePlan(content, split, restart))
     return SamplingPlan(
         stages=tuple(stages),
         settings=settings.static(),
@@ -133,7 +140,10 @@ def generate(
     batch, length, num_bits = noise.shape
     stages = num_bits + 1
     times = flow.shifted_times(plan.settings.flow_steps, length, plan.settings.flow_shift)
+    restart = plan.settings.flow_restart
+    restart_times = jnp.asarray([restart, *times[times < restart]], jnp.float32)
     times = jnp.asarray(times, jnp.float32)
+    keeps_last = any(stage.restart or stage.split == "reuse" for stage in plan.stages)
     reference = granularity.structure_embedding(prefix.structure[:, -1], num_bits, num_bits) - 1.0
     token_keys, split_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
@@ -161,33 +171,35 @@ def generate(
             tokens = jnp.where(outside.any(-1), kept, tokens)
         return tokens
 
-    def draw_split(source, canvas, maps, x):
+    def solve_flow(stage_plan, canvas, maps, solution, x):
         stage = x["stage"]
-        bit = lambda z: jax.lax.dynamic_index_in_dim(z, stage, axis=2, keepdims=False)
-        kept = jnp.where(region, -1, x["next_structure"] % 2) if plan.region else None
-        if source == "noise":
-            return granularity.split(maps, bit(noise), stage, kept=kept)
-        scale = x["structure_guidance"] if source == "guided" else None
-        known = granularity.structure_embedding(maps, stage, num_bits) - 1.0
-
+        scale = x["structure_guidance"] if stage_plan.split == "guided" else None
         guidance = Guidance(class_ids, networks.null_id, scale)
         double = guidance.double
         solver = plan.settings.solver
+        at = restart_times if stage_plan.restart else times
         velocity, per_time = networks.flow_velocity(
-            double(maps), double(canvas), stage, guidance.classes, flow.call_times(times, solver)
+            double(maps), double(canvas), stage, guidance.classes, flow.call_times(at, solver)
         )
         guided = lambda z, at_time: guidance(velocity(double(z), at_time))
+        known = granularity.structure_embedding(maps, stage, num_bits) - 1.0
         follow = (~region, reference) if plan.region else None
-        scores = bit(flow.solve(guided, noise, known, stage, times, follow, solver, per_time))
-        if plan.settings.gumbel:
-            draw = lambda key, maps, scores, kept: granularity.split(
-                maps, scores, stage, key=jax.random.fold_in(key, stage), kept=kept
-            )
-            return jax.vmap(draw)(split_keys, maps, scores, kept)
-        return granularity.split(maps, scores, stage, kept=kept)
+        start = solution if stage_plan.restart else None
+        return flow.solve(guided, noise, known, stage, at, follow, solver, per_time, start)
+
+    def draw_split(solution, maps, x, gumbel):
+        stage = x["stage"]
+        scores = jax.lax.dynamic_index_in_dim(solution, stage, axis=2, keepdims=False)
+        kept = jnp.where(region, -1, x["next_structure"] % 2) if plan.region else None
+        if not gumbel:
+            return granularity.split(maps, scores, stage, kept=kept)
+        draw = lambda key, maps, scores, kept: granularity.split(
+            maps, scores, stage, key=jax.random.fold_in(key, stage), kept=kept
+        )
+        return jax.vmap(draw)(split_keys, maps, scores, kept)
 
     def run_stage(stage_plan, carry, x):
-        canvas, maps = carry
+        canvas, maps, last = carry
         tokens = x["tokens"]
         if stage_plan.content != "prefix":
             tokens = draw_tokens(stage_plan.content, canvas, maps, x)
@@ -195,9 +207,15 @@ def generate(
         after = maps
         if stage_plan.split == "prefix":
             after = x["next_structure"]
+        elif stage_plan.split == "noise":
+            after = draw_split(noise, maps, x, gumbel=False)
         elif stage_plan.split != "none":
-            after = draw_split(stage_plan.split, canvas, maps, x)
-        return (canvas, after), (maps, tokens)
+            solution = last
+            if stage_plan.split != "reuse":
+                solution = solve_flow(stage_plan, canvas, maps, last, x)
+            after = draw_split(solution, maps, x, plan.settings.gumbel)
+            last = solution if keeps_last else None
+        return (canvas, after, last), (maps, tokens)
 
     stage_first = lambda x: jnp.moveaxis(x, 1, 0)
     inputs = {
@@ -208,7 +226,8 @@ def generate(
     }
     # The first map is zero everywhere, but is read from the prefix. Workaround: libtpu 0.0.52
     # aborts on v5p if the first map is a compile-time constant.
-    carry = jnp.zeros((batch, length, networks.latent_dim)), prefix.structure[:, 0]
+    canvas = jnp.zeros((batch, length, networks.latent_dim))
+    carry = canvas, prefix.structure[:, 0], noise if keeps_last else None
     outputs, start = [], 0
     for stage_plan, group in itertools.groupby(plan.stages):
         end = start + len(list(group))

@@ -44,8 +44,9 @@ class Spec:
 
     Attributes:
         help: one sentence for flags and documentation.
-        kind: float, int, bool, or str for one of `choices`.
-        allowed: the valid values in words, completing "must be ..."; "{V}" is the codebook size.
+        kind: float, int, bool, str for one of `choices`, or tuple for distinct stages.
+        allowed: the valid values in words, completing "must be ..."; "{V}" is the codebook size,
+            "{last_split}" the last stage whose split is drawn by the flow.
         valid: (values float64 (...), codebook size) -> bool (...).
         per_stage: expands a (start, end) pair to one value per stage; None for a setting with one
             value for all stages.
@@ -71,6 +72,8 @@ class Spec:
             if text not in ("true", "false"):
                 raise UserError(f"Expected true or false, got {text!r}.")
             return text == "true"
+        if self.kind is tuple:
+            return tuple(int(number) for number in text.split(",") if number)
         if self.per_stage is None:
             return self.kind(text)
         numbers = [float(number) for number in text.split(",")]
@@ -82,7 +85,7 @@ class Spec:
         Raises:
             UserError: a value of another type or outside the range, or the wrong number of values.
         """
-        allowed = self.allowed.format(V=codebook_size)
+        allowed = self.allowed.format(V=codebook_size, last_split=num_stages - 3)
         outside = UserError(f"{name} must be {allowed}, got {value!r}.")
         if self.kind is bool:
             if not isinstance(value, (bool, np.bool_)):
@@ -92,6 +95,10 @@ class Spec:
             if not isinstance(value, str) or value not in self.choices:
                 raise outside
             return value
+        if self.kind is tuple:
+            if not isinstance(value, tuple) or not set(range(num_stages - 2)).issuperset(value):
+                raise outside
+            return tuple(sorted(set(value)))
         try:
             values = np.asarray(value)
         except ValueError:  # a ragged list
@@ -188,6 +195,22 @@ class Settings:
         "noisy; 0 is the published shift for the latent's size.",
         allowed="0 (the published shift), or 0.01 to 100",
         valid=lambda x, codebook_size: (x == 0) | ((x >= 0.01) & (x <= 100)),
+        traced=False,
+    )
+    structure_solves: tuple[int, ...] = setting(
+        (),
+        "The stages at which the structure flow is solved, such as 0,3; the other splits use the "
+        "last solution, which predicts all bits at once. Empty: all.",
+        kind=tuple,
+        allowed="a tuple of stages from 0 to {last_split}, or () for all",
+        traced=False,
+    )
+    flow_restart: float = setting(
+        1.0,
+        "Time at which the flow of every split but the first starts, from the last solution; 1 "
+        "starts it from noise.",
+        allowed="above 0 and at most 1",
+        valid=lambda x, codebook_size: (x > 0) & (x <= 1),
         traced=False,
     )
     gumbel: bool = setting(

@@ -81,6 +81,7 @@ def solve(
     kept: tuple[Bool[Array, "B L"], Float[Array, "B L K"]] | None = None,
     solver: str = "euler",
     per_time: Any = None,
+    start: Float[Array, "B L K"] | None = None,
 ) -> Float[Array, "B L K"]:
     """Integrates from noise to a structure; resets the known channels after every step.
 
@@ -94,12 +95,13 @@ def solve(
         known: the structure embedding of the stage minus 1, which holds the values of the known
             channels.
         stage: one for all images, or one for each.
-        times: decreasing from 1 to 0.
+        times: decreasing to 0, from 1 unless there is a `start`.
         kept: None, or (positions, target): these positions follow the path to a known target
             instead of the velocity.
         solver: one of `SOLVERS`.
         per_time: None, or arrays (n or n + 1, ...) over `call_times`: `velocity` gets their entry
             instead of the time.
+        start: None, or a structure embedding minus 1: z then starts on the path to it, at times[0].
 
     Returns:
         The structure embedding minus 1 at t = 0, not rounded.
@@ -132,7 +134,8 @@ def solve(
         z = end / start * z + (1 - end / start) * predicted + curve * slope
         return (reset(z, end), predicted, 1.0), None
 
-    z, starts, ends = reset(noise, times[0]), times[:-1], times[1:]
+    z = noise if start is None else times[0] * noise + (1 - times[0]) * start
+    z, starts, ends = reset(z, times[0]), times[:-1], times[1:]
     if per_time is None:
         per_time = call_times(times, solver)
     if solver == "heun":
