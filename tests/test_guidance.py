@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nvg_jax.errors import UserError
-from nvg_jax.sampling.generate import Networks, StagePlan, generate, make_plan
+from nvg_jax.sampling.generate import Networks, SampleRequests, StagePlan, generate, make_plan
 from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import GranularitySequence
@@ -217,16 +217,15 @@ def test_a_split_uses_the_solution_of_the_last_solve(solves, restart):
     )
     settings = Settings(structure_solves=solves, flow_restart=restart).expand(stages, 8)
     nothing = jnp.zeros((1, stages, length), jnp.int32)
-    sequence, _ = generate(
-        networks,
-        jnp.zeros(1, jnp.int32),
-        jax.random.split(jax.random.key(2), 1),
-        jax.random.normal(jax.random.key(3), (1, length, stages - 1)),
-        make_plan(settings),
-        jax.tree.map(jnp.asarray, settings.traced()),
-        GranularitySequence(nothing, nothing),
-        jnp.zeros((1, length), bool),
+    requests = SampleRequests(
+        class_ids=jnp.zeros(1, jnp.int32),
+        keys=jax.random.split(jax.random.key(2), 1),
+        noise=jax.random.normal(jax.random.key(3), (1, length, stages - 1)),
+        prefix=GranularitySequence(nothing, nothing),
+        region=jnp.zeros((1, length), bool),
     )
+    values = jax.tree.map(jnp.asarray, settings.traced())
+    sequence, _ = generate(networks, requests, values, make_plan(settings))
     for stage in range(3):
         solved = max(s for s in solves or range(3) if s <= stage)
         labels, scores = sequence.structure[0, stage], targets[solved, 0, :, stage]
