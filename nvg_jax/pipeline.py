@@ -155,7 +155,10 @@ class Pipeline:
                 f"The classes {', '.join(texts)} can be read as names and as ids, which mean other "
                 "classes. Write id:3 for the class with the id 3."
             )
-        return [readings[0].get(c, index) for c, index in zip(given, ids)]
+        return [
+            readings[0].get(c, index) if isinstance(c, str) else index
+            for c, index in zip(given, ids)
+        ]
 
     # Reading and writing.
 
@@ -305,8 +308,9 @@ class Pipeline:
                 from a mask of pixels.
             canvases: whether to return the canvases too.
             settings: the fields of `nvg_jax.sampling.Settings`: temperature, top_k, top_p,
-                content_guidance, structure_guidance, flow_steps, solver, flow_shift, gumbel. A
-                setting that is missing or None takes the folder's recommended value.
+                content_guidance, structure_guidance, flow_steps, solver, flow_shift,
+                structure_solves, flow_restart, gumbel. A setting that is missing or None takes the
+                folder's recommended value.
 
         Raises:
             UserError: an invalid argument; the message says what is valid.

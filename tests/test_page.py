@@ -19,7 +19,20 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.visualize import image_grid
 
 SIZE = 64
-DEFAULTS = ("1", "0", "1", "1", "1", "2", "euler", "0", False)  # of the tiny model, as fields
+# The settings of the tiny model, as fields.
+DEFAULTS = (
+    "1",
+    "0",
+    "1",
+    "1",
+    "1",
+    "2",
+    "euler",
+    "0",
+    "",
+    "1",
+    False,
+)
 
 
 def layer(part, color):
@@ -46,12 +59,13 @@ def test_a_field_for_every_setting(opened):
     assert [field.label for field in fields] == list(Settings.specs())
     assert tuple(field.value for field in fields) == DEFAULTS
     assert opened.settings(DEFAULTS) == {}
-    changed = ("0.5", "0", "1, 0.5", "1", "2", "2", "heun", "0", True)
+    changed = ("0.5", "0", "1, 0.5", "1", "2", "2", "heun", "0", "0,1", "1", True)
     assert opened.settings(changed) == {
         "temperature": 0.5,
         "top_p": (1.0, 0.5),
         "structure_guidance": 2.0,
         "solver": "heun",
+        "structure_solves": (0, 1),
         "gumbel": True,
     }
 
