@@ -108,6 +108,8 @@ def evaluate_model(judge: str, settings):
         del facts["classes"]  # a long list
         points.append((point, samples, facts))
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
+    if isinstance(reference, sets.Split):
+        classification.warn_if_classes_differ(pipe, reference.source)
     return compare(points, reference, out)
 
 

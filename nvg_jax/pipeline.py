@@ -147,8 +147,12 @@ class Pipeline:
         given = [np.asarray(c).item() if np.shape(c) == () else c for c in classes]
         ids = [self.class_id(c) for c in given]
         texts = [c for c in given if isinstance(c, str) and not c.startswith("id:")]
-        as_names = {c: self.class_names.index(c) for c in texts if c in self.class_names}
-        as_ids = {c: int(c) for c in texts if c.isdecimal() and int(c) < len(self.class_names)}
+        as_names: dict[Any, int] = {
+            c: self.class_names.index(c) for c in texts if c in self.class_names
+        }
+        as_ids: dict[Any, int] = {
+            c: int(c) for c in texts if c.isdecimal() and int(c) < len(self.class_names)
+        }
         readings = [found for found in (as_names, as_ids) if found.keys() == set(texts)]
         if not readings or readings[0] != readings[-1]:
             raise UserError(

@@ -19,7 +19,7 @@ from absl import flags
 from etils import epy
 
 from nvg_jax import cli, presets
-from nvg_jax.errors import comes_with
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import CHOICES
 from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training import checks
@@ -58,6 +58,11 @@ def train(
     """
     checks.check_config(config)
     parts, workdir = CHOICES[config.part], checkpoint.run_folder(workdir)
+    if folders.read_export_metadata(workdir):
+        raise UserError(
+            f"{workdir} holds an exported model, which would hide the one that is trained there; "
+            "give another --workdir, and this folder as --config.init_from or tokenizer_workdir."
+        )
     resume = folders.Resume(tuple(allow_changes), resume_step)
     checks.check_resume(config, parts, resume)
     mesh = sharding.make_mesh(**config.mesh)

@@ -273,6 +273,21 @@ def test_a_model_stands_beside_real_images_and_chance():
     assert "class agreement:" not in classification.table(alone, num_classes=3)
 
 
+def test_classes_with_other_names_are_named(caplog):
+    model = lambda config: types.SimpleNamespace(
+        class_names=("cat", "dog", "eel"), metadata=types.SimpleNamespace(config=config)
+    )
+    data = lambda *names: types.SimpleNamespace(class_names=names)
+    classification.warn_if_classes_differ(model({"seed": 0}), data("cat", "dog", "eel"))
+    classification.warn_if_classes_differ(model(None), data("n1", "n2", "n3"))  # converted
+    assert not caplog.messages
+    classification.warn_if_classes_differ(model({"seed": 0}), data("cat", "eel", "dog"))
+    assert (
+        "2 classes have other names in the data than in the model, the first 'eel' and 'dog'"
+        in (caplog.text)
+    )
+
+
 def test_reconstruction(monkeypatch, tmp_path):
     """A model that darkens the images by a known amount, with stubs for the networks."""
     monkeypatch.setattr(reconstruction, "make_judge", lambda name, images: Judge())

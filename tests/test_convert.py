@@ -9,8 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT
-from safetensors.numpy import load_file
+from helpers import ROOT, random_pipeline
+from safetensors.numpy import load_file, save_file
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from torch_files import ordered, storage, tensor, write_zip
 
@@ -116,6 +116,42 @@ def test_there_and_back_on_the_command_line(files, folder, tmp_path):
     autoencoder, generator = files
     same_bytes(tmp_path / "back" / "autoencoder.safetensors", raw_autoencoder(autoencoder))
     same_bytes(tmp_path / "back" / "generator.safetensors", averaged(generator))
+
+
+def test_our_safetensors_come_back_as_what_they_are(tmp_path):
+    """With their own classes, settings and preparation of images, not those of the published."""
+    pipe = random_pipeline()
+    names = tuple(f"digit {number}" for number in range(10))
+    pipe.metadata = pipe.metadata.replace(
+        class_names=names, fingerprint=fingerprint(pipe.params["tokenizer"])
+    )
+    pipe.save_pretrained(tmp_path / "folder")
+    conversion.to_safetensors(tmp_path / "folder", tmp_path / "out")
+    files = [tmp_path / "out" / f"{part}.safetensors" for part in ("autoencoder", "generator")]
+    metadata, params = conversion.read_published(*files)
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(pipe.params))
+    assert metadata.sources["generator"]["file"] == "generator.safetensors"
+    assert metadata.replace(sources=None) == pipe.metadata
+    assert (metadata.resize_filter, metadata.class_names) == ("lanczos", names)
+
+
+def test_published_safetensors_and_the_names_of_wrapped_modules(files, tmp_path, caplog):
+    wrapped = {f"module._orig_mod.{k}": x for k, x in raw_autoencoder(files[0]).items()}
+    save_file(wrapped, tmp_path / "ae.safetensors")
+    save_file(averaged(files[1]), tmp_path / "d2.safetensors")
+    expected, expected_params = conversion.read_published(*files)
+    with caplog.at_level("WARNING", "nvg_jax"):
+        metadata, params = conversion.read_published(
+            tmp_path / "ae.safetensors", tmp_path / "d2.safetensors"
+        )
+    jax.tree.map(np.testing.assert_array_equal, params, expected_params)
+    assert metadata.replace(sources=None) == expected.replace(sources=None)
+    (line,) = caplog.messages
+    assert line.endswith("ae.safetensors: took _orig_mod., module. off the names of its tensors")
+    damaged = tmp_path / "ae.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="ae.safetensors: it is damaged"):
+        conversion.read_published(damaged)
 
 
 def test_the_folder_says_what_it_is(files, folder):

@@ -529,7 +529,7 @@ def test_processes_cover_an_epoch_without_overlap():
 
 
 def test_worker_processes_give_the_same_batches():
-    flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.unparse_flags()  # as in a notebook; Grain reads flags
     source = numbered(12)
     expected = take(train_batches(source, options(4, pad=1), seed=0), 6)
     workers = train_batches(source, options(4, pad=1, num_workers=2), seed=0)
@@ -590,7 +590,6 @@ def test_unreadable_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_unreadable_files_are_skipped_and_counted(tmp_path, num_workers, caplog):
-    flags.FLAGS.mark_as_parsed()
     broken = broken_folder(tmp_path)
     skip = options(2, on_bad="skip", num_workers=num_workers)
 

@@ -19,6 +19,7 @@ from helpers import (
     free_port,
     is_even_hierarchy,
     logged,
+    random_pipeline,
     read_meta,
     tiny_config,
     tiny_discriminator,
@@ -496,8 +497,14 @@ def test_an_unknown_setting_is_named(pipe):
         (lambda folder: train(tiny_config(tokenizer_workdir="x"), folder), "Leave it empty"),
         (lambda folder: train(tiny_config(part="content"), folder), "need a trained tokenizer"),
         (
+            lambda folder: (
+                random_pipeline().save_pretrained(folder) or train(tiny_config(), folder)
+            ),
+            "holds an exported model, which would hide the one that is trained there",
+        ),
+        (
             lambda folder: train(tiny_config(tokenizer_training={"eval_images": -1}), folder),
-            r"tokenizer_training.eval_images must be 0 or more, got -1",
+            "tokenizer_training.eval_images must be 0 or more, got -1",
         ),
     ],
 )

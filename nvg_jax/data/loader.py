@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags
 from etils import epy
 
 from nvg_jax.data.sources import SequenceSource, Source
@@ -44,8 +45,9 @@ class LoaderOptions:
             at random takes its place.
         process_index, process_count: the index of this process, and the number of processes.
         num_threads: threads that make batches, per worker.
-        num_workers: worker processes; 0 makes the batches in threads of this process. With workers,
-            absl's flags must be parsed, and the iterator's `close()` ends the workers.
+        num_workers: worker processes; 0 makes the batches in threads of this process. They are
+            spawned, so a script needs `if __name__ == "__main__":`; the iterator's `close()` ends
+            them.
         prefetch: batches made ahead, per worker.
 
     Raises:
@@ -315,6 +317,8 @@ def _iterate(
         )
     )
     if options.num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads some; a notebook or a script has none
+            flags.FLAGS.mark_as_parsed()
         loaded = loaded.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=options.num_workers, per_worker_buffer_size=options.prefetch

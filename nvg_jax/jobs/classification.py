@@ -1,12 +1,14 @@
 """A model in the eyes of a classifier of its data set: class agreement, copying, FID, rFID."""
 
 import dataclasses
+import logging
 import time
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from nvg_jax.data import Source
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.features import METRICS, class_agreement
 from nvg_jax.evaluation.image import LOW_QUANTILE, copying_report, psnr
@@ -29,6 +31,8 @@ from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.storage import make_folder
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.visualize import class_grid, reconstruction_grid, save_png
+
+logger = logging.getLogger("nvg_jax")
 
 STAGES_SHOWN = 4  # samples in the picture of the stages
 CLASSES_SHOWN, COLUMNS = 20, 8  # rows and columns in the picture of samples
@@ -54,12 +58,14 @@ def report(
     """
     data = data | {"resize_filter": pipeline.metadata.resize_filter}
     size = pipeline.tokenizer.config.image_size
-    num_classes = Split(data, "train", size).source.num_classes
+    source = Split(data, "train", size).source
+    num_classes = source.num_classes
     if num_classes != pipeline.metadata.model.num_classes:
         raise UserError(
             f"The model has {pipeline.metadata.model.num_classes} classes and the data set "
             f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
         )
+    warn_if_classes_differ(pipeline, source)
     make_folder(out)
     test = load_split(data, "test", size)
     restored = Reconstructions(pipeline, test).collect("reconstruction")
@@ -89,6 +95,22 @@ def report(
         save_png(out / "stages.png", stages_picture(pipeline, visual, names))
     write_results(out / "metrics.json", results)
     return results
+
+
+def warn_if_classes_differ(pipeline: Pipeline, source: Source):
+    """Warns if the classes of the data have other names than the model's, in another order maybe.
+
+    Converted weights know only the number of their classes.
+    """
+    pairs = zip(source.class_names, pipeline.class_names)
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    if pipeline.metadata.config and differing:
+        logger.warning(
+            "%d classes have other names in the data than in the model, the first %r and %r: is it "
+            "the data that the model was trained on?",
+            len(differing),
+            *differing[0],
+        )
 
 
 def reconstruction_metrics(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from nvg_jax.runtime import export
 from nvg_jax.runtime.storage import atomic_path, fingerprint, local_path, make_folder, storage_path
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
-from nvg_jax.torch_interop import weight_names
+from nvg_jax.torch_interop import checkpoint_files, weight_names
 from nvg_jax.workdir import RunMetadata
+
+HEADER = "nvg_jax"  # the key of the metadata in a safetensors header
 
 
 def read_published(
@@ -32,8 +35,9 @@ def read_published(
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
 ) -> tuple[RunMetadata, dict[str, Any]]:
-    """(metadata, params) of published checkpoints, the arguments of `Pipeline`.
+    """(metadata, params) of checkpoints in the published layout, the arguments of `Pipeline`.
 
+    What `to_safetensors` wrote keeps its own metadata; other files get that of the published model.
     Sizes are read from the tensors, every one of which is used or known to be unneeded. The files
     are memory-mapped, so memory holds only the float32 parameters and the pages being read.
 
@@ -55,7 +59,9 @@ def read_published(
     for file, _ in files.values():
         if not file.is_file():
             raise UserError(f"There is no file {file}. Give a checkpoint that the authors publish.")
-    sizes = {}
+    sizes, own_metadata = {}, _own_metadata(generator or autoencoder)
+    if own_metadata:
+        sizes["latent_size"] = own_metadata.model.tokenizer.latent_size
     if generator is not None:
         generator_tensors = weight_names.read(generator, generator_weights)
         with _naming(generator):
@@ -64,11 +70,12 @@ def read_published(
     with _naming(autoencoder):
         own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
         classes = default_class_names(sizes.get("num_classes", 0))
+        if own_metadata:
+            classes = own_metadata.class_names
         model = ModelConfig(TokenizerConfig(**own), len(classes))
-        metadata = RunMetadata(
+        published = RunMetadata(model, classes, resize_filter="published")
+        metadata = (own_metadata or published).replace(
             model=model,
-            class_names=classes,
-            resize_filter="published",
             sources={
                 part: {"file": file.name, "weights": weights, "sha256": _sha256(file)}
                 for part, (file, weights) in files.items()
@@ -93,7 +100,9 @@ def read_published(
         shapes["canvas_scale"] = (model.tokenizer.num_stages + 1,)
         flat = weight_names.from_published(generator_tensors, shapes)
     metadata = metadata.replace(
-        model=model, canvas_scale=tuple(flat.pop("canvas_scale").tolist()), sampling=PUBLISHED
+        model=model,
+        canvas_scale=tuple(flat.pop("canvas_scale").tolist()),
+        sampling=own_metadata.sampling if own_metadata else PUBLISHED,
     )
     return metadata, params | unflatten_dict(flat, sep="/")
 
@@ -136,7 +145,7 @@ def to_safetensors(workdir: str | os.PathLike, out: str | os.PathLike):
     """Writes a folder's weights under the published names, float32, in the published layout.
 
     The files are `out`/autoencoder.safetensors and, for a folder that can sample,
-    `out`/generator.safetensors.
+    `out`/generator.safetensors. Their headers keep the metadata, for the way back.
 
     Args:
         workdir: the folder of a training run (raw tokenizer, averaged generators), or an exported
@@ -158,13 +167,20 @@ def to_safetensors(workdir: str | os.PathLike, out: str | os.PathLike):
             "both in one file. Train the other one first."
         )
     make_folder(out)
+    header = {HEADER: json.dumps(pipeline.metadata.without_paths().to_json())}
     tensors = weight_names.to_published(params["tokenizer"])
-    _save(tensors, out / "autoencoder.safetensors")
+    _save(tensors, out / "autoencoder.safetensors", header)
     if generators:
         both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
         both["canvas_scale"] = np.asarray(pipeline.metadata.canvas_scale, np.float32)
         tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
-        _save(tensors, out / "generator.safetensors")
+        _save(tensors, out / "generator.safetensors", header)
+
+
+def _own_metadata(file: Path) -> RunMetadata | None:
+    """The metadata in a file of `to_safetensors`, None in others."""
+    text = checkpoint_files.read_header(file).get(HEADER)
+    return RunMetadata.from_json(json.loads(text)) if text else None
 
 
 @contextlib.contextmanager
@@ -186,9 +202,9 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _save(tensors: dict[str, np.ndarray], path: epath.Path):
+def _save(tensors: dict[str, np.ndarray], path: epath.Path, header: dict[str, str]):
     with atomic_path(path) as temporary:
-        export.save(tensors, temporary)
+        export.save(tensors, temporary, header)
 
 
 def _new_folder(given: str | os.PathLike) -> epath.Path:

@@ -81,11 +81,11 @@ def write(folder: epath.Path, meta: dict[str, Any], params: dict[str, Any]):
             path.unlink()
 
 
-def save(tensors: dict[str, np.ndarray], path: Path):
+def save(tensors: dict[str, np.ndarray], path: Path, header: dict[str, str] | None = None):
     """safetensors' `save_file`, in a file that others may read as far as any new file."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, {"format": "flax"})
+    save_file(tensors, path, {"format": "flax", **(header or {})})
     path.chmod(mode)
 
 

@@ -36,6 +36,11 @@ class TokenizerConfig:
     def __post_init__(self):
         for field in ("image_size", "latent_size", "channel_multipliers"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ("image_size", "latent_size"):
+            if len(getattr(self, field)) != 2:
+                raise UserError(
+                    f"{field} is a height and a width, such as 64,64; got {getattr(self, field)}."
+                )
         granularity.num_stages(self.num_positions)
         ratios = {size / latent for size, latent in zip(self.image_size, self.latent_size)}
         ratio = ratios.pop()

@@ -1,4 +1,4 @@
-"""Reads the tensors of PyTorch checkpoints without PyTorch and without running their pickles.
+"""Reads the tensors of checkpoints without PyTorch and without running their pickles.
 
 `torch.save` writes one of two containers: a zip with the pickled object in `*/data.pkl` and each
 storage in `*/data/KEY`, or, in older files, a stream of pickles followed by the storages. A pickle
@@ -10,6 +10,7 @@ A hostile file cannot run code, but it can still hang or end the process: hashin
 of 64 nested pairs takes centuries, and one of a million nested tuples exhausts the stack.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from nvg_jax.errors import UserError
 
@@ -52,17 +54,17 @@ def read_state_dict(
     """Returns the tensors of a checkpoint's "state_dict" (Lightning), or of the file itself.
 
     Args:
-        path: file written by `torch.save`, in either container.
+        path: file written by `torch.save`, in either container, or a safetensors file.
         keep: predicate on names; None keeps all. Other tensors are neither read nor checked.
 
     Returns:
         {name: array} in the file's order, with PyTorch's shapes and element types (bfloat16 from
-        `ml_dtypes`). The arrays are read-only views of the memory-mapped file, whatever their
-        strides: only the pages that are read take memory, and the file must not change while the
-        arrays are in use.
+        `ml_dtypes`). A PyTorch file's arrays are read-only views of the memory-mapped file,
+        whatever their strides: only the pages that are read take memory, and the file must not
+        change while the arrays are in use.
 
     Raises:
-        UserError: the file is empty, truncated, damaged or not a PyTorch container, or its
+        UserError: the file is empty, truncated, damaged or of neither kind, or its
             state_dict is not a dictionary of tensors with supported element types.
     """
     path = Path(path)
@@ -71,6 +73,9 @@ def read_state_dict(
             raise UserError(f"{path} is empty. Expected a checkpoint written by torch.save.")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
+        if _is_safetensors(data):
+            with _open_safetensors(path) as file:
+                return {k: file.get_tensor(k) for k in file.keys() if keep is None or keep(k)}
         if data[:4] == b"PK\x03\x04":
             content, locate = _open_zip(data, path)
         elif data[:1] == pickle.PROTO:
@@ -95,6 +100,31 @@ def read_state_dict(
         raise UserError(
             f"Cannot read {path}: {error}. Expected a complete checkpoint written by torch.save."
         ) from error
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for other files."""
+    with Path(path).open("rb") as file:
+        if not _is_safetensors(file.read(9)):
+            return {}
+    try:
+        with _open_safetensors(path) as file:
+            return file.metadata() or {}
+    except ValueError as error:
+        raise UserError(f"Cannot read {path}: {error}.") from error
+
+
+def _is_safetensors(start) -> bool:
+    return start[8:9] == b"{"  # after the length of its header, which is JSON
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: str | Path):
+    try:
+        with safe_open(path, "numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"it is damaged ({error})") from error
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -7,6 +7,7 @@ Our parameters are a flat dictionary {path: array}: a tokenizer's "encoder/...",
 stacked along the first axis.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,27 +62,40 @@ _UNNEEDED = (
 _EMA = "ema_model."
 _GENERATOR = "nvgformer."
 
+_WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel and torch.compile
+
 WEIGHTS = ("raw", "ema")
+
+logger = logging.getLogger("nvg_jax")
 
 
 def read(path: str | Path, weights: str) -> dict[str, np.ndarray]:
     """One copy of the weights of a published file, by published name without its prefix.
 
+    Names lose what PyTorch's wrappers (data parallelism, compilation) put in front of them.
+
     Args:
-        path: an autoencoder's or a pair of generators' checkpoint.
+        path: an autoencoder's or a pair of generators' checkpoint. A safetensors file has one copy.
         weights: "raw", or "ema" for the moving average.
 
     Raises:
         UserError: the file cannot be read, or has no such copy.
     """
+    single, wrapped = Path(path).suffix == ".safetensors", set()
 
     def name_in_copy(name: str) -> str | None:
-        if name.startswith(_EMA) != (weights == "ema"):
+        parts = name.split(".")
+        wrapped.update(part for part in parts if part in _WRAPPERS)
+        name = ".".join(part for part in parts if part not in _WRAPPERS)
+        if not single and name.startswith(_EMA) != (weights == "ema"):
             return None
         name = name.removeprefix(_EMA)
         return None if re.fullmatch(_UNNEEDED, name) else name.removeprefix(_GENERATOR)
 
     tensors = read_state_dict(path, keep=lambda name: name_in_copy(name) is not None)
+    if wrapped:
+        taken = ", ".join(f"{part}." for part in sorted(wrapped))
+        logger.warning("%s: took %s off the names of its tensors", path, taken)
     if not tensors:
         other = WEIGHTS[weights == "raw"]
         raise UserError(
