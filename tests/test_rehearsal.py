@@ -9,7 +9,7 @@ from helpers import tiny_config
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, sharding
-from nvg_jax.runtime.files import storage_path
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.train import train
 from nvg_jax.training import rehearsal
 from nvg_jax.training.rehearsal import Cost, summary
