@@ -6,10 +6,10 @@
 
 docs/own_images.md leads from a folder to an edited picture. `:small` is for a laptop or a Colab
 runtime: 64 x 64 pixels, 8 x 8 latents in seven stages, a tokenizer of 0.7 and generators of 1.0 and
-0.5 million parameters. `:64` (default), `:128` and `:256` are image sizes for a GPU. The number of
-steps, the warm-up, the average of the weights and the intervals follow from the number of images
-(nvg_jax/training/length.py). `:runlocal` trains tiny models for a few steps on a CPU, and combines
-with a size (`:128,runlocal`).
+0.5 million parameters; 1.2 CPU hours for 300 images, 2.5 for 3,000 and more. `:64` (default),
+`:128` and `:256` are image sizes for a GPU. The number of steps, the warm-up, the average of the
+weights and the intervals follow from the number of images (nvg_jax/training/length.py). `:runlocal`
+trains tiny models for a few steps on a CPU, and combines with a size (`:128,runlocal`).
 
 `:finetune` continues training the published d16 generators, converted to models/d16, on your
 images, without changing their tokenizer (docs/finetuning.md):
@@ -53,7 +53,7 @@ def get_config(arg: str | None = None):
 
 
 def small(config):
-    """Sizes and lengths for about an hour of two CPU cores."""
+    """Sizes and lengths for one to three CPU hours."""
     config.tokenizer.update(
         image_size=(64, 64),
         latent_size=(8, 8),

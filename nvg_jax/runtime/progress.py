@@ -28,8 +28,12 @@ class Progress:
         self._first = None  # (items done, time) at the first update
         self._shown = -float("inf")
 
-    def update(self, done: int, details: str = ""):
-        """Reports that `done` items are finished, with details such as losses."""
+    def update(self, done: int, details: str = "", remaining: float | None = None):
+        """Reports that `done` items are finished, with details such as losses.
+
+        Args:
+            remaining: the seconds left, if more is known about them than the rate.
+        """
         watchdog.reset(slow=True)
         now = time.monotonic()
         self._first = self._first or (done, now)
@@ -40,6 +44,7 @@ class Progress:
         first, start = self._first
         if done > first and now > start:
             rate = (done - first) / (now - start)
-            remaining = datetime.timedelta(seconds=round((self._total - done) / rate))
-            parts += [f"{rate:.3g} {self._unit}/s", f"ETA {remaining}"]
+            left = (self._total - done) / rate if remaining is None else remaining
+            eta = datetime.timedelta(seconds=round(left))
+            parts += [f"{rate:.3g} {self._unit}/s", f"ETA {eta}"]
         logger.info("%s", "  ".join(part for part in parts if part))

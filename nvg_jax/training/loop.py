@@ -11,6 +11,7 @@ from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
+from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.length import Origin
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
@@ -29,11 +30,12 @@ logger = logging.getLogger("nvg_jax")
 Score = Callable[[RunMetadata, dict[str, Any]], float]
 
 
-def fit(trainer: Trainer, run: Run, score: Score | None = None):
+def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Forecast | None = None):
     """Trains one part to the end, from its latest checkpoint if there is one.
 
     Args:
         score: measures FID every `fid_every` steps; the best model is kept in WORKDIR/best_NAME.
+        forecast: of the whole run, for the time that is left.
 
     Raises:
         Preempted: SIGTERM arrived; the state is saved.
@@ -59,7 +61,9 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None):
         stack.callback(preemption.defer_interrupts, False)
         if position is not None:
             batches.set_state(position)
-        reporter = Reporter(name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps)
+        reporter = Reporter(
+            name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps, forecast
+        )
         stack.enter_context(contextlib.closing(reporter))
         best = BestModel(run.workdir / f"best_{name}", score, new=start == 0) if score else None
 

@@ -25,6 +25,7 @@ from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.storage import atomic_write, in_bucket
 from nvg_jax.tokenizer import codebook_usage
+from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.state import FAR_ABOVE
 from nvg_jax.visualize import png, save_png
 
@@ -114,14 +115,16 @@ class Reporter:
         steps: int,
         batch_size: int,
         max_skipped: int = 0,
+        forecast: Forecast | None = None,
     ):
         self._writer = EventWriter(folder)
+        self._forecast = forecast or Forecast([])
         self._part, self._folder, self._batch_size = part, folder, batch_size
         self._max_skipped = max_skipped
         self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
-        self._compiled = False
+        self._compiled, self._warm, self._marked = False, False, time.monotonic()
         self._assessed = folder / "assessed.txt"
         if start:
             state = "finished" if start >= steps else "resuming"
@@ -160,17 +163,25 @@ class Reporter:
         check_steps(window, self._part, step, self._max_skipped, checkpoint)
         scalars = summarize(window)
         rate = len(self._window) / (time.monotonic() - self._window_started)
+        if self._warm:  # the first window includes compilation
+            self._forecast.measured(self._part, "step", 1 / rate)
+        self._warm = True
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
         self._writer.write_scalars(step, scalars)
         self._losses = {k: v for k, v in scalars.items() if k.endswith("loss")}
         shown = self._losses | {k: v for k, v in scalars.items() if k == "skipped_steps" and v}
-        self._progress.update(step, "  ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        self._progress.update(
+            step,
+            "  ".join(f"{k} {v:.4g}" for k, v in shown.items()),
+            self._forecast.remaining(self._part, step),
+        )
         self._beat(step)
-        self._window = []
+        self._window, self._marked = [], time.monotonic()
 
     def evaluation(self, step: int, metrics: dict[str, Any], picture: np.ndarray | None):
         """Writes metrics on held-out data and a picture."""
+        self._took("evaluation")
         scalars = {f"test_{name}": value for name, value in flatten(metrics).items()}
         self._writer.write_scalars(step, scalars)
         shown = (f"{k} {v:.4g}" for k, v in scalars.items() if not k.split("/")[-1].isdigit())
@@ -180,6 +191,12 @@ class Reporter:
             path = self._folder / f"pictures_{step:07d}.png"
             save_png(path, picture)
             self._writer.write_images(step, {"pictures": picture})
+
+    def _took(self, kind: str):
+        """Notes the time since the last report."""
+        now = time.monotonic()
+        self._forecast.measured(self._part, kind, now - self._marked)
+        self._marked = now
 
     @property
     def last_assessed(self) -> int:
@@ -200,6 +217,7 @@ class Reporter:
 
     def fid(self, step: int, fid: float, best: float):
         """Writes the FID of the model at this step; `best` is the lowest one so far."""
+        self._took("fid")
         self._writer.write_scalars(step, {"fid": fid})
         logger.info("%s: %d  FID %.4g  (best so far: %.4g)", self._part, step, fid, best)
         self._beat(step)

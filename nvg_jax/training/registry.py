@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from nvg_jax.jobs.scoring import make_scores, time_score
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
-from nvg_jax.training import loop, plan, rehearsal
+from nvg_jax.training import forecast, loop, plan, rehearsal
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
 from nvg_jax.training.length import START, warn_if_too_short
@@ -64,8 +64,9 @@ def train_parts(run: Run, parts: Sequence[Part]):
     trainers = [open_trainer(run, part) for part in parts]
     scores = make_scores(run, parts)
     plan.announce(run, trainers)
+    ahead = forecast.forecast(run, trainers)
     for trainer in trainers:
-        loop.fit(trainer, run, scores.get(trainer.part))
+        loop.fit(trainer, run, scores.get(trainer.part), ahead)
 
 
 def rehearse_parts(run: Run, parts: Sequence[Part], price: float):

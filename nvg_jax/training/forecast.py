@@ -1,0 +1,127 @@
+"""How long a whole run still takes: the steps, evaluations and measurements of FID of all parts."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core
+
+from nvg_jax.training.run import Run
+from nvg_jax.training.trainer import Trainer, abstract_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one part has to do.
+
+    Attributes:
+        step_flops: of a training step.
+        eval_share: an evaluation, in training steps, as long as none is measured: a third of a step
+            for each batch.
+    """
+
+    name: str
+    steps: int
+    step_flops: float
+    eval_every: int
+    fid_every: int
+    eval_share: float
+
+
+class Forecast:
+    """Learns how long a step, an evaluation and a measurement of FID take, and looks ahead.
+
+    Before a part has begun, its step is expected to take as long per FLOP as that of the part that
+    runs.
+    """
+
+    def __init__(self, works: Sequence[Work]):
+        self._works = list(works)
+        self._seconds: dict[tuple[str, str], float] = {}
+
+    def measured(self, part: str, kind: str, seconds: float):
+        """Notes the time of one "step", "evaluation" or "fid"; the latest counts."""
+        self._seconds[part, kind] = seconds
+
+    def remaining(self, part: str, step: int) -> float | None:
+        """Seconds until the last part ends; None before a step is measured.
+
+        FID counts once it has been measured.
+        """
+        names = [work.name for work in self._works]
+        if part not in names or (part, "step") not in self._seconds:
+            return None
+        current, total = self._works[names.index(part)], 0.0
+        for work in self._works[names.index(part) :]:
+            done = step if work is current else 0
+            ratio = work.step_flops / current.step_flops
+            one = self._seconds.get((work.name, "step"), self._seconds[part, "step"] * ratio)
+            evaluation = self._seconds.get((work.name, "evaluation"), work.eval_share * one)
+            fid = self._seconds.get((work.name, "fid"), 0.0)
+            total += (work.steps - done) * one
+            total += due(done, work.steps, work.eval_every) * evaluation
+            total += due(done, work.steps, work.fid_every) * fid
+        return total
+
+
+def due(done: int, steps: int, every: int) -> int:
+    """How often something is due after `done` steps: every `every` steps, and at the end."""
+    return math.ceil(steps / every) - done // every if every and done < steps else 0
+
+
+def forecast(run: Run, trainers: Sequence[Trainer]) -> Forecast:
+    """The forecast of a run of these trainers."""
+    works = []
+    for trainer in trainers:
+        recipe = run.config[trainer.part.section]
+        images = min(recipe.eval_images or len(run.test_source), len(run.test_source))
+        share = math.ceil(images / recipe.batch_size) / 3
+        intervals = recipe.eval_every, recipe.fid_every
+        flops = step_flops(trainer) if len(trainers) > 1 else 1.0
+        works.append(Work(trainer.part.name, trainer.steps, flops, *intervals, share))
+    return Forecast(works)
+
+
+def step_flops(trainer: Trainer) -> float:
+    """The FLOPs of all matrix products and convolutions of a step; traces it."""
+    arguments = trainer.abstract_state, trainer.abstract_inputs, trainer.abstract_batch
+    warming_up = trainer.warming_up(0)
+    return flops(
+        trainer.jit_train_step.trace(*arguments, abstract_key(), warming_up=warming_up).jaxpr.jaxpr
+    )
+
+
+def flops(jaxpr: core.Jaxpr) -> float:
+    """The FLOPs of all matrix products and convolutions; loops of unknown length count once."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape: Any = equation.invars[0].aval
+            inner = math.prod(shape.shape[axis] for axis in contracted)
+            total += 2 * inner * size(equation.outvars[0])
+        elif name == "conv_general_dilated":
+            kernel: Any = equation.invars[1].aval
+            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * size(equation.outvars[0]) * size(equation.invars[1]) / features
+        else:
+            times = params.get("length", 1) if name == "scan" else 1
+            total += times * sum(map(flops, core_jaxprs(params)))
+    return total
+
+
+def size(variable) -> int:
+    return math.prod(variable.aval.shape)
+
+
+def core_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """The jaxprs among the parameters of an equation."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = item.jaxpr if isinstance(item, core.ClosedJaxpr) else item
+            if isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found

@@ -1,0 +1,44 @@
+"""The time that a run still takes, worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nvg_jax.training.forecast import Forecast, Work, due, flops
+
+
+def test_all_parts_evaluations_and_fid_count():
+    """26 seconds were once promised, and 68 were left."""
+    tokenizer = Work("tokenizer", 100, 10.0, eval_every=50, fid_every=0, eval_share=3.0)
+    generators = Work("generators", 200, 20.0, eval_every=80, fid_every=100, eval_share=5.0)
+    ahead = Forecast([tokenizer, generators])
+    assert ahead.remaining("tokenizer", 10) is None
+    ahead.measured("tokenizer", "step", 2.0)
+    # 90 steps of 2 s and two evaluations of 3 steps; then 200 steps of 4 s and three evaluations of
+    # 5 steps, after steps 80, 160 and 200.
+    assert ahead.remaining("tokenizer", 10) == 90 * 2 + 2 * 3 * 2 + 200 * 4 + 3 * 5 * 4
+    ahead.measured("tokenizer", "evaluation", 30.0)
+    assert ahead.remaining("tokenizer", 50) == 50 * 2 + 1 * 30 + 200 * 4 + 3 * 5 * 4
+    ahead.measured("generators", "step", 1.0)
+    ahead.measured("generators", "evaluation", 7.0)
+    ahead.measured("generators", "fid", 100.0)
+    assert ahead.remaining("generators", 100) == 100 * 1 + 2 * 7 + 1 * 100
+    assert ahead.remaining("generators", 200) == 0
+
+
+@pytest.mark.parametrize(
+    "done, steps, every, times", [(0, 100, 30, 4), (30, 100, 30, 3), (99, 100, 30, 1), (5, 9, 0, 0)]
+)
+def test_what_is_due(done, steps, every, times):
+    assert due(done, steps, every) == times
+
+
+def test_the_flops_of_products_convolutions_and_loops():
+    def network(x, kernel, matrix):
+        x = jax.lax.conv(x, kernel, (1, 1), "VALID")  # (1, 5, 3, 3) from 2 channels, 2 x 2
+        x = x.reshape(5, 9) @ matrix
+        return jax.lax.scan(lambda x, _: (jax.jit(jnp.dot)(x, matrix), None), x, length=7)[0]
+
+    shapes = (1, 2, 4, 4), (5, 2, 2, 2), (9, 9)
+    jaxpr = jax.make_jaxpr(network)(*map(jnp.zeros, shapes)).jaxpr
+    assert flops(jaxpr) == 2 * 45 * 8 + 8 * 2 * 5 * 9 * 9
