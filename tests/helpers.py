@@ -1,15 +1,20 @@
 """Shared by several test files. Imports no conftest, so that tests can also run as scripts."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 600  # seconds of every process that a test starts
 # The environment variables of a process that is to be killed: it reads the compilation cache but
 # does not write to it, since a kill would leave half an entry.
 CACHE_READ_ONLY = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
@@ -88,16 +93,78 @@ def with_devices(count: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
 
 
+class Process(subprocess.Popen):
+    """A process that never stands still: Python then prints its stacks, and all of it is killed.
+
+    It leads a session of its own, and a thread reads its outputs. To be used in `with`, which kills
+    what is left.
+    """
+
+    def __init__(self, command, timeout=TIMEOUT, cwd=ROOT, env=os.environ, **options):
+        env = {**env, "PYTHONFAULTHANDLER": "1"}  # SIGABRT prints the stacks of all threads
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        super().__init__(command, cwd=cwd, env=env, start_new_session=True, **pipes | options)
+        self.late = False
+        reader = ThreadPoolExecutor(1)
+        self.outputs = reader.submit(self._read, timeout)
+        reader.shutdown(wait=False)
+
+    def _read(self, timeout):
+        for limit, number in ((timeout, signal.SIGABRT), (10, signal.SIGKILL)):
+            try:
+                return self.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                self.late = True
+                self.send_to_all(number)
+        return self.communicate(timeout=10)
+
+    def send_to_all(self, number):
+        """Sends a signal to the process and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def __exit__(self, *exception):
+        self.send_to_all(signal.SIGKILL)
+        self.outputs.exception()
+        super().__exit__(*exception)
+
+
+def finish(*processes: Process) -> list[subprocess.CompletedProcess]:
+    """Waits for processes; fails with all outputs if one of them took too long."""
+    done = []
+    for process in processes:
+        outputs = process.outputs.result()
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, *outputs))
+    if any(process.late for process in processes):
+        said = (f"{run.args}:\n{run.stdout or ''}{run.stderr or ''}" for run in done)
+        raise AssertionError("\n".join(["A process did not end in time.", *said]))
+    return done
+
+
+def run(command, **options) -> subprocess.CompletedProcess:
+    """Runs a command to its end; `options` as of `Process`."""
+    with Process(command, **options) as process:
+        return finish(process)[0]
+
+
+def python(*arguments, **options) -> subprocess.CompletedProcess:
+    """Runs Python, in the repository unless `cwd` is given."""
+    return run([sys.executable, *arguments], **options)
+
+
+def wait_for(condition, timeout: float = 30):
+    """Waits until `condition()` is true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
 def on_eight_devices(script: str) -> dict:
     """The JSON that a test file prints when run as a script with eight devices."""
-    run = subprocess.run(
-        [sys.executable, script],
-        env=with_devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    done = python(script, env=with_devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def read_meta(folder):

@@ -1,15 +1,13 @@
 """The models that come with the package."""
 
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, random_pipeline, tiny_config
+from helpers import ROOT, python, random_pipeline, tiny_config
 
 from nvg_jax import Pipeline, bundled, evaluate, workdir
 from nvg_jax.errors import UserError
@@ -83,16 +81,10 @@ def test_results_of_a_bundled_model_are_kept_apart(tmp_path, monkeypatch, name):
 
 @pytest.mark.slow
 def test_nothing_is_made_before_the_input_is_checked(tmp_path):
-    command = [sys.executable, "-m", "nvg_jax.evaluate", "--workdir=fashion_mnist"]
-    run = subprocess.run(
-        [*command, "--reconstruction", "--data_name=sequences"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 2 and "needs data_dir" in run.stderr
+    command = ["-m", "nvg_jax.evaluate", "--workdir=fashion_mnist", "--reconstruction"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = python(*command, "--data_name=sequences", cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and "needs data_dir" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

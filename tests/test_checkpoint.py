@@ -6,14 +6,13 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import flip_bit, read_meta
+from helpers import flip_bit, python, read_meta
 from orbax.checkpoint import multihost
 
 from nvg_jax.errors import UserError
@@ -260,13 +259,9 @@ def fill_disk(folder):
 
 
 def test_a_full_disk_is_explained_and_old_checkpoints_stay(two):
-    run = subprocess.run(
-        [sys.executable, __file__, two],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert f"could not be written to {two}" in run.stdout and "free some space" in run.stdout, run
+    done = python(__file__, two, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert f"could not be written to {two}" in done.stdout, done
+    assert "free some space" in done.stdout
     state, _, step = restore(two)
     assert step == 2 and same(state, make_state(2))
 

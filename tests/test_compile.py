@@ -3,14 +3,12 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT
+from helpers import python
 
 from configs import digits
 from nvg_jax.aot import batch, chips, hlo, lowering, report
@@ -402,15 +400,8 @@ def test_what_the_compiler_says_about_memory():
     assert lowering.does_not_fit("Ran out of vmem.", 64, "v5e:2x2").missing == float("inf")
 
 
-def run(*args: str, env=None, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "nvg_jax.compile", *args],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        **kwargs,
-    )
+def run(*arguments: str, **environment):
+    return python("-m", "nvg_jax.compile", *arguments, env=os.environ | environment)
 
 
 def test_error_messages():

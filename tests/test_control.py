@@ -1,14 +1,12 @@
 """Keeping parts of an image: regions, drawings, what is pasted back, and the command."""
 
 import itertools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, is_even_hierarchy, random_pipeline
+from helpers import is_even_hierarchy, python, random_pipeline
 from PIL import Image
 
 from nvg_jax import granularity
@@ -346,11 +344,8 @@ def test_the_command_edits_an_image(pipe, files, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
 
     def sample(*args):
-        command = [sys.executable, "-m", "nvg_jax.sample", f"--workdir={tmp_path / 'model'}"]
-        return subprocess.run(
-            [*command, "--classes=3", "--per_class=2", f"--out={tmp_path / 'out'}", *args],
-            capture_output=True, text=True, cwd=ROOT,
-        )  # fmt: skip
+        command = ["-m", "nvg_jax.sample", f"--workdir={tmp_path / 'model'}", "--per_class=2"]
+        return python(*command, "--classes=3", f"--out={tmp_path / 'out'}", *args)
 
     image, mask = files / "image.png", files / "mask.png"
     edit = sample(f"--edit={image}", f"--mask={mask}", "--edit_from=1", "--paste", "--feather=0")

@@ -3,13 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, random_pipeline
+from helpers import python, random_pipeline
 from safetensors.numpy import load_file, save_file
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from torch_files import ordered, storage, tensor, write_zip
@@ -108,9 +106,8 @@ def averaged(path):
 
 def test_there_and_back_on_the_command_line(files, folder, tmp_path):
     """Same names, types, shapes and bytes: the raw autoencoder and the averaged generators."""
-    command = [sys.executable, "-m", "nvg_jax.convert", f"--workdir={folder}", "--to-safetensors"]
-    command.append(f"--out={tmp_path / 'back'}")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["-m", "nvg_jax.convert", f"--workdir={folder}", "--to-safetensors"]
+    done = python(*command, f"--out={tmp_path / 'back'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"written: {tmp_path / 'back'}\n"
     autoencoder, generator = files

@@ -6,8 +6,8 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -15,10 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from helpers import (
-    ROOT,
+    Process,
+    finish,
     free_port,
     is_even_hierarchy,
     logged,
+    python,
     random_pipeline,
     read_meta,
     tiny_config,
@@ -282,32 +284,28 @@ def start_two(workdir, *arguments):
         f"--workdir={workdir}", f"--coordinator_address=127.0.0.1:{free_port()}",
         "--num_processes=2", *arguments,
     ]  # fmt: skip
-    return [
-        subprocess.Popen(
-            [*command, f"--process_id={index}"],
-            cwd=ROOT,
-            env=with_devices(2),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    start = lambda index: Process([*command, f"--process_id={index}"], env=with_devices(2))
+    return start(0), start(1)
 
 
 def test_two_processes_train_stop_on_a_signal_and_one_goes_on(workdir, tmp_path):
     """Four devices of two processes; a SIGTERM to one saves in both; one device ends the run."""
-    running = start_two(tmp_path, "--config.generator_training.eval_every=2")
-    lines = []
-    for line in running[0].stderr:
-        lines.append(line)
-        if "generators: 4/" in line:
-            running[1].send_signal(signal.SIGTERM)
-            break
-    outputs = [process.communicate()[1] for process in running]
-    assert [process.returncode for process in running] == [75, 75], (lines, outputs)
-    assert "loss" not in outputs[1]  # one process tells the progress
+    beat = tmp_path / "heartbeat.json"
+
+    def at_step_4():
+        line = json.loads(beat.read_text()) if beat.exists() else {"part": "tokenizer"}
+        return line["part"] == "generators" and line["step"] >= 4
+
+    one, other = start_two(tmp_path, "--config.generator_training.eval_every=2")
+    with one, other:
+        while not at_step_4() and one.poll() is None:
+            time.sleep(0.02)
+        other.send_signal(signal.SIGTERM)
+        done = finish(one, other)
+    assert [process.returncode for process in done] == [75, 75], done
+    assert "loss" not in done[1].stderr  # one process tells the progress
     stopped = read_meta(tmp_path / "generators")["step"]
-    assert 4 <= stopped < 12 and f"saved at step {stopped} of 12" in outputs[0]
+    assert 4 <= stopped < 12 and f"saved at step {stopped} of 12" in done[0].stderr
     assert (tmp_path / "generators" / "pictures_0000002.png").is_file()
 
     train(tiny_config(), tmp_path)
@@ -536,44 +534,42 @@ def test_an_export_does_not_hide_a_run(pipe, workdir):
         pipe.save_pretrained(workdir)
 
 
-def python(*arguments):
-    """Runs a module in the repository and returns its error output."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+def command(*arguments):
+    """Runs a module and returns its error output."""
+    done = python("-m", *arguments)
     assert done.returncode == 0 or "error:" in done.stderr, done.stderr
     return done.stderr
 
 
 def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
-    train_with = lambda config: python("nvg_jax.train", f"--config={config}",
+    train_with = lambda config: command("nvg_jax.train", f"--config={config}",
                                        f"--workdir={tmp_path}")  # fmt: skip
     for output, message in (
         (train_with("configs/digits.py:huge"), "error: Unknown variant 'huge'"),
         (train_with("configs/cats.py"), "configs/cats.py"),
-        (python("nvg_jax.train", "--config=configs/digits.py", "--config.sed=1",
+        (command("nvg_jax.train", "--config=configs/digits.py", "--config.sed=1",
                 f"--workdir={tmp_path}"), "Did you mean"),
-        (python("nvg_jax.train", "--config=configs/digits.py",
+        (command("nvg_jax.train", "--config=configs/digits.py",
                 "--config.generator_training.lr=3", f"--workdir={tmp_path}"),
          "no config.generator_training.lr. config.generator_training has batch_size,"),
-        (python("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
+        (command("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
          "error: Unknown class 11"),
-        (python("nvg_jax.evaluate", f"--workdir={workdir}", "--pad=2"), "flag 'pad'"),
+        (command("nvg_jax.evaluate", f"--workdir={workdir}", "--pad=2"), "flag 'pad'"),
     ):  # fmt: skip
         assert message in output and "Traceback" not in output
 
 
 def test_the_command_lines_write_pictures_arrays_and_metrics(workdir, tmp_path):
     sample = ("nvg_jax.sample", f"--workdir={workdir}", "--classes=0,1", "--per_class=3")
-    python(*sample, f"--out={tmp_path / 'pictures'}")
+    command(*sample, f"--out={tmp_path / 'pictures'}")
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {"000000_0.png", "000005_1.png", "grid.png", "stages.png"} <= names
-    python(*sample, f"--out={tmp_path / 'all.npz'}", "--batch_size=4")
+    command(*sample, f"--out={tmp_path / 'all.npz'}", "--batch_size=4")
     images = np.load(tmp_path / "all.npz")["arr_0"]
     assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 3)
     first = np.asarray(Image.open(tmp_path / "pictures" / "000003_1.png"))
     assert np.abs(first.astype(int) - images[3]).max() <= 1
-    python("nvg_jax.evaluate", f"--workdir={workdir}", "--num_samples=20", f"--out={tmp_path}")
+    command("nvg_jax.evaluate", f"--workdir={workdir}", "--num_samples=20", f"--out={tmp_path}")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["samples"] == 20 and metrics["classifier_accuracy_on_real_test_images"] > 0.98
     assert 0 <= metrics["class_agreement"] <= 1 and metrics["test_psnr"] > 0

@@ -3,14 +3,12 @@
 import errno
 import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from helpers import ROOT, tiny_config
+from helpers import python, tiny_config
 
 from nvg_jax import cli
 from nvg_jax.data.sources import ArraySource
@@ -45,14 +43,14 @@ FAILURES = {
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train(short(4), folder)
+    train(config(), folder)
     return folder
 
 
-def short(steps: int):
+def config():
     """The tokenizer alone."""
     config = tiny_config(part="tokenizer")
-    config.tokenizer_training.update(length=f"{steps} steps", save_every=2)
+    config.tokenizer_training.save_every = 2
     return config
 
 
@@ -78,7 +76,7 @@ def test_a_failure_passes_unchanged_and_changes_no_checkpoint(
     folder = workdir if place in ("restore", "checks") else tmp_path
     before = sorted(path.name for path in (folder / "tokenizer").glob("*"))
     with pytest.raises(Exception) as raised:
-        train(short(4), folder)
+        train(config(), folder)
     assert not isinstance(raised.value, UserError)
     with pytest.raises(type(raised.value)) as expected:
         FAILURES[kind]()
@@ -87,16 +85,10 @@ def test_a_failure_passes_unchanged_and_changes_no_checkpoint(
         assert sorted(path.name for path in (folder / "tokenizer").glob("*")) == before
 
 
-def run(command: str, *arguments: str, **environment) -> subprocess.CompletedProcess:
+def run(command: str, *arguments: str, **environment):
     """Runs a command of `cli.main` in a process of its own."""
     script = f"from nvg_jax import cli\ndef command(_):\n    {command}\ncli.main(command)"
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    return python("-c", script, *arguments, env=os.environ | environment)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """TensorBoard's event files: what TensorBoard reads, and no need of TensorFlow."""
 
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from etils import epath
-from helpers import ROOT
+from helpers import python
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -88,12 +86,6 @@ from nvg_jax.training import generators, loop, metrics, registry, tokenizer
 writer = metrics.EventWriter(epath.Path(sys.argv[1]))
 writer.write_scalars(1, {"l1_loss": 1.0})
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    done = python("-c", script, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert len(read(tmp_path)) == 1

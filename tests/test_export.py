@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import ROOT, flip_bit, random_pipeline
+from helpers import flip_bit, python, random_pipeline
 from safetensors import safe_open
 
 from nvg_jax import Pipeline
@@ -123,6 +121,5 @@ Pipeline.from_pretrained("fashion_mnist")
 print(*(set(sys.argv[1].split()) & set(sys.modules)))
 """
     trained = "orbax tensorflow tensorflow_datasets clu grain sklearn optax ml_collections"
-    run = [sys.executable, "-c", script, trained]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = python("-c", script, trained)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr

@@ -1,5 +1,6 @@
 """Runs that are killed at any moment end with the weights of an uninterrupted run."""
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -11,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
-from helpers import tiny_config
+from helpers import TIMEOUT, tiny_config
 
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
@@ -37,7 +38,11 @@ def run(workdir):
 
 
 def run_to_be_killed(workdir):
-    """`run` without writing to the shared compilation cache: a kill would leave half an entry."""
+    """`run` without writing to the shared compilation cache: a kill would leave half an entry.
+
+    It ends with the stacks of all threads if it takes too long.
+    """
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     run(workdir)
 

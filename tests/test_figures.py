@@ -1,12 +1,9 @@
 """The paper's figures of a tiny model: what stands where."""
 
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, random_pipeline
+from helpers import python, random_pipeline
 
 from nvg_jax.jobs import figures, sampling_runs
 from nvg_jax.visualize import GAP, structure_colors, to_uint8
@@ -61,10 +58,8 @@ def test_a_sample_is_its_two_halves(pipe):
 
 def test_an_unknown_figure_gets_the_known_ones(tmp_path):
     def run(*args):
-        command = [sys.executable, "-m", "nvg_jax.figures", "--workdir=fashion_mnist"]
-        return subprocess.run(
-            [*command, f"--out={tmp_path}", *args], cwd=ROOT, capture_output=True, text=True
-        )
+        command = ["-m", "nvg_jax.figures", "--workdir=fashion_mnist", f"--out={tmp_path}"]
+        return python(*command, *args)
 
     unknown = run("--figures=sequence,map")
     assert unknown.returncode == 2

@@ -1,7 +1,6 @@
 """What is installed: requirements, the command `nvg`, presets by name, wheel and sdist."""
 
 import os
-import subprocess
 import sys
 import tarfile
 import tomllib
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from etils import epy
-from helpers import ROOT
+from helpers import ROOT, python, run
 from test_imports import LEVELS
 
 from configs import digits
@@ -99,8 +98,7 @@ def built(tmp_path_factory):
         pytest.skip("not a clone")
     folder = tmp_path_factory.mktemp("built")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    out = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True)
-    tracked = [name for name in out.stdout.splitlines() if (ROOT / name).is_file()]
+    tracked = [name for name in run(listed).stdout.splitlines() if (ROOT / name).is_file()]
     for name in tracked:
         copy = folder / "clone" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +106,7 @@ def built(tmp_path_factory):
 
     def build(kind: str, source: Path) -> Path:
         script = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
-        run = [sys.executable, "-c", script]
-        done = subprocess.run(run, cwd=source, capture_output=True, text=True, timeout=100)
+        done = python("-c", script, cwd=source)
         assert done.returncode == 0, done.stderr
         return next(folder.glob("*.tar.gz" if kind == "sdist" else "*.whl"))
 
@@ -159,14 +156,8 @@ def test_a_wheel_without_extras_samples_and_says_what_else_needs(built, tmp_path
         archive.extractall(tmp_path / "site")
 
     def run(script, *arguments):
-        return subprocess.run(
-            [sys.executable, "-c", script, MISSING, *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+        return python("-c", script, MISSING, *arguments, cwd=tmp_path, env=environment)
 
     done = run(SAMPLE)
     place = tmp_path / "site" / "nvg_jax" / "__init__.py"

