@@ -98,8 +98,12 @@ def main(command, set_up=lambda: None, kept: str = ""):
 
 
 def add_xla_flags(*flags: str):
-    """Sets flags of XLA; before JAX looks for devices."""
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+    """Sets flags of XLA; before JAX looks for devices.
+
+    None twice, since the text of all is part of the key of the compilation cache.
+    """
+    before = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*before, *flags]))
 
 
 def compile_fast():

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from helpers import optimizer_config
 
 from configs import common
-from nvg_jax import Pipeline, layers, models
+from nvg_jax import Pipeline, cli, layers, models
 from nvg_jax.errors import UserError
 from nvg_jax.parts import BOTH_GENERATORS
 from nvg_jax.runtime.sharding import unbox
@@ -317,3 +318,10 @@ def test_every_number_has_a_range_without_nan_and_infinity():
 def test_ranges(path, value, message):
     with pytest.raises(UserError, match=message):
         check_config(with_value(path.split("."), value))
+
+
+def test_flags_of_xla_are_set_once(monkeypatch):
+    """Their text is part of the key of the compilation cache: twice is another program."""
+    monkeypatch.setenv("XLA_FLAGS", " --xla_a=1  --xla_b=2 ")
+    cli.add_xla_flags("--xla_b=2", "--xla_c=3")
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1 --xla_b=2 --xla_c=3"
