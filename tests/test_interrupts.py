@@ -1,5 +1,6 @@
 """Ctrl-C of a command: one line, nothing left behind, and the work saved if there is any."""
 
+import json
 import os
 import re
 import signal
@@ -8,23 +9,16 @@ import sys
 import time
 
 import pytest
-from helpers import CACHE_READ_ONLY, ROOT, read_meta
+from helpers import CACHE_READ_ONLY, TIMEOUT, Process, finish, python, read_meta, wait_for
 
 # Python's own handler, which a background process of a shell does not have.
 FOREGROUND = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 
 
-def run(script: str, *arguments, timeout=60) -> tuple[int, str, float]:
+def run(script: str) -> tuple[int, str, float]:
     """(exit code, output, seconds) of a script."""
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", FOREGROUND + script, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
+    done = python("-c", FOREGROUND + script, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout, time.monotonic() - start
 
 
@@ -97,6 +91,12 @@ def test_whatever_a_library_waits_for_at_the_end():
     assert code == 75 and seconds < 50
 
 
+def progress(workdir) -> int:
+    """The step in the heartbeat of a training; 0 before the first."""
+    beat = workdir / "heartbeat.json"
+    return json.loads(beat.read_text())["step"] if beat.exists() else 0
+
+
 @pytest.mark.slow
 def test_a_training_with_workers_saves_and_ends(tmp_path):
     command = [
@@ -104,25 +104,16 @@ def test_a_training_with_workers_saves_and_ends(tmp_path):
         f"--workdir={tmp_path}", "--config.data.num_workers=2",
         "--config.tokenizer_training.length=12 steps",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", FOREGROUND + "import sys\n"
-         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])", *command],
-        cwd=ROOT,
-        env=os.environ | CACHE_READ_ONLY,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "tokenizer: 2/12" in line:
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-            start = time.monotonic()
-    process.stderr.close()
-    assert process.wait() == 130, lines
+    script = "import sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", FOREGROUND + script, *command]
+    with Process(command, env=os.environ | CACHE_READ_ONLY) as process:
+        wait_for(lambda: process.poll() is not None or progress(tmp_path) >= 2, TIMEOUT)
+        process.send_to_all(signal.SIGINT)  # as a terminal does
+        start = time.monotonic()
+        (done,) = finish(process)
+    assert done.returncode == 130, done.stderr
     assert time.monotonic() - start < 30
-    text = "".join(lines)
-    assert "Traceback" not in text and "Saving after this step" in text
+    assert "Traceback" not in done.stderr and "Saving after this step" in done.stderr
     step = read_meta(tmp_path / "tokenizer")["step"]
-    assert re.search(rf"interrupted; tokenizer: saved at step {step} of 12. The same", lines[-1])
+    last = done.stderr.splitlines()[-1]
+    assert re.search(rf"interrupted; tokenizer: saved at step {step} of 12. The same", last)
