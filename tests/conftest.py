@@ -53,6 +53,7 @@ def pytest_configure(config):
 LONG = (
     "test_end_to_end",
     "test_eight_devices",
+    "test_launch",  # waits more than it computes
     "test_parity",
     "test_training_losses",
     "test_faults",  # about when test_end_to_end ends: it shares the programs compiled there
@@ -60,6 +61,9 @@ LONG = (
     "test_generators",
     "test_distillation",
     "test_sampling_runs",
+    "test_watchdog",
+    "test_errors",
+    "test_notebook",
     "test_pretrained",
 )
 
