@@ -58,7 +58,7 @@ def main(_):
 if __name__ == "__main__":
     hide_accelerators()
     presets.define_flag()
-    flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16, v5p:4x4x4 or h100:8.")
+    flags.DEFINE_string("topology", None, "CHIP:SHAPE, such as v5e:16x16, 2xv5p:4x4x4 or h100:8.")
     flags.DEFINE_enum("program", "train", ["train", "sample"], "The program to compile.")
     flags.DEFINE_integer(
         "batch_size",

@@ -535,6 +535,11 @@ def test_the_training_step_for_a_topology(libtpu, tmp_path):
     assert set(found["collectives_by_kind"]) >= {"all-reduce"}
     wrong = run(*args, "--batch_size=6")
     assert wrong.returncode == 2 and "such as 4" in wrong.stderr
+    slices = run(args[0], "--topology=2xv5e:2x2", "--config.mesh.fsdp=2", "--batch_size=8")
+    assert slices.returncode == 0, slices.stderr
+    assert "2xv5e:2x2 (8 devices: data 4 x fsdp 2 x tensor 1)" in slices.stdout
+    across = run(args[0], "--topology=2xv5e:2x2", "--config.mesh.fsdp=8")
+    assert across.returncode == 2 and "multiple of the number of slices, 2" in across.stderr
     missing = run(*args[:1], "--topology=v5e:3x7")
     assert missing.returncode == 2 and "no topology 'v5e:3x7'" in missing.stderr
 

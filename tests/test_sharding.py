@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nvg_jax.aot.chips import TPUS, Target
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
 
@@ -39,6 +40,7 @@ def test_between_slices_lies_the_data_axis():
     assert slices.shape == (4, 2, 2) and (np.ptp(slices, axis=(1, 2)) == 0).all()
     assert sorted(slices[:, 0, 0]) == [0, 0, 1, 1]
     assert sharding.processes_split_batch(mesh)
+    assert Target("2xv5e:8x1", mesh, TPUS["v5e"]).chips == 16  # of the same places in two slices
     with pytest.raises(
         UserError, match=r"mesh.data=1 must be a multiple of the number of slices, 2"
     ):

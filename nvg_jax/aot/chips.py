@@ -95,7 +95,7 @@ class Target:
     @property
     def chips(self) -> int:
         """The number of chips; some TPUs present each as several devices."""
-        return len({getattr(d, "coords", None) or d.id for d in self.mesh.devices.flat})
+        return len({chip_of(device) for device in self.mesh.devices.flat})
 
     @property
     def batch_shards(self) -> int:
@@ -105,14 +105,19 @@ class Target:
 def find_target(topology: str, mesh: dict[str, int]) -> Target:
     """Arranges the devices of a topology such as v5p:4x4x4 or h100:8 in a mesh of the given sizes.
 
+    2xv5p:4x4x4 is two slices. Their estimate counts the links inside a slice, not the network
+    between them.
+
     Raises:
         UserError: unknown topology, no compiler for it, or sizes that do not fit its devices.
     """
     name, _, shape = topology.partition(":")
+    slices = re.match(r"([1-9]\d*)x(?=v|tpu)", name)
+    name = name[slices.end() :] if slices else name
     if name in TPUS and re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        devices = tpu_devices(topology)
+        devices = tpu_devices(f"{name}:{shape}", int(slices[1]) if slices else 1)
         # Some chips present several devices.
-        per_chip = len(devices) // len({tuple(device.coords) for device in devices})
+        per_chip = len(devices) // len(set(map(chip_of, devices)))
         flops, hbm, hbm_bandwidth, link_bandwidth, _ = TPUS[name]
         whole = flops, hbm, hbm_bandwidth, link_bandwidth
         device = Chip(*(figure / per_chip for figure in whole))
@@ -127,21 +132,28 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         return Target(topology, gpus, device, CUBLAS_ONLY)
     raise UserError(
         f"Unknown topology {topology!r}: expected CHIP:SHAPE. For a TPU ({', '.join(TPUS)}), SHAPE "
-        "is the number of chips along each axis, such as v5e:16x16, v5p:4x4x4 or v6e:8x8; for a "
+        "is the number of chips along each axis, such as v5e:16x16, v5p:4x4x4 or v6e:8x8, with the "
+        "number of slices in front if there are several, such as 2xv5e:16x16; for a "
         f"GPU ({', '.join(GPUS)}), the number of GPUs, 1 to 8 on a host, such as h100:8, or hosts "
         "x GPUs, such as h100:4x8."
     )
 
 
-def tpu_devices(topology: str) -> list:
-    """Descriptions of the TPU devices of a topology, for the compiler only."""
+def chip_of(device) -> tuple:
+    """Tells chips apart: those of TPUs have a place in their slice."""
+    place = getattr(device, "coords", None) or [device.id]
+    return getattr(device, "slice_index", 0), *place
+
+
+def tpu_devices(topology: str, slices: int) -> list:
+    """Descriptions of the TPU devices of slices of a topology, for the compiler only."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "The TPU compiler is not installed. It needs no TPU and about 600 MB: "
             'pip install "jax[tpu]"'
         )
     try:
-        return topologies.get_topology_desc(topology, platform="tpu").devices
+        return topologies.get_topology_desc(topology, platform="tpu", num_slices=slices).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
             f"There is no topology {topology!r} ({str(error).splitlines()[0]}). Valid sizes: "
