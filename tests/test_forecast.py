@@ -17,7 +17,11 @@ def test_all_parts_evaluations_and_fid_count():
     # 90 steps of 2 s and two evaluations of 3 steps; then 200 steps of 4 s and three evaluations of
     # 5 steps, after steps 80, 160 and 200.
     assert ahead.remaining("tokenizer", 10) == 90 * 2 + 2 * 3 * 2 + 200 * 4 + 3 * 5 * 4
+    ahead.measured("tokenizer", "compilation", 60.0)
+    # For its own evaluation, and for a step and an evaluation of the other part.
+    assert ahead.remaining("tokenizer", 10) == 1052 + 3 * 60
     ahead.measured("tokenizer", "evaluation", 30.0)
+    ahead.measured("tokenizer", "compilation", 0.0)
     assert ahead.remaining("tokenizer", 50) == 50 * 2 + 1 * 30 + 200 * 4 + 3 * 5 * 4
     ahead.measured("generators", "step", 1.0)
     ahead.measured("generators", "evaluation", 7.0)

@@ -33,7 +33,7 @@ class Forecast:
     """Learns how long a step, an evaluation and a measurement of FID take, and looks ahead.
 
     Before a part has begun, its step is expected to take as long per FLOP as that of the part that
-    runs.
+    runs, and its compilation as long; so is the compilation of what an evaluation needs.
     """
 
     def __init__(self, works: Sequence[Work]):
@@ -41,7 +41,7 @@ class Forecast:
         self._seconds: dict[tuple[str, str], float] = {}
 
     def measured(self, part: str, kind: str, seconds: float):
-        """Notes the time of one "step", "evaluation" or "fid"; the latest counts."""
+        """Notes the time of one "step", "compilation", "evaluation" or "fid"; the latest counts."""
         self._seconds[part, kind] = seconds
 
     def remaining(self, part: str, step: int) -> float | None:
@@ -53,14 +53,19 @@ class Forecast:
         if part not in names or (part, "step") not in self._seconds:
             return None
         current, total = self._works[names.index(part)], 0.0
+        compilation = self._seconds.get((part, "compilation"), 0.0)
         for work in self._works[names.index(part) :]:
             done = step if work is current else 0
             ratio = work.step_flops / current.step_flops
             one = self._seconds.get((work.name, "step"), self._seconds[part, "step"] * ratio)
             evaluation = self._seconds.get((work.name, "evaluation"), work.eval_share * one)
             fid = self._seconds.get((work.name, "fid"), 0.0)
-            total += (work.steps - done) * one
-            total += due(done, work.steps, work.eval_every) * evaluation
+            evaluations = due(done, work.steps, work.eval_every)
+            if work is not current:
+                total += compilation
+            if evaluations and (work.name, "evaluation") not in self._seconds:
+                total += compilation
+            total += (work.steps - done) * one + evaluations * evaluation
             total += due(done, work.steps, work.fid_every) * fid
         return total
 

@@ -163,8 +163,10 @@ class Reporter:
         check_steps(window, self._part, step, self._max_skipped, checkpoint)
         scalars = summarize(window)
         rate = len(self._window) / (time.monotonic() - self._window_started)
-        if self._warm:  # the first window includes compilation
+        if self._warm:
             self._forecast.measured(self._part, "step", 1 / rate)
+        else:  # the first steps include compilation
+            self._forecast.measured(self._part, "compilation", len(self._window) / rate)
         self._warm = True
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
