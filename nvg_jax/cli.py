@@ -20,7 +20,7 @@ from nvg_jax.runtime import hardware, interrupts, preemption
 from nvg_jax.sampling.settings import DTYPES, MAX_SEED, Settings
 
 USER_ERROR = 2
-MODEL = "A run's workdir, an exported or converted folder, or a bundled model."
+MODEL = "A run's workdir, an exported or converted folder, a bundled model, or hf://ORG/NAME."
 
 flags.DEFINE_boolean(
     "distributed",

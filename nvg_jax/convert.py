@@ -3,14 +3,15 @@
 With --generator=d16.ckpt, the written folder can also sample; without, it encodes and reconstructs.
 `--workdir=runs/digits --out=FOLDER` exports a run: the model alone, in the same format, with
 `--dtype=bfloat16` or `float16` at half the size. With --to-safetensors, the weights have the
-published names instead. `--pretrained=dino --from=FILE` imports a network for the training losses
-or for evaluation (docs/pretrained_features.md).
+published names instead. --out=hf://ORG/NAME uploads the model to the Hugging Face hub, and
+--from_hub=ORG/NAME takes the published checkpoints from there. `--pretrained=dino --from=FILE`
+imports a network for the training losses or for evaluation (docs/pretrained_features.md).
 """
 
 from absl import flags
 from etils import epy
 
-from nvg_jax import cli, pretrained
+from nvg_jax import cli, hub, pretrained
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import export
 from nvg_jax.torch_interop import weight_names
@@ -22,7 +23,8 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
-    given = {name for name in ("autoencoder", "generator", "workdir", "out") if FLAGS[name].value}
+    names = ("autoencoder", "generator", "from_hub", "workdir", "out")
+    given = {name for name in names if FLAGS[name].value}
     if FLAGS.pretrained:
         if given or FLAGS.to_safetensors or not FLAGS["from"].value:
             raise UserError("--pretrained takes --from (and --pretrained_dir), and nothing else.")
@@ -38,27 +40,25 @@ def main(_):
             raise UserError("--to-safetensors takes --workdir and --out, and no checkpoints.")
         conversion.to_safetensors(FLAGS.workdir, FLAGS.out)
     elif given == {"workdir"}:
-        conversion.export_model(FLAGS.workdir, FLAGS.out, FLAGS.dtype)
+        conversion.export_model(FLAGS.workdir, FLAGS.out, FLAGS.dtype, FLAGS.license)
     else:
-        if "workdir" in given or "autoencoder" not in given:
+        if "workdir" in given or not given & {"autoencoder", "from_hub"}:
             raise UserError(
-                "Give --autoencoder (and --generator) to convert published checkpoints, or only "
-                "--workdir to export a model."
+                "Give --autoencoder (and --generator) or --from_hub to convert published "
+                "checkpoints, or only --workdir to export a model."
             )
-        conversion.convert(
-            FLAGS.out,
-            FLAGS.autoencoder,
-            FLAGS.generator,
-            FLAGS.autoencoder_weights,
-            FLAGS.generator_weights,
-            FLAGS.dtype,
-        )
+        files = FLAGS.autoencoder, FLAGS.generator
+        if FLAGS.from_hub:
+            files = hub.download_published(FLAGS.from_hub, *files)
+        weights = FLAGS.autoencoder_weights, FLAGS.generator_weights
+        conversion.convert(FLAGS.out, *files, *weights, FLAGS.dtype, FLAGS.license)
     print(f"written: {FLAGS.out}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("autoencoder", None, "Published checkpoint of the autoencoder.")
     flags.DEFINE_string("generator", None, "Published checkpoint of its generators.")
+    flags.DEFINE_string("from_hub", None, "ORG/NAME on the Hugging Face hub that has both files.")
     for file, default in (("autoencoder", "raw"), ("generator", "ema")):
         flags.DEFINE_enum(
             f"{file}_weights", default, weight_names.WEIGHTS, "Weights, or their moving average."
@@ -67,7 +67,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum("dtype", "float32", export.DTYPES, "Type of the weights in the files.")
     flags.DEFINE_boolean("to_safetensors", False, "Write --workdir under the published names.")
     flags.DEFINE_alias("to-safetensors", "to_safetensors")
-    flags.DEFINE_string("out", None, "Folder to write; must be new or empty.")
+    flags.DEFINE_string("out", None, "Folder to write, new or empty, or hf://ORG/NAME.")
+    flags.DEFINE_string("license", None, "With --out=hf://...: its license, such as mit.")
     flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of losses or figures.")
     flags.DEFINE_multi_string("from", None, "Its published file, or files.")
     flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")

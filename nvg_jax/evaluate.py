@@ -22,7 +22,7 @@ from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling.settings import parse_sweep
 
 with epy.lazy_imports():  # slow, and not needed to report a wrong flag
-    from nvg_jax import bundled, pipeline
+    from nvg_jax import bundled, hub, pipeline
     from nvg_jax.evaluation import judges, report, sets
     from nvg_jax.jobs import classification, reconstruction, sampling_runs
 
@@ -70,9 +70,10 @@ def out_folder() -> epath.Path:
         return storage_path(FLAGS.out)
     if FLAGS.samples:
         return storage_path(FLAGS.samples).with_suffix(".evaluation")
-    workdir = storage_path(FLAGS.workdir)
+    name = FLAGS.workdir.removeprefix(hub.PREFIX)
+    workdir = storage_path(name)
     is_own = bundled.find(FLAGS.workdir) == workdir
-    return (workdir if is_own else storage_path("runs") / FLAGS.workdir) / "evaluation"
+    return (workdir if is_own else storage_path("runs") / name) / "evaluation"
 
 
 def evaluate_samples():

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from nvg_jax import bundled, granularity, workdir
+from nvg_jax import bundled, granularity, hub, workdir
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import to_float
@@ -167,24 +169,29 @@ class Pipeline:
     # Reading and writing.
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, dtype: str | None = None) -> "Pipeline":
-        """Opens a workdir, a folder that was exported or converted, or a bundled model.
+    def from_pretrained(
+        cls, folder: str | os.PathLike, dtype: str | None = None, *, revision: str | None = None
+    ) -> "Pipeline":
+        """Opens a workdir, an exported or converted folder, a bundled model, or one of a hub.
 
         From a workdir, the latest checkpoints are read: the raw weights of the tokenizer and the
         averaged weights of the generators.
 
         Args:
-            folder: a path or, if no model is there, the name of a model in `bundled`.
+            folder: a path or, if no model is there, the name of a model in `bundled` or, if there
+                is no such path, "org/name" on the Hugging Face hub (always: "hf://org/name").
             dtype: the dtype for sampling and decoding, "float32" or "bfloat16". The default is
                 bfloat16, like the published sampler, on TPUs and on GPUs that support it, and
                 float32 on CPUs. Weights, normalizations, softmax, the integration of the flow, and
                 all of encoding are float32 in either case.
 
+            revision: on the hub, a branch, a tag or a commit.
+
         Raises:
             UserError: the folder does not exist or holds no model, its parts do not belong
-                together, or the dtype is invalid.
+                together, the hub does not give the model, or the dtype is invalid.
         """
-        return cls(*bundled.read_model(folder), dtype)
+        return cls(*bundled.read_model(folder, revision), dtype)
 
     @staticmethod
     def bundled() -> dict[str, str]:
@@ -204,6 +211,43 @@ class Pipeline:
             UserError: the folder is a training run's, or the weights do not fit the dtype.
         """
         workdir.write_export(folder, self.metadata, self.params, dtype)
+
+    def push_to_hub(
+        self,
+        name: str,
+        dtype: str = "float32",
+        *,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Uploads the model and a card made from its metadata; replaces an earlier upload.
+
+        Paths of this machine are left out.
+
+        Args:
+            name: "org/name" on the Hugging Face hub; it is made if it does not exist.
+            dtype: of the weights in the files: "float32", "bfloat16" or "float16".
+            license: its identifier on the hub, such as "mit".
+            private: whether others cannot see it, if it is made now.
+            revision: a branch.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: no permission or no network, or the weights do not fit the dtype.
+        """
+        metadata = self.metadata.without_paths()
+        counts = {
+            network: sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for network, tree in self.params.items()
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            workdir.write_export(folder, metadata, self.params, dtype)
+            text = hub.card(name, metadata, counts, license)
+            (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+            return hub.upload(name, Path(folder), private, revision)
 
     # Images and sequences.
 

@@ -3,7 +3,7 @@
 import gc
 import os
 
-from helpers import ROOT
+from helpers import ROOT, free_port
 
 # Set before jax is imported. Most of the time of these tests is compilation, so compiled programs
 # are shared by all processes and kept for the next run.
@@ -16,6 +16,8 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # JAX locks the folder only if a size is set
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",  # no test asks the real hub
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
 import pytest  # noqa: E402

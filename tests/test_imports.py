@@ -15,7 +15,7 @@ LEVELS = (
     ("granularity", "clustering", "attention", "layers"),
     ("tokenizer", "structure", "content", "pretrained"),
     ("models",),
-    ("sampling", "evaluation", "workdir", "bundled"),
+    ("sampling", "evaluation", "workdir", "hub", "bundled"),
     ("pipeline",),
     ("training", "jobs"),
     ("aot", "cli", "page"),
@@ -102,9 +102,9 @@ def test_presets_need_only_ml_collections():
 
 
 def test_what_the_package_imports_is_required():
-    """By requirements.txt, by JAX, or by the extra of the web page."""
+    """By requirements.txt, by JAX, or by the extras of the page and the hub."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    lines += [*(importlib.metadata.requires("jax") or ()), "gradio"]
+    lines += [*(importlib.metadata.requires("jax") or ()), "gradio", "huggingface_hub"]
     required = {re.split(r"[^\w-]", line)[0].replace("_", "-").lower() for line in lines}
     distributions = importlib.metadata.packages_distributions()
     for path in files("nvg_jax"):

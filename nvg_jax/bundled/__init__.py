@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from nvg_jax import workdir
+from nvg_jax import hub, workdir
 from nvg_jax.errors import UserError
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.workdir import RunMetadata
@@ -39,13 +39,22 @@ MODELS = {
 }
 
 
-def find(folder: str | os.PathLike) -> epath.Path:
-    """The folder of a model: this one or, if no model is there, that of the bundled model.
+def find(folder: str | os.PathLike, revision: str | None = None) -> epath.Path:
+    """The folder of a model: this one, that of a bundled model, or one downloaded from the hub.
+
+    A folder that holds a model takes precedence over a bundled model of its name, and any folder
+    over a model of the hub.
+
+    Args:
+        revision: of a model of the hub.
 
     Raises:
-        UserError: the installation lacks the model.
+        UserError: the installation lacks the bundled model, or the hub does not give the model.
     """
-    name, place = os.fspath(folder).rstrip("/"), storage_path(folder)
+    name = os.fspath(folder)
+    if hub.is_remote(name) or (hub.model_name(name) and not storage_path(name).exists()):
+        return epath.Path(hub.download(name, revision))
+    name, place = name.rstrip("/"), storage_path(folder)
     if name not in MODELS or workdir.holds_model(place):
         return place
     place = epath.Path(FOLDER / name)
@@ -54,12 +63,12 @@ def find(folder: str | os.PathLike) -> epath.Path:
     return place
 
 
-def read_model(folder: str | os.PathLike) -> tuple[RunMetadata, dict[str, Any]]:
-    """(metadata, parameters) of a workdir, an exported or converted folder, or a bundled model.
-
-    A folder that holds a model takes precedence over a bundled model of the same name.
+def read_model(
+    folder: str | os.PathLike, revision: str | None = None
+) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, parameters) of a workdir, an export, or a model that `find` finds elsewhere.
 
     Raises:
-        UserError: there is no such folder, no model in it, or its parts do not belong together.
+        UserError: there is no such model, or its parts do not belong together.
     """
-    return workdir.read_model(find(folder))
+    return workdir.read_model(find(folder, revision))

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from nvg_jax import hub
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
@@ -114,31 +115,51 @@ def convert(
     autoencoder_weights: str = "raw",
     generator_weights: str = "ema",
     dtype: str = "float32",
+    license: str | None = None,
 ):
     """Writes a folder for `Pipeline.from_pretrained`; see `read_published` for the arguments.
 
     Args:
+        out: a new folder, or hf://org/name on the Hugging Face hub.
         dtype: of the weights in the files.
+        license: on the hub.
 
     Raises:
         UserError: as for `read_published`, or `out` exists and is not empty.
     """
-    out = _new_folder(out)
+    _check_new(out)
     # Not bound to a name, so the arrays are freed once the pipeline holds copies.
     pipeline = Pipeline(
         *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
     )
-    pipeline.save_pretrained(out, dtype)
+    _write(pipeline, out, dtype, license)
 
 
-def export_model(workdir: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32"):
-    """Writes a folder's model as an export, see `Pipeline.save_pretrained`.
+def export_model(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike,
+    dtype: str = "float32",
+    license: str | None = None,
+):
+    """Writes a folder's model as an export; see `convert` for the arguments.
 
     Raises:
         UserError: the folder holds no model, or `out` exists and is not empty.
     """
-    out = _new_folder(out)
-    Pipeline.from_pretrained(workdir).save_pretrained(out, dtype)
+    _check_new(out)
+    _write(Pipeline.from_pretrained(workdir), out, dtype, license)
+
+
+def _check_new(out: str | os.PathLike):
+    if not hub.is_remote(out):
+        _new_folder(out)
+
+
+def _write(pipeline: Pipeline, out: str | os.PathLike, dtype: str, license: str | None):
+    if hub.is_remote(out):
+        pipeline.push_to_hub(os.fspath(out).removeprefix(hub.PREFIX), dtype, license=license)
+    else:
+        pipeline.save_pretrained(out, dtype)
 
 
 def to_safetensors(workdir: str | os.PathLike, out: str | os.PathLike):

@@ -144,8 +144,8 @@ def read(folder: epath.Path, checksums: dict[str, str], networks: Iterable[str])
         with local_file(folder / name) as path:
             if sha256(path) != checksum:
                 raise UserError(
-                    f"{folder / name} is damaged (its SHA-256 differs from {CONFIG}'s). Restore a "
-                    "copy, or export or download the model again."
+                    f"{path.resolve()} is damaged (its SHA-256 differs from {CONFIG}'s). Delete "
+                    "it, and restore a copy, or export or download the model again."
                 )
             with safe_open(path, "numpy") as file:
                 for key in file.keys():
