@@ -56,9 +56,7 @@ def download(folder: str, revision: str | None = None) -> Path:
         files = [export.CONFIG, "model*.safetensors"]
         place = _api().snapshot_download(name, revision=revision, allow_patterns=files)
     if export.read_config(epath.Path(place)) is None:
-        raise UserError(
-            f"{name} is no model of nvg_jax: its {export.CONFIG} is missing or another."
-        )
+        raise UserError(f"{name} is no model of nvg_jax: it has no {export.CONFIG} of ours.")
     return Path(place)
 
 

@@ -234,7 +234,7 @@ def test_what_the_hub_refuses_ends_in_a_sentence(server, exported, monkeypatch):
             "org/nothing",
             "There is no folder org/nothing, so it must be a model .* no model org/not",
         ),
-        ("org/other", "org/other is no model of nvg_jax: its config.json is missing or another"),
+        ("org/other", "org/other is no model of nvg_jax: it has no config.json of ours"),
         ("org/empty", "org/empty is no model of nvg_jax"),
     ):
         with pytest.raises(UserError, match=message):
