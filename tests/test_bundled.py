@@ -74,7 +74,7 @@ def test_results_of_a_bundled_model_are_kept_apart(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     flags = types.SimpleNamespace(out=None, samples=None, workdir=name)
     monkeypatch.setattr(evaluate, "FLAGS", flags)
-    assert evaluate.out_folder() == Path("runs/fashion_mnist/evaluation")
+    assert str(evaluate.out_folder()) == str(tmp_path / "runs/fashion_mnist/evaluation")
     random_pipeline().save_pretrained("fashion_mnist")
     assert evaluate.out_folder() == Path("fashion_mnist/evaluation")
 
