@@ -76,7 +76,7 @@ def test_results_of_a_bundled_model_are_kept_apart(tmp_path, monkeypatch, name):
     monkeypatch.setattr(evaluate, "FLAGS", flags)
     assert str(evaluate.out_folder()) == str(tmp_path / "runs/fashion_mnist/evaluation")
     random_pipeline().save_pretrained("fashion_mnist")
-    assert evaluate.out_folder() == Path("fashion_mnist/evaluation")
+    assert str(evaluate.out_folder()) == str(tmp_path / "fashion_mnist/evaluation")
 
 
 @pytest.mark.slow
