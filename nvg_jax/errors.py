@@ -45,6 +45,29 @@ def is_failure(error: BaseException) -> bool:
     return bool(FAILURE_TEXT.search(str(error))) and not FULL_TEXT.search(str(error))
 
 
+# What TensorStore says of content that is missing or malformed.
+DAMAGE_TEXT = re.compile(
+    "(NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE|UNIMPLEMENTED): "
+)
+STATUS_TEXT = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether a read failed since the content is malformed, or a part of it is missing.
+
+    Everything that is not known to be damage may be a failure, which is no reason to give up what
+    was to be read.
+    """
+    while type(error) is Exception and error.__cause__ is not None:  # Orbax adds details
+        error = error.__cause__
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if STATUS_TEXT.match(str(error)):
+        return bool(DAMAGE_TEXT.match(str(error))) and not is_failure(error)
+    kinds = ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError
+    return isinstance(error, kinds) and not is_failure(error)
+
+
 def is_mistake(error: BaseException) -> bool:
     """Whether a read or write failed for a reason that only the user can mend."""
     if isinstance(error, OSError) and error.errno is not None:

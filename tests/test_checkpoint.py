@@ -11,11 +11,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from helpers import flip_bit, python, read_meta
 from orbax.checkpoint import multihost
 
 from nvg_jax.errors import UserError
+from nvg_jax.runtime import checkpoint
 from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read
 from nvg_jax.runtime.storage import storage_path
 
@@ -217,6 +219,50 @@ def test_a_save_that_was_cut_off_does_not_count(two):
     assert read_meta(two)["step"] == 2 and restore(two)[2] == 2
     save(two, 3)
     assert restore(two)[2] == 3
+
+
+DENIED = ValueError("PERMISSION_DENIED: Error reading gs://b/2/state/manifest.ocdbt: HTTP 403")
+
+
+def failing(monkeypatch, errors: list[Exception]) -> list[float]:
+    """Makes the first reads fail; returns the pauses between attempts."""
+    read_item, pauses = ocp.CheckpointManager.restore, []
+
+    def fail(*args, **kwargs):
+        if errors:
+            raise errors.pop(0)
+        return read_item(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_read_that_fails_is_repeated_and_is_no_damage(two, monkeypatch):
+    errors = [TimeoutError("late"), OSError("Forbidden: b/2"), DENIED]
+    pauses = failing(monkeypatch, errors)
+    assert restore(two)[2] == 2
+    assert pauses == [1, 2, 4]
+
+
+def test_a_read_that_fails_for_minutes_is_a_failure(two, monkeypatch):
+    pauses = failing(monkeypatch, [DENIED] * 100)
+    with pytest.raises(ValueError, match="PERMISSION_DENIED") as raised:
+        restore(two)
+    assert not isinstance(raised.value, UserError)  # so the process is started again
+    assert 60 < sum(pauses) < 600
+    monkeypatch.undo()
+    assert restore(two)[2] == 2
+
+
+def test_a_save_that_cannot_be_read_is_not_done(two):
+    with pytest.raises(RuntimeError, match="/3 cannot be read: it has no index of its arrays"):
+        with Checkpoints(two) as checkpoints:
+            checkpoints.save(3, make_state(3), META)
+            checkpoints._manager.wait_until_finished()
+            (two / "3" / "state" / "manifest.ocdbt").unlink()
+            checkpoints.save(4, make_state(4), META)
+    assert restore(two)[2] == 2
 
 
 def test_other_failures_are_not_called_a_full_disk(two, monkeypatch):

@@ -1,6 +1,7 @@
 """What ends a command: a user's mistake with one line and code 2, all else with its traceback."""
 
 import errno
+import json
 import os
 import re
 
@@ -12,7 +13,7 @@ from helpers import python, tiny_config
 
 from nvg_jax import cli
 from nvg_jax.data.sources import ArraySource
-from nvg_jax.errors import UserError, is_failure, is_mistake, reported
+from nvg_jax.errors import UserError, is_damage, is_failure, is_mistake, reported
 from nvg_jax.runtime import checkpoint, hardware, sharding
 from nvg_jax.train import train
 
@@ -73,6 +74,7 @@ def test_a_failure_passes_unchanged_and_changes_no_checkpoint(
     place, kind, workdir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(*PLACES[place], FAILURES[kind])
+    monkeypatch.setattr(checkpoint, "PAUSES", ())
     folder = workdir if place in ("restore", "checks") else tmp_path
     before = sorted(path.name for path in (folder / "tokenizer").glob("*"))
     with pytest.raises(Exception) as raised:
@@ -171,6 +173,37 @@ def test_kinds_of_errors():
     assert is_mistake(disk) and not is_failure(disk)
     damaged = ValueError("DATA_LOSS: checksum does not match")
     assert not is_failure(damaged) and not is_mistake(damaged)
+
+
+def test_only_malformed_content_is_damage():
+    class HttpError(Exception):  # as gcsfs raises it
+        pass
+
+    def caused(error: Exception) -> Exception:
+        wrapped = Exception("Encountered error while reading array index")
+        wrapped.__cause__ = error
+        return wrapped
+
+    damage = [
+        FileNotFoundError(errno.ENOENT, "state/_METADATA"),
+        json.JSONDecodeError("Expecting value", "", 0),
+        KeyError("metadata"),
+        ValueError("DATA_LOSS: Error reading local file: CRC-32C mismatch"),
+        caused(ValueError("OUT_OF_RANGE: Requested byte range is not valid")),
+    ]
+    others = [
+        TimeoutError("late"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError("Forbidden: b/run/2"),
+        HttpError("Backend error, 503"),
+        ValueError("UNAVAILABLE: HTTP 503"),
+        ValueError("UNAUTHENTICATED: HTTP 401"),
+        ValueError("PERMISSION_DENIED: HTTP 403"),
+        caused(ValueError("DEADLINE_EXCEEDED: 60s")),
+        RuntimeError("the client is closed"),
+    ]
+    assert [is_damage(error) for error in damage] == [True] * len(damage)
+    assert [is_damage(error) for error in others] == [False] * len(others)
 
 
 def test_reported_passes_failures_and_explains_mistakes(tmp_path):

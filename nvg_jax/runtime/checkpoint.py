@@ -5,9 +5,11 @@ and of each leaf; readers verify them and fall back from a damaged checkpoint to
 metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
 """
 
+import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,8 @@ import numpy as np
 from etils import epath, epy
 from jax.experimental import multihost_utils
 
-from nvg_jax.errors import UserError, is_failure, is_mistake, reported
-from nvg_jax.runtime import processes
+from nvg_jax.errors import UserError, is_damage, is_mistake, reported
+from nvg_jax.runtime import processes, watchdog
 from nvg_jax.runtime.storage import digest, lock, make_folder, storage_path
 
 with epy.lazy_imports():  # slow to import, and not needed to print an error
@@ -27,6 +29,8 @@ with epy.lazy_imports():  # slow to import, and not needed to print an error
 logger = logging.getLogger("nvg_jax")
 
 
+# Seconds between attempts to read a checkpoint, after a failure of the network, say.
+PAUSES = (1, 2, 4, 8, 16, 32, 64, 64)
 PATTERN = re.compile(r"[*?\[\\]")  # what begins or is a glob pattern
 
 
@@ -56,7 +60,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
-        self._folder = run_folder(folder)
+        self._folder, self._saving = run_folder(folder), None  # the step of a save that has begun
         self._lock = self._lock_folder()
         try:
             self._manager = ocp.CheckpointManager(
@@ -94,14 +98,19 @@ class Checkpoints:
     def save(self, step: int, state, meta: dict[str, Any], position=None):
         """Starts saving a state, JSON-serializable metadata and the data iterator's position.
 
+        Waits for the save before, which counts as done when it can be read.
+
         Raises:
+            RuntimeError: the save before is not complete.
             UserError: no space or no permission to write this checkpoint or the previous one.
                 Other failures (a network, another process) are raised unchanged.
         """
+        self.wait()
         content = {"meta": meta, "position": position, "leaves": describe(state)}
         content["digest"] = digest(content)
         items = dict(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(content))
         self._writing(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+        self._saving = step
 
     def restore(
         self, wanted: Callable[[dict[str, Any]], Any], step: int | None = None
@@ -164,9 +173,18 @@ class Checkpoints:
             ) from error
 
     def wait(self):
-        """Waits until pending saves are on disk; raises like `save`."""
+        """Waits until the last save is complete; raises like `save`."""
         self._writing(self._manager.wait_until_finished)
         self._writing(self._manager.check_for_errors)
+        step, self._saving = self._saving, None
+        if step is None or not processes.is_main():
+            return
+        place = self._folder / str(step)
+        reason = damage(json.loads((place / "meta" / "metadata").read_bytes()))
+        if not (place / "state" / "manifest.ocdbt").exists():
+            reason = "it has no index of its arrays"
+        if reason:
+            raise RuntimeError(f"What was saved to {place} cannot be read: {reason}.")
 
     def close(self):
         try:
@@ -274,23 +292,34 @@ def attempt(
 
     Raises:
         UserError: no permission to read it.
-        Exception: a failure that says nothing about the checkpoint, such as a network's.
+        Exception: a failure that says nothing about the checkpoint, such as a network's, and that
+            has not passed after `PAUSES`.
     """
-    result, reason, failure = None, None, None
-    try:
-        (result,) = manager.restore(step, args=ocp.args.Composite(**item)).values()
-    except Exception as error:  # damage comes as errors of many kinds
-        if is_failure(error) or isinstance(error, PermissionError):
-            failure = error
-        else:
-            reason = short(error)
-    failed, damaged = failure is not None, reason is not None
-    if jax.process_count() > 1:
-        states = multihost_utils.process_allgather(np.array([failed, damaged]))
-        failed, damaged = states.reshape(-1, 2).any(0)
-    if failed:
-        with reported(f"The checkpoint of step {step} in {folder} cannot be read"):
-            raise failure or RuntimeError(f"Another process cannot read {folder}/{step}.")
+    result, reason = None, None
+    for pause in (*PAUSES, None):
+        failure = reason = None
+        try:
+            (result,) = manager.restore(step, args=ocp.args.Composite(**item)).values()
+        except Exception as error:  # errors of many kinds
+            if is_damage(error):
+                reason = short(error)
+            else:
+                failure = error
+        mistake = isinstance(failure, OSError) and is_mistake(failure)  # of a disk
+        states = [failure is not None, reason is not None, mistake]
+        if jax.process_count() > 1:
+            gathered = multihost_utils.process_allgather(np.array(states))
+            states = gathered.reshape(-1, 3).any(0)
+        failed, damaged, mistake = states
+        if not failed:
+            break
+        if pause is None or mistake:
+            with reported(f"The checkpoint of step {step} in {folder} cannot be read"):
+                raise failure or RuntimeError(f"Another process cannot read {folder}/{step}.")
+        why = short(failure) if failure else "another process cannot read it"
+        logger.warning("Step %d in %s: %s; reading again in %d s", step, folder, why, pause)
+        watchdog.reset(slow=True)
+        time.sleep(pause)
     if damaged:
         reason = reason or "another process cannot read it"
     return result, reason

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -21,12 +22,42 @@ from etils import epath
 
 from nvg_jax.errors import UserError, reported
 
+RETRIES = 11  # of a request to Cloud Storage, with pauses of 1, 2, 4, 8, 16, 32, 32, ... seconds
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a URL -> the package that epath reaches it with
 
 # The same client everywhere: without this, epath takes TensorFlow's where it is installed.
 os.environ.setdefault("EPATH_USE_TF", "0")
 for _name in ("gcs", "s3"):  # their caches would not show what other processes write
     fsspec.config.conf.setdefault(_name, {}).setdefault("use_listings_cache", False)
+
+
+@functools.cache
+def use_patient_client():
+    """Makes epath reach gs:// with a client that outlasts failures of some minutes.
+
+    gcsfs gives up after half a minute, and then its `isdir` says that there is no folder: a run
+    would not see its checkpoints and start afresh.
+    """
+    import gcsfs  # takes seconds
+    from gcsfs.retry import retry_request
+
+    class Client(gcsfs.GCSFileSystem):
+        _request = retry_request(retries=RETRIES)(gcsfs.GCSFileSystem._request.__wrapped__)
+
+        async def _isdir(self, path):
+            return await self._type(path) == "directory"
+
+        async def _isfile(self, path):
+            return await self._type(path) == "file"
+
+        async def _type(self, path):
+            try:
+                return (await self._info(path))["type"]
+            except FileNotFoundError:
+                return None
+
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Client, clobber=True)
 
 
 # Paths.
@@ -49,6 +80,8 @@ def storage_path(given: str | os.PathLike) -> epath.Path:
             raise UserError(f"{text} is neither a path nor a bucket's URL, such as gs://BUCKET/x.")
         if importlib.util.find_spec(BUCKETS[scheme]) is None:
             raise UserError(f"{text} needs the package {BUCKETS[scheme]}; install it with pip.")
+        if scheme == "gs":
+            use_patient_client()
         return epath.Path(f"{scheme}://{posixpath.normpath(place)}")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
@@ -168,9 +201,14 @@ def make_folder(folder: Path | epath.Path):
     """Creates a folder and those above it; in a bucket, folders need not be created.
 
     Raises:
-        UserError: a file has the name of one of them, or there is no permission.
+        UserError: there is no such bucket, a file has the name of a folder, or there is no
+            permission.
     """
     if in_bucket(folder):
+        bucket = epath.Path(*folder.parts[:3])
+        with contextlib.suppress(OSError):  # who may write objects need not be allowed to look
+            if not bucket.exists():
+                raise UserError(f"There is no bucket {bucket}. Create it, or correct its name.")
         return
     for place in (folder, *folder.parents):
         if place.exists():

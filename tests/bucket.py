@@ -1,0 +1,128 @@
+"""Cloud Storage on loopback, over HTTP, with faults on purpose.
+
+gcp-storage-emulator in this process, corrected where it differs from the service: downloads carry
+their generation, which TensorStore reads, and a request that ends too early stores nothing.
+"""
+
+import contextlib
+import http.server
+import io
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from gcp_storage_emulator import server
+from gcp_storage_emulator.handlers import buckets, objects
+from gcp_storage_emulator.storage import Storage
+
+NAME = "bucket"
+RESET, RESET_AFTER = "reset", "reset after the work"  # what a fault may be, besides an HTTP status
+Fault = Callable[[str, str], int | str | None]
+
+
+class Bucket:
+    """gs://bucket.
+
+    Attributes:
+        url: of the service.
+        fault: (method, path) -> None, the status of an error, RESET or RESET_AFTER.
+        latency: seconds that every request takes.
+        requests: the number of requests so far.
+    """
+
+    def __init__(self):
+        self.fault: Fault = lambda method, path: None
+        self.latency, self.requests, self.url = 0.0, 0, ""
+        self.storage = Storage(use_memory_fs=True)
+        buckets.create_bucket(NAME, self.storage)
+        self.lock = threading.Lock()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which libraries find the service."""
+        return {
+            "STORAGE_EMULATOR_HOST": self.url,
+            "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # needs another service
+        }
+
+    def names(self) -> list[str]:
+        return sorted(self.storage.objects.get(NAME, {}))
+
+    def clear(self):
+        self.fault, self.latency = lambda method, path: None, 0.0
+        with self.lock:
+            self.storage.wipe(keep_buckets=True)
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[Bucket]:
+    bucket = Bucket()
+
+    class Handler(server.RequestHandler):
+        def __init__(self, *args):
+            super().__init__(bucket.storage, *args)
+
+        def parse_request(self):
+            if not super().parse_request():
+                return False
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            bucket.requests += 1
+            time.sleep(bucket.latency)
+            fault = bucket.fault(self.command, self.path)
+            if len(body) < length or fault == RESET:  # a client that was killed, or a fault
+                return self.reset()
+            if isinstance(fault, int):
+                content = json.dumps({"error": {"code": fault, "message": "on purpose"}}).encode()
+                self.send_response(fault)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+                return False
+            answer, self.wfile = self.wfile, io.BytesIO()
+            self.rfile = io.BytesIO(body)
+            with bucket.lock:
+                getattr(self, f"do_{self.command}")()
+            if fault == RESET_AFTER:
+                return self.reset()
+            answer.write(self.wfile.getvalue())
+            return False
+
+        def reset(self):
+            linger = struct.pack("ii", 1, 0)  # closing sends a reset
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.close()
+            return False
+
+        def log_message(self, *args):
+            pass
+
+    download = objects.download
+
+    def with_generation(request, response, storage, *args, **kwargs):
+        download(request, response, storage, *args, **kwargs)
+        with contextlib.suppress(Exception):
+            name = request.params["bucket_name"], request.params["object_id"]
+            response["x-goog-generation"] = str(storage.get_file_obj(*name)["generation"])
+
+    routes = server.HANDLERS
+    server.HANDLERS = tuple(
+        (path, {m: with_generation if h is download else h for m, h in methods.items()})
+        for path, methods in routes
+    )
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http_server.daemon_threads = True
+    bucket.url = f"http://127.0.0.1:{http_server.server_port}"
+    thread = threading.Thread(target=http_server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield bucket
+    finally:
+        http_server.shutdown()
+        http_server.server_close()
+        server.HANDLERS = routes
