@@ -41,8 +41,10 @@ def use_patient_client():
     import gcsfs  # takes seconds
     from gcsfs.retry import retry_request
 
+    retry: Any = retry_request  # a decorator that turns into a decorator with arguments
+
     class Client(gcsfs.GCSFileSystem):
-        _request = retry_request(retries=RETRIES)(gcsfs.GCSFileSystem._request.__wrapped__)
+        _request = retry(retries=RETRIES)(gcsfs.GCSFileSystem._request.__wrapped__)
 
         async def _isdir(self, path):
             return await self._type(path) == "directory"
@@ -52,7 +54,8 @@ def use_patient_client():
 
         async def _type(self, path):
             try:
-                return (await self._info(path))["type"]
+                info: Any = await self._info(path)
+                return info["type"]
             except FileNotFoundError:
                 return None
 
