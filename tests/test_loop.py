@@ -2,21 +2,26 @@
 
 import logging
 import os
+import shutil
 import signal
+import time
 import types
 
 import numpy as np
 import pytest
 from helpers import logged, tiny_config
 from ml_collections import ConfigDict
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import preemption, sharding
+from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import loop
 from nvg_jax.training.length import START, training_length
+from nvg_jax.training.watching import memory_in_use
 from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_export_metadata, read_metadata
 
 STEPS = 6
@@ -111,6 +116,7 @@ def fit(tmp_path, monkeypatch):
         calls = iter(range(1, 100))
         monkeypatch.setattr(preemption, "noticed", lambda: next(calls) == sigterm_at)
         config = ConfigDict(base)
+        config.profile_steps = changes.pop("profile_steps", ())
         config.tokenizer_training.update(changes)
         trainer = Sum(config.tokenizer_training)
         trainer.interrupted = in_evaluation
@@ -262,3 +268,63 @@ def test_before_the_first_step_and_the_second_time_it_ends_at_once(
     assert not str(error.value)
     assert read_metadata(tmp_path / "tokenizer") is None
     assert fit_in_notebook() == [(15.0, "finished")]  # nothing of the request is left
+
+
+# Watching.
+
+
+def test_after_a_resume_tensorboard_shows_each_step_once(fit, tmp_path):
+    with pytest.raises(preemption.Preempted):
+        fit(sigterm_at=5, save_every=4)
+    folder = tmp_path / "tokenizer"
+    shutil.rmtree(folder / "5")  # as after a crash: the fifth step is done again
+    fit(save_every=4)
+    events = EventAccumulator(str(folder)).Reload()
+    values = events.Tensors("sum_loss")
+    assert [(event.step, event.tensor_proto.float_val[0]) for event in values] == [
+        (1, 0), (2, 1), (3, 3), (4, 6), (5, 10), (6, 15)
+    ]  # fmt: skip
+
+
+def test_a_profile_is_one_that_tensorboard_finds(fit, tmp_path, monkeypatch):
+    fit(profile_steps=(2, 3))
+    (trace,) = (tmp_path / "tokenizer" / "plugins" / "profile").glob("*/*.xplane.pb")
+    assert b"train" in trace.read_bytes()
+
+
+def test_the_log_says_where_the_time_went(fit, tmp_path, monkeypatch, caplog):
+    """By a clock that runs only in batches, 1 s, evaluations, 2 s, and saves, 3 s."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def taking(seconds, owner, name):
+        function = getattr(owner, name)
+
+        def slow(*arguments):
+            now[0] += seconds
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    taking(1.0, Batches, "__next__")
+    taking(2.0, Sum, "evaluate")
+    taking(3.0, Checkpoints, "save")
+    with caplog.at_level(logging.INFO, "nvg_jax"):
+        fit()
+    shares = "steps 0%  data 29%  compiling 0%  saving 43%  evaluating 29%"  # of 6 + 6 + 9 = 21 s
+    assert f"tokenizer: 6  time since the start: {shares}" in caplog.text
+    values = logged(tmp_path / "tokenizer")
+    # Since the line of step 2: its save, its evaluation, and the batch of step 3.
+    of_step_3 = {n: values[f"goodput/{n}", 3] for n in ("steps", "data", "saving", "evaluating")}
+    assert of_step_3 == pytest.approx(dict(steps=0, data=1 / 6, saving=3 / 6, evaluating=2 / 6))
+    assert values["goodput_total/data", 3] == pytest.approx(3 / 8)
+
+
+def test_memory_of_devices_that_say_it(monkeypatch):
+    device = lambda used: types.SimpleNamespace(
+        memory_stats=lambda: used and {"bytes_in_use": used * 2**30, "peak_bytes_in_use": 2**33}
+    )
+    monkeypatch.setattr("jax.local_devices", lambda: [device(1), device(3)])
+    assert memory_in_use() == {"device_memory_gib": 3, "device_memory_peak_gib": 8}
+    monkeypatch.setattr("jax.local_devices", lambda: [device(None)])
+    assert memory_in_use() == {}

@@ -79,6 +79,11 @@ def check_process(config: ml_collections.ConfigDict):
     check_dtype(config.dtype)
     check_dtype(config.tokenizer_training.dtype or config.dtype)
     check_ranges(config)
+    steps = tuple(config.profile_steps)
+    if steps and (len(steps) != 2 or steps[0] > steps[1]):
+        raise UserError(
+            f"profile_steps must be () or (first, last), such as (100, 105), got {steps}."
+        )
     hardware.check_options()
 
 

@@ -16,6 +16,7 @@ from nvg_jax.training.length import Origin
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
+from nvg_jax.training.watching import Profiler
 from nvg_jax.workdir import (
     RunMetadata,
     changed_settings,
@@ -72,7 +73,16 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             evaluate = step == steps or step % recipe.eval_every == 0
             return evaluate, best is not None and (step == steps or step % recipe.fid_every == 0)
 
+        clock = reporter.clock
+        profiler = Profiler(folder, run.config.profile_steps)
+        stack.enter_context(contextlib.closing(profiler))
+
         def assess(step: int):
+            with clock.timed("evaluating"):
+                assess_now(step)
+            reporter.goodput(step)
+
+        def assess_now(step: int):
             evaluate, measure = due(step)
             if evaluate:
                 reporter.evaluation(step, *trainer.evaluate(run, state, inputs, metadata))
@@ -88,17 +98,27 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             if start == steps:
                 metadata = trainer.finish(run, state, metadata)
             assess(start)
+        warming_up = None
         for step in range(start, steps):
             watchdog.reset(slow=step == start)  # the first step compiles
             preemption.defer_interrupts(step > start)
             reporter.start_step()
-            batch = sharding.global_batch(next(batches), run.mesh)
-            state, metrics = trainer.jit_train_step(
-                state, inputs, batch, key, warming_up=trainer.warming_up(step)
-            )
+            done = step + 1
+            profiler.before(done)
+            with clock.timed("data"):
+                batch = sharding.global_batch(next(batches), run.mesh)
+            before, warming_up = warming_up, trainer.warming_up(step)
+            compiles = warming_up is not before  # in the first step, and after the warm-up
+            with (
+                clock.timed("compiling") if compiles else contextlib.nullcontext(),
+                jax.profiler.StepTraceAnnotation("train", step_num=done),
+            ):
+                state, metrics = trainer.jit_train_step(
+                    state, inputs, batch, key, warming_up=warming_up
+                )
+            profiler.after(done, metrics)
             reporter.add(metrics)
 
-            done = step + 1
             last = done == steps
             preempted = preemption.noticed()
             save = last or preempted or done % recipe.save_every == 0
@@ -106,10 +126,11 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
                 rate = np.asarray(trainer.learning_rate(step)).item()
                 reporter.progress(done, rate, checkpoints.latest_step)
 
-            if last:
-                metadata = trainer.finish(run, state, metadata)
             if save:
-                checkpoints.save(done, state, metadata.to_json(), batches.get_state())
+                with clock.timed("saving"):
+                    if last:
+                        metadata = trainer.finish(run, state, metadata)
+                    checkpoints.save(done, state, metadata.to_json(), batches.get_state())
             if any(due(done)) and not preempted:
                 try:
                     assess(done)

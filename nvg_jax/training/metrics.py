@@ -27,12 +27,14 @@ from nvg_jax.runtime.storage import atomic_write, in_bucket
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.state import FAR_ABOVE
+from nvg_jax.training.watching import Clock, memory_in_use
 from nvg_jax.visualize import png, save_png
 
 logger = logging.getLogger("nvg_jax")
 
 # Protocol buffers get their classes when they are imported, where a type checker sees none.
 Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 TensorProto: Any = tensor_pb2.TensorProto  # pyright: ignore[reportAttributeAccessIssue]
 FLUSH_SECONDS = 120
@@ -71,6 +73,14 @@ class EventWriter:
         for tag, text in texts.items():
             self._add(step, text_pb(tag, text))
 
+    def begin(self, step: int):
+        """Tells TensorBoard that a process begins at this step.
+
+        If another one had begun before, it forgets what that one wrote of this step and later ones.
+        """
+        log = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=step, session_log=log))
+
     def flush(self):
         if not self._buffer.tell():
             return
@@ -90,12 +100,14 @@ class EventWriter:
         self._flushed, self._flushes = time.monotonic(), self._flushes + 1
 
     def _add(self, step: int, summary: Any):
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Any):
         if not is_main():
             return
         if not self._buffer.tell() and (self._in_bucket or not self._flushes):
             version = Event(wall_time=time.time(), file_version="brain.Event:2")
             self._records.write(version.SerializeToString())
-        event = Event(wall_time=time.time(), step=step, summary=summary)
         self._records.write(event.SerializeToString())
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
@@ -124,11 +136,14 @@ class Reporter:
         self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
+        self.clock = Clock()
         self._compiled, self._warm, self._marked = False, False, time.monotonic()
         self._assessed = folder / "assessed.txt"
         if start:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
+        if start < steps:
+            self._writer.begin(start + 1)
         self._beat(start)
 
     def close(self):
@@ -170,6 +185,7 @@ class Reporter:
         self._warm = True
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
+        scalars |= self.clock.report() | memory_in_use()
         self._writer.write_scalars(step, scalars)
         self._losses = {k: v for k, v in scalars.items() if k.endswith("loss")}
         shown = self._losses | {k: v for k, v in scalars.items() if k == "skipped_steps" and v}
@@ -216,6 +232,13 @@ class Reporter:
         if is_main():
             with atomic_write(self._assessed) as file:
                 file.write(str(step).encode())
+
+    def goodput(self, step: int):
+        """Logs where the time went, and the memory of the devices."""
+        shown = "  ".join(f"{name} {share:.0%}" for name, share in self.clock.shares().items())
+        memory = memory_in_use().get("device_memory_peak_gib")
+        peak = f"  device memory {memory:.3g} GiB at most" if memory else ""
+        logger.info("%s: %d  time since the start: %s%s", self._part, step, shown, peak)
 
     def fid(self, step: int, fid: float, best: float):
         """Writes the FID of the model at this step; `best` is the lowest one so far."""

@@ -76,6 +76,7 @@ TRANSFORMER = dict(
 RANGES = dict(
     seed=Range(0, MAX_SEED),
     stall_timeout=NUMBER,
+    profile_steps=COUNT,
     class_dropout=RATE,
     mesh=dict.fromkeys(("data", "fsdp", "tensor"), Range(1, auto=-1)),
     data=dict(resize=NUMBER, pad=NUMBER, num_threads=COUNT, num_workers=NUMBER, prefetch=COUNT),
