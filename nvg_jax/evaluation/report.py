@@ -231,7 +231,7 @@ MEANINGS = {
     "precision": "share of images as close to the reference as its own images are to each other",
     "recall": "share of the reference as close to the images as they are to each other",
     "class agreement": "share of samples that the judge takes for the class they were asked for",
-    "judge's accuracy": "the same of reconstructions, and of real images with their labels",
+    "judge's accuracy": "share of reconstructions, or of real images, taken for their class",
     "PSNR": "likeness of pixels in dB; higher is better",
     "SSIM": "likeness of small patches, at most 1",
     "LPIPS": "distance in the features of a network that agrees with people; lower is better",

@@ -158,7 +158,7 @@ def table(results: dict[str, Any], num_classes: int) -> str:
     """The metrics of `report` beside those of real held-out images, and chance, as text."""
     rows = [
         ("PSNR", results["test_psnr"], None, None),
-        ("rFID", results["rfid"], 0.0, None),
+        ("rFID", results["rfid"], None, None),
         (
             "judge's accuracy",
             results["classifier_accuracy_on_reconstructions"],
