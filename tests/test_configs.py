@@ -72,6 +72,7 @@ def recipes(config):
 @pytest.mark.parametrize("name, arg", EVERY)
 def test_every_variant_is_a_whole_configuration(name, arg):
     config = load(name, arg)
+    check_config(config)
     assert keys(config) == keys(importlib.import_module("configs.common").base())
     sizes = TokenizerConfig(**config.tokenizer)
     for training in (fitted(recipe, 1000) for recipe in recipes(config)):

@@ -82,9 +82,10 @@ RANGES = dict(
     data=dict(resize=NUMBER, pad=NUMBER, num_threads=COUNT, num_workers=NUMBER, prefetch=COUNT),
     tokenizer=dict.fromkeys(
         ("image_size", "latent_size", "latent_dim", "codebook_size", "base_channels")
-        + ("channel_multipliers", "blocks_per_level"),
+        + ("channel_multipliers",),
         COUNT,
-    ),
+    )
+    | dict(blocks_per_level=NUMBER),
     content=TRANSFORMER,
     structure=TRANSFORMER,
     tokenizer_training=RECIPE
