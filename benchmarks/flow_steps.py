@@ -32,7 +32,7 @@ from nvg_jax.evaluation.judges import fit_classifier
 from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure
 from nvg_jax.evaluation.sets import LabeledImages, load_split
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.sampling.generate import make_plan
+from nvg_jax.sampling.generate import flow_evaluations, make_plan
 from nvg_jax.sampling.settings import Settings, parse_sweep, text_of
 from nvg_jax.structure import flow
 from nvg_jax.training.distillation import guided_velocity, solution, solve_stages, split_stages
@@ -128,15 +128,7 @@ def evaluations(pipe: Pipeline, point: dict) -> int:
     """How often the structure generator runs for one image."""
     config = pipe.tokenizer.config
     settings = pipe.settings.updated(point).expand(config.num_stages, config.codebook_size)
-    times = flow.shifted_times(settings.flow_steps, config.num_positions, settings.flow_shift)
-    count = 0
-    for stage in make_plan(settings).stages:
-        if stage.split in ("plain", "guided"):
-            steps = (
-                (times[:-1] < settings.flow_restart).sum() + 1 if stage.restart else len(times) - 1
-            )
-            count += steps * flow.SOLVERS[settings.solver] * (2 if stage.split == "guided" else 1)
-    return int(count)
+    return flow_evaluations(make_plan(settings), config.num_positions)
 
 
 def row(results: list[dict]) -> str:

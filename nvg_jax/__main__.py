@@ -7,6 +7,7 @@ COMMANDS = {
     "sample": "draw images: PNG files, or one .npz file",
     "app": "a page to sample, draw and edit in the browser",
     "evaluate": "FID and other metrics of samples, or of a model",
+    "tune_sampling": "find cheaper settings that sample as well",
     "figures": "the figures of the paper, for any model",
     "train": "train a tokenizer and generators, or resume",
     "distill": "train a student that needs few steps",
@@ -24,7 +25,7 @@ def main():
     else:
         is_help = command in ("--help", "-h", "help")
         lines = ["usage: nvg COMMAND --FLAG=VALUE ...", ""]
-        lines += [f"  {name:10}{does}" for name, does in COMMANDS.items()]
+        lines += [f"  {name:15}{does}" for name, does in COMMANDS.items()]
         lines += ["", "nvg COMMAND --help shows the flags of a command."]
         lines = lines if is_help else [f"error: nvg has no command {command!r}.", *lines]
         print("\n".join(lines), file=sys.stdout if is_help else sys.stderr)

@@ -19,7 +19,8 @@ LEVELS = (
     ("pipeline",),
     ("training", "jobs"),
     ("aot", "cli", "page"),
-    ("train", "sample", "evaluate", "convert", "compile", "encode", "distill", "figures", "app"),
+    ("train", "distill", "encode", "convert", "compile")
+    + ("sample", "evaluate", "figures", "tune_sampling", "app"),
 )
 # These know no model: of the package they import only each other. Every level may import them.
 FREE = ("__main__", "errors", "presets", "parts", "data", "runtime", "torch_interop", "visualize")

@@ -124,6 +124,19 @@ def make_plan(
     )
 
 
+def flow_evaluations(plan: SamplingPlan, num_positions: int) -> int:
+    """How often the structure generator runs for one image with L = `num_positions`."""
+    settings, count = plan.settings, 0
+    times = flow.shifted_times(settings.flow_steps, num_positions, settings.flow_shift)
+    for stage in plan.stages:
+        if stage.split in ("plain", "guided"):
+            steps = settings.flow_steps
+            if stage.restart:
+                steps = 1 + int((times[:-1] < settings.flow_restart).sum())
+            count += steps * flow.SOLVERS[settings.solver] * (2 if stage.split == "guided" else 1)
+    return count
+
+
 def generate(
     networks: Networks, requests: SampleRequests, values: dict[str, Array], plan: SamplingPlan
 ) -> tuple[GranularitySequence, Float32[Array, "B L D"]]:

@@ -1,0 +1,61 @@
+"""Finds the cheapest structure flow that samples as well as the model's own settings.
+
+    python -m nvg_jax.tune_sampling --workdir=runs/digits --out=models/digits
+
+Tries fewer steps and fewer stages at which the flow is solved (docs/few_steps.md), cheapest first,
+until the mean FID over --seeds seeds is no worse than the worst of the model's own settings. --out
+is a new export of the model that recommends what was found.
+"""
+
+from absl import flags
+from etils import epy
+
+from nvg_jax import cli
+from nvg_jax.errors import UserError, comes_with
+from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.storage import storage_path
+
+with epy.lazy_imports(error_callback=comes_with("train")):
+    from nvg_jax import pipeline, workdir
+    from nvg_jax.evaluation import report, sets
+    from nvg_jax.evaluation.judges import fit_classifier
+    from nvg_jax.jobs import sampling_runs, tuning
+
+FLAGS = flags.FLAGS
+
+
+def main(_):
+    workdir.check_export(storage_path(FLAGS.out))
+    pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
+    pipe.check_can_sample()
+    points = tuning.candidates(pipe)
+    own = tuning.Point(tuning.evaluations(pipe, pipe.settings), {})
+    if not points:
+        raise UserError("This model's own settings are already the cheapest that can be tried.")
+    data = cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter)
+    train = sets.load_split(data, "train", pipe.tokenizer.config.image_size)
+    count = pipe.metadata.model.num_classes
+    judge = fit_classifier(data["name"], train.images, train.labels, count)
+    reference = report.features_of(train, judge, keep=0)
+    classes = [index % count for index in range(FLAGS.num_samples)]
+    size = min(FLAGS.batch_size, FLAGS.num_samples)
+    job = sampling_runs.SamplingJob(pipe, classes, 1, size, FLAGS.seed, {})
+    fids = tuning.make_fids(job, judge, reference, FLAGS.seeds)
+    best, lines = tuning.tune(points, own, fids)
+    if not is_main():
+        return
+    metadata = pipe.metadata.replace(sampling=pipe.settings.updated(best.settings))
+    workdir.write_export(FLAGS.out, metadata, pipe.params)
+    print("\n".join(lines))
+    print(f"{own.evaluations / best.evaluations:.1f} times fewer evaluations: {best}")
+    print(f"written: {FLAGS.out}")
+
+
+if __name__ == "__main__":
+    cli.define_model_flags()
+    cli.define_data_flags()
+    flags.DEFINE_string("out", None, "Folder for the model with its new settings.")
+    flags.DEFINE_integer("num_samples", 1000, "Samples for each seed.", 10)
+    flags.DEFINE_integer("seeds", 3, "Seeds; their FIDs show how much is noise.", 2)
+    flags.mark_flags_as_required(["workdir", "out"])
+    cli.main(main)
