@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Runs the README's commands on a machine that has nothing: a Debian made by debootstrap, in a folder.
+#
+#     tests/fresh_machine.sh SUITE FOLDER [TARGET...]       as root, on Debian with debootstrap
+#
+# SUITE: trixie (Debian 13, Python 3.13) or forky (the next one, Python 3.14). FOLDER: where the root
+# is made, or was made before; it needs 6 GB. TARGET: of make, by default demo and test.
+# MIRROR: where Debian's packages come from, if not debootstrap's default.
+set -euo pipefail
+suite=${1:?SUITE} root=${2:?FOLDER}
+shift 2
+targets=("$@")
+(($#)) || targets=(demo test)
+cd "$(dirname "$0")/.."
+
+if [[ ! -e $root/etc/debian_version ]]; then
+  script=/usr/share/debootstrap/scripts/$suite # older debootstraps do not know newer suites
+  [[ -e $script ]] || script=/usr/share/debootstrap/scripts/sid
+  debootstrap --variant=minbase --include=ca-certificates,git,make,python3,python3-venv \
+    "$suite" "$root" "${MIRROR:-}" "$script"
+fi
+# How this machine reaches the network, and the files that git knows, over those of an earlier call.
+for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
+  [[ ! -e $file ]] || install -D "$file" "$root$file"
+done
+mkdir -p "$root/nvg_jax"
+git ls-files --cached --others --exclude-standard -z |
+  tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory="$root/nvg_jax"
+
+# In a mount namespace of its own, so that nothing stays mounted.
+# shellcheck disable=SC2016
+unshare --mount bash -euc '
+  root=$1; shift
+  mount -t proc proc "$root/proc"
+  mount --rbind /dev "$root/dev"
+  for target; do
+    chroot "$root" env --ignore-environment HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/usr/sbin \
+      make -C /nvg_jax "$target"
+  done
+' bash "$root" "${targets[@]}"
