@@ -61,6 +61,7 @@ def test_the_plan_is_kept(opened):
     assert set(kept) == {"config", "command", "commit", "versions"}
     (events,) = run.workdir.glob("events*")
     assert b"codebook_size" in events.read_bytes()
+    assert b"Total: 209,771" in events.read_bytes()  # the tokenizer's parameters
 
 
 def test_a_folder_is_counted_by_class(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from clu import parameter_overview
 
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.storage import atomic_write, make_folder
@@ -31,6 +32,7 @@ def announce(run: Run, trainers: Sequence[Trainer]):
 
     WORKDIR/run.json and TensorBoard's text have the config, with everything that follows from
     the number of images, the commit and the versions. It replaces that of an earlier start.
+    TensorBoard's text also lists the parameters.
 
     Raises:
         UserError: the workdir cannot be written.
@@ -44,7 +46,12 @@ def announce(run: Run, trainers: Sequence[Trainer]):
     with atomic_write(run.workdir / FILE) as file:
         file.write(text.encode() + b"\n")
     writer = EventWriter(run.workdir)
-    writer.write_texts(0, {"config": f"```json\n{text}\n```"})
+    texts = {"config": f"```json\n{text}\n```"}
+    for trainer in trainers:
+        params = trainer.trained(trainer.abstract_state.params)
+        overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+        texts[f"parameters/{trainer.part.name}"] = f"```\n{overview}\n```"
+    writer.write_texts(0, texts)
     writer.flush()
 
 
@@ -98,7 +105,7 @@ def describe_data(run: Run) -> list[str]:
 def describe_part(run: Run, trainer: Trainer) -> list[str]:
     name, recipe = trainer.part.name, run.config[trainer.part.section]
     sizes = {
-        network: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        network: parameter_overview.count_parameters(tree)
         for network, tree in trainer.trained(trainer.abstract_state.params).items()
     }
     images = recipe.batch_size * trainer.steps
