@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import ml_collections
 from absl import flags
-from etils import epy
+from etils import epath, epy
 
 from nvg_jax import cli, presets
 from nvg_jax.errors import UserError, comes_with
@@ -26,7 +26,7 @@ from nvg_jax.training import checks
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
-    from nvg_jax.runtime import checkpoint, sharding
+    from nvg_jax.runtime import checkpoint, sharding, storage
     from nvg_jax.training import registry, run
 
 FLAGS = flags.FLAGS
@@ -56,15 +56,10 @@ def train(
         Preempted: SIGTERM arrived; the state is saved.
         Interrupted: a KeyboardInterrupt; Ctrl-C or a notebook's stop button did the same.
     """
-    checks.check_config(config)
-    parts, workdir = CHOICES[config.part], checkpoint.run_folder(workdir)
-    if folders.read_export_metadata(workdir):
-        raise UserError(
-            f"{workdir} holds an exported model, which would hide the one that is trained there; "
-            "give another --workdir, and this folder as --config.init_from or tokenizer_workdir."
-        )
     resume = folders.Resume(tuple(allow_changes), resume_step)
-    checks.check_resume(config, parts, resume)
+    workdir = check_arguments(config, workdir, resume)
+    check_workdir(workdir)
+    parts = CHOICES[config.part]
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
         # A run that has already started does not read init_from again.
@@ -76,6 +71,23 @@ def train(
             registry.rehearse_parts(opened, parts, price)
         else:
             registry.train_parts(opened, parts)
+
+
+def check_arguments(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume: "folders.Resume"
+) -> epath.Path:
+    """The folder to train in; raises UserError for arguments that cannot work."""
+    checks.check_config(config)
+    checks.check_resume(config, CHOICES[config.part], resume)
+    return checkpoint.run_folder(workdir)
+
+
+def check_workdir(workdir: epath.Path):
+    if folders.read_export_metadata(workdir):
+        raise UserError(
+            f"{workdir} holds an exported model, which would hide the one that is trained there; "
+            "give another --workdir, and this folder as --config.init_from or tokenizer_workdir."
+        )
 
 
 def main(_):
@@ -93,8 +105,10 @@ def main(_):
 
 def set_up():
     if FLAGS.check_only:
-        checks.check_config(FLAGS.config)
-        checkpoint.run_folder(FLAGS.workdir)
+        resume = folders.Resume(tuple(FLAGS.allow_changes), FLAGS.resume_step)
+        workdir = check_arguments(FLAGS.config, FLAGS.workdir, resume)
+        if not storage.in_bucket(workdir):  # which this machine may have no access to
+            check_workdir(workdir)
         sys.exit()
     cli.compile_fast()
 

@@ -246,6 +246,8 @@ def test_numbers_have_three_digits_and_every_name_is_explained():
     """A small folder once gave 352.59935075584195, from 27 images, without a word."""
     values = [352.59935075584195, 0.35, 12345.6, 0.0012345, 0.0]
     assert [report.digits(v) for v in values] == ["353", "0.350", "12300", "0.00123", "0.00"]
+    # The PSNR of equal images, and the FID of a model that diverged.
+    assert [report.digits(v) for v in (np.inf, -np.inf, np.nan)] == ["inf", "-inf", "nan"]
     few = dict.fromkeys(FIGURES, 352.59935075584195) | {"images": 27, "features": 64}
     text = report.table([few])
     assert "353" in text and "352.6" not in text

@@ -1,6 +1,8 @@
 """TensorBoard's event files: what TensorBoard reads, and no need of TensorFlow."""
 
+import errno
 import io
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -51,6 +53,21 @@ def test_objects_in_a_bucket_are_written_whole_and_never_again(tmp_path, monkeyp
         writer.flush()  # nothing left: no object
     assert len(list(tmp_path.iterdir())) == 11
     assert read(tmp_path) == [(step, "l1_loss", [step]) for step in range(11)]
+
+
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_a_failure_to_write_ends_no_training(tmp_path, monkeypatch, caplog, in_bucket):
+    writer = metrics.EventWriter(epath.Path(tmp_path))
+    monkeypatch.setattr(writer, "_in_bucket", in_bucket)
+    with monkeypatch.context() as broken:
+        broken.setattr(metrics, "atomic_write", Mock(side_effect=RuntimeError("503")))
+        broken.setattr(metrics, "reported", Mock(side_effect=OSError(errno.EIO, "stale")))
+        writer.write_scalars(0, {"l1_loss": 1.0})
+        writer.flush()
+    assert "cannot be written now" in caplog.text and not list(tmp_path.iterdir())
+    writer.write_scalars(1, {"l1_loss": 2.0})
+    writer.flush()
+    assert read(tmp_path) == [(0, "l1_loss", [1.0]), (1, "l1_loss", [2.0])]
 
 
 def test_events_appear_while_a_training_runs(tmp_path, monkeypatch):

@@ -191,6 +191,7 @@ def test_nothing_is_created_for_arguments_that_training_refuses(
             ["--config=configs/digits.py", "--config.tokenizer_training.length=5"],
             "800 steps",
         ),
+        ("local.sh", [], ["--config=configs/digits.py", "--allow_changes=lenght"], "'length'?"),
     ],
 )
 def test_training_itself_checks_the_arguments(tmp_path, script, options, training, message):
@@ -505,6 +506,14 @@ def test_slurm_does_not_requeue_for_ever_what_never_saves(tmp_path, code):
         (0, "requeue 7\n" * 3),
         (code, "requeue 7\n" * 3),
     ]
+
+
+def test_slurm_reads_the_heartbeat_of_a_bucket(tmp_path):
+    program(tmp_path / "bin/gcloud", 'echo "{\\"start\\": 400}"; echo "$@" >>gcloud')
+    job = lambda: slurm_job(tmp_path, "exit 143", ["--config=c", "--workdir=gs://bucket/run"])
+    assert [job(), job()] == [(0, "requeue 7\n"), (143, "requeue 7\n")]
+    calls = (tmp_path / "gcloud").read_text().splitlines()
+    assert calls == ["storage cat gs://bucket/run/heartbeat.json"] * 2
 
 
 # GKE.

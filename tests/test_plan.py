@@ -1,6 +1,8 @@
 """What a training says before its first step, by numbers that a person can check."""
 
 import json
+import re
+import subprocess
 import types
 
 import jax
@@ -62,6 +64,18 @@ def test_the_plan_is_kept(opened):
     (events,) = run.workdir.glob("events*")
     assert b"codebook_size" in events.read_bytes()
     assert b"Total: 209,771" in events.read_bytes()  # the tokenizer's parameters
+
+
+def test_a_commit_is_that_of_this_code(tmp_path, monkeypatch):
+    """A wheel in PROJECT/.venv is not of PROJECT's commit."""
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", plan.provenance()["commit"])
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x@x", *command], cwd=tmp_path, check=True
+        )
+    (tmp_path / "plan.py").write_text("")
+    monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
+    assert plan.provenance()["commit"] is None
 
 
 def test_a_folder_is_counted_by_class(tmp_path):

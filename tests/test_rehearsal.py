@@ -51,6 +51,15 @@ def test_a_workdir_that_forgets_is_named(monkeypatch, tmp_path):
     run = types.SimpleNamespace(workdir=storage_path(tmp_path), replicated=place)
     assert rehearsal.check_workdir(run) > 0
     assert not list(tmp_path.iterdir())
+    (tmp_path / "rehearsal" / "1").mkdir(parents=True)  # of a check that was killed
+    assert rehearsal.check_workdir(run) > 0
     monkeypatch.setattr(checkpoint, "read", lambda *arguments: None)
-    with pytest.raises(UserError, match="rehearsal does not read back.*that all processes share"):
+    with pytest.raises(UserError, match="rehearsal does not read back"):
         rehearsal.check_workdir(run)
+    assert not list(tmp_path.iterdir())
+    # Another process does not see the folder. Nothing may then wait for it.
+    monkeypatch.setattr(rehearsal, "everywhere", lambda seen: not seen)
+    monkeypatch.setattr(checkpoint, "Checkpoints", None)
+    with pytest.raises(UserError, match="Not every process sees .*that all processes share"):
+        rehearsal.check_workdir(run)
+    assert not list(tmp_path.iterdir())

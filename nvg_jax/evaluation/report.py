@@ -21,7 +21,7 @@ from nvg_jax.evaluation.features import METRICS, FeatureSet, Moments, generation
 from nvg_jax.evaluation.judges import Judge
 from nvg_jax.evaluation.sets import Archive, ImageSet
 from nvg_jax.pretrained import ImageFeatures
-from nvg_jax.runtime.processes import barrier, gather, gather_rows, is_main
+from nvg_jax.runtime.processes import barrier, everywhere, gather, gather_rows, is_main
 from nvg_jax.runtime.resumable import own_parts, read_arrays
 from nvg_jax.runtime.storage import atomic_write, digest
 from nvg_jax.sampling.settings import text_of
@@ -129,8 +129,8 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
     file = folder.with_suffix(".npz")
     stored = read_arrays(file) if file.exists() else None
     # Each machine may have its own cache, but all processes must take the same branch.
-    everywhere = gather(np.array([stored is not None]), jax.process_count()).all()
-    if stored is not None and everywhere:
+    if everywhere(stored is not None):
+        assert stored is not None
         logger.info("features of the reference: %s", file)
         count = int(stored.pop("count"))
         features = FeatureSet(count=count, **stored)
@@ -216,8 +216,10 @@ def warn_if_sizes_differ(images: ImageSet, reference: ImageSet):
 
 
 def digits(value: float) -> str:
-    """A number with three significant digits."""
+    """A number with three significant digits; "inf" and "nan" as they are."""
     value = float(f"{value:.3g}")
+    if not math.isfinite(value):
+        return str(value)
     decimals = 2 - math.floor(math.log10(abs(value))) if value else 2
     return f"{value:.{max(decimals, 0)}f}"
 

@@ -45,6 +45,11 @@ def gather(own: np.ndarray, count: int) -> np.ndarray:
     return gathered.reshape(-1, *own.shape[1:])[:count]
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether something holds on every process; every process must call it."""
+    return bool(gather(np.array([holds]), jax.process_count()).all())
+
+
 def gather_rows(own: list[np.ndarray], count: int) -> np.ndarray:
     """All processes' batches (B, D), concatenated in order; `own` are those of `own_share`."""
     if jax.process_count() == 1:

@@ -17,7 +17,7 @@ from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import preemption
-from nvg_jax.runtime.processes import barrier, is_main, own_share
+from nvg_jax.runtime.processes import barrier, everywhere, is_main, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.storage import atomic_write, make_folder
 
@@ -68,10 +68,10 @@ def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, 
         with atomic_write(path) as file:
             file.write(json.dumps(description).encode())
     barrier(f"{path} is there")
-    if not path.exists():
+    if not everywhere(path.exists()):
         raise UserError(
-            f"Process {jax.process_index()} does not see {path}, which process 0 wrote: --out "
-            "must be in a file system that all processes share."
+            f"Not every process sees {path}, which process 0 wrote: --out must be in a file system "
+            "that all processes share."
         )
 
 

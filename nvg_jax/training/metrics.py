@@ -82,22 +82,28 @@ class EventWriter:
         self._write(Event(wall_time=time.time(), step=step, session_log=log))
 
     def flush(self):
+        """Writes what is buffered; after a failure that may pass, it is tried again later."""
         if not self._buffer.tell():
             return
-        path = self._path
-        if self._in_bucket:
-            path = path.with_name(f"{path.name}.{self._flushes:06d}")
-        if self._in_bucket:
-            with atomic_write(path) as file:
-                file.write(self._buffer.getvalue())
-        else:
-            with reported(f"{path} cannot be written"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("ab") as file:
+        path, self._flushed = self._path, time.monotonic()
+        try:
+            if self._in_bucket:
+                path = path.with_name(f"{path.name}.{self._flushes:06d}")
+                with atomic_write(path) as file:
                     file.write(self._buffer.getvalue())
+            else:
+                with reported(f"{path} cannot be written"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with path.open("ab") as file:
+                        file.write(self._buffer.getvalue())
+        except UserError:
+            raise
+        except Exception as error:  # libraries for buckets raise errors of many kinds
+            logger.warning("%s cannot be written now: %s", path, error)
+            return
         self._buffer.seek(0)
         self._buffer.truncate()
-        self._flushed, self._flushes = time.monotonic(), self._flushes + 1
+        self._flushes += 1
 
     def _add(self, step: int, summary: Any):
         self._write(Event(wall_time=time.time(), step=step, summary=summary))
@@ -255,7 +261,7 @@ def check_steps(
     max_skipped: int,
     checkpoint: int | None,
 ):
-    """Raises UserError if a metric is not finite, or `max_skipped` steps in a row were left out.
+    """Raises UserError if a metric is not finite or over `max_skipped` steps in a row were skipped.
 
     Args:
         window: the metrics of the steps up to `last_step`.
@@ -263,9 +269,10 @@ def check_steps(
     """
     for step, metrics in enumerate(window, last_step - len(window) + 1):
         if metrics.get("skipped"):
-            if metrics["skipped_in_a_row"] >= max_skipped:
+            in_a_row = metrics["skipped_in_a_row"]
+            if in_a_row > max_skipped:
                 reason = (
-                    f"{max_skipped} steps in a row were left out up to step {step}: their "
+                    f"{in_a_row} steps in a row were left out up to step {step}: their "
                     f"gradient norms are not finite, or over {FAR_ABOVE:g} times the median"
                 )
                 raise diverged(part, reason, checkpoint)

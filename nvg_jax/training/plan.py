@@ -57,11 +57,9 @@ def announce(run: Run, trainers: Sequence[Trainer]):
 
 def provenance() -> dict[str, Any]:
     """The command, the commit of this code, and the versions of it and of its libraries."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        folder = Path(__file__).parent
-        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        commit = commit.stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not only inside a repository
+        commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):  # installed without its repository
         commit = None
     versions = {"python": sys.version.split()[0]}
@@ -69,6 +67,14 @@ def provenance() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
             versions[name] = importlib.metadata.version(name)
     return {"command": sys.argv, "commit": commit, "versions": versions}
+
+
+def git(*arguments: str) -> str:
+    """What a git command prints in the folder of this code."""
+    folder = Path(__file__).parent
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def describe(run: Run, trainers: Sequence[Trainer]) -> list[str]:

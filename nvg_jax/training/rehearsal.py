@@ -4,17 +4,19 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.parts import TOKENIZER, Part
 from nvg_jax.runtime import checkpoint, sharding, watchdog
 from nvg_jax.runtime.hardware import device_memory
-from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.runtime.processes import barrier, everywhere, is_main
+from nvg_jax.runtime.storage import atomic_write, make_folder
 from nvg_jax.training import plan
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
@@ -72,21 +74,44 @@ def rehearse(
 
 def check_workdir(run: Run) -> float:
     """Writes and reads back a small checkpoint in the workdir: the seconds that it took."""
-    folder, state = run.workdir / FOLDER, {"numbers": np.arange(8.0, dtype=np.float32)}
-    start = time.monotonic()
-    with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-        checkpoints.save(1, jax.device_put(state, run.replicated), {})
-    found = checkpoint.read(folder, lambda content: state)
-    if found is None or (found[1]["numbers"] != state["numbers"]).any():
-        raise UserError(
-            f"A checkpoint written to {folder} does not read back as it was. Give a --workdir that "
-            "all processes share."
-        )
-    seconds = time.monotonic() - start
-    barrier("the checkpoint is read back")
-    if is_main():
-        folder.rmtree()
-    return seconds
+    state = {"numbers": np.arange(8.0, dtype=np.float32)}
+    with scratch_folder(run) as folder:
+        start = time.monotonic()
+        with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
+            checkpoints.save(1, jax.device_put(state, run.replicated), {})
+        found = checkpoint.read(folder, lambda content: state)
+        if found is None or (found[1]["numbers"] != state["numbers"]).any():
+            raise UserError(f"A checkpoint written to {folder} does not read back as it was.")
+        return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def scratch_folder(run: Run) -> Iterator[epath.Path]:
+    """A new folder in the workdir that is removed afterwards; every process must call it.
+
+    Raises:
+        UserError: the workdir cannot be written, or not all processes see what process 0 writes.
+    """
+    folder = run.workdir / FOLDER
+    try:
+        if is_main():
+            folder.rmtree(missing_ok=True)  # left behind by a check that was killed
+            make_folder(folder)
+            with atomic_write(folder / "shared") as file:
+                file.write(b"1")
+        barrier("the rehearsal's folder is there")
+        # Before any checkpoint: reading one waits for all processes.
+        if not everywhere((folder / "shared").exists()):
+            raise UserError(
+                f"Not every process sees {folder}, which process 0 wrote. Give a --workdir that "
+                "all processes share."
+            )
+        yield folder
+        barrier("the rehearsal's folder is no longer needed")
+    finally:
+        if is_main():
+            with contextlib.suppress(OSError):  # another process may be writing still
+                folder.rmtree(missing_ok=True)
 
 
 def rehearse_part(
