@@ -14,15 +14,17 @@ program; nothing is measured.
 import json
 
 from absl import flags
+from etils import epy
 
 from nvg_jax import cli, presets
-from nvg_jax.aot import batch
 from nvg_jax.aot.chips import find_target, hide_accelerators
-from nvg_jax.aot.lowering import Compiler, training_part
-from nvg_jax.aot.report import best_remat, format_report, make_report
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.storage import atomic_write, make_folder, storage_path
+
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
+    from nvg_jax.aot import batch, lowering
+    from nvg_jax.aot import report as reports
 
 FLAGS = flags.FLAGS
 
@@ -32,24 +34,24 @@ def main(_):
     if file:
         make_folder(file.parent)
     if FLAGS.find_remat:
-        has_blocks = set(GENERATORS) & set(training_part(FLAGS.config).networks)
+        has_blocks = set(GENERATORS) & set(lowering.training_part(FLAGS.config).networks)
         if FLAGS.program == "sample" or not has_blocks:
             raise UserError("--find_remat is for the training of generators, which have blocks.")
     target = find_target(FLAGS.topology, FLAGS.config.mesh.to_dict())
-    compiler = Compiler(FLAGS.config, target, FLAGS.program)
+    compiler = lowering.Compiler(FLAGS.config, target, FLAGS.program)
     if FLAGS.find_batch:
         batch_size = batch.find_batch(compiler)
     else:
         batch_size = FLAGS.batch_size or batch.default_batch(compiler)
         batch.check_batch(batch_size, target.batch_shards)
     if FLAGS.find_remat:
-        report = best_remat(FLAGS.config, target, batch_size)
+        report = reports.best_remat(FLAGS.config, target, batch_size)
         print(
             f"--config.content.remat={report['remat']} --config.structure.remat={report['remat']}"
         )
     else:
-        report = make_report(compiler, batch_size)
-    print(format_report(report))
+        report = reports.make_report(compiler, batch_size)
+    print(reports.format_report(report))
     if file:
         with atomic_write(file) as out:
             out.write(json.dumps(report, indent=1).encode() + b"\n")

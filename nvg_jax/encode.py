@@ -11,8 +11,9 @@ from absl import flags
 from etils import epy
 
 from nvg_jax import cli
+from nvg_jax.errors import comes_with
 
-with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import pipeline
     from nvg_jax.jobs import encoding
 

@@ -16,12 +16,12 @@ from etils import epath, epy
 
 from nvg_jax import cli
 from nvg_jax.data.sources import SPLITS
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling.settings import parse_sweep
 
-with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import bundled, hub, pipeline
     from nvg_jax.evaluation import judges, report, sets
     from nvg_jax.jobs import classification, reconstruction, sampling_runs

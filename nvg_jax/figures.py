@@ -14,9 +14,9 @@ from absl import flags
 from etils import epy
 
 from nvg_jax import cli
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 
-with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import pipeline, visualize
     from nvg_jax.jobs import editing, figures, sampling_runs
     from nvg_jax.runtime import storage

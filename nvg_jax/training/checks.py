@@ -10,13 +10,13 @@ import ml_collections
 from etils import epy
 
 from nvg_jax.data.sources import SPLITS, check_name
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import CHOICES, DISTILLATION, PARTS, Part
 from nvg_jax.runtime import hardware
 from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.training.ranges import check_ranges
 
-with epy.lazy_imports():  # slow
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import models, workdir
     from nvg_jax.evaluation import judges
     from nvg_jax.runtime import storage
