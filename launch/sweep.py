@@ -9,7 +9,8 @@ Run it from the repository. A sweep is a Python file that defines CONFIG, a conf
 its variant if any; get_sweep(), which returns a list of dictionaries of overrides such as
 {"content.depth": 8}; and optionally FIXED, a dictionary of overrides that all runs share. Every run
 has its own folder below --workdir, named after its overrides, and resumes when it is submitted
-again. The arguments after `--` are passed to every run.
+again. The arguments after `--` are passed to every run. At the end of local runs, a table compares
+them, the best one first.
 """
 
 import argparse
@@ -52,6 +53,16 @@ def main():
         if code:
             print(f"error: run {number} ended with exit code {code}", file=sys.stderr)
             sys.exit(code if code > 0 else 128 - code)
+    if options.launcher == "local":
+        print(comparison(commands))
+
+
+def comparison(commands: Sequence[Sequence[str]]) -> str:
+    """The table of `python -m nvg_jax.report` for these runs, the best one first."""
+    from nvg_jax.training import curves  # slow
+
+    folders = [word.partition("=")[2] for c in commands for word in c if word[:10] == "--workdir="]
+    return curves.tables(*curves.read({Path(folder).name: folder for folder in folders}))
 
 
 def run(command: Sequence[str]) -> int:

@@ -3,6 +3,8 @@
 import runpy
 import sys
 
+from nvg_jax.runtime import interrupts
+
 COMMANDS = {
     "sample": "draw images: PNG files, or one .npz file",
     "app": "a page to sample, draw and edit in the browser",
@@ -10,6 +12,7 @@ COMMANDS = {
     "tune_sampling": "find cheaper settings that sample as well",
     "figures": "the figures of the paper, for any model",
     "train": "train a tokenizer and generators, or resume",
+    "report": "compare trainings: settings, numbers, curves",
     "distill": "train a student that needs few steps",
     "encode": "store the sequences of a data set, to train on them",
     "convert": "published weights to a folder, and back; export a model",
@@ -20,6 +23,7 @@ COMMANDS = {
 def main():
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
+        interrupts.listen()
         sys.argv = [f"nvg {command}", *sys.argv[2:]]
         runpy.run_module(f"nvg_jax.{command}", run_name="__main__", alter_sys=True)
     else:

@@ -1079,7 +1079,7 @@ def get_sweep():
         ("[{'content.depth': True}]", ["content.depth", "int", "bool"]),
         ("[{'sampling.top_p': 0.5}]", ["sampling.top_p", "tuple", "float"]),
         ("[{'seed': 1}, {'seed': 2}, {'seed': 1}]", ["run 3", "seed=1", "run 1"]),
-        ("[{'class_dropout': 1}, {'class_dropout': 1.0}]", ["run 2", "run 1"]),
+        ("[{'stall_timeout': 1}, {'stall_timeout': 1.0}]", ["run 2", "run 1"]),
         ("[]", ["list of dictionaries"]),
         ("{'seed': 1}", ["list of dictionaries"]),
         ("[{'part': 'content'}]", ["part", "FIXED"]),

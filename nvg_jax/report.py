@@ -1,0 +1,36 @@
+"""Compares trainings: `python -m nvg_jax.report --workdir=runs/a --workdir=runs/b`.
+
+Prints the settings that differ and the last numbers of every part, the best run first, and draws
+the curves into one PNG. Workdirs may be in buckets. Drawing needs Matplotlib:
+pip install "nvg_jax[report]".
+"""
+
+import logging
+
+import jax
+from absl import flags
+from etils import epy
+
+from nvg_jax import cli
+
+with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+    from nvg_jax.runtime import storage
+    from nvg_jax.training import curves
+
+FLAGS = flags.FLAGS
+logger = logging.getLogger("nvg_jax")
+
+
+def main(_):
+    runs, configs = curves.read({name: name for name in FLAGS.workdir})
+    print(curves.tables(runs, configs))
+    curves.draw(runs, storage.storage_path(FLAGS.out))
+    logger.info("The curves are in %s.", FLAGS.out)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_string("workdir", None, "A run's workdir; give the flag once for each.")
+    flags.DEFINE_string("out", "report.png", "The picture to write.")
+    flags.mark_flags_as_required(["workdir"])
+    # A training on this machine may hold its devices.
+    cli.main(main, lambda: jax.config.update("jax_platforms", "cpu"))
