@@ -1,7 +1,8 @@
 """Cloud Storage on loopback, over HTTP, with faults on purpose.
 
 gcp-storage-emulator in this process, corrected where it differs from the service: downloads carry
-their generation, which TensorStore reads, and a request that ends too early stores nothing.
+their generation, which TensorStore reads; a request that ends too early stores nothing; and the
+last part of an upload may be sent again.
 """
 
 import contextlib
@@ -61,6 +62,7 @@ class Bucket:
 @contextlib.contextmanager
 def serve() -> Iterator[Bucket]:
     bucket = Bucket()
+    uploads = {}  # {path of a complete upload: the answer to its last part}
 
     class Handler(server.RequestHandler):
         def __init__(self, *args):
@@ -84,13 +86,19 @@ def serve() -> Iterator[Bucket]:
                 self.end_headers()
                 self.wfile.write(content)
                 return False
-            answer, self.wfile = self.wfile, io.BytesIO()
+            client, self.wfile = self.wfile, io.BytesIO()
             self.rfile = io.BytesIO(body)
+            upload = self.command == "PUT" and "upload_id=" in self.path
             with bucket.lock:
-                getattr(self, f"do_{self.command}")()
+                answer = uploads.get(self.path) if upload else None
+                if answer is None:
+                    getattr(self, f"do_{self.command}")()
+                    answer = self.wfile.getvalue()
+                    if upload and answer.split()[1] in (b"200", b"201"):
+                        uploads[self.path] = answer
             if fault == RESET_AFTER:
                 return self.reset()
-            answer.write(self.wfile.getvalue())
+            client.write(answer)
             return False
 
         def reset(self):
@@ -110,6 +118,7 @@ def serve() -> Iterator[Bucket]:
             name = request.params["bucket_name"], request.params["object_id"]
             response["x-goog-generation"] = str(storage.get_file_obj(*name)["generation"])
 
+    objects.download = with_generation  # for `objects.get`
     routes = server.HANDLERS
     server.HANDLERS = tuple(
         (path, {m: with_generation if h is download else h for m, h in methods.items()})
@@ -125,4 +134,4 @@ def serve() -> Iterator[Bucket]:
     finally:
         http_server.shutdown()
         http_server.server_close()
-        server.HANDLERS = routes
+        server.HANDLERS, objects.download = routes, download

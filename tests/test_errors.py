@@ -166,6 +166,8 @@ def test_kinds_of_errors():
     assert is_mistake(permission) and not is_failure(permission)
     busy = ValueError("RESOURCE_EXHAUSTED: Quota exceeded for requests per second: HTTP 429")
     assert is_failure(busy) and not is_mistake(busy)
+    expired = ValueError("PERMISSION_DENIED: Error writing gs://b [http_response_code='401']")
+    assert is_failure(expired) and not is_mistake(expired)
     disk = ValueError(
         "RESOURCE_EXHAUSTED: Error writing local file: No space left on device "
         "[os_error_code='28'] [source locations='file_util.cc:1']"

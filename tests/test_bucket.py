@@ -1,0 +1,234 @@
+"""Everything that is written and read in a bucket, while the bucket fails on purpose."""
+
+import asyncio
+import multiprocessing
+import os
+import random
+import time
+import types
+
+import bucket as buckets
+import fsspec
+import jax
+import numpy as np
+import pytest
+from bucket import RESET, RESET_AFTER
+from helpers import finish, random_pipeline, tiny_config
+from test_checkpoint import META, make_state, restore, same
+from test_end_to_end import start_two
+from test_faults import IMPORTED_LATE, content
+
+from nvg_jax import Pipeline
+from nvg_jax.errors import UserError
+from nvg_jax.evaluation.sets import Archive
+from nvg_jax.jobs import encoding, sampling_runs
+from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime.storage import storage_path
+from nvg_jax.train import train
+
+KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "2"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning"),  # gcsfs sends it
+]
+
+
+@pytest.fixture(scope="module")
+def service():
+    """The emulator, found by all libraries in this process and its children."""
+    before = dict(os.environ)
+    with buckets.serve() as bucket:
+        os.environ |= bucket.environment
+        yield bucket
+    os.environ.clear()
+    os.environ |= before
+    fsspec.filesystem("gs").clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(service, monkeypatch):
+    """An empty bucket; what waits for it waits a twentieth of the time."""
+    service.clear()
+    sleep = lambda seconds: asyncio.sleep(seconds / 20)
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2))
+    return service
+
+
+def some_requests_fail(share: float, seed: int = 0):
+    """A share of the requests is answered 503 or 429, or the connection is reset."""
+    rng = random.Random(seed)
+    kinds = [503, 429, RESET, RESET_AFTER]
+    return lambda method, path: rng.choice(kinds) if rng.random() < share else None
+
+
+def outage(seconds: float, begins):
+    """The bucket is gone for some time, from the first request for which `begins(method, path)`."""
+    start = []
+
+    def fault(method, path):
+        if not start and begins(method, path):
+            start.append(time.monotonic())
+        gone = start and time.monotonic() < start[0] + seconds
+        return random.choice([503, RESET]) if gone else None
+
+    return fault
+
+
+def save(*steps):
+    with checkpoint.Checkpoints("gs://bucket/run", keep=2) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step), META, {"next_index": step})
+
+
+def assert_newest(step: int):
+    state, position, found = restore("gs://bucket/run")
+    assert (found, position) == (step, {"next_index": step}) and same(state, make_state(step))
+
+
+def test_commands_write_to_a_bucket_and_read_from_it(bucket, tmp_path):
+    pipe = random_pipeline()
+    pipe.save_pretrained("gs://bucket/model")
+    again = Pipeline.from_pretrained("gs://bucket/model/")
+    jax.tree.map(np.testing.assert_array_equal, pipe.params, again.params)
+    job = sampling_runs.SamplingJob(again, [0, 1, 2], 2, 4, 0, {})
+    for place in (str(tmp_path), "gs://bucket/out"):
+        sampling_runs.write_array(job, f"{place}/samples.npz")
+        sampling_runs.write_pictures(job, f"{place}/pictures", 2)
+    there, here = (
+        {str(path)[len(str(root)) :]: path.read_bytes() for path in root.iterdir()}
+        for root in (storage_path("gs://bucket/out/pictures"), storage_path(tmp_path / "pictures"))
+    )
+    assert len(here) == 6 + 3 and there == here
+    images = [
+        next(Archive(f"{p}/samples.npz", 6).batches([0])) for p in (tmp_path, "gs://bucket/out")
+    ]
+    np.testing.assert_array_equal(*images)
+    assert not any("tmp" in name or "parts" in name for name in bucket.names())
+    before = bucket.requests
+    with pytest.raises(UserError, match="out must be a path on this machine, not gs://bucket/seq"):
+        encoding.encode_data_set(pipe, "gs://bucket/seq", {"name": "digits", "data_dir": ""})
+    assert bucket.requests == before
+
+
+def test_a_bucket_that_does_not_exist_is_refused(bucket):
+    with pytest.raises(UserError, match="There is no bucket gs://typo"):
+        checkpoint.Checkpoints("gs://typo/run")
+    assert list(bucket.storage.buckets) == ["bucket"]
+
+
+def test_a_tenth_of_the_requests_fails(bucket):
+    bucket.fault = some_requests_fail(0.1)
+    save(1, 2, 3)
+    assert_newest(3)
+
+
+def test_the_bucket_is_gone_during_a_save(bucket):
+    save(1)
+    bucket.fault = outage(3, lambda method, path: "run%2F2" in path and method == "POST")
+    save(2)
+    assert_newest(2)
+
+
+@pytest.mark.parametrize("begin", [1, 5, 20, 60])
+def test_the_bucket_is_gone_while_a_run_is_resumed(bucket, begin):
+    save(1, 2)
+    objects, first = bucket.names(), bucket.requests
+    bucket.fault = outage(3, lambda method, path: bucket.requests >= first + begin)
+    assert_newest(2)
+    assert bucket.names() == objects
+
+
+def test_a_failure_is_not_an_empty_folder(bucket):
+    save(1)
+    bucket.fault = lambda method, path: 403
+    with pytest.raises(OSError, match="Forbidden"):
+        storage_path("gs://bucket/run/1").is_dir()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_credentials_that_expire_and_a_full_quota(bucket, status):
+    """The save fails, the checkpoint before it stays, and the run goes on from there."""
+    save(1)
+    bucket.fault = lambda method, path: status if method == "POST" and "run%2F2" in path else None
+    with pytest.raises(Exception) as raised:
+        save(2)
+    assert isinstance(raised.value, UserError) == (status == 403)
+    bucket.fault = lambda method, path: None
+    assert_newest(1)
+    save(2)
+    assert_newest(2)
+
+
+def config():
+    changed = tiny_config(part="tokenizer")
+    changed.tokenizer_training.update(length="6 steps", save_every=2, eval_every=4)
+    return changed
+
+
+def run(cache: bool = True):
+    """The work of a process."""
+    if not cache:  # a kill would leave half an entry
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    train(config(), "gs://bucket/run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The checkpoint of an undisturbed run on a disk."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(config(), folder)
+    return content(folder / "tokenizer")
+
+
+def assert_same_run(whole):
+    state, meta = content(storage_path("gs://bucket/run/tokenizer"))
+    jax.tree.map(np.testing.assert_array_equal, state, whole[0])
+    assert meta == whole[1]
+
+
+def test_training_ends_with_the_same_bits(bucket, whole):
+    bucket.fault, bucket.latency = some_requests_fail(0.05), 0.005
+    run()
+    bucket.fault = lambda method, path: None
+    assert_same_run(whole)
+    names = {name.split("/")[-1].split(".")[0] for name in bucket.names()}
+    assert {"heartbeat", "events", "assessed"} <= names
+
+
+def test_kills_change_nothing(bucket, whole):
+    """Kills while requests are on their way; the run after each of them goes on."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_bucket", *IMPORTED_LATE])
+    rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
+    bucket.fault = some_requests_fail(0.01)
+    reached = []
+    for _ in range(KILLS):
+        process = context.Process(target=run, args=(False,))
+        process.start()
+        last = bucket.requests + rng.randrange(10, 600)
+        while bucket.requests < last and process.is_alive():
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        done = [name.split("/")[2:] for name in bucket.names()]
+        steps = [int(place[0]) for place in done if place[1:] == ["commit_success.txt"]]
+        reached.append(max(steps, default=0))
+    assert reached == sorted(reached), "a kill lost finished checkpoints"
+    run()
+    assert_same_run(whole)
+    print("after each kill:", reached)
+
+
+def test_two_processes_end_with_the_same_bits(bucket, tmp_path):
+    settings = ["length=4 steps", "save_every=2", "eval_every=4"]
+    overrides = [f"--config.tokenizer_training.{setting}" for setting in settings]
+    bucket.fault, bucket.latency = some_requests_fail(0.02), 0.005
+    for place in (str(tmp_path), "gs://bucket/run"):
+        one, other = start_two(place, "--config.part=tokenizer", *overrides)
+        with one, other:
+            done = finish(one, other)
+        assert [process.returncode for process in done] == [0, 0], done
+    bucket.fault = lambda method, path: None
+    assert_same_run(content(tmp_path / "tokenizer"))
