@@ -14,6 +14,7 @@ from torch_files import ordered, storage, tensor, write_zip
 
 from configs import common
 from nvg_jax import Pipeline
+from nvg_jax.errors import UserError
 from nvg_jax.jobs import conversion
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.settings import PUBLISHED
@@ -194,6 +195,16 @@ def test_the_other_weights_and_an_autoencoder_alone(tmp_path):
     assert [file.name for file in (tmp_path / "back").iterdir()] == ["autoencoder.safetensors"]
 
 
+@pytest.mark.parametrize("weights", weight_names.WEIGHTS)
+def test_a_whole_checkpoint_as_safetensors_has_both_copies(files, tmp_path, weights):
+    save_file(read_state_dict(files[1]), tmp_path / "d2.safetensors")
+    read = weight_names.read(tmp_path / "d2.safetensors", weights)
+    expected = weight_names.read(files[1], weights)
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(read[name], tensor, name)
+
+
 def test_raw_generators(files):
     _, params = conversion.read_published(*files, generator_weights="raw")
     raw = read_state_dict(files[1], lambda name: name == "nvgformer.cls_head.linear.bias")
@@ -239,6 +250,18 @@ def test_a_generator_of_another_autoencoder(files, tmp_path, config, sentence):
     other = write_autoencoder(tmp_path / "ae.ckpt", config)
     with pytest.raises(ValueError, match=sentence):
         conversion.read_published(other, files[1])
+
+
+def test_an_own_generator_of_another_autoencoder_of_the_same_sizes(files, tmp_path):
+    for seed in (1, 2):
+        ae = write_autoencoder(tmp_path / f"ae{seed}.ckpt", seed=seed)
+        conversion.convert(tmp_path / f"run{seed}", ae, files[1])
+        conversion.to_safetensors(tmp_path / f"run{seed}", tmp_path / f"out{seed}")
+    with pytest.raises(UserError, match="was made for another autoencoder .* belong together"):
+        conversion.read_published(
+            tmp_path / "out1" / "autoencoder.safetensors",
+            tmp_path / "out2" / "generator.safetensors",
+        )
 
 
 def test_an_autoencoder_alone_that_is_not_square(files):

@@ -17,7 +17,7 @@ from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import Teacher, structure_losses
 from nvg_jax.tokenizer import GranularitySequence, Quantized
-from nvg_jax.training.distillation import Distillation, solution
+from nvg_jax.training.distillation import Distillation, solution, student_settings
 
 # An image of four positions, of whose two splits the first is learned.
 STRUCTURE = jnp.array([[[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 2, 3]]])
@@ -207,6 +207,13 @@ def test_a_student_is_sampled_at_the_times_that_it_knows():
             metadata.check_settings(own.updated(change))
     config["distillation"]["reflow"] = False  # learned at all times
     metadata.replace(config=config).check_settings(own.updated({"flow_steps": 3}))
+
+
+@pytest.mark.parametrize("reflow, restart", [(True, 1.0), (False, 0.5)])
+def test_a_student_of_solutions_starts_from_noise_whatever_its_teacher_did(reflow, restart):
+    config = short_config(reflow=reflow)
+    config.sampling.flow_restart = 0.5
+    assert student_settings(config).flow_restart == restart
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The notebook, run from top to bottom as a visitor would."""
 
+import ast
 import copy
 import os
 
@@ -15,6 +16,23 @@ def test_outputs_are_stripped():
     for cell in NOTEBOOK.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
+
+
+def test_what_it_takes_from_the_package_exists():
+    code = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code")
+    objects = {}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("nvg_jax"):
+            exec(ast.unparse(node), objects)
+    objects |= {name: objects["Pipeline"] for name in ("pipe", "imagenet")}
+    called = []
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attribute)):
+                if name in objects:
+                    assert callable(getattr(objects[name], attribute, None)), ast.unparse(node)
+                    called.append(f"{name}.{attribute}")
+    assert {"pipe.sample", "control.paste"} <= set(called)
 
 
 @pytest.mark.slow

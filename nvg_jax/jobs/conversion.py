@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -78,16 +77,22 @@ def read_published(
         metadata = (own_metadata or published).replace(
             model=model,
             sources={
-                part: {"file": file.name, "weights": weights, "sha256": _sha256(file)}
+                part: {"file": file.name, "weights": weights, "sha256": export.sha256(file)}
                 for part, (file, weights) in files.items()
             },
         )
         shapes = _shapes(model.abstract_params("tokenizer"))
         flat = weight_names.from_published(tensors, shapes)
     params = {"tokenizer": unflatten_dict(flat, sep="/")}
+    trained_with = own_metadata and own_metadata.fingerprint
     metadata = metadata.replace(fingerprint=fingerprint(params["tokenizer"]))
     if generator is None:
         return metadata, params
+    if trained_with and trained_with != metadata.fingerprint:
+        raise UserError(
+            f"{generator} was made for another autoencoder (weights {trained_with}) than "
+            f"{autoencoder} ({metadata.fingerprint}). Give the two that belong together."
+        )
     for size in ("latent_dim", "codebook_size"):
         if sizes[size] != own[size]:
             raise UserError(
@@ -216,11 +221,6 @@ def _naming(file: Path):
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     leaves: dict[str, Any] = flatten_dict(tree, sep="/")
     return {path: leaf.shape for path, leaf in leaves.items()}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _save(tensors: dict[str, np.ndarray], path: epath.Path, header: dict[str, str]):

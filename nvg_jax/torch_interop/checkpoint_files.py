@@ -104,13 +104,24 @@ def read_state_dict(
 
 def read_header(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty for other files."""
+    with _safetensors_or_none(path) as file:
+        return (file and file.metadata()) or {}
+
+
+def safetensors_names(path: str | Path) -> list[str] | None:
+    """The names of the tensors in a safetensors file; None for other files."""
+    with _safetensors_or_none(path) as file:
+        return None if file is None else list(file.keys())
+
+
+@contextlib.contextmanager
+def _safetensors_or_none(path: str | Path):
     with Path(path).open("rb") as file:
-        if not _is_safetensors(file.read(9)):
-            return {}
+        is_safetensors = _is_safetensors(file.read(9))
     try:
-        with _open_safetensors(path) as file:
-            return file.metadata() or {}
-    except ValueError as error:
+        with _open_safetensors(path) if is_safetensors else contextlib.nullcontext() as file:
+            yield file
+    except UserError as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
 
 

@@ -15,7 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from nvg_jax.errors import UserError
-from nvg_jax.torch_interop.checkpoint_files import check_tensors, read_state_dict
+from nvg_jax.torch_interop.checkpoint_files import (
+    check_tensors,
+    read_state_dict,
+    safetensors_names,
+)
 
 # Our path of a module (a pattern) -> the published one; {} is the index of a stacked block.
 _BLOCK = r"/(norm|conv)(\d)"
@@ -75,21 +79,22 @@ def read(path: str | Path, weights: str) -> dict[str, np.ndarray]:
     Names lose what PyTorch's wrappers (data parallelism, compilation) put in front of them.
 
     Args:
-        path: an autoencoder's or a pair of generators' checkpoint. A safetensors file has one copy.
+        path: an autoencoder's or a pair of generators' checkpoint. A safetensors file without
+            averaged tensors has one copy, whichever it is.
         weights: "raw", or "ema" for the moving average.
 
     Raises:
         UserError: the file cannot be read, or has no such copy.
     """
-    single, wrapped = Path(path).suffix == ".safetensors", set()
+    names = safetensors_names(path)
+    single = names is not None and not any(map(is_averaged, names))
+    wrapped = set()
 
     def name_in_copy(name: str) -> str | None:
-        parts = name.split(".")
-        wrapped.update(part for part in parts if part in _WRAPPERS)
-        name = ".".join(part for part in parts if part not in _WRAPPERS)
-        if not single and name.startswith(_EMA) != (weights == "ema"):
+        wrapped.update(part for part in name.split(".") if part in _WRAPPERS)
+        if not single and is_averaged(name) != (weights == "ema"):
             return None
-        name = name.removeprefix(_EMA)
+        name = without_wrappers(name).removeprefix(_EMA)
         return None if re.fullmatch(_UNNEEDED, name) else name.removeprefix(_GENERATOR)
 
     tensors = read_state_dict(path, keep=lambda name: name_in_copy(name) is not None)
@@ -105,6 +110,14 @@ def read(path: str | Path, weights: str) -> dict[str, np.ndarray]:
     return {
         ours: tensor for name, tensor in tensors.items() if (ours := name_in_copy(name)) is not None
     }
+
+
+def without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def is_averaged(name: str) -> bool:
+    return without_wrappers(name).startswith(_EMA)
 
 
 def published_views(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -333,6 +333,8 @@ def student_settings(config: ml_collections.ConfigDict) -> Settings:
         structure_guidance=1.0,
         flow_steps=recipe.flow_steps,
         solver="euler" if recipe.reflow else teacher.solver,
+        # Reflow teaches only the times of a flow that starts from noise.
+        flow_restart=1.0 if recipe.reflow else teacher.flow_restart,
     )
 
 
