@@ -5,7 +5,7 @@
     python launch/sweep.py --sweep=... --workdir=/shared/sweep --launcher=slurm \\
         --launcher_args="--nodes=1 --gpus-per-node=8 --exclusive" --submit
 
-Run it from the repository. A sweep is a Python file that defines CONFIG, a configuration file with
+Run it from the repository. A sweep is a Python file that defines CONFIG, a preset or a file with
 its variant if any; get_sweep(), which returns a list of dictionaries of overrides such as
 {"content.depth": 8}; and optionally FIXED, a dictionary of overrides that all runs share. Every run
 has its own folder below --workdir, named after its overrides, and resumes when it is submitted
@@ -14,6 +14,7 @@ them, the best one first.
 """
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import importlib.util
@@ -28,10 +29,11 @@ from typing import Any
 
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
+from nvg_jax import presets
 from nvg_jax.errors import UserError
 from nvg_jax.training import checks
+from nvg_jax.workdir import leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME_LENGTH = 180  # file systems allow 255, and the scheduler may add to a job name
@@ -155,15 +157,14 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
 
 def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The configuration as training would parse it."""
-    if not (ROOT / config_name.split(":")[0]).is_file():
-        raise UserError(f"there is no configuration file {config_name} in {ROOT}.")
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
-    argv = ["sweep", f"--config={ROOT / config_name}", *overrides]
+    argv = ["sweep", f"--config={config_name}", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    presets.define_flag(values, argv)
     try:
-        values(argv)
-        return values.config
+        with contextlib.chdir(ROOT):  # where the runs are started
+            values(argv)
+            return values.config
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         arguments = shlex.join([f"--config={config_name}", *overrides])
@@ -178,7 +179,7 @@ def typed_overrides(
     Raises:
         ValueError: an unknown key, or a value of another type.
     """
-    settings = dict(leaves(config))
+    settings = dict(leaves(config.to_dict()))
     typed = {}
     for key, value in sorted(overrides.items()):
         if key not in settings:
@@ -203,15 +204,6 @@ def typed_overrides(
     return typed
 
 
-def leaves(config: ml_collections.ConfigDict, prefix: str = ""):
-    """(dotted key, value) of every setting."""
-    for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def as_text(value: Any) -> str:
     """A value in the form that config_flags parses."""
     return value if isinstance(value, str) else repr(value)
@@ -219,7 +211,7 @@ def as_text(value: Any) -> str:
 
 def check_parsed(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]):
     """Raises ValueError if a configuration lacks the overrides of its run."""
-    settings = dict(leaves(config))
+    settings = dict(leaves(config.to_dict()))
     for key, value in overrides.items():
         if settings[key] != value or type(settings[key]) is not type(value):
             raise UserError(

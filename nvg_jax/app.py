@@ -1,7 +1,7 @@
 """A page to sample, control and edit in the browser: `python -m nvg_jax.app --workdir=runs/digits`.
 
 Without --workdir it shows the bundled Fashion-MNIST model. Only this machine can open it unless
---host says otherwise. Needs Gradio: pip install "nvg_jax[app]".
+--host says otherwise. Needs Gradio, which the extra `app` installs (docs/install.md).
 """
 
 from absl import flags

@@ -287,9 +287,11 @@ def parse_flags(argv):
             f"Unexpected arguments: {' '.join(rest[1:])}. Flags begin with --, and several values "
             "of a flag are separated by commas: --classes=0,1,2."
         )
-    for name in flags.FLAGS:  # such as --edit=$FILE without a FILE; config values may be empty
-        flag = flags.FLAGS[name]
-        if flag.present and flag.value in ("", []) and not name.startswith("config"):
+    # Such as --edit=$FILE without a FILE; config values and tuples of stages may be empty.
+    tuples = {name for name, spec in Settings.specs().items() if spec.kind is tuple}
+    for name in flags.FLAGS:
+        flag, may_be_empty = flags.FLAGS[name], name.startswith("config") or name in tuples
+        if flag.present and flag.value in ("", []) and not may_be_empty:
             exit_with_error(f"--{name} is empty: give a value, or leave the flag out.")
     if not flags.FLAGS["verbosity"].present:  # absl's verbosity; Orbax and Grain log through absl
         absl.logging.set_verbosity(absl.logging.WARNING)

@@ -20,13 +20,16 @@ with epy.lazy_imports():  # slow, and not needed to report a wrong flag
     from nvg_jax.jobs import conversion
 
 FLAGS = flags.FLAGS
+NAMES = {
+    "autoencoder", "generator", "from_hub", "autoencoder_weights", "generator_weights", "workdir",
+    "dtype", "to_safetensors", "out", "license", "pretrained", "from", "pretrained_dir",
+}  # fmt: skip
 
 
 def main(_):
-    names = ("autoencoder", "generator", "from_hub", "workdir", "out")
-    given = {name for name in names if FLAGS[name].value}
+    given = {name for name in NAMES if FLAGS[name].value != FLAGS[name].default}
     if FLAGS.pretrained:
-        if given or FLAGS.to_safetensors or not FLAGS["from"].value:
+        if given - {"pretrained", "from", "pretrained_dir"} or not FLAGS["from"].value:
             raise UserError("--pretrained takes --from (and --pretrained_dir), and nothing else.")
         files = [file for files in FLAGS["from"].value for file in files.split(",")]
         written = pretrained.convert(FLAGS.pretrained, files, FLAGS.pretrained_dir)
@@ -34,12 +37,15 @@ def main(_):
         return
     if "out" not in given:
         raise UserError("Give --out, a new folder to write.")
-    given.remove("out")
+    if alone := given & {"from", "pretrained_dir"}:
+        raise UserError(f"--{min(alone)} belongs to --pretrained.")
+    if FLAGS.license and not hub.is_remote(FLAGS.out):
+        raise UserError("--license is for models on the hub: give --out=hf://ORG/NAME.")
     if FLAGS.to_safetensors:
-        if given != {"workdir"}:
-            raise UserError("--to-safetensors takes --workdir and --out, and no checkpoints.")
+        if given != {"to_safetensors", "workdir", "out"}:
+            raise UserError("--to-safetensors takes --workdir and --out, and nothing else.")
         conversion.to_safetensors(FLAGS.workdir, FLAGS.out)
-    elif given == {"workdir"}:
+    elif "workdir" in given and given <= {"workdir", "out", "dtype", "license"}:
         conversion.export_model(FLAGS.workdir, FLAGS.out, FLAGS.dtype, FLAGS.license)
     else:
         if "workdir" in given or not given & {"autoencoder", "from_hub"}:
@@ -47,6 +53,8 @@ def main(_):
                 "Give --autoencoder (and --generator) or --from_hub to convert published "
                 "checkpoints, or only --workdir to export a model."
             )
+        if "generator_weights" in given and not given & {"generator", "from_hub"}:
+            raise UserError("--generator_weights belongs to --generator.")
         files = FLAGS.autoencoder, FLAGS.generator
         if FLAGS.from_hub:
             files = hub.download_published(FLAGS.from_hub, *files)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -99,11 +100,15 @@ def comes_with(extra: str) -> Callable[[Exception], None]:
     Using one that is not installed raises UserError with the command that installs it.
     """
 
+    clone = Path(__file__).parents[1]
+    in_clone = (clone / "pyproject.toml").is_file()
+    install = f'-e "{clone}[{extra}]"' if in_clone else f'"nvg_jax[{extra}]"'
+
     def report(error: Exception):
         if isinstance(error, ModuleNotFoundError) and error.name:
             raise UserError(
                 f"This needs {error.name.partition('.')[0]}, which is not installed. Run: "
-                f'pip install "nvg_jax[{extra}]"'
+                f"pip install {install}"
             ) from error
 
     return report

@@ -202,7 +202,7 @@ class Pipeline:
         """Writes the model to a folder for `from_pretrained`; replaces an earlier export.
 
         The folder holds the metadata in config.json and the weights in model.safetensors or, above
-        5 GB, in several files with an index.
+        5 GB, in several files with an index. Paths of this machine are left out.
 
         Args:
             dtype: of the weights in the files: "float32", "bfloat16" or "float16".
@@ -210,7 +210,7 @@ class Pipeline:
         Raises:
             UserError: the folder is a training run's, or the weights do not fit the dtype.
         """
-        workdir.write_export(folder, self.metadata, self.params, dtype)
+        workdir.write_export(folder, self.metadata.without_paths(), self.params, dtype)
 
     def push_to_hub(
         self,

@@ -53,11 +53,16 @@ def load(config: str) -> ml_collections.ConfigDict:
     return module.get_config(*variant)
 
 
-def define_flag():
-    """Defines --config, with --config.KEY=VALUE for each of its settings."""
+def define_flag(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None):
+    """Defines --config, with --config.KEY=VALUE for each of its settings.
+
+    Args:
+        values: where the flags are defined.
+        argv: the command line that has the overrides; None is that of this process.
+    """
     help = "A preset such as digits or imagenet256:d16, or a file with get_config."
-    config_flags.DEFINE_config_file("config", None, help)
-    parser = flags.FLAGS["config"].parser
+    config_flags.DEFINE_config_file("config", None, help, flag_values=values, sys_argv=argv)
+    parser = values["config"].parser
     parse = parser.parse
 
     def parse_config(argument: str):

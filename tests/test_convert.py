@@ -7,13 +7,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from helpers import python, random_pipeline
 from safetensors.numpy import load_file, save_file
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from torch_files import ordered, storage, tensor, write_zip
 
 from configs import common
-from nvg_jax import Pipeline
+from nvg_jax import Pipeline, convert
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import conversion
 from nvg_jax.runtime.storage import fingerprint
@@ -201,8 +202,8 @@ def test_a_whole_checkpoint_as_safetensors_has_both_copies(files, tmp_path, weig
     read = weight_names.read(tmp_path / "d2.safetensors", weights)
     expected = weight_names.read(files[1], weights)
     assert read.keys() == expected.keys()
-    for name, tensor in expected.items():
-        np.testing.assert_array_equal(read[name], tensor, name)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(read[name], array, name)
 
 
 def test_raw_generators(files):
@@ -289,6 +290,30 @@ def test_nothing_is_overwritten(files, folder):
         with pytest.raises(ValueError, match="exists and is not empty. Give --out a new folder"):
             write()
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (
+            "--workdir=a --to_safetensors=1 --out=b --dtype=float16",
+            "takes --workdir and --out",
+        ),
+        ("--workdir=a --out=b --autoencoder_weights=ema", "or only --workdir to export"),
+        ("--pretrained=dino --from=a --dtype=float16", "takes --from .*, and nothing else"),
+        ("--workdir=a --out=b --from=c", "--from belongs to --pretrained"),
+        ("--workdir=a --out=b --license=mit", "--license is for models on the hub"),
+        ("--autoencoder=a --out=b --generator_weights=raw", "belongs to --generator"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(monkeypatch, arguments, sentence):
+    values = flags.FlagValues()
+    for name in convert.NAMES:
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    values(["convert", *arguments.split()])
+    monkeypatch.setattr(convert, "FLAGS", values)
+    with pytest.raises(UserError, match=sentence):
+        convert.main(None)
 
 
 def test_one_generator_alone_has_no_published_file(folder, tmp_path):

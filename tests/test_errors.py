@@ -125,6 +125,19 @@ def test_what_is_left_over_on_the_command_line_is_refused():
     assert done.stderr.startswith("error: Unexpected arguments: 1 2. ")
 
 
+def test_a_tuple_of_stages_may_be_empty_and_a_number_may_not():
+    script = """
+from nvg_jax import cli
+cli.define_sampling_flags()
+cli.parse_flags(["sample", "--structure_solves="])
+print(cli.sampling_settings())
+cli.parse_flags(["sample", "--flow_shift=1", "--top_p="])
+"""
+    done = python("-c", script)
+    assert (done.returncode, done.stdout) == (2, "{'structure_solves': ()}\n")
+    assert done.stderr == "error: --top_p is empty: give a value, or leave the flag out.\n"
+
+
 def test_options_of_jax_from_outside_are_pinned_or_named():
     command = "import jax; print(jax.numpy.arange(3).dtype, jax.random.key(0).dtype)"
     changed = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 
 import jax
 import ml_dtypes
@@ -62,7 +64,10 @@ def test_a_large_model_is_in_several_files_with_an_index(pipe, tmp_path, monkeyp
     # A smaller one leaves nothing of it.
     monkeypatch.undo()
     pipe.save_pretrained(tmp_path, "float16")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS}
+    config, weights = sorted(path.name for path in tmp_path.iterdir())
+    assert config == "config.json" and re.fullmatch(r"model-[0-9a-f]{8}\.safetensors", weights)
+    with safe_open(tmp_path / weights, "numpy") as file:
+        assert file.get_tensor("content.token_head.bias").dtype == np.float16
 
 
 def test_damage_is_found_and_named(pipe, tmp_path):
@@ -106,11 +111,34 @@ def test_an_interrupted_export_leaves_the_earlier_one(pipe, tmp_path, monkeypatc
     Pipeline.from_pretrained(tmp_path)
 
 
-def test_metadata_for_others_has_no_paths_of_this_machine(pipe):
+def test_an_export_stopped_after_its_weights_leaves_the_earlier_one(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path, "float16")
+    before = Pipeline.from_pretrained(tmp_path).params
+    replace = os.replace
+
+    def interrupted(source, target):
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.save_pretrained(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, Pipeline.from_pretrained(tmp_path).params, before)
+    monkeypatch.undo()
+    pipe.save_pretrained(tmp_path)
+    after = Pipeline.from_pretrained(tmp_path).params
+    jax.tree.map(np.testing.assert_array_equal, after, pipe.params)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_an_export_has_no_paths_of_this_machine(pipe, tmp_path):
     config = {"data": {"name": "tfds:a/b", "data_dir": "/disk/data"}, "init_from": "gs://b/x"}
-    metadata = pipe.metadata.replace(config=config, tokenizer_workdir="/disk/run").without_paths()
-    assert metadata.config == {"data": {"name": "tfds:a/b", "data_dir": ""}, "init_from": ""}
-    assert metadata.tokenizer_workdir is None
+    metadata = pipe.metadata.replace(config=config, tokenizer_workdir="/disk/run")
+    Pipeline(metadata, pipe.params).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["config"] == {"data": {"name": "tfds:a/b", "data_dir": ""}, "init_from": ""}
+    assert written["tokenizer_workdir"] is None
 
 
 def test_opening_a_model_imports_nothing_that_only_training_needs():

@@ -1116,6 +1116,13 @@ def test_sweep_with_an_invalid_configuration(tmp_path, config, extra, words):
     assert all(word in result.stderr for word in words), result.stderr
 
 
+def test_a_sweep_may_name_a_preset(tmp_path):
+    text = "CONFIG = 'digits:demo'\ndef get_sweep():\n    return [{'seed': 3}]\n"
+    result = sweep(text=text, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--config=digits:demo --workdir=runs/sweep/seed=3 --config.seed=3" in result.stdout
+
+
 def test_sweep_launchers(tmp_path):
     text = "CONFIG = 'configs/digits.py'\ndef get_sweep():\n    return [{'seed': 3}, {'seed': 4}]\n"
     training = ["--", "--config=configs/digits.py", "--workdir=runs/sweep/seed=3"]

@@ -3,7 +3,9 @@
 `config.json` holds the metadata, the SHA-256 of every file of weights, and a checksum of itself.
 The weights are in `model.safetensors` or, above `MAX_FILE` bytes, in
 `model-00001-of-00003.safetensors` and so on, with `model.safetensors.index.json`, which says where
-each tensor is. The metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
+each tensor is. Where a folder already holds a model, the names of the new files also have a
+fingerprint of the weights, `model-1a2b3c4d.safetensors`. The metadata is any JSON; its keys are
+defined in `workdir.RunMetadata`.
 """
 
 import contextlib
@@ -23,11 +25,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.storage import atomic_path, digest, local_file, make_folder
+from nvg_jax.runtime.storage import atomic_path, digest, fingerprint, local_file, make_folder
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
+WEIGHTS = re.compile(r"model(-[0-9a-f]{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
 MAX_FILE = 5 * 10**9  # bytes of tensors in a file, as on the Hugging Face hub
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -55,12 +57,14 @@ def rounded(params: dict[str, Any], dtype: str) -> dict[str, Any]:
 def write(folder: epath.Path, meta: dict[str, Any], params: dict[str, Any]):
     """Writes a model; an earlier one in this folder stays until the new one is complete.
 
+    So that it does, new files have other names than those of the earlier one.
+
     Raises:
         UserError: no space or no permission.
     """
     make_folder(folder)
     leaves: dict[str, Any] = flatten_dict(params, sep=".")
-    files = split(leaves)
+    files = split(leaves, fingerprint(params)[:8] if (folder / CONFIG).exists() else "")
     content = {**meta, "model_type": "nvg", "files": {}}
     with contextlib.ExitStack() as stack:
         place = lambda name: stack.enter_context(atomic_path(folder / name))
@@ -89,8 +93,12 @@ def save(tensors: dict[str, np.ndarray], path: Path, header: dict[str, str] | No
     path.chmod(mode)
 
 
-def split(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """{file: its tensors}, in order, with at most `MAX_FILE` bytes in each."""
+def split(tensors: dict[str, np.ndarray], mark: str = "") -> dict[str, dict[str, np.ndarray]]:
+    """{file: its tensors}, in order, with at most `MAX_FILE` bytes in each.
+
+    Args:
+        mark: a part of the names of the files.
+    """
     files, size = [{}], 0
     for name, tensor in tensors.items():
         if files[-1] and size + tensor.nbytes > MAX_FILE:
@@ -98,10 +106,11 @@ def split(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
             size = 0
         files[-1][name] = np.ascontiguousarray(tensor)
         size += tensor.nbytes
+    stem = f"model-{mark}" if mark else "model"
     if len(files) == 1:
-        return {"model.safetensors": files[0]}
+        return {f"{stem}.safetensors": files[0]}
     return {
-        f"model-{number:05}-of-{len(files):05}.safetensors": part
+        f"{stem}-{number:05}-of-{len(files):05}.safetensors": part
         for number, part in enumerate(files, 1)
     }
 
