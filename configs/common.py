@@ -47,6 +47,7 @@ def base() -> ml_collections.ConfigDict:
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # dtype of the computation; "bfloat16" on accelerators
             fast_compile=False,  # compile with little optimization: for runs of a few steps
+            wandb_project="",  # also write metrics to this project of Weights & Biases; "": do not
             profile_steps=(),  # (first, last) step of each part to trace, for XProf and TensorBoard
             stall_timeout=0.0,  # seconds without a step after which a process is ended; 0: never
             mesh=dict(data=-1, fsdp=1, tensor=1),  # -1: all remaining devices

@@ -117,6 +117,7 @@ def fit(tmp_path, monkeypatch):
         monkeypatch.setattr(preemption, "noticed", lambda: next(calls) == sigterm_at)
         config = ConfigDict(base)
         config.profile_steps = changes.pop("profile_steps", ())
+        config.wandb_project = changes.pop("wandb_project", "")
         config.tokenizer_training.update(changes)
         trainer = Sum(config.tokenizer_training)
         trainer.interrupted = in_evaluation
@@ -133,6 +134,7 @@ def fit(tmp_path, monkeypatch):
             key=0,
             train_batches=Batches,
             resume=resume,
+            config_json=config.to_dict,
         )
         monkeypatch.setattr("jax.random.fold_in", lambda key, data: key)
         loop.fit(trainer, run, score)
@@ -328,3 +330,13 @@ def test_memory_of_devices_that_say_it(monkeypatch):
     assert memory_in_use() == {"device_memory_gib": 3, "device_memory_peak_gib": 8}
     monkeypatch.setattr("jax.local_devices", lambda: [device(None)])
     assert memory_in_use() == {}
+
+
+def test_weights_and_biases_offline(fit, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    fit(wandb_project="nvg")
+    (log,) = (tmp_path / "tokenizer" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert all(word in content for word in (b"sum_loss", b"test_sum", b"goodput/data", b"nvg"))

@@ -11,12 +11,14 @@ from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
+from nvg_jax.runtime.processes import is_main
 from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.length import Origin
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
 from nvg_jax.training.watching import Profiler
+from nvg_jax.training.weights_and_biases import WandbWriter
 from nvg_jax.workdir import (
     RunMetadata,
     changed_settings,
@@ -62,8 +64,11 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
         stack.callback(preemption.defer_interrupts, False)
         if position is not None:
             batches.set_state(position)
+        wandb = None
+        if run.config.wandb_project and start < steps and is_main():
+            wandb = WandbWriter(run.config.wandb_project, folder, run.config_json())
         reporter = Reporter(
-            name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps, forecast
+            name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps, forecast, wandb
         )
         stack.enter_context(contextlib.closing(reporter))
         best = BestModel(run.workdir / f"best_{name}", score, new=start == 0) if score else None

@@ -28,6 +28,7 @@ from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.state import FAR_ABOVE
 from nvg_jax.training.watching import Clock, memory_in_use
+from nvg_jax.training.weights_and_biases import WandbWriter
 from nvg_jax.visualize import png, save_png
 
 logger = logging.getLogger("nvg_jax")
@@ -134,8 +135,9 @@ class Reporter:
         batch_size: int,
         max_skipped: int = 0,
         forecast: Forecast | None = None,
+        wandb: WandbWriter | None = None,
     ):
-        self._writer = EventWriter(folder)
+        self._writers = [EventWriter(folder), *([wandb] if wandb else [])]
         self._forecast = forecast or Forecast([])
         self._part, self._folder, self._batch_size = part, folder, batch_size
         self._max_skipped = max_skipped
@@ -149,11 +151,15 @@ class Reporter:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
         if start < steps:
-            self._writer.begin(start + 1)
+            self._write("begin", start + 1)
         self._beat(start)
 
     def close(self):
-        self._writer.flush()
+        self._write("flush")
+
+    def _write(self, method: str, *arguments):
+        for writer in self._writers:
+            getattr(writer, method)(*arguments)
 
     def _beat(self, step: int):
         more = {"steps": self._steps, "loss": self._losses}
@@ -192,7 +198,7 @@ class Reporter:
         scalars["images_per_second"] = rate * self._batch_size
         scalars["learning_rate"] = learning_rate
         scalars |= self.clock.report() | memory_in_use()
-        self._writer.write_scalars(step, scalars)
+        self._write("write_scalars", step, scalars)
         self._losses = {k: v for k, v in scalars.items() if k.endswith("loss")}
         shown = self._losses | {k: v for k, v in scalars.items() if k == "skipped_steps" and v}
         self._progress.update(
@@ -207,14 +213,14 @@ class Reporter:
         """Writes metrics on held-out data and a picture."""
         self._took("evaluation")
         scalars = {f"test_{name}": value for name, value in flatten(metrics).items()}
-        self._writer.write_scalars(step, scalars)
+        self._write("write_scalars", step, scalars)
         shown = (f"{k} {v:.4g}" for k, v in scalars.items() if not k.split("/")[-1].isdigit())
         logger.info("%s: %d  held out: %s", self._part, step, "  ".join(shown))
         self._beat(step)
         if picture is not None and is_main():
             path = self._folder / f"pictures_{step:07d}.png"
             save_png(path, picture)
-            self._writer.write_images(step, {"pictures": picture})
+            self._write("write_images", step, {"pictures": picture})
 
     def _took(self, kind: str):
         """Notes the time since the last report."""
@@ -249,7 +255,7 @@ class Reporter:
     def fid(self, step: int, fid: float, best: float):
         """Writes the FID of the model at this step; `best` is the lowest one so far."""
         self._took("fid")
-        self._writer.write_scalars(step, {"fid": fid})
+        self._write("write_scalars", step, {"fid": fid})
         logger.info("%s: %d  FID %.4g  (best so far: %.4g)", self._part, step, fid, best)
         self._beat(step)
 

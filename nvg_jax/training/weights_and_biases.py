@@ -1,0 +1,48 @@
+"""Metrics and pictures of a training at Weights & Biases, beside TensorBoard's."""
+
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath, epy
+
+from nvg_jax.errors import comes_with
+from nvg_jax.runtime.storage import digest, in_bucket
+
+with epy.lazy_imports(error_callback=comes_with("wandb")):
+    import wandb  # pyright: ignore[reportMissingImports]
+
+
+class WandbWriter:
+    """Writes what process 0 writes to TensorBoard; every part is a run, which a resume continues.
+
+    Steps that are done again keep their first values. `WANDB_MODE=offline` needs no account.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+
+    def __init__(self, project: str, folder: epath.Path, config: dict[str, Any]):
+        name = f"{folder.parent.name}/{folder.name}"
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            group=folder.parent.name,
+            id=digest({"folder": str(folder)})[:16],
+            resume="allow",
+            config=config,
+            dir=tempfile.mkdtemp() if in_bucket(folder) else str(folder),
+        )
+
+    def begin(self, step: int):
+        pass
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]):
+        self._run.log(dict(scalars), step=step)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]):
+        self._run.log({tag: wandb.Image(image) for tag, image in images.items()}, step=step)
+
+    def flush(self):
+        self._run.finish()
