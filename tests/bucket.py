@@ -88,7 +88,7 @@ def serve() -> Iterator[Bucket]:
                 return False
             client, self.wfile = self.wfile, io.BytesIO()
             self.rfile = io.BytesIO(body)
-            upload = self.command == "PUT" and "upload_id=" in self.path
+            upload = "upload_id=" in self.path
             with bucket.lock:
                 answer = uploads.get(self.path) if upload else None
                 if answer is None:
