@@ -67,7 +67,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("autoencoder", None, "Published checkpoint of the autoencoder.")
     flags.DEFINE_string("generator", None, "Published checkpoint of its generators.")
     flags.DEFINE_string("from_hub", None, "ORG/NAME on the Hugging Face hub that has both files.")
-    for file, default in (("autoencoder", "raw"), ("generator", "ema")):
+    for file, default in weight_names.DEFAULTS.items():
         flags.DEFINE_enum(
             f"{file}_weights", default, weight_names.WEIGHTS, "Weights, or their moving average."
         )

@@ -132,6 +132,8 @@ def test_our_safetensors_come_back_as_what_they_are(tmp_path):
     assert metadata.sources["generator"]["file"] == "generator.safetensors"
     assert metadata.replace(sources=None) == pipe.metadata
     assert (metadata.resize_filter, metadata.class_names) == ("lanczos", names)
+    with pytest.raises(UserError, match="holds one copy .* leave --autoencoder_weights out"):
+        conversion.read_published(*files, autoencoder_weights="ema")
 
 
 def test_published_safetensors_and_the_names_of_wrapped_modules(files, tmp_path, caplog):

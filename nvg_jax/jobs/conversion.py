@@ -32,8 +32,8 @@ HEADER = "nvg_jax"  # the key of the metadata in a safetensors header
 def read_published(
     autoencoder: str | os.PathLike,
     generator: str | os.PathLike | None = None,
-    autoencoder_weights: str = "raw",
-    generator_weights: str = "ema",
+    autoencoder_weights: str = weight_names.DEFAULTS["autoencoder"],
+    generator_weights: str = weight_names.DEFAULTS["generator"],
 ) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, params) of checkpoints in the published layout, the arguments of `Pipeline`.
 
@@ -56,9 +56,14 @@ def read_published(
     if generator is not None:
         generator = local_path(generator, "generator")
         files["generator"] = generator, generator_weights
-    for file, _ in files.values():
+    for part, (file, weights) in files.items():
         if not file.is_file():
             raise UserError(f"There is no file {file}. Give a checkpoint that the authors publish.")
+        if weights != weight_names.DEFAULTS[part] and _own_metadata(file):
+            raise UserError(
+                f"{file} was written by --to-safetensors and holds one copy of the weights; leave "
+                f"--{part}_weights out."
+            )
     sizes, own_metadata = {}, _own_metadata(generator or autoencoder)
     if own_metadata:
         sizes["latent_size"] = own_metadata.model.tokenizer.latent_size
@@ -117,8 +122,8 @@ def convert(
     out: str | os.PathLike,
     autoencoder: str | os.PathLike,
     generator: str | os.PathLike | None = None,
-    autoencoder_weights: str = "raw",
-    generator_weights: str = "ema",
+    autoencoder_weights: str = weight_names.DEFAULTS["autoencoder"],
+    generator_weights: str = weight_names.DEFAULTS["generator"],
     dtype: str = "float32",
     license: str | None = None,
 ):

@@ -69,6 +69,8 @@ _GENERATOR = "nvgformer."
 _WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel and torch.compile
 
 WEIGHTS = ("raw", "ema")
+# The published generators were trained with the raw autoencoder, and sample with their average.
+DEFAULTS = {"autoencoder": "raw", "generator": "ema"}
 
 logger = logging.getLogger("nvg_jax")
 
