@@ -177,12 +177,13 @@ class RunMetadata:
 
 
 def read(
-    folder: str | os.PathLike, part: Callable[[RunMetadata], Any]
+    folder: str | os.PathLike, part: Callable[[RunMetadata], Any], last: int | None = None
 ) -> tuple[RunMetadata, Any] | None:
     """The metadata and part of the state of a folder's newest undamaged checkpoint.
 
     Args:
         part: metadata -> abstract tree of the leaves to read.
+        last: ignores checkpoints of later steps.
 
     Returns:
         (metadata, tree of NumPy arrays), or None if the folder has no checkpoint.
@@ -190,7 +191,7 @@ def read(
     Raises:
         UserError: all checkpoints are damaged, or hold other leaves.
     """
-    stored = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)))
+    stored = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)), last)
     return stored and (RunMetadata.from_json(stored[0]), stored[1])
 
 
@@ -203,9 +204,13 @@ def read_resize_filter(folder: str | os.PathLike) -> str | None:
     return metadata and metadata.resize_filter
 
 
-def read_metadata(folder: str | os.PathLike) -> RunMetadata | None:
-    """The metadata of a folder's newest undamaged checkpoint, None if there is no checkpoint."""
-    stored = read(folder, lambda metadata: {})
+def read_metadata(folder: str | os.PathLike, last: int | None = None) -> RunMetadata | None:
+    """The metadata of a folder's newest undamaged checkpoint, None if there is no checkpoint.
+
+    Args:
+        last: ignores checkpoints of later steps.
+    """
+    stored = read(folder, lambda metadata: {}, last)
     return stored and stored[0]
 
 

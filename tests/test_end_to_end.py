@@ -117,16 +117,16 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     def update(best, step):
         return best.update(step, metadata, params, lambda: kept.append(step) or metadata)
 
-    best = BestModel(tmp_path, score, new=True)
+    best = BestModel(tmp_path, score, start=0)
     assert [update(best, step) for step in (10, 20, 30)] == [(5.0, 5.0), (7.0, 5.0), (3.0, 3.0)]
-    resumed = BestModel(tmp_path, score, new=False)
+    resumed = BestModel(tmp_path, score, start=30)
     assert update(resumed, 40) == (4.0, 3.0)
     assert update(resumed, 50) == (3.0, 3.0)
     assert kept == [10, 30]
     stored = read_export_metadata(tmp_path)
     assert (stored.step, stored.fid) == (30, 3.0)
     # A new training in the same workdir does not compete with the one before.
-    anew = BestModel(tmp_path, score, new=True)
+    anew = BestModel(tmp_path, score, start=0)
     assert update(anew, 10) == (9.0, 9.0)
     assert read_export_metadata(tmp_path).step == 10
 

@@ -1,10 +1,12 @@
 """The time that a run still takes, worked by hand."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nvg_jax.training.forecast import Forecast, Work, due, flops
+from nvg_jax.training.forecast import Forecast, Work, due, flops, step_flops
 
 
 def test_all_parts_evaluations_and_fid_count():
@@ -35,6 +37,18 @@ def test_all_parts_evaluations_and_fid_count():
 )
 def test_what_is_due(done, steps, every, times):
     assert due(done, steps, every) == times
+
+
+def test_a_step_is_not_taken_for_one_of_the_warm_up():
+    def step(state, inputs, batch, key, *, warming_up):
+        return batch @ batch if warming_up else batch
+
+    trainer = types.SimpleNamespace(
+        steps=9, warming_up=lambda step: step < 2, abstract_state=0.0, abstract_inputs=0.0,
+        abstract_batch=jax.ShapeDtypeStruct((2, 2), float),
+        jit_train_step=jax.jit(step, static_argnames="warming_up"),
+    )  # fmt: skip
+    assert step_flops(trainer) == 0
 
 
 def test_the_flops_of_products_convolutions_and_loops():

@@ -52,7 +52,7 @@ def image_folder(variant):
 
 @pytest.mark.parametrize("variant", ["small", "64", "finetune"])
 @pytest.mark.parametrize("num_images", [270, 2_700, 90_000])
-def test_a_folder_of_any_size_is_trained_seen_and_saved(variant, num_images):
+def test_a_small_and_a_large_folder_are_trained_seen_and_saved(variant, num_images):
     """270 images once meant 210 steps of a warm-up of 1,000, and no picture and no checkpoint."""
     recipe = fitted(image_folder(variant).generator_training, num_images)
     steps = training_length(recipe.length, num_images, recipe.batch_size)

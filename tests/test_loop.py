@@ -137,6 +137,8 @@ def fit(tmp_path, monkeypatch):
             config_json=config.to_dict,
         )
         monkeypatch.setattr("jax.random.fold_in", lambda key, data: key)
+        trainer, fit.start = loop.standing(trainer, run)
+        fit.steps = trainer.steps
         loop.fit(trainer, run, score)
         return trainer.evaluated
 
@@ -190,6 +192,7 @@ def test_a_finished_run_is_extended_with_a_larger_batch(fit, tmp_path, caplog):
         evaluated = fit(resume=Resume(("length", "batch_size")), **change)
     assert "tokenizer: changed at step 6, after 96 images: tokenizer_training.batch" in caplog.text
     assert evaluated == [(15.0 + 6 + 8, None), (15.0 + 6 + 8 + 10, "finished")]
+    assert (fit.start, fit.steps) == (6, 9)  # known before the first step, for the forecast
     stored = read_metadata(tmp_path / "tokenizer")
     settings = {"batch_size": [16, 32], "length": ["6 steps", "2 epochs"]}
     settings = {f"tokenizer_training.{name}": values for name, values in settings.items()}
@@ -218,6 +221,34 @@ def test_a_run_is_not_shortened_to_less_than_it_has(fit):
         fit(sigterm_at=5)
     with pytest.raises(UserError, match="length = '4 steps' is 4 steps, and the .* is of step 5"):
         fit(resume=Resume(("length",)), length="4 steps")
+    fit(length="6 steps")
+    with pytest.raises(UserError, match="length = '4 steps' is 4 steps, and the .* is of step 6"):
+        fit(resume=Resume(("length",)), length="4 steps")
+
+
+def test_going_back_in_an_empty_folder_is_refused(fit, tmp_path):
+    """As with a typo in --workdir."""
+    with pytest.raises(UserError, match="--resume_step=4: there is no checkpoint in .*--workdir"):
+        fit(resume=Resume(step=4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_noted_of_abandoned_steps_does_not_count(fit, tmp_path):
+    fit(save_every=1, keep=9)  # FID 5
+    back = dict(resume=Resume(("batch_size",), step=5), batch_size=8, keep=9)
+    with pytest.raises(preemption.Preempted):
+        fit(sigterm_at=1, **back)  # after the new step 6: 0 + 1 + 2 + 3 + 4, then image 80 / 16
+    assert fit(**back) == [(15.0, "finished")]
+    fit(**back | dict(resume=Resume(("batch_size",), step=2), batch_size=4))
+    # 0 + 1, then the images 32, 36, ... over 16: the best of this run, not of the other one.
+    best = read_export_metadata(storage_path(tmp_path / "best_tokenizer"))
+    assert (best.step, best.fid) == (6, 20 - (1 + 2 + 2.25 + 2.5 + 2.75))
+
+
+def test_a_run_that_an_older_version_finished_is_left_as_it_is(fit, tmp_path):
+    fit()
+    (tmp_path / "tokenizer" / "assessed.txt").unlink()
+    assert fit() == []
 
 
 # Ctrl-C, as the stop button of a notebook sends it.

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import types
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -11,7 +12,8 @@ from helpers import tiny_config
 from PIL import Image
 
 from nvg_jax.data import open_source
-from nvg_jax.parts import CHOICES
+from nvg_jax.errors import UserError
+from nvg_jax.parts import CHOICES, TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import plan, registry
@@ -64,6 +66,15 @@ def test_the_plan_is_kept(opened):
     (events,) = run.workdir.glob("events*")
     assert b"codebook_size" in events.read_bytes()
     assert b"Total: 209,771" in events.read_bytes()  # the tokenizer's parameters
+
+
+def test_nothing_is_written_for_a_run_that_is_refused(opened, monkeypatch):
+    run, _ = opened
+    refused = Mock(side_effect=UserError("other settings"))
+    monkeypatch.setattr(registry.loop, "standing", refused)
+    monkeypatch.setattr(plan, "announce", None)
+    with pytest.raises(UserError, match="other settings"):
+        registry.train_parts(run, [TOKENIZER])
 
 
 def test_a_commit_is_that_of_this_code(tmp_path, monkeypatch):

@@ -1,17 +1,22 @@
 """A rehearsal of a training: what it says, what it leaves behind, and what it adds up."""
 
+import itertools
 import re
+import time
 import types
+from unittest.mock import Mock
 
 import jax
 import pytest
 from helpers import tiny_config
+from ml_collections import ConfigDict
 
 from nvg_jax.errors import UserError
+from nvg_jax.parts import CHOICES
 from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.train import train
-from nvg_jax.training import rehearsal
+from nvg_jax.training import plan, rehearsal
 from nvg_jax.training.rehearsal import Cost, summary
 
 
@@ -38,10 +43,40 @@ def test_a_rehearsal_ticks_what_works_and_leaves_nothing(tmp_path, capsys):
         assert re.search(rf"✓ {part}: compiled in \d+ s", text)
         assert re.search(rf"✓ {part}: needs [\d.e-]+ GiB of memory per device", text)
         assert re.search(rf"✓ {part}: a step of 16 images takes [\d.]+ s and its data", text)
+        assert re.search(rf"✓ {part}: a save takes [\d.e-]+ s", text)
     assert "tokenizer: a measurement of FID" not in text
     assert re.search(r"✓ generators: a measurement of FID takes [\d.]+ s", text)
     assert re.search(r"the whole run: [\d.e-]+ h on \d+ devices?, .* at 3 an hour", text)
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_data_are_timed_without_what_was_made_ahead(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def batches():
+        for number in itertools.count():
+            now[0] += 2.0 if number >= 24 else 0.0  # 3 workers with 4 batches each, made and sent
+            yield {"number": number}
+
+    data = ConfigDict(dict(num_workers=3, num_threads=2, prefetch=4))
+    assert rehearsal.time_data(batches(), data)[1] == 2.0
+
+
+def test_only_what_is_left_is_rehearsed(monkeypatch, capsys):
+    run = types.SimpleNamespace(
+        train_source="12", test_source="1", networks={}, mesh=types.SimpleNamespace(size=1)
+    )
+    parts = [types.SimpleNamespace(part=part, steps=9, open=Mock()) for part in CHOICES["all"]]
+    monkeypatch.setattr(plan, "describe", lambda run, trainers: [])
+    monkeypatch.setattr(rehearsal, "check_workdir", lambda run: 1.0)
+    rehearsed = Mock(return_value=(Cost(0, 3600, 0, 0, 0), []))
+    monkeypatch.setattr(rehearsal, "rehearse_part", rehearsed)
+    rehearsal.rehearse(run, [(parts[0], 9), (parts[1], 4)], {})
+    rehearsed.assert_called_once_with(run, parts[1], 4, parts[1].open(run), None)
+    assert "what is left of the run: 1 h on 1 device" in capsys.readouterr().out
+    rehearsal.rehearse(run, [(part, 9) for part in parts], {})
+    assert "nothing is left to train" in capsys.readouterr().out
 
 
 def test_a_workdir_that_forgets_is_named(monkeypatch, tmp_path):

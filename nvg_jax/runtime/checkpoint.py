@@ -214,7 +214,7 @@ class Checkpoints:
 
 
 def read(
-    folder: str | os.PathLike, part: Callable[[dict[str, Any]], Any]
+    folder: str | os.PathLike, part: Callable[[dict[str, Any]], Any], last: int | None = None
 ) -> tuple[dict[str, Any], Any] | None:
     """The metadata and part of the state of a folder's newest undamaged checkpoint.
 
@@ -222,6 +222,7 @@ def read(
 
     Args:
         part: maps the metadata to the abstract tree of the leaves to read.
+        last: ignores checkpoints of later steps.
 
     Returns:
         (metadata with "step", tree of NumPy arrays), or None if the folder has no checkpoint.
@@ -233,7 +234,7 @@ def read(
     if not folder.is_dir():
         return None
     with ocp.CheckpointManager(folder) as manager:
-        found, damaged = newest(manager, folder, part, partial_restore)
+        found, damaged = newest(manager, folder, part, partial_restore, last)
     if found is not None:
         step, content, state = found
         return {**content["meta"], "step": step}, state

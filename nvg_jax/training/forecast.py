@@ -89,9 +89,9 @@ def forecast(run: Run, trainers: Sequence[Trainer]) -> Forecast:
 
 
 def step_flops(trainer: Trainer) -> float:
-    """The FLOPs of all matrix products and convolutions of a step; traces it."""
+    """The FLOPs of all matrix products and convolutions of the last step; traces it."""
     arguments = trainer.abstract_state, trainer.abstract_inputs, trainer.abstract_batch
-    warming_up = trainer.warming_up(0)
+    warming_up = trainer.warming_up(trainer.steps - 1)  # a warm-up is short
     return flops(
         trainer.jit_train_step.trace(*arguments, abstract_key(), warming_up=warming_up).jaxpr.jaxpr
     )

@@ -13,7 +13,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.training.forecast import Forecast
-from nvg_jax.training.length import Origin
+from nvg_jax.training.length import START, Origin
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
@@ -71,7 +71,10 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps, forecast, wandb
         )
         stack.enter_context(contextlib.closing(reporter))
-        best = BestModel(run.workdir / f"best_{name}", score, new=start == 0) if score else None
+        best = BestModel(run.workdir / f"best_{name}", score, start) if score else None
+        assessed = reporter.last_assessed
+        if assessed > start or not start:  # those steps are abandoned, or of an earlier training
+            reporter.assessed(0)
 
         def due(step: int) -> tuple[bool, bool]:
             """Whether to evaluate the model after `step` steps, and whether to measure its FID."""
@@ -98,7 +101,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
                 reporter.fid(step, *best.update(step, metadata, params, finish))
             reporter.assessed(step)
 
-        if start and any(due(start)) and reporter.last_assessed != start:
+        if start and any(due(start)) and assessed != start:
             # The run ended between the save of this step and the end of its evaluation.
             if start == steps:
                 metadata = trainer.finish(run, state, metadata)
@@ -150,6 +153,79 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
                 )
 
 
+def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
+    """Where `fit` will go on: (the trainer with its schedule restated, the step).
+
+    It reads only metadata: what a later part refuses is refused before an earlier one is trained.
+
+    Raises:
+        UserError: as `resume`, or there is no checkpoint to go back to.
+    """
+    folder, section = run.workdir / trainer.part.name, trainer.part.section
+    if read_metadata(folder) is None:
+        if run.resume.step is not None:
+            raise UserError(
+                f"--resume_step={run.resume.step}: there is no checkpoint in {folder}. Correct "
+                "--workdir, or leave the flag out to start a new run."
+            )
+        return trainer, 0
+    _, new = trainer.open(run)
+    step = step_to_go_back_to(trainer, run, new)
+    stored = read_metadata(folder, step)
+    if stored is None:  # `resume` says which steps there are
+        return trainer, 0
+    check_resume(stored, new, section, folder, run.resume.allow_changes)
+    trainer, new = continued(trainer, run, stored, new, step)
+    assert stored.step is not None  # it was read
+    return trainer, stored.step
+
+
+def step_to_go_back_to(trainer: Trainer, run: Run, new: RunMetadata) -> int | None:
+    """`run.resume.step`, or None if the run went back there already."""
+    name, step = trainer.part.name, run.resume.step
+    latest = read_metadata(run.workdir / name) if step is not None else None
+    if step is None or latest is None or not latest.went_back_to(step):
+        return step
+    if changed_settings(latest, new, trainer.part.section):
+        return step
+    logger.info("%s: this run went back to step %d already", name, step)
+    return None  # it was interrupted afterwards
+
+
+def continued(
+    trainer: Trainer, run: Run, stored: RunMetadata, new: RunMetadata, step: int | None
+) -> tuple[Trainer, RunMetadata]:
+    """How a run goes on from a checkpoint: (trainer, its schedule restated; `new` with history).
+
+    Args:
+        stored: the metadata of the checkpoint.
+        step: see `step_to_go_back_to`.
+
+    Raises:
+        UserError: there is nothing left to train.
+    """
+    section, start, changes = trainer.part.section, stored.step, stored.changes
+    assert start is not None  # it was read
+    settings = changed_settings(stored, new, section)
+    if settings or step is not None:
+        change = {
+            "step": start,
+            "images": stored.images_seen(section, start),
+            "settings": {k: [*v] for k, v in settings.items()},
+        }
+        changes = (*changes, change)
+    origin = Origin(changes[-1]["step"], changes[-1]["images"]) if changes else START
+    if origin != trainer.origin:
+        trainer = trainer.restated(origin)
+    if settings and trainer.steps <= start and not trainer.steps == start == stored.steps:
+        raise UserError(
+            f"{section}.length = {trainer.recipe.length!r} is {trainer.steps} steps, and the "
+            f"checkpoint in {run.workdir / trainer.part.name} is of step {start}. Give a longer "
+            "one, or go back with --resume_step."
+        )
+    return trainer, new.replace(changes=changes, steps=trainer.steps)
+
+
 def resume(
     trainer: Trainer, run: Run, new: RunMetadata, checkpoints: checkpoint.Checkpoints
 ) -> tuple[Trainer, Any, RunMetadata, Any, int]:
@@ -167,68 +243,48 @@ def resume(
     Raises:
         UserError: settings changed that are not allowed to, or there is nothing left to train.
     """
-    name, section, step = trainer.part.name, trainer.part.section, run.resume.step
-    folder = run.workdir / name
-    if step is not None:
-        latest = read_metadata(folder)
-        if latest and latest.went_back_to(step) and not changed_settings(latest, new, section):
-            logger.info("%s: this run went back to step %d already", name, step)
-            step = None  # it was interrupted afterwards
+    name, section = trainer.part.name, trainer.part.section
+    step = step_to_go_back_to(trainer, run, new)
 
     def wanted(content: dict[str, Any]):
         stored = RunMetadata.from_json(content)
-        check_resume(stored, new, section, folder, run.resume.allow_changes)
+        check_resume(stored, new, section, run.workdir / name, run.resume.allow_changes)
         return trainer.stored_state(stored)
 
     state, content, position = checkpoints.restore(wanted, step)
     stored = RunMetadata.from_json(content)
     assert stored.step is not None  # it was read
-    start, changes = stored.step, stored.changes
-    settings = changed_settings(stored, new, section)
-    if settings or step is not None:
-        images = stored.images_seen(section, start)
-        change = {
-            "step": start,
-            "images": images,
-            "settings": {k: [*v] for k, v in settings.items()},
-        }
-        changes, position = (*changes, change), None
-    if changes:
-        trainer = trainer.restated(Origin(changes[-1]["step"], changes[-1]["images"]))
-    if settings:
-        if trainer.steps <= start != stored.steps:
-            raise UserError(
-                f"{section}.length = {trainer.recipe.length!r} is {trainer.steps} steps, and the "
-                f"checkpoint in {folder} is of step {start}. Give a longer one, or go back with "
-                "--resume_step."
-            )
+    trainer, metadata = continued(trainer, run, stored, new, step)
+    if metadata.changes != stored.changes:
+        position = None
+    if settings := changed_settings(stored, new, section):
         logger.info(
             "%s: changed at step %d, after %d images: %s. The optimizer's state is kept, and the "
             "learning rate goes on at %.3g.",
             name,
-            start,
-            changes[-1]["images"],
+            stored.step,
+            metadata.changes[-1]["images"],
             "; ".join(f"{key} from {old!r} to {now!r}" for key, (old, now) in settings.items()),
-            np.asarray(trainer.learning_rate(start)).item(),
+            np.asarray(trainer.learning_rate(stored.step)).item(),
         )
-    new = new.replace(changes=changes, steps=trainer.steps)
-    return trainer, trainer.resumed(state), new, position, start
+    return trainer, trainer.resumed(state), metadata, position, stored.step
 
 
 class BestModel:
     """Keeps the model with the lowest FID during a training, as an export in its own folder.
 
     Args:
-        new: whether the training starts afresh; then a model from an earlier one is ignored.
+        start: the step that the training goes on from; a model of a later one is ignored, since
+            that step was abandoned or belongs to an earlier training.
     """
 
-    def __init__(self, folder: epath.Path, score: Score, new: bool):
+    def __init__(self, folder: epath.Path, score: Score, start: int):
         self._folder, self._score = folder, score
-        stored = None if new else read_export_metadata(folder)
+        stored = read_export_metadata(folder) if start else None
         self.fid = float("inf")
         if stored:
-            assert stored.fid is not None  # `update` exports with the FID
-            self.fid = stored.fid
+            assert stored.fid is not None and stored.step is not None  # `update` exports both
+            self.fid = stored.fid if stored.step <= start else self.fid
 
     def update(
         self,

@@ -230,11 +230,12 @@ class Reporter:
 
     @property
     def last_assessed(self) -> int:
-        """The step of the last call of `assessed` in this folder, on every process; 0 without one.
+        """The step of the last call of `assessed` in this folder, on every process.
 
-        Collective: every process must read it.
+        Without one, the last step: older versions did not note it, and a run that they finished is
+        left as it is. Collective: every process must read it.
         """
-        step = 0
+        step = self._steps
         if is_main() and self._assessed.exists():
             step = int(self._assessed.read_text() or 0)
         return int(multihost_utils.broadcast_one_to_all(np.array(step)))

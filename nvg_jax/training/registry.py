@@ -58,10 +58,15 @@ def open_trainer(run: Run, part: Part) -> Trainer:
     return trainer
 
 
+def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
+    """The trainer of each part and the step that it goes on from; see `loop.standing`."""
+    return [loop.standing(open_trainer(run, part), run) for part in parts]
+
+
 def train_parts(run: Run, parts: Sequence[Part]):
     """Trains parts one after the other, each from its latest checkpoint; see `loop.fit`."""
     # All trainers first, so that no setting of a later part is refused after days of training.
-    trainers = [open_trainer(run, part) for part in parts]
+    trainers = [trainer for trainer, _ in standings(run, parts)]
     scores = make_scores(run, parts)
     plan.announce(run, trainers)
     ahead = forecast.forecast(run, trainers)
@@ -71,8 +76,7 @@ def train_parts(run: Run, parts: Sequence[Part]):
 
 def rehearse_parts(run: Run, parts: Sequence[Part], price: float):
     """Tells whether `train_parts` will work and what it takes; see `rehearsal.rehearse`."""
-    trainers = [open_trainer(run, part) for part in parts]
-    rehearsal.rehearse(run, trainers, make_scores(run, parts, time_score), price)
+    rehearsal.rehearse(run, standings(run, parts), make_scores(run, parts, time_score), price)
 
 
 def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:

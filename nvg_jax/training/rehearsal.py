@@ -1,13 +1,15 @@
 """A rehearsal of a training on its machines, before the money is spent."""
 
+import collections
 import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 from etils import epath
 
@@ -18,6 +20,7 @@ from nvg_jax.runtime.hardware import device_memory
 from nvg_jax.runtime.processes import barrier, everywhere, is_main
 from nvg_jax.runtime.storage import atomic_write, make_folder
 from nvg_jax.training import plan
+from nvg_jax.training.forecast import due
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
 from nvg_jax.workdir import RunMetadata
@@ -40,13 +43,17 @@ class Cost(NamedTuple):
 
 
 def rehearse(
-    run: Run, trainers: Sequence[Trainer], fid_seconds: dict[Part, FidSeconds], price: float = 0.0
+    run: Run,
+    standings: Sequence[tuple[Trainer, int]],
+    fid_seconds: dict[Part, FidSeconds],
+    price: float = 0.0,
 ):
     """Prints what works, line by line, and what the whole run takes.
 
     Every process reads a batch and takes `STEPS` steps of every part; process 0 prints.
 
     Args:
+        standings: the trainer of each part and the step that it goes on from.
         fid_seconds: for the parts whose FID is measured.
         price: of a chip for an hour; 0: not known.
 
@@ -54,22 +61,27 @@ def rehearse(
         UserError: what does not work, and why.
     """
     report = functools.partial(print, flush=True) if is_main() else lambda text: None
-    for line in plan.describe(run, trainers):
+    for line in plan.describe(run, [trainer for trainer, _ in standings]):
         report(line)
     report(f"✓ data: {len(run.train_source):,} and {len(run.test_source):,} images open")
     if run.networks:
         report(f"✓ pretrained networks: {', '.join(run.networks)}")
-    saving = check_workdir(run)
-    report(f"✓ workdir: a checkpoint is written and read back in {saving:.1f} s")
+    report(f"✓ workdir: a checkpoint is written and read back in {check_workdir(run):.1f} s")
     costs = []
-    trains_tokenizer = any(trainer.part == TOKENIZER for trainer in trainers)
-    for trainer in trainers:
+    unfinished = [(trainer, start) for trainer, start in standings if start < trainer.steps]
+    trains_tokenizer = any(trainer.part == TOKENIZER for trainer, _ in unfinished)
+    for trainer, start in unfinished:
         opened = trainer.rehearse(run) if trains_tokenizer else trainer.open(run)
-        cost, lines = rehearse_part(run, trainer, opened, fid_seconds.get(trainer.part), saving)
+        cost, lines = rehearse_part(run, trainer, start, opened, fid_seconds.get(trainer.part))
         costs.append(cost)
         for line in lines:
             report(f"✓ {trainer.part.name}: {line}")
-    report(f"the whole run: {summary(costs, run.mesh.size, price)}")
+    if costs:
+        started = any(start for _, start in standings)
+        what = "what is left of the run" if started else "the whole run"
+        report(f"{what}: {summary(costs, run.mesh.size, price)}")
+    else:
+        report("the run has finished: nothing is left to train")
 
 
 def check_workdir(run: Run) -> float:
@@ -117,40 +129,46 @@ def scratch_folder(run: Run) -> Iterator[epath.Path]:
 def rehearse_part(
     run: Run,
     trainer: Trainer,
+    begin: int,
     opened: tuple[Any, RunMetadata],
     fid_seconds: FidSeconds | None,
-    saving: float,
 ) -> tuple[Cost, list[str]]:
-    """Compiles a part and takes a few steps: (what it will cost, lines of text)."""
+    """Compiles a part and takes a few steps: (what it will cost from `begin` on, lines of text)."""
     recipe, (inputs, metadata) = run.config[trainer.part.section], opened
+    # A warm-up has a program of its own: {whether it is in the warm-up: number of steps}.
+    counts = collections.Counter(map(trainer.warming_up, range(begin, trainer.steps)))
     watchdog.reset(slow=True)
     start = time.monotonic()
-    program = trainer.lower().compile()
+    programs = {
+        trainer.warming_up(step): trainer.lower(step).compile()
+        for step in (begin, trainer.steps - 1)[-len(counts) :]
+    }
     compiling = time.monotonic() - start
-    lines = [f"compiled in {compiling:.0f} s", memory_line(program)]
+    lines = [f"compiled in {compiling:.0f} s", memory_line(programs.values())]
 
     watchdog.reset(slow=True)
     state = trainer.jit_init_state(jax.random.fold_in(run.key, trainer.INIT_KEY), inputs)
     key = jax.random.fold_in(run.key, trainer.STEP_KEY)
     seed = run.config.seed + trainer.DATA_SEED
     with contextlib.closing(run.train_batches(recipe.batch_size, seed)) as batches:
-        batch = next(batches)
-        start = time.monotonic()
-        for _ in range(STEPS):
-            batch = next(batches)
-        reading = (time.monotonic() - start) / STEPS
+        batch, reading = time_data(batches, run.config.data)
+    steps = stepping = 0.0
+    for warming_up, program in programs.items():
+        watchdog.reset(slow=True)
         for number in range(1 + STEPS):
             if number == 1:  # the first step also loads the program
                 jax.block_until_ready(state)
                 start = time.monotonic()
-            state, metrics = program(state, inputs, sharding.global_batch(batch, run.mesh), key)
+            state, _ = program(state, inputs, sharding.global_batch(batch, run.mesh), key)
         jax.block_until_ready(state)
         stepping = (time.monotonic() - start) / STEPS
-    step = max(stepping, reading)
+        steps += counts[warming_up] * max(stepping, reading)
     lines.append(
         f"a step of {recipe.batch_size:,} images takes {stepping:.3g} s and its data {reading:.3g}"
         " s" + (", so the steps wait for the data" if reading > stepping else "")
     )
+    saving = time_saving(run, state)
+    lines.append(f"a save takes {saving:.3g} s, and is completed while the steps go on")
 
     evaluation = evaluation_seconds(run, trainer, state, inputs)
     lines.append(f"an evaluation takes {evaluation:.3g} s, without its picture")
@@ -158,22 +176,50 @@ def rehearse_part(
     if fid_seconds is not None:
         fid = fid_seconds(metadata, trainer.export(run, state, inputs))
         lines.append(f"a measurement of FID takes {fid:.3g} s")
-    times = lambda every: math.ceil(trainer.steps / every) if every else 0
+    times = functools.partial(due, begin, trainer.steps)
     cost = Cost(
         compiling,
-        trainer.steps * step,
+        steps,
         times(recipe.eval_every) * evaluation,
         times(recipe.fid_every) * fid,
         times(recipe.save_every) * saving,
     )
-    lines.append(f"{trainer.steps:,} steps: {sum(cost) / 3600:.3g} h")
+    lines.append(f"{trainer.steps - begin:,} steps: {sum(cost) / 3600:.3g} h")
     return cost, lines
 
 
-def memory_line(program: jax.stages.Compiled) -> str:
+def time_data(
+    batches: Iterator[dict[str, Any]], data: ml_collections.ConfigDict
+) -> tuple[dict[str, Any], float]:
+    """(a batch, the seconds that each takes), once all that are made ahead have been drawn."""
+    watchdog.reset(slow=True)
+    workers = max(data.num_workers, 1)
+    batch = {}
+    for _ in range(workers * (data.prefetch + max(data.prefetch, data.num_threads))):
+        batch = next(batches)
+    start, count = time.monotonic(), STEPS * workers  # the same number from each
+    for _ in range(count):
+        batch = next(batches)
+    return batch, (time.monotonic() - start) / count
+
+
+def time_saving(run: Run, state) -> float:
+    """The seconds for which the steps stand still while a state is saved."""
+    watchdog.reset(slow=True)
+    with (
+        scratch_folder(run) as folder,
+        checkpoint.Checkpoints(folder, keep=1) as checkpoints,
+    ):
+        checkpoint.describe(state)  # compiles the checksums
+        start = time.monotonic()
+        checkpoints.save(1, state, {})
+        return time.monotonic() - start
+
+
+def memory_line(programs: Iterable[jax.stages.Compiled]) -> str:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    total = device_memory(program.memory_analysis(), limit)["total"]
-    text = f"needs {total / 2**30:.3g} GiB of memory per device"
+    needed = max(device_memory(each.memory_analysis(), limit)["total"] for each in programs)
+    text = f"needs {needed / 2**30:.3g} GiB of memory per device"
     return text + (f" of {limit / 2**30:.3g}" if limit else "")
 
 

@@ -221,14 +221,14 @@ class Trainer(abc.ABC, Generic[State]):
         """Whether `step` is in the IBQ warm-up."""
         return False
 
-    def lower(self) -> jax.stages.Lowered:
-        """The step at the configured batch size, without any data; in a warm-up if there is one."""
+    def lower(self, step: int = 0) -> jax.stages.Lowered:
+        """The program of a step at the configured batch size, without any data."""
         return self.jit_train_step.lower(
             self.abstract_state,
             self.abstract_inputs,
             self.abstract_batch,
             abstract_key(),
-            warming_up=self.warming_up(0),
+            warming_up=self.warming_up(step),
         )
 
     @property
