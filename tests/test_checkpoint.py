@@ -17,7 +17,7 @@ from helpers import flip_bit, python, read_meta
 from orbax.checkpoint import multihost
 
 from nvg_jax.errors import UserError
-from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime import checkpoint, processes
 from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read
 from nvg_jax.runtime.storage import storage_path
 
@@ -314,3 +314,10 @@ def test_a_full_disk_is_explained_and_old_checkpoints_stay(two):
 
 if __name__ == "__main__":
     fill_disk(sys.argv[1])
+
+
+def test_a_folder_that_another_process_lacks_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "gather", lambda own, count: np.array([*own, not own[0]]))
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="Only some processes see .*all processes share"):
+            checkpoint.read(folder, lambda content: {})

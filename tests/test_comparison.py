@@ -4,6 +4,7 @@ The network in these tests is a small function of the pixels; Inception has test
 """
 
 import logging
+import os
 import types
 
 import numpy as np
@@ -16,6 +17,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.evaluation import features, image, report, sets
 from nvg_jax.jobs import classification, reconstruction
 from nvg_jax.pretrained import ImageFeatures
+from nvg_jax.runtime.storage import lock
 from nvg_jax.sampling.settings import parse_sweep
 from nvg_jax.tokenizer import GranularitySequence
 
@@ -116,6 +118,22 @@ def test_a_reference_is_computed_once(reference, tmp_path):
     changed = sets.Archive(save(tmp_path / "reference.npz", OTHERS[::-1]), 4)
     report.reference_features(changed, judge)
     assert judge.seen > 0
+
+
+def test_two_commands_with_one_reference(reference, monkeypatch):
+    """The second one leaves alone what the first one has computed so far."""
+    monkeypatch.setattr(report, "read_arrays", lambda path: None)
+    report.reference_features(reference, Judge())
+    (file,) = (pretrained.cache_folder() / "references").iterdir()
+    parts = file.with_suffix("")
+    parts.mkdir()
+    (parts / "000000.npz").write_bytes(b"of the first")
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_bytes(b"of the first, too")
+    locked = lock(parts)
+    assert report.reference_features(reference, Judge()).count > 0
+    assert [path.name for path in parts.iterdir()] == ["000000.npz"] and temporary.exists()
+    os.close(locked)
 
 
 def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):

@@ -85,6 +85,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"old"
+    with atomic_write(path, shared=True) as file:  # by two commands at once
+        with atomic_write(path, shared=True) as other:
+            other.write(b"other")
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
     with pytest.raises(UserError, match="x cannot be written: No such file"):
         with atomic_write(tmp_path / "missing" / "x"):
             pass

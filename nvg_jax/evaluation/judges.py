@@ -299,7 +299,7 @@ def cached_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int) 
     classifier = train_classifier(images, labels, num_classes)
     if is_main():
         make_folder(file.parent)
-        with atomic_write(file) as out:
+        with atomic_write(file, shared=True) as out:
             params = traverse_util.flatten_dict(jax.device_get(classifier.params), sep="/")
             np.savez(out, **cast(dict[str, Any], params | {"gray": classifier.gray}))
     return classifier

@@ -4,11 +4,13 @@ All processes share the work; its unit is a batch. A command stores the features
 folder, so that a run that was killed resumes where it stopped; during training, nothing is stored.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from nvg_jax.evaluation.sets import Archive, ImageSet
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.runtime.processes import barrier, everywhere, gather, gather_rows, is_main
 from nvg_jax.runtime.resumable import own_parts, read_arrays
-from nvg_jax.runtime.storage import atomic_write, digest
+from nvg_jax.runtime.storage import atomic_write, digest, lock, make_folder
 from nvg_jax.sampling.settings import text_of
 
 logger = logging.getLogger("nvg_jax")
@@ -135,15 +137,34 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
         count = int(stored.pop("count"))
         features = FeatureSet(count=count, **stored)
     else:
-        features = features_of(images, judge, folder, keep)
-        if is_main():
-            with atomic_write(file) as out:
-                np.savez(out, **features._asdict())
-            shutil.rmtree(folder, ignore_errors=True)
+        with unless_in_use(folder) as parts:
+            features = features_of(images, judge, parts, keep)
+            if is_main():
+                with atomic_write(file, shared=True) as out:
+                    np.savez(out, **features._asdict())
+                if parts:
+                    shutil.rmtree(parts, ignore_errors=True)
     barrier("the features of the reference are there")
     if isinstance(images, Archive):
         features = features._replace(**images.statistics())
     return features
+
+
+@contextlib.contextmanager
+def unless_in_use(folder: Path) -> Iterator[Path | None]:
+    """A folder, locked by process 0; None if another command has locked it."""
+    descriptor, free = None, True
+    if is_main():
+        make_folder(folder)
+        try:
+            descriptor = lock(folder)
+        except BlockingIOError:
+            free = False
+    try:
+        yield folder if everywhere(free) else None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 # Files and tables.

@@ -151,7 +151,7 @@ def convert(
     make_folder(path.parent)
     flat = {key: np.ascontiguousarray(x) for key, x in flatten_dict(params, sep="/").items()}
     checksum = fingerprint(unflatten_dict(flat, sep="/"))
-    with atomic_write(path) as file:
+    with atomic_write(path, shared=True) as file:
         file.write(save(flat, {"checksum": checksum}))
     return path
 

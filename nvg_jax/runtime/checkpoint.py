@@ -231,8 +231,15 @@ def read(
         UserError: all checkpoints are damaged, or they lack a leaf or hold it in another size.
     """
     folder = storage_path(folder)
-    if not folder.is_dir():
+    # Reading waits for all processes, so all must take the same branch.
+    seen = processes.gather(np.array([folder.is_dir()]), jax.process_count())
+    if not seen.any():
         return None
+    if not seen.all():
+        raise UserError(
+            f"Only some processes see {folder}. Give a folder that all processes share, or that "
+            "every machine has."
+        )
     with ocp.CheckpointManager(folder) as manager:
         found, damaged = newest(manager, folder, part, partial_restore, last)
     if found is not None:

@@ -9,6 +9,7 @@ import json
 import os
 import posixpath
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,10 +140,14 @@ def local_file(path: epath.Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path | epath.Path) -> Iterator[Path]:
+def atomic_path(path: Path | epath.Path, shared: bool = False) -> Iterator[Path]:
     """A temporary path on a disk to write to; it replaces `path` when the block succeeds.
 
     After an interruption at any moment, `path` is either complete or as it was before.
+
+    Args:
+        shared: whether several commands may write `path` at once; the last one to finish wins.
+            Otherwise what an interrupted one leaves behind is overwritten by the next.
 
     Raises:
         UserError: there is no space or no permission; the message names `path`.
@@ -152,7 +157,8 @@ def atomic_path(path: Path | epath.Path) -> Iterator[Path]:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nvg_jax_"))
             temporary = Path(folder, path.name)
         else:
-            temporary = Path(path).with_name(path.name + ".tmp")
+            own = f".{secrets.token_hex(4)}" if shared else ""
+            temporary = Path(path).with_name(f"{path.name}{own}.tmp")
         try:
             yield temporary
             if in_bucket(path):
@@ -172,13 +178,13 @@ def atomic_path(path: Path | epath.Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path | epath.Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path | epath.Path, shared: bool = False) -> Iterator[BinaryIO]:
     """Like `atomic_path`, but yields the temporary file, opened for binary writing."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path, shared) as temporary, open(temporary, "wb") as file:
         yield file
 
 
-def lock(folder: epath.Path) -> int | None:
+def lock(folder: Path | epath.Path) -> int | None:
     """Locks a folder against other processes, until the descriptor is closed or this process ends.
 
     Returns:
