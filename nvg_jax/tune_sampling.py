@@ -17,8 +17,7 @@ from nvg_jax.runtime.storage import storage_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):
     from nvg_jax import pipeline, workdir
-    from nvg_jax.evaluation import report, sets
-    from nvg_jax.evaluation.judges import fit_classifier
+    from nvg_jax.evaluation import judges, report, sets
     from nvg_jax.jobs import sampling_runs, tuning
 
 FLAGS = flags.FLAGS
@@ -35,7 +34,7 @@ def main(_):
     data = cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter)
     train = sets.load_split(data, "train", pipe.tokenizer.config.image_size)
     count = pipe.metadata.model.num_classes
-    judge = fit_classifier(data["name"], train.images, train.labels, count)
+    judge = judges.fit_classifier(data["name"], train.images, train.labels, count)
     reference = report.features_of(train, judge, keep=0)
     classes = [index % count for index in range(FLAGS.num_samples)]
     size = min(FLAGS.batch_size, FLAGS.num_samples)

@@ -1,6 +1,8 @@
 """Cheaper settings of the structure flow that sample as well."""
 
 import numpy as np
+import pytest
+from helpers import python, random_pipeline
 
 from nvg_jax.jobs import tuning
 from nvg_jax.jobs.tuning import Point
@@ -36,3 +38,20 @@ def test_the_cheapest_point_within_the_noise_is_chosen():
     assert best == points[1] and tried == [100, 5, 10]  # 5.1 is no worse than 5.2
     assert lines[2] == "FID 4.90, 5.30: flow_steps=10 (10 evaluations)"
     assert tuning.tune(points[:1], own, measure)[0] == own
+
+
+@pytest.mark.slow
+def test_the_command_exports_the_model_with_what_it_found(tmp_path):
+    pipe = random_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    command = ["-m", "nvg_jax.tune_sampling", f"--workdir={tmp_path / 'model'}", "--seeds=2"]
+    command += [f"--out={tmp_path / 'tuned'}", "--data_name=digits", "--num_samples=10"]
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
+    tuned = Pipeline.from_pretrained(tmp_path / "tuned")
+    found = {name: getattr(tuned.settings, name) for name in ("flow_steps", "structure_solves")}
+    points = [point.settings for point in tuning.candidates(pipe)]
+    assert tuned.settings == pipe.settings or found in points
+    assert tuned.settings == pipe.settings.updated(found)
+    assert tuned.weights == pipe.weights
+    assert "times fewer evaluations" in done.stdout
