@@ -55,6 +55,7 @@ def pytest_configure(config):
 LONG = (
     "test_end_to_end",
     "test_eight_devices",
+    "test_bucket",
     "test_launch",  # waits more than it computes
     "test_parity",
     "test_training_losses",
