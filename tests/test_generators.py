@@ -208,6 +208,7 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
             config=types.SimpleNamespace(class_dropout=0.0),
             repa=None,
         )
+        trainer.update = functools.partial(steps.GeneratorTrainer.update, trainer)
         step = functools.partial(steps.GeneratorTrainer.train_step, trainer)
         state = TrainState.create(params, optimizer)
         inputs = {"tokenizer": tokenizer_params, "canvas_scale": jnp.ones(4)}

@@ -37,6 +37,7 @@ TRAINER = types.SimpleNamespace(
     optimizer=optax.sgd(0.1),
     discriminator_optimizer=optax.sgd(0.1),
     optimizer_config=optimizer_config(ema_decay=0.9),
+    update=lambda state, grads: tokenizer.TokenizerTrainer.update(TRAINER, state, grads),
 )
 
 
