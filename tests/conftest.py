@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 
 from helpers import ROOT, free_port
 
@@ -20,6 +21,7 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -74,6 +76,15 @@ LONG = (
 def pytest_collection_modifyitems(items):
     rank = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Frees compiled programs, which the cache keeps, after files of a process beyond 4 GiB."""
+    yield
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 4 * 2**20:  # in KiB
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -540,6 +540,7 @@ def test_gke_dry_run(tmp_path):
     assert shlex.split(command) == ["exec", "env", CACHE, *RESTART, "--distributed", *TRAIN]
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("ends", ["exit 0", "exit 1", "kill -INT $PPID; exit 1"])
 def test_gke_says_on_every_way_out_how_to_delete_the_workload(tmp_path, ends):
     program(tmp_path / "bin/xpk", f'echo "$3" >>{tmp_path}/calls; {ends}')
