@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import signal
 
 from helpers import ROOT, free_port
 
@@ -97,3 +98,11 @@ def parity_dir(tmp_path_factory):
         (folder / file.name).symlink_to(file)
     pack.write_checkpoints(folder)
     return folder
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as in the foreground, for this process and its children, wherever tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -312,14 +312,6 @@ def start_restart(job, stderr=None, **environment):
     return Process(["bash", LAUNCH / "restart.sh", job], env=environment, stderr=stderr)
 
 
-@pytest.fixture
-def interrupts():
-    """Lets children be interrupted even if a shell runs the tests in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("code", [75, 0, 1])

@@ -255,15 +255,15 @@ def test_a_run_that_an_older_version_finished_is_left_as_it_is(fit, tmp_path):
 
 
 @pytest.fixture
-def fit_in_notebook(tmp_path, monkeypatch):
+def fit_in_notebook(tmp_path, monkeypatch, interrupts):
     """Trains `Sum`; SIGINT comes while the batches of these numbers are loaded."""
 
-    def fit_in_notebook(*interrupts):
+    def fit_in_notebook(*at):
         config, seen = ConfigDict(tiny_config()), iter(range(1, 100))
         config.tokenizer_training.update(length=f"{STEPS} steps", log_every=1, save_every=100)
 
         def place(batch, mesh):
-            if next(seen) in interrupts:
+            if next(seen) in at:
                 os.kill(os.getpid(), signal.SIGINT)
             return batch
 
@@ -289,15 +289,15 @@ def test_the_stop_button_saves_after_the_step(fit_in_notebook, tmp_path):
     assert fit_in_notebook() == [(15.0, "finished")]
 
 
-@pytest.mark.parametrize("interrupts", [(1,), (3, 3)])
+@pytest.mark.parametrize("at", [(1,), (3, 3)])
 def test_before_the_first_step_and_the_second_time_it_ends_at_once(
-    fit_in_notebook, tmp_path, interrupts, monkeypatch
+    fit_in_notebook, tmp_path, at, monkeypatch
 ):
-    if len(interrupts) == 2:
+    if len(at) == 2:
         kill = os.kill
         monkeypatch.setattr(os, "kill", lambda *arguments: [kill(*arguments), kill(*arguments)])
     with pytest.raises(KeyboardInterrupt) as error:
-        fit_in_notebook(*interrupts)
+        fit_in_notebook(*at)
     assert not str(error.value)
     assert read_metadata(tmp_path / "tokenizer") is None
     assert fit_in_notebook() == [(15.0, "finished")]  # nothing of the request is left
