@@ -102,7 +102,12 @@ def parity_dir(tmp_path_factory):
 
 @pytest.fixture
 def interrupts():
-    """Ctrl-C as in the foreground, for this process and its children, wherever tests run."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and a hangup as in the foreground, for this process and its children.
+
+    A shell's background process ignores the one, and what nohup started the other.
+    """
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
