@@ -31,8 +31,8 @@ from nvg_jax.evaluation.image import to_float
 from nvg_jax.evaluation.judges import fit_classifier
 from nvg_jax.evaluation.report import REFERENCE_IMAGES, features_of, measure
 from nvg_jax.evaluation.sets import LabeledImages, load_split
+from nvg_jax.jobs.tuning import evaluations
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.sampling.generate import flow_evaluations, make_plan
 from nvg_jax.sampling.settings import Settings, parse_sweep, text_of
 from nvg_jax.structure import flow
 from nvg_jax.training.distillation import guided_velocity, solution, solve_stages, split_stages
@@ -107,7 +107,7 @@ def main(_):
         named = [(name, text_of(value)) for name, value in point.items()]
         shared = {"workdir": FLAGS.workdir, "num_samples": FLAGS.num_samples, "point": named}
         rows = [shared | {"seed": seed} for seed in range(FLAGS.seeds)]
-        shared["evaluations"] = evaluations(pipe, point)
+        shared["evaluations"] = evaluations(pipe, pipe.settings.updated(point))
         all_solved = not point.get("structure_solves") and point.get("flow_restart", 1) == 1
         if splits and all_solved and not all(of(result) in known for result in rows):
             same = splits(pipe.settings.updated(point)) == splits.exact
@@ -122,13 +122,6 @@ def main(_):
         print(row([known[of(result)] for result in rows]), flush=True)
     if FLAGS.figure:
         draw(list(known.values()), FLAGS.figure)
-
-
-def evaluations(pipe: Pipeline, point: dict) -> int:
-    """How often the structure generator runs for one image."""
-    config = pipe.tokenizer.config
-    settings = pipe.settings.updated(point).expand(config.num_stages, config.codebook_size)
-    return flow_evaluations(make_plan(settings), config.num_positions)
 
 
 def row(results: list[dict]) -> str:

@@ -116,9 +116,9 @@ def evaluate_model(judge: str, settings):
 
 def sampling_job(pipe, settings):
     """The samples to measure, cycling through the classes."""
-    classes = [index % pipe.metadata.model.num_classes for index in range(FLAGS.num_samples)]
-    size = min(FLAGS.batch_size, FLAGS.num_samples)
-    return sampling_runs.SamplingJob(pipe, classes, 1, size, FLAGS.seed, settings)
+    return sampling_runs.SamplingJob.cycling(
+        pipe, FLAGS.num_samples, FLAGS.batch_size, FLAGS.seed, settings
+    )
 
 
 def compare(points, reference, out: epath.Path):

@@ -36,9 +36,9 @@ def main(_):
     count = pipe.metadata.model.num_classes
     judge = judges.fit_classifier(data["name"], train.images, train.labels, count)
     reference = report.features_of(train, judge, keep=0)
-    classes = [index % count for index in range(FLAGS.num_samples)]
-    size = min(FLAGS.batch_size, FLAGS.num_samples)
-    job = sampling_runs.SamplingJob(pipe, classes, 1, size, FLAGS.seed, {})
+    job = sampling_runs.SamplingJob.cycling(
+        pipe, FLAGS.num_samples, FLAGS.batch_size, FLAGS.seed, {}
+    )
     fids = tuning.make_fids(job, judge, reference, FLAGS.seeds)
     best, lines = tuning.tune(points, own, fids)
     if not is_main():

@@ -58,6 +58,12 @@ def measure(
     return generation_metrics(reference, samples, names) if is_main() else {}
 
 
+def fid(images: ImageSet, judge: Judge, reference: FeatureSet) -> float:
+    """FID of a set of images, the same on every process, so that all decide alike."""
+    results = measure(images, judge, reference, names=("fid",))
+    return float(gather(np.array([results.get("fid", np.nan)]), jax.process_count())[0])
+
+
 def features_of(
     images: ImageSet,
     judge: Judge,

@@ -87,6 +87,19 @@ class SamplingJob(ImageSet):
                     f"A walk needs two samples or more, got per_class={self.per_class}."
                 )
 
+    @classmethod
+    def cycling(
+        cls,
+        pipeline: Pipeline,
+        count: int,
+        batch_size: int,
+        seed: int,
+        settings: dict[str, Any],
+    ) -> "SamplingJob":
+        """`count` samples to measure: of each class in turn, again and again."""
+        classes = [index % pipeline.metadata.model.num_classes for index in range(count)]
+        return cls(pipeline, classes, 1, min(batch_size, count), seed, settings)
+
     def __len__(self) -> int:
         return len(self.classes) * self.per_class
 

@@ -3,78 +3,65 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from nvg_jax.evaluation.features import FeatureSet
 from nvg_jax.evaluation.judges import Judge, fit_classifier, make_judge
-from nvg_jax.evaluation.report import features_of, measure, reference_features
+from nvg_jax.evaluation.report import features_of, fid, reference_features
 from nvg_jax.evaluation.sets import ImageSet, Split, load_split, open_reference
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.processes import gather, own_share
+from nvg_jax.runtime.processes import own_share
 from nvg_jax.runtime.sharding import local_mesh
-from nvg_jax.training.loop import Score
 from nvg_jax.training.run import Run
 from nvg_jax.workdir import RunMetadata
 
 
-def score(
-    judge: Judge,
-    images: Callable[[Pipeline], ImageSet],
-    reference: FeatureSet,
-    metadata: RunMetadata,
-    params: dict[str, Any],
-) -> float:
-    """FID of the images that a model makes, the same on every process.
+class FidMeasurement(NamedTuple):
+    """How the FID of a model is measured while it trains.
 
-    Collective: every process must call it.
-
-    Args:
+    Attributes:
         images: from the model to the images.
         reference: the judge's features to compare with.
-        params: {"tokenizer": tree} and, to sample, "content" and "structure", NumPy arrays.
-
-    Raises:
-        Preempted: SIGTERM arrived.
     """
-    with jax.set_mesh(local_mesh()):
-        made = images(Pipeline(metadata, params))
-        results = measure(made, judge, reference, names=("fid",))
-    # All processes must make the same decision, so all take the value of process 0.
-    return float(gather(np.array([results.get("fid", np.nan)]), jax.process_count())[0])
+
+    judge: Judge
+    images: Callable[[Pipeline], ImageSet]
+    reference: FeatureSet
+
+    def score(self, metadata: RunMetadata, params: dict[str, Any]) -> float:
+        """FID of the images that a model makes, the same on every process.
+
+        Collective: every process must call it.
+
+        Args:
+            params: {"tokenizer": tree} and, to sample, "content" and "structure", NumPy arrays.
+
+        Raises:
+            Preempted: SIGTERM arrived.
+        """
+        with jax.set_mesh(local_mesh()):
+            return fid(self.images(Pipeline(metadata, params)), self.judge, self.reference)
+
+    def seconds(self, metadata: RunMetadata, params: dict[str, Any]) -> float:
+        """An estimate of the time of `score`, from one batch on this process, once compiled."""
+        with jax.set_mesh(local_mesh()):
+            made, start = self.images(Pipeline(metadata, params)), 0.0
+            for _ in range(2):
+                start = time.monotonic()
+                self.judge.image_features(next(iter(made.filled([0]))))
+            return (time.monotonic() - start) * len(own_share(made.num_batches))
 
 
-def time_score(
-    judge: Judge,
-    images: Callable[[Pipeline], ImageSet],
-    reference: FeatureSet,
-    metadata: RunMetadata,
-    params: dict[str, Any],
-) -> float:
-    """An estimate of the seconds of `score`, from one batch on this process, once compiled."""
-    with jax.set_mesh(local_mesh()):
-        made, start = images(Pipeline(metadata, params)), 0.0
-        for _ in range(2):
-            start = time.monotonic()
-            judge.image_features(next(iter(made.filled([0]))))
-        return (time.monotonic() - start) * len(own_share(made.num_batches))
-
-
-def make_scores(
-    run: Run, parts: Sequence[Part], function: Callable[..., float] = score
-) -> dict[Part, Score]:
-    """{part: what measures its FID} for the parts with a `fid_every`.
+def fid_measurements(run: Run, parts: Sequence[Part]) -> dict[Part, FidMeasurement]:
+    """The measurements for the parts with a `fid_every`.
 
     The tokenizer's reconstructions are compared with their originals, held-out images; samples with
     `config.evaluation.reference`.
-
-    Args:
-        function: `score`, or `time_score`.
 
     Raises:
         UserError: a network, a file or data is missing.
@@ -89,7 +76,7 @@ def make_scores(
     fit = functools.cache(
         lambda: fit_classifier(data["name"], train().images, train().labels, num_classes)
     )
-    scores, judge_name = {}, config.evaluation.judge
+    measurements, judge_name = {}, config.evaluation.judge
     with jax.set_mesh(local_mesh()):
         for part in parts:
             recipe = config[part.section]
@@ -106,14 +93,12 @@ def make_scores(
                 else:
                     real = open_reference(config.evaluation.reference, batch_size, size, data)
                     reference = reference_features(real, judge)
-                classes = [index % num_classes for index in range(count)]
                 images = functools.partial(
-                    SamplingJob,
-                    classes=classes,
-                    per_class=1,
+                    SamplingJob.cycling,
+                    count=count,
                     batch_size=batch_size,
                     seed=config.seed,
                     settings={},  # the model's own
                 )
-            scores[part] = functools.partial(function, judge, images, reference)
-    return scores
+            measurements[part] = FidMeasurement(judge, images, reference)
+    return measurements

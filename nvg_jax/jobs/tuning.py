@@ -5,16 +5,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.features import FeatureSet
 from nvg_jax.evaluation.judges import Judge
-from nvg_jax.evaluation.report import digits, measure
+from nvg_jax.evaluation.report import digits, fid
 from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.processes import gather
 from nvg_jax.sampling.generate import flow_evaluations, make_plan
 from nvg_jax.sampling.settings import Settings, text_of
 
@@ -99,8 +97,6 @@ def make_fids(
     def fids(point: Point) -> np.ndarray:
         changed = job.with_settings(point.settings)
         runs = [dataclasses.replace(changed, seed=job.seed + number) for number in range(seeds)]
-        own = [measure(run, judge, reference, names=("fid",)).get("fid", np.nan) for run in runs]
-        # Only process 0 has the FIDs; all must make the same decision.
-        return gather(np.array([own]), jax.process_count())[0]
+        return np.array([fid(run, judge, reference) for run in runs])
 
     return fids

@@ -43,6 +43,10 @@ class OptimizerConfig:
                 f"Unknown learning-rate schedule {self.schedule!r}; choose one of {SCHEDULES}."
             )
 
+    def peak_rate(self, batch_size: int) -> float:
+        """The learning rate after the warm-up at a global batch size."""
+        return self.learning_rate * batch_size / 256
+
     def average_decay(self, step: Int32[Array, ""]) -> float | Float32[Array, ""]:
         """The decay of the average in the step after `step` others."""
         if not self.ema_warmup:
@@ -52,7 +56,7 @@ class OptimizerConfig:
 
 def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int) -> optax.Schedule:
     """The learning rate of each step of a run of `steps` steps at a global batch size."""
-    rate = config.learning_rate * batch_size / 256
+    rate = config.peak_rate(batch_size)
     warmup = min(config.warmup_steps, steps)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(rate, max(steps - warmup, 1), alpha=config.final)

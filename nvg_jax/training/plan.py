@@ -116,7 +116,7 @@ def describe_part(run: Run, trainer: Trainer) -> list[str]:
     }
     images = recipe.batch_size * trainer.steps
     optimizer, dtype = trainer.optimizer_config, recipe.get("dtype") or run.config.dtype
-    rate = optimizer.learning_rate * recipe.batch_size / 256
+    rate = optimizer.peak_rate(recipe.batch_size)
     intervals = f"evaluated every {recipe.eval_every:,} steps, saved every {recipe.save_every:,}"
     if recipe.fid_every:
         intervals += f", FID every {recipe.fid_every:,}"

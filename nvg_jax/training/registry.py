@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import ml_collections
 from jax.sharding import Mesh
 
-from nvg_jax.jobs.scoring import make_scores, time_score
+from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
 from nvg_jax.training import forecast, loop, plan, rehearsal
@@ -67,7 +67,8 @@ def train_parts(run: Run, parts: Sequence[Part]):
     """Trains parts one after the other, each from its latest checkpoint; see `loop.fit`."""
     # All trainers first, so that no setting of a later part is refused after days of training.
     trainers = [trainer for trainer, _ in standings(run, parts)]
-    scores = make_scores(run, parts)
+    measurements = fid_measurements(run, parts)
+    scores = {part: measurement.score for part, measurement in measurements.items()}
     plan.announce(run, trainers)
     ahead = forecast.forecast(run, trainers)
     for trainer in trainers:
@@ -76,7 +77,10 @@ def train_parts(run: Run, parts: Sequence[Part]):
 
 def rehearse_parts(run: Run, parts: Sequence[Part], price: float):
     """Tells whether `train_parts` will work and what it takes; see `rehearsal.rehearse`."""
-    rehearsal.rehearse(run, standings(run, parts), make_scores(run, parts, time_score), price)
+    trainers = standings(run, parts)
+    measurements = fid_measurements(run, parts)
+    seconds = {part: measurement.seconds for part, measurement in measurements.items()}
+    rehearsal.rehearse(run, trainers, seconds, price)
 
 
 def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:
