@@ -25,7 +25,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.storage import atomic_path, digest, fingerprint, local_file, make_folder
+from nvg_jax.runtime.storage import (
+    atomic_path,
+    digest,
+    fingerprint,
+    local_file,
+    make_folder,
+    sealed,
+)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -78,7 +85,7 @@ def write(folder: epath.Path, meta: dict[str, Any], params: dict[str, Any]):
             index = {name: file for file, tensors in files.items() for name in tensors}
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1)
             place(INDEX).write_text(text)
-        config.write_text(json.dumps(content | {"digest": digest(content)}, indent=1))
+        config.write_text(sealed(content))
     kept = {*files, INDEX} if len(files) > 1 else {*files}
     for path in folder.iterdir():  # of an earlier model in more or fewer files
         if WEIGHTS.fullmatch(path.name) and path.name not in kept:

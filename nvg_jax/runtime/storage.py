@@ -250,10 +250,15 @@ def fingerprint(tree) -> str:
 # JSON with a checksum.
 
 
+def sealed(content: dict[str, Any]) -> str:
+    """JSON with its checksum, its `digest`, as "digest"."""
+    return json.dumps({**content, "digest": digest(content)}, indent=1)
+
+
 def write_json(path: Path | epath.Path, content: dict[str, Any]):
     """Writes JSON together with its checksum, atomically."""
     with atomic_write(path) as file:
-        file.write(json.dumps({**content, "digest": digest(content)}, indent=1).encode())
+        file.write(sealed(content).encode())
 
 
 def read_json(path: Path | epath.Path) -> dict[str, Any] | None:
