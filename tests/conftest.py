@@ -38,7 +38,9 @@ TYPED += tuple(f"sampling.{name}" for name in ("control", "generate", "guidance"
 install_import_hook([f"nvg_jax.{name}" for name in TYPED], "shapes.checked")
 
 from nvg_jax.cli import FAST_COMPILE  # noqa: E402
+from nvg_jax.runtime import interrupts  # noqa: E402
 
+interrupts.listen = lambda: None  # a command called in this process leaves its signals alone
 os.environ["XLA_FLAGS"] = " ".join(FAST_COMPILE)
 gc.set_threshold(200_000, 50, 100)  # tracing creates many objects, of which most stay
 
@@ -101,7 +103,7 @@ def parity_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def interrupts():
+def foreground():
     """Ctrl-C and a hangup as in the foreground, for this process and its children.
 
     A shell's background process ignores the one, and what nohup started the other.

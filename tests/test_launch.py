@@ -312,7 +312,7 @@ def start_restart(job, stderr=None, **environment):
     return Process(["bash", LAUNCH / "restart.sh", job], env=environment, stderr=stderr)
 
 
-@pytest.mark.usefixtures("interrupts")
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("code", [75, 0, 1])
 def test_restart_passes_the_signal_on_and_waits_for_the_save(tmp_path, number, code):
@@ -532,7 +532,7 @@ def test_gke_dry_run(tmp_path):
     assert shlex.split(command) == ["exec", "env", CACHE, *RESTART, "--distributed", *TRAIN]
 
 
-@pytest.mark.usefixtures("interrupts")
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("ends", ["exit 0", "exit 1", "kill -INT $PPID; exit 1"])
 def test_gke_says_on_every_way_out_how_to_delete_the_workload(tmp_path, ends):
     program(tmp_path / "bin/xpk", f'echo "$3" >>{tmp_path}/calls; {ends}')
@@ -837,7 +837,7 @@ def test_a_new_checkpoint_resets_the_attempts(tmp_path):
     assert tpu.calls.count("delete") == 4
 
 
-@pytest.mark.usefixtures("interrupts")
+@pytest.mark.usefixtures("foreground")
 @ENDINGS
 @pytest.mark.parametrize(
     "number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
@@ -853,7 +853,7 @@ def test_tpu_run_that_is_interrupted(tmp_path, number, expected, ending):
     assert_cannot_burn_money(tpu, said, ending)
 
 
-@pytest.mark.usefixtures("interrupts")
+@pytest.mark.usefixtures("foreground")
 def test_tpu_vms_are_deleted_even_if_nobody_listens(tmp_path):
     """As in `tpu_vm.sh ... 2>&1 | tee log`, where Ctrl-C also ends tee."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)

@@ -255,7 +255,7 @@ def test_a_run_that_an_older_version_finished_is_left_as_it_is(fit, tmp_path):
 
 
 @pytest.fixture
-def fit_in_notebook(tmp_path, monkeypatch, interrupts):
+def fit_in_notebook(tmp_path, monkeypatch, foreground):
     """Trains `Sum`; SIGINT comes while the batches of these numbers are loaded."""
 
     def fit_in_notebook(*at):
