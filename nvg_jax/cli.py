@@ -32,6 +32,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("num_processes", None, "With --coordinator_address: number of processes.")
 flags.DEFINE_integer("process_id", None, "With --coordinator_address: 0 .. num_processes - 1.")
+flags.disclaim_key_flags()  # --help shows the flags that the functions below define
 
 # Flags of XLA with which small programs compile faster on CPUs, and run slower.
 FAST_COMPILE = ["--xla_cpu_parallel_codegen_split_count=1"]

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from nvg_jax.errors import UserError
 
+flags.disclaim_key_flags()  # --help of a command shows --config as its own
 INSTALLED = Path(__file__).parent / "configs"
 FOLDER = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 

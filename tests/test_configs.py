@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import optimizer_config
+from helpers import optimizer_config, python
 
 from configs import common
 from nvg_jax import Pipeline, cli, layers, models
@@ -191,6 +191,14 @@ def test_the_documentation_names_every_sampling_setting():
     for name in Settings.specs():
         assert f"`{name}`" in page
         assert name in Pipeline.sample.__doc__
+
+
+@pytest.mark.slow
+def test_help_shows_the_flags_that_commands_share():
+    shown = python("-m", "nvg_jax.sample", "--help").stdout
+    for name in ("workdir", "seed", "dtype", *Settings.specs()):
+        assert f"--{name}:" in shown or f"--[no]{name}:" in shown
+    assert "--config:" in python("-m", "nvg_jax.train", "--help").stdout
 
 
 def test_published_recipe():
