@@ -1,7 +1,6 @@
 """ImageNet at 256 x 256 pixels, in the published sizes: `:d16` (default), `:d20`, `:d24`.
 
-First prepare the data (docs/data.md) and the frozen networks (docs/pretrained_features.md). On one
-machine:
+First prepare the data (docs/data.md) and the frozen networks (docs/pretrained.md). On one machine:
 
     python -m nvg_jax.train --config=configs/imagenet256.py:d16 --workdir=runs/imagenet-d16 \\
         --config.data.data_dir=/data/tfds

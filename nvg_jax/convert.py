@@ -5,7 +5,7 @@ With --generator=d16.ckpt, the written folder can also sample; without, it encod
 `--dtype=bfloat16` or `float16` at half the size. With --to-safetensors, the weights have the
 published names instead. --out=hf://ORG/NAME uploads the model to the Hugging Face hub, and
 --from_hub=ORG/NAME takes the published checkpoints from there. `--pretrained=dino --from=FILE`
-imports a network for the training losses or for evaluation (docs/pretrained_features.md).
+imports a network for the training losses or for evaluation (docs/pretrained.md).
 """
 
 from absl import flags
