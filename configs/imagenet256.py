@@ -12,21 +12,11 @@ On a TPU pod (docs/launch.md has SLURM and GKE):
         -- --config=configs/imagenet256.py:d16 --workdir=gs://BUCKET/d16 \\
            --config.data.data_dir=/mnt/data/tfds --config.pretrained_dir=/mnt/data/pretrained
 
-The published batch sizes, and the cost of both generators at a global batch size of 768. These are
-compile-time estimates, not measurements: memory per device, and the roofline's upper bound on
-epochs per day (docs/scaling.md, which also covers v6e and the tokenizer).
-
-    size  epochs  batch  64 chips of v5p (v5p-128)    256 chips of v5e (v5litepod-256)
-    d16   200     768    20.7 of 95 GiB, 427 a day    8.1 of 16 GiB, 563 a day
-    d20   250     720    34.2 of 95 GiB, 232 a day
-    d24   350     864    50.6 of 95 GiB, 138 a day
-
-A batch must divide over the devices: 720 over up to 16 devices of a power-of-two mesh, 864 over 32.
-With more of them give the nearest multiple, such as --config.generator_training.batch_size=768; the
-learning rate follows it.
-
-Those for v5p keep more results for the backward pass than the default:
---config.content.remat=linears --config.structure.remat=linears.
+The batch sizes are the published 768, 720 and 864 images. A batch must divide over the devices: 720
+over up to 16 devices of a power-of-two mesh, 864 over 32. With more of them give the nearest
+multiple, such as --config.generator_training.batch_size=768; the learning rate follows it.
+docs/scaling.md estimates memory and time for TPUs and GPUs, and says which recomputation
+(--config.content.remat, structure.remat) suits them.
 
 `:runlocal` trains tiny models for a few steps on the digits, without the losses that need
 pretrained networks, and combines with a size (`:d20,runlocal`).
