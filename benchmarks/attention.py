@@ -1,8 +1,9 @@
-"""Compares the fused attention of this machine's accelerator with XLA's.
+"""Compares the fused attention of this machine's accelerator with XLA's or tokamax's.
 
     python -m benchmarks.attention
+    python -m benchmarks.attention --against=tokamax    # pip install tokamax
 
-Times `nvg_jax.attention.attention` (our kernel on TPUs, cuDNN's on GPUs, see there) and XLA's
+Times `nvg_jax.attention.attention` (our kernel on TPUs, cuDNN's on GPUs, see there) and the other
 attention, forward and with gradients, at the lengths of the two generators (257 tokens for the
 content, 513 for the structure); ours includes padding to the length that its kernel needs. The
 error is the largest absolute difference from XLA's float32 attention at the highest precision,
@@ -19,6 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from nvg_jax.attention import attention, padded_length
+from nvg_jax.kernels.rotary import normalize_and_rotate
 
 FLAGS = flags.FLAGS
 CALLS = 20  # in a row, so that the time to start them is hidden
@@ -31,8 +33,18 @@ def ours(q, k, v):
     return attention(q, k, v, length=length if padding else None)[:, :length]
 
 
-IMPLEMENTATIONS = {
-    "ours": ours,
+def tokamax_attention(q, k, v, rotary=None, length=None):
+    """`nvg_jax.attention.attention` by tokamax's fastest kernel for this machine."""
+    import tokamax
+
+    if rotary is not None:
+        q, k = normalize_and_rotate(q, k, rotary)
+    lengths = None if length is None else jnp.full(len(q), length, jnp.int32)
+    return tokamax.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
+
+
+OTHERS = {
+    "tokamax": tokamax_attention,
     "XLA": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
 }
 
@@ -61,7 +73,8 @@ def seconds(function, *args) -> float:
 def main(_):
     logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| tokens | precision | pass | ours | XLA | ratio | error, ours | error, XLA |")
+    other = FLAGS.against
+    print(f"| tokens | precision | pass | ours | {other} | ratio | error, ours | error, {other} |")
     print("|---|---|---|---|---|---|---|---|")
     for length in map(int, FLAGS.lengths):
         shape = FLAGS.batch_size, length, FLAGS.heads, FLAGS.head_dim
@@ -70,11 +83,11 @@ def main(_):
             args = [x.astype(dtype) for x in exact]
             for name, run in (("forward", forward), ("with gradients", with_gradients)):
                 with jax.default_matmul_precision("highest"):
-                    expected = jax.jit(functools.partial(run, IMPLEMENTATIONS["XLA"]))(
+                    expected = jax.jit(functools.partial(run, OTHERS["XLA"]))(
                         *(x.astype(jnp.float32) for x in args)
                     )
                 times, errors = [], []
-                for function in IMPLEMENTATIONS.values():
+                for function in (ours, OTHERS[other]):
                     call = jax.jit(functools.partial(run, function))
                     got = call(*args)
                     errors.append(
@@ -87,6 +100,7 @@ def main(_):
 
 
 if __name__ == "__main__":
+    flags.DEFINE_enum("against", "XLA", OTHERS, "The other attention.")
     flags.DEFINE_list("lengths", "257,513", "Tokens.")
     flags.DEFINE_list("dtypes", "bfloat16,float32", "Types of the arithmetic.")
     flags.DEFINE_integer("batch_size", 64, "Images at once.", lower_bound=1)

@@ -7,9 +7,14 @@
 Runs the program that `train` (of `config.part`, by default both generators) or `sample` runs, on
 all devices of this machine, with random weights and images. With the same --config, --program and
 --batch_size, `compile` estimates the same program. Prints the median time of a call and the peak
-memory of the first device.
+memory of the first device, also as a line of JSON.
+
+To try what the package does not do: --linears forces a form of the linear layers, --attention
+replaces the attention, and --products quantizes the matrix products of a training step's blocks
+(pip install tokamax, qwix).
 """
 
+import json
 import time
 
 import jax
@@ -18,9 +23,12 @@ import numpy as np
 from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.attention import tokamax_attention
 from benchmarks.sampling import CLASSES, random_params, random_weights, read_config
-from nvg_jax import presets
+from nvg_jax import layers, presets
 from nvg_jax.aot.lowering import training_part
+from nvg_jax.kernels import block_linears
+from nvg_jax.models import ModelConfig
 from nvg_jax.pipeline import sample_keys
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.generate import SampleRequests
@@ -29,6 +37,33 @@ from nvg_jax.training.registry import make_trainer
 
 FLAGS = flags.FLAGS
 IMAGES = 1_281_167  # of the training data, whose number only shapes the schedule
+# Types of the factors, forward and of the gradient.
+PRODUCTS = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
+
+
+def replace_parts():
+    """Replaces parts of the generators as the flags say."""
+    if FLAGS.linears:
+        block_linears.form = lambda tokens, width: FLAGS.linears
+    if FLAGS.attention == "tokamax":
+        layers.attention = tokamax_attention
+    if FLAGS.products:
+        import qwix
+
+        forward, gradient = PRODUCTS[FLAGS.products]
+        rule = qwix.QtRule(
+            module_path=".*blocks.*",
+            weight_qtype=forward,
+            act_qtype=forward,
+            bwd_qtype=gradient,
+        )
+        make = ModelConfig.make_generator
+
+        def make_quantized(self, name):
+            method = "predict_canvas" if name == "content" else "__call__"
+            return qwix.quantize_model(make(self, name), qwix.QtProvider([rule]), methods=(method,))
+
+        ModelConfig.make_generator = make_quantized
 
 
 def training(config, mesh):
@@ -92,6 +127,7 @@ def sampling(config, mesh):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # JAX logs which backends are missing
+    replace_parts()
     mesh = sharding.make_mesh(**FLAGS.config.mesh)
     start = time.perf_counter()
     run = {"train": training, "sample": sampling}[FLAGS.program](FLAGS.config, mesh)
@@ -112,6 +148,8 @@ def main(_):
     seconds = np.median(times)
     memory = jax.local_devices()[0].memory_stats()
     peak = f", peak memory {memory['peak_bytes_in_use'] / 2**30:.1f} GiB" if memory else ""
+    numbers = {"seconds": times, "peak_bytes": memory and memory["peak_bytes_in_use"]}
+    print(json.dumps(numbers))
     print(
         f"{1e3 * seconds:,.1f} ms a call ({1e3 * min(times):,.1f} to {1e3 * max(times):,.1f}), "
         f"{1e3 * seconds / FLAGS.batch_size:,.2f} ms an image{peak}"
@@ -123,6 +161,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum("program", "train", ["train", "sample"], "The program to run.")
     flags.DEFINE_integer("batch_size", 64, "Global batch.", lower_bound=1)
     flags.DEFINE_integer("rounds", 5, "Calls, of which the median counts.", lower_bound=1)
+    flags.DEFINE_enum("linears", None, ["joint", "separate", "parts"], "See block_linears.form.")
+    flags.DEFINE_enum("attention", "ours", ["ours", "tokamax"], "Attention of the generators.")
+    flags.DEFINE_enum("products", None, PRODUCTS, "Quantized products of a training step.")
     flags.DEFINE_string("trace", None, "Folder for a profile of one more call.")
     flags.mark_flags_as_required(["config"])
     app.run(main)

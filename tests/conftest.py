@@ -11,7 +11,7 @@ from helpers import ROOT, free_port
 # are shared by all processes and kept for the next run.
 CACHE = ROOT / ".pytest_cache" / "jax"
 os.environ |= {
-    "JAX_PLATFORMS": "cpu",
+    "JAX_PLATFORMS": os.environ.get("TEST_PLATFORM", "cpu"),  # cuda,cpu: the parity tests on a GPU
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
