@@ -22,14 +22,15 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
 
     def d16(module: str, batch: int) -> str:
         size = f"d16 --batch_size={batch} --rounds=3"
-        size = "d16,runlocal --batch_size=2 --rounds=1" if tiny else size
+        if tiny:
+            size = f"d16,runlocal --batch_size={min(batch, 2)} --rounds=1"
         return f"python -m benchmarks.{module} --config=configs/imagenet256.py:{size}"
 
     # (a) Sampling, with random weights. A student is a structure generator without guidance.
     steps = "--config.sampling.flow_steps"
     alone = "--config.sampling.structure_guidance='(1.0,1.0)'"
     samplers = {
-        "published": f"{steps}=2" if tiny else "",
+        "published": "",
         "one_solve": f"{steps}=4 --config.sampling.structure_solves='(0,)'",
         "student_4": f"{steps}=4 {alone}",
         "student_1": f"{steps}=1 {alone}",
@@ -45,7 +46,7 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
     if not os.path.exists(meta):
         encode = f"--data_dir='{args.data_dir}' --out='{sequences}' --crops={1 if tiny else 4}"
         command = f"python -m nvg_jax.encode --workdir=emoji_tokenizer --num_threads=4 {encode}"
-        yield Entry("emoji_encode", command, needs=f"{args.data_dir}/")
+        yield Entry("emoji_encode", command, limit=240, needs=f"{args.data_dir}/")
     recipe = "--config.generator_training"
     command = f"""python -m nvg_jax.train --config=configs/emoji.py --workdir='{run}'
         --config.part=generators --config.tokenizer_workdir=emoji_tokenizer
@@ -53,10 +54,11 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
         {recipe}.optimizer.schedule=constant {recipe}.optimizer.ema_decay=0.999 """
     if tiny:
         command += f"""{recipe}.length='2 steps' {recipe}.batch_size=4 {recipe}.eval_images=4
-            --config.content.depth=1 --config.structure.depth=1"""
+            --config.content.depth=1 --config.structure.depth=1 {steps}=1"""
     else:
         command += f"""{recipe}.batch_size=128 {recipe}.optimizer.learning_rate=2e-3
-            {recipe}.save_every=500 --config.dtype=bfloat16 --config.data.num_workers=4"""
+            {recipe}.save_every=500 {recipe}.eval_every=1000
+            --config.dtype=bfloat16 --config.data.num_workers=4"""
     yield Entry("emoji_train", command, 120, 360, meta, keep=40)
     command = (
         f"python -m nvg_jax.convert --workdir='{run}' --out='{args.out}/emoji' --dtype=float16"
@@ -66,23 +68,31 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
     # (c) One image: its products are joint by default, and starting kernels is what takes the time.
     sample = f"{d16('programs', 1)} --program=sample"
     loops = "env XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
-    yield Entry("sample_separate_1", f"{sample} {samplers['published']} --linears=separate")
+    yield Entry("sample_separate_1", f"{sample} --linears=separate")
     for name in ("published", "one_solve"):
         yield Entry(f"sample_{name}_command_buffers_1", f"{loops} {sample} {samplers[name]}")
 
     # (d) Compiled PyTorch.
-    rows = "structure guided", "content guided", "decoder", "structure gradient", "content gradient"
-    flags = " ".join(f"--rows='{row}'" for row in rows)
-    flags += " --torch_compile --config.content.remat=none --config.structure.remat=none"
+    flags = "--torch_compile --config.content.remat=none --config.structure.remat=none"
     flags += "" if tiny else " --dtype=bfloat16"
-    for batch in (64, 1):
+    samples = "structure guided", "content guided", "decoder"
+    gradients = "structure gradient", "content gradient"
+    for name, batch, rows in (
+        ("samples", 64, samples),
+        ("samples", 1, samples),
+        ("gradients", 64, gradients),
+    ):
         command = f"env XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 {d16('against_torch', batch)} {flags}"
-        yield Entry(f"torch_{batch}", command, 90, 300, "torch")
+        command += "".join(f" --rows='{row}'" for row in rows)
+        yield Entry(f"torch_{name}_{batch}", command, 90, 300, "torch")
 
     # (e) A training step, with the attention of tokamax and with quantized products.
     step = d16("programs", 96)
     yield Entry("train", step, 90, 200)
     yield Entry("train_tokamax", f"{step} --attention=tokamax", 90, 200, "tokamax")
+    command = "python -m benchmarks.attention --against=tokamax --dtypes=bfloat16"
+    command += " --batch_size=1 --lengths=17 --rounds=1" if tiny else ""
+    yield Entry("attention_tokamax", command, needs="tokamax")
     for kind in ("int8", "fp8"):
         yield Entry(f"train_{kind}", f"{step} --products={kind}", 90, 200, "qwix")
 
