@@ -1,9 +1,11 @@
 """Set-up shared by all tests: a quiet CPU, one compilation cache, the parity pack."""
 
+import ctypes
 import gc
 import os
-import resource
 import signal
+import sys
+from pathlib import Path
 
 from helpers import ROOT, free_port
 
@@ -83,11 +85,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Frees compiled programs, which the cache keeps, after files of a process beyond 4 GiB."""
+    """Frees compiled programs, which the cache keeps, after files of a process beyond 3 GiB.
+
+    They are most of its memory, in pieces that glibc keeps until it is told to return them.
+    """
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 4 * 2**20:  # in KiB
-        jax.clear_caches()
-        gc.collect()
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        if pages * os.sysconf("SC_PAGESIZE") > 3 * 2**30:
+            jax.clear_caches()
+            gc.collect()
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,10 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
     images = np.random.default_rng(0).uniform(-1, 1, (2, *CONFIG.image_size, 3))
     batch = {"image": images.astype(np.float32), "label": jnp.array([0, 1])}
 
-    def moved(clip):
+    inputs = {"tokenizer": tokenizer_params, "canvas_scale": jnp.ones(4)}
+
+    @jax.jit
+    def step(clip, params, inputs, batch):
         optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.sgd(1.0))
         trainer = types.SimpleNamespace(
             generators={name: model for name, (model, _) in networks.items()},
@@ -209,10 +212,11 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
             repa=None,
         )
         trainer.update = functools.partial(steps.GeneratorTrainer.update, trainer)
-        step = functools.partial(steps.GeneratorTrainer.train_step, trainer)
         state = TrainState.create(params, optimizer)
-        inputs = {"tokenizer": tokenizer_params, "canvas_scale": jnp.ones(4)}
-        new, metrics = jax.jit(step)(state, inputs, batch, key)
+        return steps.GeneratorTrainer.train_step(trainer, state, inputs, batch, key)
+
+    def moved(clip):
+        new, metrics = step(clip, params, inputs, batch)
         return jax.tree.map(lambda a, b: np.asarray(a - b), new.params, params), metrics
 
     free, metrics = moved(1e9)

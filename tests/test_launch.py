@@ -1,5 +1,7 @@
 """The launchers: the commands of their dry runs, and their behavior with stand-in programs."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -7,9 +9,11 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from helpers import ROOT, Process, finish, run, wait_for
 from ml_collections import config_flags
 
 from configs.sweeps import product
+from launch.sweep import main as sweep_main
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
@@ -999,12 +1004,26 @@ def test_tpu_vms_that_cannot_be_deleted_are_named(tmp_path):
 
 
 def sweep(*arguments, text=None, folder=None, cwd=ROOT):
-    """Runs launch/sweep.py, on a sweep file with this `text` in `folder` if given."""
+    """Calls launch/sweep.py, on a sweep file with this `text` in `folder` if given."""
     if text is not None:
         (folder / "mine.py").write_text(text)
         arguments = (f"--sweep={folder}/mine.py", *arguments)
-    command = [sys.executable, LAUNCH / "sweep.py", "--workdir=runs/sweep", *arguments]
-    return run(command, cwd=cwd)
+    command, code = ["sweep.py", "--workdir=runs/sweep", *arguments], 0
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections
+        patch.setattr(sys, "argv", command)
+        try:
+            sweep_main()
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def parsed(arguments):
