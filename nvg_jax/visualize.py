@@ -107,6 +107,12 @@ def map_tile(
     return np.asarray(Image.fromarray(colors).resize((width, height), Image.Resampling.NEAREST))
 
 
+def marked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """An image, uint8 (H, W, 3), tinted where a mask, bool (H, W), is set."""
+    tinted = image // 2 + np.array([127, 22, 75], np.uint8)  # half of a pink
+    return np.where(mask[..., None], tinted, image)
+
+
 def labeled_grid(tiles, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
     """Tiles in rows and columns, with a label before each row and one above each column.
 

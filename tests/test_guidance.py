@@ -1,5 +1,7 @@
 """Guidance, the token filters, the sampling settings and the program of stages."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,8 +148,8 @@ def test_wrong_settings_get_a_sentence(wrong, sentence):
         Settings(**wrong).expand(5, 16)
 
 
-def plan(structure_stages=0, token_stages=0, **settings):
-    return make_plan(Settings(**settings).expand(5, 16), structure_stages, token_stages)
+def plan(**settings):
+    return make_plan(Settings(**settings).expand(5, 16))
 
 
 def test_plain_sampling_needs_no_null_class_and_no_filter():
@@ -170,70 +172,67 @@ def test_stages_with_guidance_one_need_no_null_class():
     assert [stage.split for stage in got.stages] == ["guided", "guided", "plain", "noise", "none"]
 
 
-def test_given_stages_are_read_and_the_rest_is_made():
-    # Maps of stages 0 and 1 are given: the split that stage 0 would make is; tokens of stage 0 too.
-    got = plan(token_stages=1, structure_stages=2, content_guidance=2, structure_guidance=2)
-    assert got.stages == (
-        StagePlan("prefix", "prefix"),
-        StagePlan("guided", "guided"),
-        StagePlan("guided", "guided"),
-        StagePlan("guided", "noise"),
-        StagePlan("guided", "none"),
-    )
-    # The map of stage 0 alone is one cluster: nothing is saved.
-    assert plan(structure_stages=1) == plan()
-    everything = plan(token_stages=5, structure_stages=5).stages
-    assert everything == 4 * (StagePlan("prefix", "prefix"),) + (StagePlan("prefix", "none"),)
-    maps_only = plan(structure_stages=5).stages
-    assert maps_only == 4 * (StagePlan("plain", "prefix"),) + (StagePlan("plain", "none"),)
-
-
 def test_splits_that_are_not_solved_reuse_the_last_solution():
-    splits = lambda *args, **settings: [stage.split for stage in plan(*args, **settings).stages]
-    assert splits(structure_solves=(0, 2)) == ["plain", "reuse", "plain", "noise", "none"]
-    assert splits(structure_solves=(0, 1, 2)) == splits()
-    # The first split that is drawn has no solution to reuse.
-    assert splits(structure_solves=(1,)) == ["plain", "plain", "reuse", "noise", "none"]
-    assert splits(2, structure_solves=(0,)) == ["prefix", "plain", "reuse", "noise", "none"]
-    restarts = [stage.restart for stage in plan(structure_solves=(0, 2), flow_restart=0.5).stages]
-    assert restarts == [False, False, True, False, False]
+    solutions = lambda **settings: [stage.solution for stage in plan(**settings).stages[:3]]
+    assert solutions(structure_solves=(0, 2)) == ["new", "reuse", "new"]
+    assert solutions(structure_solves=(0, 1, 2)) == solutions() == ["new"] * 3
+    # The first split has no solution to reuse.
+    assert solutions(structure_solves=(1,)) == ["new", "new", "reuse"]
+    assert solutions(structure_solves=(0, 2), flow_restart=0.5) == ["new", "reuse", "restart"]
+
+
+STAGES, LENGTH = 5, 16
+TARGETS = jax.random.normal(jax.random.key(1), (STAGES, 1, LENGTH, STAGES - 1))
+NETWORKS = Networks(  # stage i's flow leads to the halves of random scores i
+    logits=lambda canvas, maps, stage, classes: jnp.zeros((1, LENGTH, 8)),
+    flow_velocity=lambda labels, canvas, stage, classes, times: (
+        lambda z, time: (z - TARGETS[stage]) / time,
+        times,
+    ),
+    add_stage=lambda canvas, tokens, stage: canvas,
+    null_id=1,
+    latent_dim=2,
+)
 
 
 @pytest.mark.parametrize("solves", [(), (0, 2), (0,)])
 @pytest.mark.parametrize("restart", [1.0, 0.5])
 def test_a_split_uses_the_solution_of_the_last_solve(solves, restart):
-    """Stage i's flow leads to the halves of random scores i; every split takes its own bit."""
-    stages, length = 5, 16
-    targets = jax.random.normal(jax.random.key(1), (stages, 1, length, stages - 1))
-    networks = Networks(
-        logits=lambda canvas, maps, stage, classes: jnp.zeros((1, length, 8)),
-        flow_velocity=lambda labels, canvas, stage, classes, times: (
-            lambda z, time: (z - targets[stage]) / time,
-            times,
-        ),
-        add_stage=lambda canvas, tokens, stage: canvas,
-        null_id=1,
-        latent_dim=2,
-    )
-    settings = Settings(structure_solves=solves, flow_restart=restart).expand(stages, 8)
-    nothing = jnp.zeros((1, stages, length), jnp.int32)
+    """Every split takes its own bit. Kept stages solve nothing, and one program serves them all."""
+    settings = Settings(structure_solves=solves, flow_restart=restart).expand(STAGES, 8)
+    rng = np.random.default_rng(0)
+    finest = rng.permutation(LENGTH)[None] >> np.arange(STAGES - 1, -1, -1)[:, None]
+    prefix = GranularitySequence(jnp.asarray(finest[None]), jnp.asarray(finest[None] % 8))
     requests = SampleRequests(
         class_ids=jnp.zeros(1, jnp.int32),
         keys=jax.random.split(jax.random.key(2), 1),
-        noise=jax.random.normal(jax.random.key(3), (1, length, stages - 1)),
-        prefix=GranularitySequence(nothing, nothing),
-        region=jnp.zeros((1, length), bool),
+        noise=jax.random.normal(jax.random.key(3), (1, LENGTH, STAGES - 1)),
+        prefix=prefix,
+        region=jnp.zeros((1, LENGTH), bool),
     )
-    values = jax.tree.map(jnp.asarray, settings.traced())
-    sequence, _ = generate(networks, requests, values, make_plan(settings))
-    for stage in range(3):
-        solved = max(s for s in solves or range(3) if s <= stage)
-        labels, scores = sequence.structure[0, stage], targets[solved, 0, :, stage]
-        upper = sequence.structure[0, stage + 1] % 2 == 1
-        for cluster in range(2**stage):
-            own = np.flatnonzero(labels == cluster)
-            ranked = own[np.argsort(scores[own])]
-            assert set(own[upper[own]]) == set(ranked[len(own) // 2 :])
+
+    @functools.partial(jax.jit, static_argnames="plan")
+    def sample(values, plan):
+        return generate(NETWORKS, requests, values, plan)[0]
+
+    for kept in (0, 1, 2, 3, 5):  # of these stages, the maps; the tokens of one less
+        values = jax.tree.map(jnp.asarray, settings.traced())
+        if kept:
+            values |= {"structure_stages": kept, "token_stages": kept - 1}
+        sequence = sample(values, plan=make_plan(settings, kept=kept > 0))
+        np.testing.assert_array_equal(sequence.structure[:, :kept], prefix.structure[:, :kept])
+        tokens = slice(max(kept - 1, 0))
+        np.testing.assert_array_equal(sequence.tokens[:, tokens], prefix.tokens[:, tokens])
+        first = max(kept - 1, 0)
+        for stage in range(first, 3):
+            solved = max({first, *(s for s in solves or range(3) if first <= s <= stage)})
+            labels, scores = sequence.structure[0, stage], TARGETS[solved, 0, :, stage]
+            upper = sequence.structure[0, stage + 1] % 2 == 1
+            for cluster in range(2**stage):
+                own = np.flatnonzero(labels == cluster)
+                ranked = own[np.argsort(scores[own])]
+                assert set(own[upper[own]]) == set(ranked[len(own) // 2 :])
+    assert sample._cache_size() == 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from nvg_jax.visualize import (
     class_grid,
     image_grid,
     labeled_grid,
+    marked,
     reconstruction_grid,
     save_png,
     structure_colors,
@@ -97,6 +98,13 @@ def test_a_grid_with_texts():
     # "right" is written once, in the middle of its two columns.
     assert heads[:, :64].any() and heads[:, 120:140].any() and not heads[:, 180:].any()
     labeled_grid([[tile(RED)]], [""], [""])
+
+
+def test_what_a_mask_covers_is_tinted():
+    image = np.full((2, 1, 3), 200, np.uint8)
+    got = marked(image, np.array([[True], [False]]))
+    np.testing.assert_array_equal(got[:, 0], [[227, 122, 175], [200, 200, 200]])
+    assert got.dtype == np.uint8
 
 
 def test_a_png_holds_the_very_pixels(tmp_path):

@@ -1,7 +1,7 @@
 """The stage loop: from class ids to a visual granularity sequence (paper, Section 3.4).
 
 A pure function over callables, which compiles into one program: stages that run the same
-branches share one `lax.scan`.
+branches share one `lax.scan`. How many stages are kept from a prefix is traced.
 """
 
 import itertools
@@ -43,8 +43,8 @@ class SampleRequests(NamedTuple):
 
     keys: a random key for each sample, the source of all its randomness.
     noise: where every stage's flow starts.
-    prefix: maps and tokens, read where the plan says "prefix" or "region". The first map is always
-        read, and must be zero.
+    prefix: maps and tokens, read if the plan has `kept`, which a region needs. The first map is
+        always read, and must be zero.
     region: read if the plan says so. Positions outside keep all maps and tokens of `prefix`, and a
         cluster that contains such a position keeps its token.
     """
@@ -57,22 +57,22 @@ class SampleRequests(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """Where one stage's tokens and its split come from.
+    """Where one stage's tokens and its split come from, unless they are kept.
 
-    content: "prefix", "plain" or "guided"; split: "prefix", "plain", "guided", "reuse" (of the last
-    solution of the flow), "noise" or "none". restart: the flow starts from the last solution.
+    content: "plain" or "guided"; split: "plain" or "guided" (by the flow), "noise" or "none".
+    solution: of the flow: "new", "restart" (it starts from the last one) or "reuse" (the last one).
     """
 
     content: str
     split: str
-    restart: bool = False
+    solution: str = "new"
 
 
 class SamplingPlan(NamedTuple):
     """The static half of sampling; every plan compiles its own program.
 
-    settings: `Settings.static()`. The booleans say which of the traced settings are in use, and
-    whether only a region of a reference is generated.
+    settings: `Settings.static()`. The booleans say which of the traced settings are in use,
+    whether the first stages may be kept, and whether only a region of a reference is generated.
     """
 
     stages: tuple[StagePlan, ...]
@@ -80,46 +80,42 @@ class SamplingPlan(NamedTuple):
     greedy: bool
     top_k: bool
     top_p: bool
+    kept: bool
     region: bool
 
 
-def make_plan(
-    settings: Settings, structure_stages: int = 0, token_stages: int = 0, region: bool = False
-) -> SamplingPlan:
+def make_plan(settings: Settings, kept: bool = False, region: bool = False) -> SamplingPlan:
     """The plan for expanded settings.
 
     Args:
-        structure_stages: the maps of stages 0 .. structure_stages - 1 come from the prefix.
-        token_stages: the tokens of stages 0 .. token_stages - 1 come from the prefix.
+        kept: whether maps and tokens of the first stages come from the prefix. How many is traced.
         region: whether only a region is generated in the other stages.
     """
     content_guidance = settings.per_stage("content_guidance")
     structure_guidance = settings.per_stage("structure_guidance")
     count = len(content_guidance)
-    first = max(structure_stages - 1, 0)  # the first split that is drawn is always solved
-    solves = {first, *(settings.structure_solves or range(count))}
+    solves = {0, *(settings.structure_solves or range(count))}
     stages = []
     for stage in range(count):
         content = "plain" if content_guidance[stage] == 1 else "guided"
         split = "plain" if structure_guidance[stage] == 1 else "guided"
-        if stage < token_stages:
-            content = "prefix"
+        solution = "new"
         if stage == count - 1:
             split = "none"
-        elif stage + 1 < structure_stages:
-            split = "prefix"
         elif stage == count - 2:
             split = "noise"  # not learned: either order of a pair is valid
         elif stage not in solves:
-            split = "reuse"
-        restart = split in ("plain", "guided") and stage > first and settings.flow_restart < 1
-        stages.append(StagePlan(content, split, restart))
+            solution = "reuse"
+        elif stage > 0 and settings.flow_restart < 1:
+            solution = "restart"
+        stages.append(StagePlan(content, split, solution))
     return SamplingPlan(
         stages=tuple(stages),
         settings=settings.static(),
         greedy=settings.temperature == 0,
         top_k=any(settings.per_stage("top_k")),
         top_p=any(p < 1 for p in settings.per_stage("top_p")),
+        kept=kept,
         region=region,
     )
 
@@ -129,9 +125,9 @@ def flow_evaluations(plan: SamplingPlan, num_positions: int) -> int:
     settings, count = plan.settings, 0
     times = flow.shifted_times(settings.flow_steps, num_positions, settings.flow_shift)
     for stage in plan.stages:
-        if stage.split in ("plain", "guided"):
+        if stage.split in ("plain", "guided") and stage.solution != "reuse":
             steps = settings.flow_steps
-            if stage.restart:
+            if stage.solution == "restart":
                 steps = 1 + int((times[:-1] < settings.flow_restart).sum())
             count += steps * flow.SOLVERS[settings.solver] * (2 if stage.split == "guided" else 1)
     return count
@@ -143,7 +139,9 @@ def generate(
     """Generates the sequences of a batch.
 
     Args:
-        values: `Settings.traced()`; "temperature" is a scalar, the others are (S,).
+        values: `Settings.traced()`; "temperature" is a scalar, the others are (S,). If the plan has
+            `kept`, also "structure_stages" and "token_stages", scalars: so many stages take their
+            maps and their tokens from the prefix.
         plan: what each stage runs; static.
 
     Returns:
@@ -156,8 +154,11 @@ def generate(
     restart = plan.settings.flow_restart
     restart_times = jnp.asarray([restart, *times[times < restart]], jnp.float32)
     times = jnp.asarray(times, jnp.float32)
-    keeps_last = any(stage.restart or stage.split == "reuse" for stage in plan.stages)
+    keeps_last = any(stage.solution != "new" for stage in plan.stages)
     reference = granularity.structure_embedding(prefix.structure[:, -1], num_bits, num_bits) - 1.0
+    structure_stages, token_stages = (
+        values.get(name, 0) for name in ("structure_stages", "token_stages")
+    )
     token_keys, split_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
 
     def draw_tokens(source, canvas, maps, x):
@@ -184,20 +185,23 @@ def generate(
             tokens = jnp.where(outside.any(-1), kept, tokens)
         return tokens
 
-    def solve_flow(stage_plan, canvas, maps, solution, x):
+    def solve_flow(stage_plan, canvas, maps, last, x):
+        if stage_plan.solution == "reuse":
+            return last
         stage = x["stage"]
         scale = x["structure_guidance"] if stage_plan.split == "guided" else None
         guidance = Guidance(class_ids, networks.null_id, scale)
         double = guidance.double
         solver = plan.settings.solver
-        at = restart_times if stage_plan.restart else times
+        restarts = stage_plan.solution == "restart"
+        at = restart_times if restarts else times
         velocity, per_time = networks.flow_velocity(
             double(maps), double(canvas), stage, guidance.classes, flow.call_times(at, solver)
         )
         guided = lambda z, at_time: guidance(velocity(double(z), at_time))
         known = granularity.structure_embedding(maps, stage, num_bits) - 1.0
         follow = (~region, reference) if plan.region else None
-        start = solution if stage_plan.restart else None
+        start = last if restarts else None
         return flow.solve(guided, noise, known, stage, at, follow, solver, per_time, start)
 
     def draw_split(solution, maps, x, gumbel):
@@ -211,24 +215,38 @@ def generate(
         )
         return jax.vmap(draw)(split_keys, maps, scores, kept)
 
+    def next_maps(stage_plan, canvas, maps, last, x):
+        """(maps of the next stage, last solution of the flow)"""
+        if stage_plan.split == "noise":
+            return draw_split(noise, maps, x, gumbel=False), last
+        solution = solve_flow(stage_plan, canvas, maps, last, x)
+        maps = draw_split(solution, maps, x, plan.settings.gumbel)
+        return maps, solution if keeps_last else None
+
+    def kept_if(condition, keep, draw):
+        return jax.lax.cond(condition, keep, draw) if plan.kept else draw()
+
     def run_stage(stage_plan, carry, x):
-        canvas, maps, last = carry
-        tokens = x["tokens"]
-        if stage_plan.content != "prefix":
-            tokens = draw_tokens(stage_plan.content, canvas, maps, x)
-        canvas = networks.add_stage(canvas, tokens, x["stage"])
-        after = maps
-        if stage_plan.split == "prefix":
-            after = x["next_structure"]
-        elif stage_plan.split == "noise":
-            after = draw_split(noise, maps, x, gumbel=False)
-        elif stage_plan.split != "none":
-            solution = last
-            if stage_plan.split != "reuse":
-                solution = solve_flow(stage_plan, canvas, maps, last, x)
-            after = draw_split(solution, maps, x, plan.settings.gumbel)
-            last = solution if keeps_last else None
-        return (canvas, after, last), (maps, tokens)
+        (canvas, maps, last), stage = carry, x["stage"]
+        tokens = kept_if(
+            stage < token_stages,
+            lambda: x["tokens"],
+            lambda: draw_tokens(stage_plan.content, canvas, maps, x),
+        )
+        canvas = networks.add_stage(canvas, tokens, stage)
+        if stage_plan.split == "none":
+            return (canvas, maps, last), (maps, tokens)
+        draw = lambda solution: (
+            lambda: next_maps(stage_plan._replace(solution=solution), canvas, maps, last, x)
+        )
+        drawn = draw(stage_plan.solution)
+        if stage_plan.solution != "new":  # the first flow that is solved has no last solution
+            again = drawn
+            drawn = lambda: kept_if(stage + 1 == structure_stages, draw("new"), again)
+        after, solution = kept_if(
+            stage + 1 < structure_stages, lambda: (x["next_structure"], last), drawn
+        )
+        return (canvas, after, solution), (maps, tokens)
 
     stage_first = lambda x: jnp.moveaxis(x, 1, 0)
     inputs = {

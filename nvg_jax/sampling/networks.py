@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Float32
@@ -47,12 +48,24 @@ class SamplingProgram(NamedTuple):
     ) -> tuple[SamplingPlan, dict[str, Any]]:
         """The static and the traced halves of the settings: (plan, values).
 
+        Args:
+            structure_stages, token_stages: how many stages keep the maps and the tokens of the
+                prefix; traced.
+            region: whether only a region is generated in the other stages.
+
         Raises:
             UserError: an invalid setting.
         """
         sizes = self.model.tokenizer
         settings = settings.expand(sizes.num_stages, sizes.codebook_size)
-        return make_plan(settings, structure_stages, token_stages, region), settings.traced()
+        kept = (
+            region or structure_stages > 1 or token_stages > 0
+        )  # the first map is always the same
+        values: dict[str, Any] = settings.traced()
+        if kept:
+            values["structure_stages"] = np.int32(structure_stages)
+            values["token_stages"] = np.int32(token_stages)
+        return make_plan(settings, kept, region), values
 
     def arguments(self, batch_size: int, values: dict[str, Any], mesh: Mesh) -> tuple:
         """The abstract arguments of `sample`, with the batch sharded over a mesh.
