@@ -4,6 +4,8 @@ Without --workdir it shows the bundled Fashion-MNIST model. Only this machine ca
 --host says otherwise. Needs Gradio, which the extra `app` installs (docs/install.md).
 """
 
+import logging
+
 from absl import flags
 from etils import epy
 
@@ -15,16 +17,28 @@ with epy.lazy_imports(error_callback=comes_with("app")):
     from nvg_jax import page, pipeline
 
 FLAGS = flags.FLAGS
+logger = logging.getLogger("nvg_jax")
 
 
 def main(_):
     build = page.build  # first, since it may need what is not installed
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     pipe.check_can_sample()
-    blocks = build(page.Page(pipe, FLAGS.workdir))
-    blocks.queue(max_size=FLAGS.max_waiting).launch(
-        server_name=FLAGS.host, server_port=FLAGS.port, max_file_size=page.MAX_UPLOAD
+    shown = page.Page(pipe, FLAGS.workdir)
+    if FLAGS.write_opening:
+        shown.write_opening()
+        return
+    blocks = build(shown).queue(max_size=FLAGS.max_waiting)
+    _, url, _ = blocks.launch(
+        server_name=FLAGS.host,
+        server_port=FLAGS.port,
+        max_file_size=page.MAX_UPLOAD,
+        footer_links=["gradio"],
+        prevent_thread_lock=True,
+        quiet=True,
     )
+    logger.info("the page is at %s", url)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":
@@ -33,4 +47,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets others in.")
     flags.DEFINE_integer("port", 7860, "Port to listen on.", 0, 65535)
     flags.DEFINE_integer("max_waiting", 20, "Requests that may wait.", lower_bound=1)
+    flags.DEFINE_boolean(
+        "write_opening", False, "Write opening.png, with which the page opens, and serve nothing."
+    )
     cli.main(main)

@@ -1,15 +1,13 @@
 """The page of `nvg_jax.app`: what its buttons do, and a visit in headless Chromium."""
 
+import re
 import shutil
-import sys
-import time
+import urllib.request
 
-import gradio
+import gradio as gr
 import numpy as np
 import pytest
-from gradio.components.image_editor import EditorData, EditorDataBlobs
-from gradio.data_classes import ImageData
-from helpers import Process, free_port, random_pipeline
+from helpers import random_pipeline
 from PIL import Image
 
 from nvg_jax import page
@@ -17,45 +15,40 @@ from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.visualize import image_grid
 
-SIZE = 64
+SIZE = 8  # of the tiny model's images
 # The settings of the tiny model, as fields.
-DEFAULTS = (
-    "1",
-    "0",
-    "1",
-    "1",
-    "1",
-    "2",
-    "euler",
-    "0",
-    "",
-    "1",
-    False,
-)
+DEFAULTS = ("1", "0", "0.9", "1", "1", "2", "euler", "0", "", "1", False)
+LEFT = np.mgrid[:SIZE, :SIZE][1] < SIZE // 2
+RANDOM = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
 
-def layer(part, color):
-    """A stroke of the editor: RGBA, transparent outside `part`."""
+def painted(part, color=(0, 0, 0), picture=None):
+    """What the browser sends when `part` of a field is painted."""
     pixels = np.zeros((SIZE, SIZE, 4), np.uint8)
     pixels[part] = (*color, 255)
-    return pixels
-
-
-LEFT = np.mgrid[:SIZE, :SIZE][1] < SIZE // 2
-HALVES = np.where(LEFT[..., None], 255, layer(~LEFT, (0, 0, 0)))  # white and black
+    return {"painted": page.url_of(pixels), "picture": picture is not None and page.url_of(picture)}
 
 
 @pytest.fixture(scope="module")
-def opened():
+def opened(tmp_path_factory):
     pipe = random_pipeline()
-    pipe.metadata = pipe.metadata.replace(sampling=Settings(flow_steps=2))
+    pipe.metadata = pipe.metadata.replace(sampling=Settings(flow_steps=2, top_p=(0.9, 0.9)))
     pipe.settings = pipe.metadata.sampling
-    return page.Page(pipe, "tiny")
+    return page.Page(pipe, str(tmp_path_factory.mktemp("tiny")))
 
 
-def test_a_field_for_every_setting(opened):
+def results(opened, keep, *inputs, label="3", seed=7, settings=DEFAULTS):
+    """(message while it samples, samples, the first of them, lines of Python, links)"""
+    waiting, (said, *shown) = opened.sample(keep, len(inputs), *inputs, label, seed, *settings)
+    assert said == ""
+    return waiting[0], *shown
+
+
+def test_a_field_for_every_setting_in_plain_words_with_its_name(opened):
     fields = page.settings_fields(opened.pipe.settings)
-    assert [field.label for field in fields] == list(Settings.specs())
+    assert [field.label for field in fields] == list(page.LABELS.values())
+    names = list(Settings.specs())
+    assert [field.info.partition(": ")[0] for field in fields] == list(page.LABELS) == names
     assert tuple(field.value for field in fields) == DEFAULTS
     assert opened.settings(DEFAULTS) == {}
     changed = ("0.5", "0", "1, 0.5", "1", "2", "2", "heun", "0", "0,1", "1", True)
@@ -69,236 +62,214 @@ def test_a_field_for_every_setting(opened):
     }
 
 
-def test_a_drawing_takes_the_nearest_color_of_the_brush():
-    stroke = layer(LEFT, (30, 10, 20))  # nearly black
-    stroke[:, SIZE // 2] = (0, 0, 0, 60)  # the soft edge, more white than black
-    drawing = page.drawing_of({"layers": [stroke], "composite": stroke})
-    expected = np.where(LEFT[..., None], 0, 255)
-    np.testing.assert_array_equal(drawing, np.broadcast_to(expected, (SIZE, SIZE, 3)))
-
-
 def test_a_drawing_is_followed_and_its_lines_make_the_same_samples(opened, tmp_path, monkeypatch):
-    painted = {"layers": [layer(LEFT, (0, 0, 0))], "composite": layer(LEFT, (0, 0, 0))}
-    frames = list(opened.sample(opened.drawing, 1, painted, "3", 7, *DEFAULTS))
-    assert len(frames) == 5  # one for each stage
-    images, _, text, code, files, first = frames[-1]
-    assert "16 tokens" in text and first.shape == (8, 8, 3)
-    # The lines, run where the files lie, write the same picture.
+    drawing = painted(LEFT)
+    waiting, shown, first, code, links = results(opened, opened.drawing, drawing)
+    assert "compiles" in waiting and "<figcaption>your drawing" in shown
+    # The lines, run where the file lies, write the same pictures.
     monkeypatch.chdir(tmp_path)
-    shutil.copy(files[0], tmp_path)
+    name, url = re.search('href="(.*)" download="(.*)"', links).group(2, 1)
+    (tmp_path / name).write_bytes(urllib.request.urlopen(url).read())
     monkeypatch.setattr(
         "nvg_jax.Pipeline.from_pretrained",
-        lambda folder, dtype: {("tiny", "float32"): opened.pipe}[folder, dtype],
+        lambda folder, dtype: {(opened.name, "float32"): opened.pipe}[folder, dtype],
     )
     exec(code, {})
+    job = SamplingJob(opened.pipe, [3], 4, 4, 7, {}, opened.drawing(drawing).constraint)
+    out = job.sample(0)
     with Image.open("samples.png") as saved:
-        np.testing.assert_array_equal(page.enlarged(np.asarray(saved)), images)
-    # Its halves are the first map of the samples.
-    job = SamplingJob(opened.pipe, [3], 4, 4, 7, {}, opened.drawing(painted).constraint)
-    structure = job.sample(0).sequence.structure[:, 1].reshape(4, 4, 4)
+        np.testing.assert_array_equal(np.asarray(saved), image_grid(out.images, 4))
+    finals = re.findall('<img src="([^"]*)" alt="3, seed 7, sample', shown)
+    assert [page.url_of(image) for image in page.to_uint8(out.images)] == finals
+    assert finals[0] == first
+    # The halves of the drawing are the first map of the samples.
+    structure = out.sequence.structure[:, 1].reshape(4, 4, 4)
     assert (structure[:, :, :2] == structure[:, :1, :1]).all()
     assert (structure[:, :, 2:] != structure[:, :1, :1]).all()
+    # Another number of kept stages needs no other program.
+    picture = {"picture": page.url_of(RANDOM)}
+    for maps, tokens in ((5, 5), (3, 1)):
+        waiting, shown, *_ = results(opened, opened.picture, picture, maps, tokens)
+        assert "compiles" not in waiting and f"its map: {2 ** (maps - 1)} regions" in shown
 
 
 def test_a_part_of_a_picture_is_resampled(opened):
-    picture = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
-    painted = {
-        "background": np.concatenate([picture, np.full((SIZE, SIZE, 1), 255, np.uint8)], -1),
-        "layers": [layer(LEFT, (255, 255, 255))],
-    }
-    kept = opened.edit(painted, 1.0, True)
-    np.testing.assert_array_equal(kept.constraint.region.reshape(4, 4)[:, 2:], False)
-    assert (
-        kept.constraint.region.reshape(4, 4)[:, 0].all() and kept.constraint.structure_stages == 1
-    )
-    *_, last = opened.sample(opened.edit, 3, painted, 1.0, True, "0", 0, *DEFAULTS)
+    edit = painted(LEFT, picture=RANDOM), 1.0, True
+    kept = opened.edit(*edit)
+    np.testing.assert_array_equal(kept.constraint.region.reshape(4, 4), [[1, 1, 0, 0]] * 4)
+    assert kept.constraint.structure_stages == 1 and list(kept.shown) == ["before", "to change"]
     # The right columns of every sample are the picture's pixels.
-    shown = page.enlarged(image_grid(kept.constraint.image[None].repeat(4, axis=0), 2))
-    right = slice(-shown.shape[1] // 10, None)
-    np.testing.assert_allclose(last[0][:, right].astype(int), shown[:, right].astype(int), atol=2)
+    _, shown, *_ = results(opened, opened.edit, *edit)
+    for url in re.findall('<img src="([^"]*)" alt="3, seed 7, sample', shown):
+        np.testing.assert_allclose(page.pixels_of(url)[:, -2:, :3], RANDOM[:, -2:], atol=1)
 
 
 @pytest.mark.parametrize(
-    "keep, inputs, values, message",
+    "keep, inputs, changes, message",
     [
         ("drawing", [None], {}, "Paint a drawing first"),
-        ("drawing", [{"layers": [np.zeros((4, 4, 4), np.uint8)]}], {}, "Paint a drawing first"),
-        ("picture", [None, 1, 0], {}, "Upload a picture first"),
-        ("picture", ["x.png", 1, 2], {}, "keep at least as many maps"),
-        ("picture", ["/nothing.png", 2, 1], {}, "^'There is no file nothing.png.'$"),
+        ("drawing", [painted([])], {}, "Paint a drawing first"),
+        ("drawing", [painted(LEFT | True)], {}, "the drawing has one region only"),
+        ("picture", [{"picture": None}, 1, 0], {}, "Upload a picture first"),
+        ("picture", [painted([], picture=RANDOM), 1, 2], {}, "at least as many maps"),
         ("edit", [None, 0, True], {}, "Upload a picture first"),
-        (
-            "edit",
-            [{"background": np.full((4, 4, 4), 255, np.uint8), "layers": []}, 0, True],
-            {},
-            "The picture is blank",
-        ),
-        ("edit", [{"background": HALVES, "layers": []}, 0, True], {}, "Paint over the part"),
-        ("nothing", [], {0: "11"}, "Unknown class 11"),
-        ("nothing", [], {1: None}, "The seed is a whole number"),
-        ("nothing", [], {1: 1.5}, "The seed is a whole number"),
-        ("nothing", [], {1: float("inf")}, "The seed is a whole number"),
-        ("nothing", [], {1: "one"}, "The seed is a whole number"),
-        ("nothing", [], {1: -1}, "seed must be a whole number in 0"),
-        ("nothing", [], {2: "warm"}, "temperature takes numbers, got 'warm'"),
-        ("nothing", [], {4: "2"}, "top_p must be above 0 and at most 1, got 2.0"),
+        ("edit", [painted([], picture=RANDOM), 0, True], {}, "Paint over the part"),
+        ("nothing", [], {"label": "11"}, "Unknown class"),
+        ("nothing", [], {"seed": None}, "The seed must be a whole number in 0"),
+        ("nothing", [], {"seed": 1.5}, "The seed must be a whole number in 0"),
+        ("nothing", [], {"seed": float("inf")}, "The seed must be a whole number in 0"),
+        ("nothing", [], {"seed": -1}, "The seed must be a whole number in 0"),
+        ("nothing", [], {"settings": ["warm"]}, "Variety of the tokens takes numbers, got"),
+        ("nothing", [], {"settings": ["1", "0", "2"]}, "which probability must be above 0 and"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence(opened, keep, inputs, values, message):
-    arguments = ["0", 0, *DEFAULTS]
-    for index, value in values.items():
-        arguments[index] = value
-    with pytest.raises(gradio.Error, match=message):
-        next(opened.sample(getattr(opened, keep), len(inputs), *inputs, *arguments))
-
-
-@pytest.fixture(scope="module")
-def uploads(tmp_path_factory):
-    """Files that are not pictures, or too large ones of a few kilobytes."""
-    folder = tmp_path_factory.mktemp("uploads")
-    (folder / "text.png").write_text("Not a picture.")
-    Image.effect_noise((64, 64), 50).save(folder / "cut.png")
-    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:1000])
-    Image.new("1", (20_000, 4_000)).save(folder / "wide.png")
-    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # too large for Pillow to open
-    return folder
+def test_what_is_wrong_is_said_in_a_sentence(opened, caplog, keep, inputs, changes, message):
+    fields = {"label": "0", "seed": 0, "settings": DEFAULTS} | changes
+    values = *inputs, fields["label"], fields["seed"], *fields["settings"]
+    with caplog.at_level("INFO", "nvg_jax"):
+        ((said, *rest),) = opened.sample(getattr(opened, keep), len(inputs), *values)
+    assert 'role="alert"' in said and message in said
+    assert rest == [gr.skip()] * 4  # what was there stays
+    (line,) = caplog.records
+    assert message in line.getMessage() and not line.exc_info
 
 
 LARGE = "The picture has more than 25 megapixels; make it smaller."
-FAULTS = {
-    "text.png": "text.png is not an image of a known format.",
-    "cut.png": "cut.png is not a readable image (image file is truncated).",
-    "wide.png": LARGE,
-    "bomb.png": LARGE,
-}
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_what_is_wrong_with_an_upload_is_said_in_a_sentence(opened, uploads, name):
-    """Through the fields, whose own decoding would fail without a sentence."""
-    path = str(uploads / name)
-    reference = page.raw_upload(gradio.Image()).preprocess(ImageData(path=path))
-    with pytest.raises(gradio.Error) as error:
-        next(opened.sample(opened.picture, 3, reference, 1, 0, "0", 0, *DEFAULTS))
-    assert error.value.message == FAULTS[name]  # without the folder
-    fault = LARGE if FAULTS[name] == LARGE else "The picture is not a readable image."
-    editor = page.checked_uploads(gradio.ImageEditor())
-    content = (uploads / name).read_bytes()  # which the editor can have sent before
-    editor.blob_storage["sent"] = EditorDataBlobs(background=content, layers=[], composite=None)
-    for sent in (EditorData(background=gradio.FileData(path=path)), EditorData(id="sent")):
-        with pytest.raises(gradio.Error) as error:
-            editor.preprocess(sent)
-        assert error.value.message == fault
+@pytest.mark.parametrize(
+    "name, fault",
+    [
+        ("text.png", "text.png is not an image of a known format."),
+        ("cut.png", "cut.png is not a readable image (image file is truncated)."),
+        ("wide.png", LARGE),
+        ("bomb.png", LARGE),
+        ("gray.png", ""),
+    ],
+)
+def test_an_upload_is_shown_as_the_model_sees_it_or_a_sentence(opened, tmp_path, name, fault):
+    """Some are large pictures in a few kilobytes; Pillow does not even open the bomb."""
+    path, sizes = tmp_path / name, {"wide.png": (9_000, 9_000), "bomb.png": (20_000, 20_000)}
+    Image.effect_noise((64, 48), 50).save(path)
+    if name == "text.png":
+        path.write_text("Not a picture.")
+    elif name == "cut.png":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif name in sizes:
+        Image.new("1", sizes[name]).save(path)
+    reference, masked, said = opened.upload(str(path))
+    if fault:
+        assert reference == masked == gr.skip()
+        assert said == f'<p role="alert">{fault}</p>'  # without the folder
+    else:
+        assert reference == masked and said == ""
+        assert page.pixels_of(reference["picture"]).shape == (SIZE, SIZE, 4)
 
 
-def test_a_readable_upload_passes_the_fields(opened, tmp_path):
-    Image.fromarray(HALVES.astype(np.uint8)).save(tmp_path / "halves.png")
-    path = str(tmp_path / "halves.png")
-    reference = page.raw_upload(gradio.Image())
-    assert reference.preprocess(None) is None
-    kept = opened.picture(reference.preprocess(ImageData(path=path)), 1, 0)
-    assert kept.constraint.structure_stages == 1
-    editor = page.checked_uploads(gradio.ImageEditor())
-    painted = editor.preprocess(EditorData(background=gradio.FileData(path=path)))
-    np.testing.assert_array_equal(painted["background"], HALVES)
-    assert painted["layers"] == [] and painted["composite"] is None
-
-
-def test_progress_says_when_it_compiles(opened, monkeypatch):
-    said = []
-    monkeypatch.setattr(gradio.Progress, "__call__", lambda _, step, desc: said.append(desc))
-    monkeypatch.setattr(opened, "_compiled", set())
-    for temperature in ("1", "0.5"):  # the same program
-        next(opened.sample(opened.nothing, 0, "0", 0, temperature, *DEFAULTS[1:]))
-    assert said == [
-        *("Preparing", "Compiling (first time only)", "Decoding the stages"),
-        *("Preparing", "Sampling", "Decoding the stages"),
-    ]
-
-
-def chromium():
-    path = shutil.which("chromium") or shutil.which("google-chrome")
+@pytest.fixture(scope="module")
+def tab(opened):
+    """The page in Chromium, with samples that are there already."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("needs Chromium")
-    return sync_api, path
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the browser's driver
-def test_a_visit(tmp_path):
-    sync_api, path = chromium()
-    port = free_port()
-    command = [sys.executable, "-m", "nvg_jax.app", f"--port={port}"]
-    with Process(command), sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        tab = browser.new_page(viewport=dict(width=1300, height=1030))
-        try:
-            visit(tab, f"http://127.0.0.1:{port}", tmp_path)
-        finally:
-            tab.screenshot(path=tmp_path / "page.png")
-            browser.close()
-
-
-def visit(tab, url, folder):
-    """Clicks, a painted stroke, an uploaded picture and a mask, as a visitor makes them."""
-    for _ in range(60):
-        try:
+    assert opened.opening() is None
+    opened.write_opening()
+    blocks = page.build(opened).queue()
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        with sync_api.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            tab = browser.new_page(viewport=dict(width=390, height=844))
+            tab.set_default_timeout(60_000)
             tab.goto(url)
-            break
-        except Exception:  # the server still starts
-            time.sleep(1)
+            yield tab
+            browser.close()
+    finally:
+        blocks.close()
 
-    def wait_for_samples():
-        for stage in (0, 4):  # the picture grows from the first stage to the last
-            tab.wait_for_function(
-                f"document.querySelector('#stage').innerText.includes('Stage {stage} ')",
-                timeout=180_000,
-            )
 
-    def stroke(editor, rows):
-        tab.locator(f"{editor} button[aria-label='Brush']").first.click()
-        box = tab.locator(f"{editor} canvas").first.bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        tab.mouse.move(x - 60, y + rows[0])
-        tab.mouse.down()
-        for row in rows:
-            tab.mouse.move(x - 60, y + row, steps=3)
-            tab.mouse.move(x + 60, y + row, steps=10)
-        tab.mouse.up()
-        time.sleep(1)
+@pytest.mark.filterwarnings("ignore")  # of the browser's driver and of the server
+def test_a_visit_with_a_phone(opened, tab, tmp_path):
+    def sources():
+        return tab.eval_on_selector_all("#samples img", "images => images.map(i => i.src)")
 
+    def painted_pixels(field):
+        url = tab.locator(f"{field} canvas").evaluate("canvas => canvas.toDataURL()")
+        return page.pixels_of(url)
+
+    def changes(shown, action):
+        before = tab.evaluate(shown)
+        action()
+        tab.wait_for_function("before => " + shown + " !== before", arg=before)
+
+    title = tab.locator("#samples h3")
+    title.get_by_text("0, seed 0").wait_for()
+    opening = sources()
+    # All tabs are there, all pictures have texts, and the slider starts where regions are seen.
+    assert all(tab.get_by_role("tab", name=n).is_visible() for n in ("Draw", "Picture", "Edit"))
+    assert tab.locator("#samples figure img:not([alt])").count() == 0
+    stage = tab.locator("#samples p")
+    assert stage.inner_text().startswith("Stage 3 of 5: 4 tokens")
+    tab.get_by_label("Stage 1 of 5: 1 token").click()
+    tab.locator("#samples input").press("ArrowRight")
+    assert stage.inner_text().startswith("Stage 2 of 5: 2 tokens")
+    # What is wrong is said at the field, and the samples stay.
     tab.fill("#seed input", "1.5")
     tab.click("#free")
-    tab.get_by_text("The seed is a whole number.").first.wait_for()
+    tab.get_by_text("The seed must be a whole number").first.wait_for()
+    assert sources() == opening
+    # The same samples again, and those of another seed, at the stage that was chosen.
+    tab.click("#random")
+    assert tab.locator("#seed input").input_value() not in ("0", "1.5")
+    tab.fill("#seed input", "1")
+    tab.click("#free")
+    title.get_by_text("0, seed 1").wait_for()
+    assert sources() != opening and stage.inner_text().startswith("Stage 2 of 5")
     tab.fill("#seed input", "0")
     tab.click("#free")
-    tab.get_by_text("Compiling (first time only)").first.wait_for()
-    wait_for_samples()
-    tab.get_by_role("tab", name="Draw a structure").click()
+    title.get_by_text("0, seed 0").wait_for()
+    assert sources() == opening
+    # A brush is ready; what was painted is beside the samples.
+    tab.get_by_role("tab", name="Draw").click()
+    tab.get_by_label("Or begin with a drawing").click()
+    changes(
+        "document.querySelector('#drawing canvas').toDataURL()",
+        tab.get_by_role("option", name="left right").click,
+    )
+    box = tab.locator("#drawing canvas").bounding_box()
+    tab.locator("#drawing [aria-label=red]").click()
+    middle = box["y"] + box["height"] / 2
+    tab.mouse.move(box["x"] + 2, middle)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] - 2, middle, steps=3)
+    tab.mouse.up()
+    drawing = painted_pixels("#drawing")
+    assert {tuple(color) for color in drawing[SIZE // 2, :, :3]} == {(220, 40, 40)}
+    assert [tuple(drawing[0, x, :3]) for x in (0, SIZE - 1)] == [(0, 0, 0), (255, 255, 255)]
     tab.click("#draw")
-    tab.get_by_text("Paint a drawing first").wait_for()
-    stroke("#drawing", (-60, -20, 20, 60))
-    tab.click("#draw")
-    wait_for_samples()
-    tab.get_by_role("tab", name="Structure of a picture").click()
-    (folder / "text.png").write_text("Not a picture.")
-    tab.locator("#reference input[type=file]").set_input_files(folder / "text.png")
-    tab.wait_for_timeout(2000)
-    tab.click("#keep")
-    tab.get_by_text("text.png is not an image of a known format.").first.wait_for()
-    tab.locator("#reference button[aria-label='Remove Image']").click()
-    Image.new("RGB", (40, 30), "red").save(folder / "red.png")
-    tab.locator("#reference input[type=file]").set_input_files(folder / "red.png")
-    tab.wait_for_timeout(2000)
-    tab.click("#keep")
-    wait_for_samples()
-    tab.get_by_role("tab", name="Edit a picture").click()
-    tab.click("#take")
-    tab.wait_for_timeout(2000)
-    stroke("#mask", (-60,))
+    tab.get_by_text("your drawing").wait_for()
+    np.testing.assert_array_equal(page.pixels_of(sources()[0]), drawing)
+    # An upload, and what is wrong with one.
+    tab.get_by_role("tab", name="Edit").click()
+    (tmp_path / "text.png").write_text("Not a picture.")
+    upload = tab.locator("input[type=file]").last
+    upload.set_input_files(tmp_path / "text.png")
+    tab.get_by_text("text.png is not an image of a known format.").wait_for()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    changes(
+        "document.querySelector('#mask .board').style.backgroundImage",
+        lambda: upload.set_input_files(tmp_path / "red.png"),
+    )
+    # A mask, painted with the keyboard.
+    tab.locator("#mask canvas").focus()
+    for key in (" ", "ArrowUp", " "):
+        tab.keyboard.press(key)
+    assert painted_pixels("#mask")[..., 3].any()
     tab.click("#edit")
-    wait_for_samples()
-    tab.get_by_text("Python lines that make this picture").click()
-    code = tab.locator("#code").inner_text()
-    assert 'editing.edit_region(pipe, "picture.png", "mask.png", 0, 2)' in code
+    tab.get_by_text("to change", exact=True).wait_for()
+    tab.get_by_text("Python lines that make these samples").click()
+    tab.get_by_text('editing.edit_region(pipe, "picture.png", "mask.png", 0, 2)').wait_for()
+    assert tab.locator("#files a").all_inner_texts() == ["picture.png", "mask.png"]
+    # The largest part of the page fits the phone.
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390
