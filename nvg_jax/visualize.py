@@ -12,7 +12,7 @@ from nvg_jax.runtime.storage import atomic_write, storage_path
 
 MIN_TILE = 64  # smaller tiles are enlarged by an integer factor to about this many pixels
 GAP = 2  # pixels between tiles
-FONT_SIZE = 12
+FONT_SIZE = 12  # at least; a tenth of a large tile
 
 
 def to_uint8(images) -> np.ndarray:
@@ -26,10 +26,13 @@ def to_uint8(images) -> np.ndarray:
     return (255 * (np.clip(images.astype(np.float32), -1, 1) + 1) / 2).astype(np.uint8)
 
 
-def image_grid(images, columns: int) -> np.ndarray:
-    """Arranges images (B, H, W, 3), float in [-1, 1] or uint8, in rows of `columns` on white."""
+def image_grid(images, columns: int, tile: int = MIN_TILE) -> np.ndarray:
+    """Arranges images (B, H, W, 3), float in [-1, 1] or uint8, in rows of `columns` on white.
+
+    Images of fewer than `tile` pixels are enlarged by an integer factor to about as many.
+    """
     images = to_uint8(images)
-    factor = max(1, MIN_TILE // images.shape[1])
+    factor = max(1, tile // images.shape[1])
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = images.shape
     rows = -(-count // columns)
@@ -113,21 +116,25 @@ def marked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask[..., None], tinted, image)
 
 
-def labeled_grid(tiles, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
+def labeled_grid(
+    tiles, rows: Sequence[str], columns: Sequence[str], tile: int = MIN_TILE
+) -> np.ndarray:
     """Tiles in rows and columns, with a label before each row and one above each column.
 
     A label shared by neighboring columns is written once.
 
     Args:
         tiles: uint8 (R, C, H, W, 3), or nested lists of tiles.
+        tile: as of `image_grid`.
     """
     tiles = np.asarray(tiles)
-    grid = image_grid(tiles.reshape(-1, *tiles.shape[2:]), columns=len(columns))
-    font = ImageFont.load_default(FONT_SIZE)
-    left = GAP * 4 + max(int(np.ceil(font.getlength(text))) for text in rows)
-    top = FONT_SIZE * 3 // 2 if any(columns) else 0
+    grid = image_grid(tiles.reshape(-1, *tiles.shape[2:]), len(columns), tile)
     height, width, _ = grid.shape
     tile_height, tile_width = ((x + GAP) / len(n) for x, n in ((height, rows), (width, columns)))
+    font_size = max(FONT_SIZE, int(tile_height) // 10)
+    font = ImageFont.load_default(font_size)
+    left = GAP * 4 + max(int(np.ceil(font.getlength(text))) for text in rows)
+    top = font_size * 3 // 2 if any(columns) else 0
     picture = Image.new("RGB", (left + width, top + height), "white")
     picture.paste(Image.fromarray(grid), (left, top))
     draw = ImageDraw.Draw(picture)

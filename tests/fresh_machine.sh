@@ -4,7 +4,8 @@
 #     tests/fresh_machine.sh SUITE FOLDER [TARGET...]       as root, on Debian with debootstrap
 #
 # SUITE: trixie (Debian 13, Python 3.13) or forky (the next one, Python 3.14). FOLDER: where the root
-# is made, or was made before; it needs 6 GB. TARGET: of make, by default demo and test.
+# is made, or was made before; it needs 6 GB. TARGET: of make, by default demo and test; or, alone in
+# a folder of its own, colab, which runs the notebook in a runtime like Colab's (colab_runtime.py).
 # MIRROR: where Debian's packages come from, if not debootstrap's default.
 set -euo pipefail
 suite=${1:?SUITE} root=${2:?FOLDER}
@@ -34,7 +35,9 @@ unshare --mount bash -euc '
   mount -t proc proc "$root/proc"
   mount --rbind /dev "$root/dev"
   for target; do
+    command=(make -C /nvg_jax "$target")
+    [[ $target != colab ]] || command=(python3 -u /nvg_jax/tests/colab_runtime.py)
     chroot "$root" env --ignore-environment HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/usr/sbin \
-      make -C /nvg_jax "$target"
+      "${command[@]}"
   done
 ' bash "$root" "${targets[@]}"

@@ -1,15 +1,33 @@
-"""The notebook, run from top to bottom as a visitor would."""
+"""The notebook: its installation, its cells one by one and all together, and its copy in docs/."""
 
 import ast
+import base64
+import collections
 import copy
+import glob
+import importlib.util
+import io
 import os
+import re
+import runpy
+import subprocess
+import symtable
+import sys
+import types
+from importlib import metadata
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
-from helpers import ROOT, TIMEOUT
+from helpers import ROOT, TIMEOUT, run
+from PIL import Image
 
-NOTEBOOK = nbformat.read(ROOT / "notebooks" / "nvg_jax.ipynb", as_version=4)
+RENDER = runpy.run_path(str(ROOT / "notebooks" / "render.py"))
+PAGE = RENDER["PAGE"].read_text()
+NOTEBOOK = nbformat.read(RENDER["NOTEBOOK"], as_version=4)
+CODE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+INSTALL, TRAIN = CODE[0], CODE[-1]
 
 
 def test_outputs_are_stripped():
@@ -19,12 +37,12 @@ def test_outputs_are_stripped():
 
 
 def test_what_it_takes_from_the_package_exists():
-    code = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code")
+    code = "\n".join(CODE)
     objects = {}
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("nvg_jax"):
             exec(ast.unparse(node), objects)
-    objects |= {name: objects["Pipeline"] for name in ("pipe", "imagenet")}
+    objects |= {name: objects["Pipeline"] for name in ("pipe", "imagenet", "mine")}
     called = []
     for node in ast.walk(ast.parse(code)):
         match node:
@@ -32,16 +50,168 @@ def test_what_it_takes_from_the_package_exists():
                 if name in objects:
                     assert callable(getattr(objects[name], attribute, None)), ast.unparse(node)
                     called.append(f"{name}.{attribute}")
-    assert {"pipe.sample", "control.paste"} <= set(called)
+    assert {"pipe.sample", "control.paste", "mine.sample"} <= set(called)
+
+
+def test_no_two_cells_set_the_same_variable():
+    """So that a cell shows the same after earlier ones were run again."""
+    owners = collections.defaultdict(list)
+    for code in CODE:
+        for symbol in symtable.symtable(code, "a cell", "exec").get_symbols():
+            if symbol.is_assigned():
+                owners[symbol.get_name()].append(code)
+    assert owners.keys() >= {"class_name", "kept_stages"}
+    assert [name for name, codes in owners.items() if len(codes) > 1] == []
+
+
+# The installation.
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Runs the first cell on a machine of which everything is a stand-in; returns its commands."""
+
+    def run_cell(
+        smi="", devices=(), plugin=False, installed=False, jax="0.11.2", status=0, kind=""
+    ):
+        commands = []
+
+        def command(arguments, **_):
+            commands.append([str(argument) for argument in arguments])
+            return subprocess.CompletedProcess(arguments, status, "", "No space left")
+
+        found = {"nvg_jax": installed, "jax_cuda12_plugin": plugin, "numpy": True}
+        modules = types.SimpleNamespace(
+            __version__=jax,
+            devices=lambda: [types.SimpleNamespace(device_kind=kind or "cpu")],
+            default_backend=lambda: "gpu" if kind else "cpu",
+        )
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "path", list(sys.path))
+            patch.setitem(sys.modules, "jax", modules)
+            patch.setattr(subprocess, "getoutput", lambda _: smi)
+            patch.setattr(subprocess, "run", command)
+            patch.setattr(glob, "glob", lambda pattern: [d for d in devices if d[:8] in pattern])
+            patch.setattr(importlib.util, "find_spec", lambda name: found[name] or None)
+            patch.setattr(metadata, "version", {"numpy": "2.1.3", "jax": "0.11.2"}.get)
+            exec(INSTALL, {})
+        return commands
+
+    return run_cell
+
+
+NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+
+
+@pytest.mark.parametrize(
+    "machine_has, jax",
+    [
+        (dict(), "jax"),
+        (dict(smi="/bin/sh: 1: nvidia-smi: not found"), "jax"),
+        (dict(smi=NO_DRIVER), "jax"),
+        (dict(smi="470.82.01"), "jax"),
+        (dict(smi="525.60.13"), "jax[cuda12]"),
+        (dict(smi="550.54.15\n550.54.15"), "jax[cuda12]"),
+        (dict(smi="570.86.10"), "jax[cuda12]"),
+        (dict(smi="580.65.06"), "jax[cuda13]"),
+        (dict(smi="590.44.01"), "jax[cuda13]"),
+        (dict(smi="590.44.01", plugin=True), "jax[cuda12]"),
+        (dict(devices=["/dev/accel0"]), "jax[tpu]"),
+        (dict(devices=["/dev/vfio/0"]), "jax[tpu]"),
+    ],
+)
+def test_it_installs_the_jax_of_the_machine_beside_what_is_there(machine, machine_has, jax):
+    environment, install = machine(**machine_has)
+    folder = environment[-1]
+    assert environment[1:] == ["-m", "venv", "--system-site-packages", "--without-pip", folder]
+    assert install[1:3] == ["-m", "pip"] and install[3] == f"--python={folder}/bin/python"
+    source = f"nvg_jax @ git+{RENDER['REPOSITORY']}"
+    assert install[4:] == ["install", "--quiet", source, jax, "numpy==2.1.3"]
+
+
+def test_its_last_line_says_which_device_is_used(machine, capsys):
+    def said(**machine_has):
+        assert machine(installed=True, **machine_has) == []
+        return capsys.readouterr().out
+
+    assert said(smi="550.54.15", kind="Tesla T4").strip() == "Device: Tesla T4"
+    assert said() == "Device: cpu (a GPU or TPU is faster: Runtime > Change runtime type)\n"
+    assert re.match(
+        "Device: only the CPU, though there is a GPU, driver 470. .*52", said(smi="470.8")
+    )
+    assert "JAX needs jax[cuda12]" in said(smi="550.5")
+    assert "though there is a TPU. JAX needs jax[tpu]" in said(devices=["/dev/accel0"])
+
+
+def test_it_stops_with_a_sentence(machine):
+    with pytest.raises(SystemExit, match="JAX 0.7.2 was .* before 0.11.2 .*Runtime > Restart"):
+        machine(jax="0.7.2")
+    with pytest.raises(SystemExit, match="venv failed:\nNo space left"):
+        machine(status=1)
+
+
+# The copy in docs/, and the address of the repository.
+
+
+def test_the_copy_is_current():
+    """Between the cells it has what they printed, indented, and their pictures."""
+    outputs, rest = [], PAGE
+    for cell in NOTEBOOK.cells:
+        before, part, rest = rest.partition(RENDER["shown"](cell) + "\n")
+        assert part, f"Run notebooks/render.py; the copy differs from it here:\n{cell.source}"
+        outputs += before.splitlines()
+    allowed = ("    ", "![", RENDER["HEAD"])
+    assert [
+        line for line in outputs + rest.splitlines() if line and not line.startswith(allowed)
+    ] == []
+    pictures = re.findall(r"^!\[.+\]\((.*)\)$", PAGE, re.MULTILINE)
+    assert {RENDER["PAGE"].parent / picture for picture in pictures} == set(
+        RENDER["PAGE"].with_suffix("").iterdir()
+    )
+
+
+def test_one_address_stands_everywhere_and_no_other_placeholder():
+    listed = run(["git", "ls-files", "*.md", "*.ipynb", "*.toml", "*.cff", "*.py"]).stdout.split()
+    if not listed:
+        pytest.skip("not a clone")
+    path = RENDER["REPOSITORY"].removeprefix("https://github.com/")
+    addresses = {}
+    for name in listed:
+        addresses[name] = set(RENDER["OWNED"].findall((ROOT / name).read_text()))
+    assert addresses["notebooks/nvg_jax.ipynb"] == {path}  # it is filled in by notebooks/render.py
+    assert set().union(*addresses.values()) == {path}
+    for text in ("\n".join(cell.source for cell in NOTEBOOK.cells), PAGE):
+        left = RENDER["OWNED"].sub("", text)
+        assert re.findall("OWNER|ORG/|USER/|YOUR|TODO|FIXME|XXX|example.com", left) == []
+    for cell in NOTEBOOK.cells:  # a relative link leads nowhere in Colab
+        assert re.findall(r"\]\((?!https://)", cell.source) == []
+
+
+# All together.
+
+# Colab's upload of a file, and the stacks if a cell stands still.
+STUBS = f"""
+import faulthandler, sys, types
+import PIL.Image
+faulthandler.dump_traceback_later({TIMEOUT}, exit=True, file=open("stacks", "w"))
+
+def upload():
+    PIL.Image.new("RGB", (300, 200), "white").save("own.png")
+    return {{"own.png": b""}}
+
+files = types.SimpleNamespace(upload=upload)
+sys.modules["google.colab"] = types.SimpleNamespace(files=files, output=None)  # JAX imports output
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # of Jupyter
-def test_it_runs_and_shows_pictures(tmp_path):
+def test_it_runs_and_shows_what_its_copy_shows(tmp_path):
     notebook = copy.deepcopy(NOTEBOOK)
-    stacks = f"""import faulthandler
-faulthandler.dump_traceback_later({TIMEOUT}, exit=True, file=open("stacks", "w"))"""
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(stacks))
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("upload = False", "upload = True")
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(STUBS))
     client = nbclient.NotebookClient(
         notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}
     )
@@ -49,12 +219,33 @@ faulthandler.dump_traceback_later({TIMEOUT}, exit=True, file=open("stacks", "w")
         done = client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
     except nbclient.exceptions.DeadKernelError:
         pytest.fail((tmp_path / "stacks").read_text())
-    texts, pictures = [], 0
-    for cell in done.cells:
-        for output in cell.get("outputs", ()):
-            assert output.get("name") != "stderr", output.text
-            pictures += "image/png" in output.get("data", {})
-            texts.append(output.get("text", ""))
-    assert pictures == 5  # samples, stages, a drawing, variations, an edit
-    skipped = [text for text in texts if text.startswith("Skipped: ")]
-    assert len(skipped) == 2  # what needs the published weights
+    outputs = [output for cell in done.cells for output in cell.get("outputs", ())]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    printed = "".join(RENDER["texts"](cell) for cell in done.cells)
+    copied = re.findall("^    (.*)", re.sub("```.*?```", "", PAGE, flags=re.DOTALL), re.MULTILINE)
+    assert [line.rstrip() for line in printed.splitlines()] == [line.rstrip() for line in copied]
+    size = lambda content: Image.open(io.BytesIO(content)).size
+    data = [output.data["image/png"] for output in outputs if "data" in output]
+    sizes = [size(base64.b64decode(picture)) for picture in data]
+    folder = RENDER["PAGE"].with_suffix("")
+    assert sizes == [size((folder / f"{n}.png").read_bytes()) for n in range(len(sizes))]
+    assert len(sizes) == 6 and max(np.ravel(sizes)) < 1400
+
+
+def test_the_last_cell_trains_on_the_given_folder(monkeypatch):
+    from nvg_jax import train
+
+    trained, shown = [], {}
+    monkeypatch.setattr(train, "train", lambda config, workdir: trained.append((config, workdir)))
+    images = types.SimpleNamespace(images="images")
+    mine = types.SimpleNamespace(class_names=("cat",), sample=lambda names: images)
+    names = {
+        "packages": ROOT / "none",
+        "sys": sys,
+        "Pipeline": types.SimpleNamespace(from_pretrained=lambda folder: mine),
+        "show": shown.update,
+    }
+    exec(TRAIN.replace('pictures = ""', 'pictures = "flowers"'), names)
+    ((config, workdir),) = trained
+    assert (config.data.data_dir, workdir, shown) == ("flowers", "runs/mine", {"cat": "images"})
+    assert config.tokenizer.image_size == (64, 64)

@@ -107,6 +107,16 @@ def test_what_a_mask_covers_is_tinted():
     assert got.dtype == np.uint8
 
 
+def test_a_grid_of_larger_tiles_has_larger_texts():
+    tiles = [[tile(RED), tile(GREEN)]]
+    small, large = (labeled_grid(tiles, ["a row"], ["left", "right"], size) for size in (64, 192))
+    height, width = 192, 2 * 192 + 2
+    grid = large[-height:, -width:]
+    assert is_all(grid[:, :192], RED) and is_all(grid[:, 194:], GREEN)
+    texts = [(picture < 128).all(-1).any(1).sum() for picture in (small, large)]  # rows of pixels
+    assert texts[1] > 1.4 * texts[0]
+
+
 def test_a_png_holds_the_very_pixels(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     save_png(tmp_path / "picture.png", picture)

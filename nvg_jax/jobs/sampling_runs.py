@@ -26,7 +26,7 @@ from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, storage_p
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings
 from nvg_jax.tokenizer import GranularitySequence
-from nvg_jax.visualize import class_grid, labeled_grid, map_tile, save_png, to_uint8
+from nvg_jax.visualize import MIN_TILE, class_grid, labeled_grid, map_tile, save_png, to_uint8
 
 UNFIT = r"[^\w.-]+"  # characters of a class name that a file name does without
 GRID_LIMIT = 400  # samples in the grid
@@ -224,13 +224,14 @@ def stage_images(pipeline: Pipeline, sequence: GranularitySequence) -> np.ndarra
 
 
 def stages_picture(
-    pipeline: Pipeline, visual: GranularitySequence, names: Sequence[str]
+    pipeline: Pipeline, visual: GranularitySequence, names: Sequence[str], tile: int = MIN_TILE
 ) -> np.ndarray:
     """Canvases and maps, stage by stage (Figure 1 of the paper): two rows per image.
 
     Args:
         visual: the sequences of B images.
         names: the labels of their rows.
+        tile: the pixels to which smaller images are enlarged.
     """
     config, tiles = pipeline.tokenizer.config, []
     for images, maps in zip(to_uint8(stage_images(pipeline, visual)), visual.structure):
@@ -239,7 +240,7 @@ def stages_picture(
         tiles.append([map_tile(labels, stage, *sizes) for stage, labels in enumerate(maps)])
     rows = [text for name in names for text in (name, "structure")]
     counts = [2**stage for stage in range(config.num_stages)]
-    return labeled_grid(tiles, rows, [f"{n} token{'s' if n > 1 else ''}" for n in counts])
+    return labeled_grid(tiles, rows, [f"{n} token{'s' if n > 1 else ''}" for n in counts], tile)
 
 
 # Files of samples.

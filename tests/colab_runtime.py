@@ -1,0 +1,164 @@
+"""Runs the notebook in a runtime like Colab's: `tests/fresh_machine.sh trixie FOLDER colab`.
+
+Inside of that folder, it first gives Python the versions that Colab has (googlecolab/backend-info,
+August 2026). As a GPU and as a TPU runtime, with stand-ins for their driver and device, pip is only
+asked what it would install. As a CPU runtime, the notebook runs to its end, with a file uploaded
+and a training; seconds and sizes are printed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[1]
+CONTENT = Path("/content")
+NOTEBOOK = SOURCE / "notebooks" / "nvg_jax.ipynb"
+FIRST_CELL = "".join(json.loads(NOTEBOOK.read_text())["cells"][2]["source"])
+COLAB = """absl-py==1.4.0 array_record==0.8.3 etils==1.14.0 flax==0.11.2 fsspec==2025.3.0
+gcsfs==2025.3.0 jax==0.7.2 ml_dtypes==0.5.4 numpy==2.1.3 optax==0.2.8 orbax-checkpoint==0.12.0
+pillow==11.3.0 pip==24.1.2 protobuf==5.29.6 safetensors==0.7.0 scikit-learn==1.6.1 scipy==1.16.3
+setuptools==75.2.0 tensorstore==0.1.84 ipykernel nbclient""".split()
+# What Colab's kernel does before the first cell, and its upload of a file.
+STARTUP = """
+import sys, types
+import numpy, PIL.Image
+
+def upload():
+    PIL.Image.new("RGB", (300, 200), "white").save("own.png")
+    return {"own.png": b""}
+
+files = types.SimpleNamespace(upload=upload)
+sys.modules["google.colab"] = types.SimpleNamespace(files=files, output=None)
+"""
+ENVIRONMENT = os.environ | {"PIP_NO_CACHE_DIR": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+ENVIRONMENT |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PATH": f"/stub:{os.environ['PATH']}"}
+
+
+def run(*command, **options) -> str:
+    options = {"check": True, "stdout": subprocess.PIPE, "env": ENVIRONMENT} | options
+    return subprocess.run(command, text=True, **options).stdout
+
+
+def prepare():
+    """Colab's packages, and the repository at the address that the notebook has."""
+    if not CONTENT.exists():
+        for marker in Path("/usr/lib").glob("python3*/EXTERNALLY-MANAGED"):
+            marker.unlink()
+        run("python3", "-m", "venv", "/tmp/pip")
+        run("/tmp/pip/bin/pip", "--python=/usr/bin/python3", "install", "--quiet", *COLAB)
+        CONTENT.mkdir()
+    startup = Path.home() / ".ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True, exist_ok=True)
+    (startup / "colab.py").write_text(STARTUP)
+    git = ("git", "-C", SOURCE, "-c", "user.name=test", "-c", "user.email=test@localhost")
+    run("git", "init", "--quiet", SOURCE)
+    run(*git, "add", "--all")
+    run(*git, "commit", "--quiet", "--allow-empty", "--message=The working tree")
+    address = re.search('repository = "(.*?)"', FIRST_CELL)[1]
+    run("git", "config", "--global", f"url.{SOURCE}.insteadOf", address)
+
+
+def would_install() -> str:
+    """What the first cell would install; the cell then fails, since nothing is installed."""
+    report = Path("/tmp/report.json")
+    code = f"""import subprocess
+def dry_run(command, run=subprocess.run, **options):
+    if "install" in command:
+        command += ["--dry-run", "--report={report}"]
+    return run(command, **options)
+subprocess.run = dry_run
+{FIRST_CELL}"""
+    run("python3", "-c", code, cwd=CONTENT, check=False, stderr=subprocess.DEVNULL)
+    packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
+    report.unlink()
+    run("rm", "-r", CONTENT / "nvg_jax_packages")
+    return ", ".join(f"{package['name']} {package['version']}" for package in packages)
+
+
+def as_gpus():
+    stub = Path("/stub/nvidia-smi")
+    stub.parent.mkdir(exist_ok=True)
+    for driver, plugin in ((510, True), (550, True), (570, True), (580, True), (590, False)):
+        stub.write_text(f"#!/bin/sh\necho {driver}.54.15\n")
+        stub.chmod(0o755)
+        pip = ("python3", "-m", "pip", "--quiet")
+        if plugin:
+            run(*pip, "install", "--no-deps", "jax-cuda12-plugin==0.7.2")
+        print(f"driver {driver}{', with a plugin for CUDA 12' * plugin}: {would_install()}\n")
+        if plugin:
+            run(*pip, "uninstall", "--yes", "jax-cuda12-plugin")
+    stub.unlink()
+
+
+def as_tpu():
+    """In a /dev over that of the machine, which this process's mounts hide from others."""
+    for folder in ("/tmp/upper", "/tmp/work"):
+        Path(folder).mkdir(exist_ok=True)
+    layers = "lowerdir=/dev,upperdir=/tmp/upper,workdir=/tmp/work"
+    run("mount", "-t", "overlay", "overlay", "-o", layers, "/dev")
+    Path("/dev/accel0").touch()
+    print(f"TPU: {would_install()}\n")
+    run("umount", "/dev")
+
+
+def as_cpu():
+    import nbclient
+    import nbformat
+
+    notebook, start = nbformat.read(NOTEBOOK, as_version=4), time.time()
+    changes = {"upload = False": "upload = True", 'pictures = ""': 'pictures = "/tmp/pictures"'}
+    changes["image_folder:small"] = "image_folder:small,runlocal"
+    for cell in notebook.cells:
+        for old, new in changes.items():
+            cell.source = cell.source.replace(old, new)
+    make_pictures = (
+        "import numpy, PIL.Image, pathlib\n"
+        "for i in range(200):\n"
+        "    path = pathlib.Path(f'/tmp/pictures/{'ab'[i % 2]}/{i}.png')\n"
+        "    path.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    PIL.Image.fromarray(numpy.random.randint(0, 255, (64, 64, 3), 'uint8')).save(path)\n"
+    )
+    run("python3", "-c", make_pictures)
+
+    def say(cell, cell_index, **_):
+        outputs = cell.get("outputs", ())
+        text = "".join(output.get("text", "") for output in outputs)
+        size = run("du", "-sm", CONTENT / "nvg_jax_packages", stderr=subprocess.DEVNULL)
+        pictures = sum("data" in output for output in outputs)
+        print(f"{time.time() - start:.0f} s, {size.split()[0]} MB, cell {cell_index}:", flush=True)
+        print(text + f"{pictures} picture" * pictures, flush=True)
+
+    os.environ.update(ENVIRONMENT)
+    nbclient.NotebookClient(
+        notebook, resources={"metadata": {"path": str(CONTENT)}}, on_cell_executed=say
+    ).execute()
+
+
+def imported_too_early() -> str:
+    """What the first cell says if an older JAX is in use when it has installed its own."""
+    code = f"import jax\n{FIRST_CELL}"
+    done = subprocess.run(["python3", "-c", code], capture_output=True, text=True, cwd=CONTENT)
+    return done.stderr
+
+
+def main():
+    if SOURCE != Path("/nvg_jax"):
+        sys.exit(__doc__)
+    prepare()
+    run("rm", "-rf", CONTENT / "nvg_jax_packages", CONTENT / "runs", "/tmp/pictures")
+    pip = ("python3", "-m", "pip")
+    as_gpus()
+    as_tpu()
+    before = run(*pip, "freeze"), run(*pip, "check", check=False)
+    as_cpu()
+    print(imported_too_early())
+    after = run(*pip, "freeze"), run(*pip, "check", check=False)
+    assert after == before, (before, after)
+    print(f"pip freeze is as before, pip check too: {after[1]}")
+
+
+main()
