@@ -53,6 +53,7 @@ def replace_parts():
         forward, gradient = PRODUCTS[FLAGS.products]
         rule = qwix.QtRule(
             module_path=".*blocks.*",
+            op_names=("einsum",),  # the linear layers of many tokens, not attention
             weight_qtype=forward,
             act_qtype=forward,
             bwd_qtype=gradient,
