@@ -5,12 +5,15 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath, epy
 
+from nvg_jax import workdir
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.runtime import export
 from nvg_jax.workdir import RunMetadata
@@ -58,6 +61,28 @@ def download(folder: str, revision: str | None = None) -> Path:
     if export.read_config(epath.Path(place)) is None:
         raise UserError(f"{name} is no model of nvg_jax: it has no {export.CONFIG} of ours.")
     return Path(place)
+
+
+def push(
+    name: str,
+    metadata: RunMetadata,
+    params: dict[str, Any],
+    dtype: str,
+    license: str | None,
+    private: bool | None,
+    revision: str | None,
+) -> str:
+    """Uploads a model or adapters with their card; see `Pipeline.push_to_hub`."""
+    metadata = metadata.without_paths()
+    counts = {
+        network: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for network, tree in params.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        workdir.write_export(folder, metadata, params, dtype)
+        text = card(name, metadata, counts, license)
+        (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+        return upload(name, Path(folder), private, revision)
 
 
 def upload(name: str, folder: Path, private: bool | None, revision: str | None) -> str:
@@ -175,6 +200,7 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
         license: its identifier on the hub, such as "mit".
     """
     sizes, settings, config = metadata.model.tokenizer, metadata.sampling, metadata.config or {}
+    base = config.get("init_from") or "THE MODEL THAT THEY WERE TRAINED ON"
     pixels = " x ".join(map(str, sizes.image_size))
     classes = metadata.class_names
     listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
@@ -192,6 +218,7 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
             f"{source['file']} (SHA-256 {source['sha256'][:16]}...)"
             for source in (metadata.sources or {}).values()
         ),
+        "adapters": metadata.base and f"of rank {config['lora']['rank']}, for {base}",
         "license": license or "not stated; that of the data and of its sources applies",
     }
     lines = ["---", "library_name: nvg_jax", "pipeline_tag: unconditional-image-generation"]
@@ -204,7 +231,9 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
         if metadata.model.generators
         else "pipe.encode(images)"
     )
-    lines += ["    import nvg_jax", f'    pipe = nvg_jax.Pipeline.from_pretrained("{name}")']
+    opened = base if metadata.base else name
+    lines += ["    import nvg_jax", f'    pipe = nvg_jax.Pipeline.from_pretrained("{opened}")']
+    lines += [f'    pipe = pipe.load_lora("{name}")'] if metadata.base else []
     lines += [f"    {use}", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in rows.items() if value]
     return "\n".join(lines) + "\n"

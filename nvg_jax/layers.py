@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int
 
+from nvg_jax import lora
 from nvg_jax.attention import attention, padded_length
 from nvg_jax.errors import UserError
 from nvg_jax.kernels import block_linears
@@ -147,6 +148,7 @@ class Dense(nn.Module):
         shape = (width, self.features)
         kernel = parameter(self, "kernel", self.kernel_init, shape, self.axes)
         bias = parameter(self, "bias", ZEROS, shape[1:], self.axes[1:])
+        kernel = lora.add(kernel, "kernel", self.variables["params"])
         return unshard(kernel.astype(self.dtype)), unshard(bias.astype(self.dtype))
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch features"]:
@@ -167,6 +169,7 @@ class Embedding(nn.Module):
         """The vectors of these ids in `dtype`."""
         shape = (self.count, self.width)
         table = parameter(self, "embedding", EMBEDDING_INIT, shape, (None, "embed"))
+        table = lora.add(table, "embedding", self.variables["params"])
         return unshard(table.astype(self.dtype))[ids]
 
 

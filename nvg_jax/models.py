@@ -113,16 +113,20 @@ class ModelConfig:
             )
         return StructureGenerator(**shared)
 
-    @functools.cache  # noqa: B019 (few models are made, and these trees are small)
     def abstract_params(self, name: str):
         """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters."""
+        return unbox(self.boxed_params(name))
+
+    @functools.cache  # noqa: B019 (few models are made, and these trees are small)
+    def boxed_params(self, name: str):
+        """`abstract_params`, boxed with their logical axes."""
         if name == "tokenizer":
             init = functools.partial(init_tokenizer, self.make_tokenizer())
         else:
             init = functools.partial(init_generator, self.make_generator(name))
         # The key is abstract too: nothing can run in the mesh of a topology that is only compiled
         # for.
-        return unbox(jax.eval_shape(init, jax.eval_shape(jax.random.key, 0)))
+        return jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
 
 
 def init_tokenizer(model: Tokenizer, key):

@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -15,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from nvg_jax import bundled, granularity, hub, workdir
+from nvg_jax.adapters import Adapters
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import to_float
@@ -238,16 +237,33 @@ class Pipeline:
         Raises:
             UserError: no permission or no network, or the weights do not fit the dtype.
         """
-        metadata = self.metadata.without_paths()
-        counts = {
-            network: sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for network, tree in self.params.items()
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            workdir.write_export(folder, metadata, self.params, dtype)
-            text = hub.card(name, metadata, counts, license)
-            (Path(folder) / "README.md").write_text(text, encoding="utf-8")
-            return hub.upload(name, Path(folder), private, revision)
+        return hub.push(name, self.metadata, self.params, dtype, license, private, revision)
+
+    def load_lora(
+        self, folder: str | os.PathLike, scale: float = 1.0, *, revision: str | None = None
+    ) -> "Pipeline":
+        """A model with low-rank adapters added to its generators; this one stays as it is.
+
+        It has the adapters' classes: those that this model does not have start from the mean of its
+        classes. At scale 0, all other weights are this model's, bit for bit.
+
+        Args:
+            folder: as for `Adapters.from_pretrained`.
+            scale: what the adapters are multiplied by: 1 is what was trained.
+            revision: on the hub, a branch, a tag or a commit.
+
+        Raises:
+            UserError: there are no adapters, or they were trained on another model.
+        """
+        if not np.isfinite(scale):
+            raise UserError(f"The scale of adapters must be a finite number, got {scale}.")
+        adapters = Adapters.from_pretrained(folder, revision=revision)
+        generators = jax.device_get({k: self.params[k] for k in GENERATORS if k in self.params})
+        added = workdir.add_adapters(
+            self.metadata, generators, adapters.metadata, adapters.params, folder, scale
+        )
+        metadata = self.metadata.of_generators(adapters.metadata).replace(fid=None)
+        return Pipeline(metadata, self.params | added, self.dtype)
 
     # Images and sequences.
 

@@ -62,7 +62,7 @@ def train(
     parts = CHOICES[config.part]
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        # A run that has already started does not read init_from again.
+        # A run that has already started reads init_from again only for adapters, in `open`.
         if config.init_from and not any((workdir / part.name).exists() for part in parts):
             checks.check_init(config, parts)
         names = registry.pretrained_names(parts, config)

@@ -5,6 +5,7 @@ what `runtime.export` writes: bundled and converted models, the best of a traini
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from etils import epath, epy
 
+from nvg_jax import lora
 from nvg_jax.data.transforms import Transform
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
@@ -38,7 +40,8 @@ MAY_CHANGE = frozenset(
 )
 LENGTH = ("length", "batch_size", "num_images")
 FOLLOW = ("warmup_steps", "ema_decay")  # may change with these, which they follow from if -1
-FIXED = (*SIZES, "teacher", "class_names")  # metadata that never change: what the weights fit
+# Metadata that never change: what the weights fit.
+FIXED = (*SIZES, "teacher", "base", "class_names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,9 @@ class RunMetadata:
         sampling: recommended sampling settings.
         teacher: for a distilled structure generator, the fingerprint of its teacher's weights;
             such a generator has the guidance built in.
+        base: of adapters, {generator: the fingerprint of the weights that they are added to}. The
+            folder holds no generators, but adapters for them.
+        base_workdir: of adapters, the model with those weights.
         tokenizer_workdir: the workdir of the tokenizer that the generators were trained with.
         config: the training configuration.
         steps: the length of the training.
@@ -73,6 +79,8 @@ class RunMetadata:
     canvas_scale: tuple[float, ...] | None = None
     sampling: Settings = Settings()
     teacher: str | None = None
+    base: dict[str, str] | None = None
+    base_workdir: str | None = None
     tokenizer_workdir: str | None = None
     config: dict[str, Any] | None = None
     steps: int | None = None
@@ -135,7 +143,26 @@ class RunMetadata:
         """The metadata without absolute and home paths, for those who do not have them."""
         is_path = lambda x: isinstance(x, str) and re.match(r"[/~]|\w+://", x)
         config = jax.tree.map(lambda x: "" if is_path(x) else x, self.config)
-        return self.replace(config=config, tokenizer_workdir=None)
+        return self.replace(config=config, tokenizer_workdir=None, base_workdir=None)
+
+    def of_generators(self, generators: "RunMetadata") -> "RunMetadata":
+        """The metadata of this tokenizer with generators, or adapters, that were trained later."""
+        names = ("class_names", "sampling", "config", "resize_filter", "steps", "step")
+        names += ("num_images", "changes")
+        classes = generators.model.num_classes
+        return self.replace(
+            model=dataclasses.replace(self.model, num_classes=classes),
+            **{name: getattr(generators, name) for name in names},
+        )
+
+    def trained(self, name: str) -> Any:
+        """The abstract parameters of a generator that a checkpoint holds, or of its adapters."""
+        params = self.model.abstract_params(name)
+        if not self.base:
+            return params
+        assert self.config is not None  # it was trained here
+        init = functools.partial(lora.init, rank=self.config["lora"]["rank"])
+        return jax.eval_shape(init, params, key=jax.eval_shape(jax.random.key, 0))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serializable dictionary, unchanged by a round trip through JSON."""
@@ -241,6 +268,11 @@ def read_export(folder: epath.Path, *networks: str) -> tuple[RunMetadata, dict[s
         return None
     content, checksums = found
     metadata = RunMetadata.from_json(content)
+    if metadata.base:
+        raise UserError(
+            f"{folder} holds adapters. Open the model that they were trained on, and add them with "
+            "Pipeline.load_lora."
+        )
     return metadata, export.read(folder, checksums, networks or metadata.model.networks)
 
 
@@ -307,21 +339,84 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     metadata = metadata.replace(step=None, steps=None, fid=None)
     for name, (part_folder, part_metadata) in generators.items():
         check_tokenizer(part_metadata, metadata, part_folder)
-        stored = read(part_folder, lambda m: {"ema_params": {name: m.model.abstract_params(name)}})
-        assert stored is not None  # its metadata was read above
-        part_metadata, state = stored
-        params[name] = state["ema_params"][name]
-        of_generator = ("class_names", "sampling", "config", "resize_filter", "steps", "step")
-        of_generator += ("num_images", "changes")
-        metadata = metadata.replace(
-            model=dataclasses.replace(
-                metadata.model,
-                num_classes=part_metadata.model.num_classes,
-                **{name: part_metadata.model.generators[name]},
-            ),
-            **{key: getattr(part_metadata, key) for key in of_generator},
-        )
+        part_metadata, params[name] = read_averages(part_folder, name)
+        if part_metadata.base:
+            assert part_metadata.base_workdir is not None  # only an export has no paths
+            base, weights = bundled.read_model(part_metadata.base_workdir)
+            added = add_adapters(base, weights, part_metadata, {name: params[name]}, part_folder)
+            params[name] = added[name]
+        sizes = {name: part_metadata.model.generators[name]}
+        model = dataclasses.replace(metadata.model, **sizes)
+        metadata = metadata.replace(model=model).of_generators(part_metadata)
     return metadata, params
+
+
+def read_averages(folder: epath.Path, name: str) -> tuple[RunMetadata, Any]:
+    """The metadata and the averaged parameters, or adapters, of a generator in a part's folder."""
+    stored = read(folder, lambda metadata: {"ema_params": {name: metadata.trained(name)}})
+    assert stored is not None  # its metadata was read before
+    return stored[0], stored[1]["ema_params"][name]
+
+
+# Adapters.
+
+
+def read_adapters(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
+    """(metadata, {generator: adapters}) of an export, or of a training run's latest checkpoints.
+
+    Raises:
+        UserError: the folder holds no adapters, or they are damaged.
+    """
+    found = export.read_config(folder)
+    if found and found[0].get("base"):
+        content, checksums = found
+        return RunMetadata.from_json(content), export.read(folder, checksums, content["base"])
+    metadata, adapters, base = None, {}, {}
+    for part in (BOTH_GENERATORS.name, *GENERATORS):
+        stored = read_metadata(folder / part)
+        for name, weights in ((stored and stored.base) or {}).items():
+            metadata, adapters[name] = read_averages(folder / part, name)
+            base[name] = weights
+    if metadata is None:
+        raise UserError(
+            f"There are no adapters in {folder}. Train some with --config.lora.rank=16, or open "
+            "the model with Pipeline.from_pretrained."
+        )
+    return metadata.replace(base=base), adapters
+
+
+def add_adapters(
+    model: RunMetadata,
+    params: dict[str, Any],
+    adapters: RunMetadata,
+    trees: dict[str, Any],
+    folder: str | os.PathLike,
+    scale: float = 1.0,
+) -> dict[str, Any]:
+    """The generators of a model, for the classes of adapters in `folder` and with these added.
+
+    Args:
+        params: {network: its weights}, NumPy. trees: {generator: adapters}.
+
+    Raises:
+        UserError: the adapters were trained on other weights or with another tokenizer.
+    """
+    check_tokenizer(adapters, model, folder)
+    assert adapters.base is not None
+    for name in trees:
+        if name not in params or storage.fingerprint(params[name]) != adapters.base[name]:
+            trained_on = adapters.base_workdir or (adapters.config or {}).get("init_from")
+            raise UserError(
+                f"The adapters in {folder} are for another {name} generator than this model's "
+                f"(weights {adapters.base[name]}). Open the model that they were trained on"
+                f"{f', {trained_on}' if trained_on else ''}, as it was then."
+            )
+    names = model.class_names, adapters.class_names
+    return {
+        name: lora.merge(lora.with_classes(params[name], *names), trees.get(name, {}), scale)
+        for name in GENERATORS
+        if name in params
+    }
 
 
 def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
@@ -364,7 +459,7 @@ def write_export(
     check_export(folder)
     if is_main():
         params = export.rounded(params, dtype)
-        if dtype != "float32":  # the tokenizer that will be read
+        if dtype != "float32" and not metadata.base:  # the tokenizer that will be read
             tokenizer = jax.tree.map(lambda x: x.astype(np.float32), params["tokenizer"])
             metadata = metadata.replace(fingerprint=storage.fingerprint(tokenizer))
         export.write(folder, metadata.to_json(), params)
@@ -385,7 +480,7 @@ def check_export(folder: epath.Path):
 # Runs to resume or to build on.
 
 
-def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: epath.Path):
+def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: str | os.PathLike):
     """Raises UserError if the generator in `folder` was trained with another tokenizer."""
     if generator.fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -432,6 +527,7 @@ def changed_settings(
         config = content["config"]
         found = {name: content[name] for name in FIXED}
         found |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
+        found |= {"lora": config.get("lora", {})}
         found |= {"data.num_images": content["num_images"]}
         found |= {"data.resize_filter": content["resize_filter"]}
         for name in ("data", section):

@@ -11,13 +11,14 @@ from urllib.parse import unquote, urlsplit
 import jax
 import numpy as np
 import pytest
-from helpers import random_pipeline
+from helpers import random_like, random_pipeline
 from huggingface_hub import constants
 from test_convert import SQUARE, write_autoencoder
 
-from nvg_jax import Pipeline, hub
+from nvg_jax import Adapters, Pipeline, hub, lora
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import conversion
+from nvg_jax.runtime.storage import fingerprint
 
 COMMIT = "c" * 40
 
@@ -274,6 +275,29 @@ def test_an_upload_replaces_the_one_before_and_has_a_card(server, pipe, monkeypa
     ):
         assert text in card
     assert Pipeline.from_pretrained("org/mine").metadata.step == 1500
+
+
+def test_adapters_are_uploaded_and_opened(server, pipe, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "good")
+    params = {"content": jax.device_get(pipe.params["content"])}
+    shapes = jax.eval_shape(lambda key: lora.init(params["content"], 2, key), jax.random.key(0))
+    metadata = pipe.metadata.replace(
+        config={"init_from": "fashion_mnist", "lora": {"rank": 2}},
+        base={"content": fingerprint(params["content"])},
+        base_workdir="/disk/model",
+    )
+    adapters = Adapters(metadata, {"content": random_like(shapes, 0.1)})
+    adapters.push_to_hub("org/adapters")
+    files = server.repositories["org/adapters"]
+    assert b"/disk/model" not in files["config.json"]
+    card = files["README.md"].decode()
+    opened = '("fashion_mnist")\n    pipe = pipe.load_lora("org/adapters")\n    pipe.sample'
+    assert opened in card and "| adapters | of rank 2, for fashion_mnist |" in card
+    tuned = pipe.load_lora("org/adapters", 0.5).params
+    expected = lora.merge(params["content"], adapters.params["content"], 0.5)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tuned["content"]), expected)
+    with pytest.raises(UserError, match="holds adapters. Open the model .* Pipeline.load_lora"):
+        Pipeline.from_pretrained("org/adapters")
 
 
 def test_published_checkpoints_are_found_in_a_repository(server, tmp_path, caplog):

@@ -11,11 +11,11 @@ from helpers import ROOT
 
 # A module of the package imports modules of its own level and of the levels before it.
 LEVELS = (
-    ("kernels",),
+    ("kernels", "lora"),
     ("granularity", "clustering", "attention", "layers"),
     ("tokenizer", "structure", "content", "pretrained"),
     ("models",),
-    ("sampling", "evaluation", "workdir", "hub", "bundled"),
+    ("sampling", "evaluation", "workdir", "hub", "bundled", "adapters"),
     ("pipeline",),
     ("training", "jobs"),
     ("aot", "cli", "page"),

@@ -35,6 +35,12 @@ def check_config(config: ml_collections.ConfigDict):
             "another one. Leave it empty, or train with part=generators."
         )
     check_process(config)
+    if config.lora.rank and ("tokenizer" in trained or not config.init_from):
+        raise UserError(
+            "lora.rank trains adapters of another model's generators: give that model as "
+            "--config.init_from, its tokenizer as --config.tokenizer_workdir, and "
+            "--config.part=generators (or content, structure)."
+        )
     # In the order of the table, so that all processes report the same mistake first.
     for section in dict.fromkeys(p.section for p in PARTS.values() if p != DISTILLATION):
         check_recipe(config, section, parts)

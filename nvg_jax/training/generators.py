@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from nvg_jax import granularity, pretrained, workdir
+from nvg_jax import bundled, granularity, lora, pretrained, workdir
 from nvg_jax.content.losses import alignment_loss, content_losses
 from nvg_jax.content.model import RepaProjector
 from nvg_jax.data import SequenceSource
@@ -26,13 +26,14 @@ from nvg_jax.models import Generator, ModelConfig, init_generator, init_tokenize
 from nvg_jax.parts import GENERATORS, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.sharding import unbox
+from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.structure.losses import draw_times, structure_losses
 from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import GranularitySequence, Quantized, Tokenizer
 from nvg_jax.tokenizer.quantizer import at_positions
-from nvg_jax.training.initial import start_from, with_params
-from nvg_jax.training.run import Run
+from nvg_jax.training.initial import fit_model, start_from, with_params
+from nvg_jax.training.run import Run, located
 from nvg_jax.training.state import Params, TrainState
 from nvg_jax.training.trainer import Batch, Trainer
 from nvg_jax.workdir import RunMetadata
@@ -187,9 +188,12 @@ class GeneratorTrainer(Trainer[TrainState]):
     A state's parameters are {generator: tree}. The inputs are the raw parameters of the tokenizer,
     "canvas_scale", float32 (S + 1,), and, if the content generator is aligned, "dinov2". A batch
     has the input of `encode`, and "label".
+
+    With `lora.rank`, a state has only adapters (and the projector of an alignment); the generators'
+    parameters are the input "base", {generator: tree}.
     """
 
-    SETTINGS = ("class_dropout",)
+    SETTINGS = ("class_dropout", "lora")
     INIT_KEY, STEP_KEY, DATA_SEED = 1, 2, 1
 
     @classmethod
@@ -198,6 +202,7 @@ class GeneratorTrainer(Trainer[TrainState]):
 
     def make_networks(self):
         check_heads(self.model, self.part.networks, self.mesh)
+        self.rank = self.config.lora.rank
         self.repa = repa_config(self.config) if "content" in self.part.networks else None
         if self.repa:
             self.repa.check(
@@ -208,20 +213,30 @@ class GeneratorTrainer(Trainer[TrainState]):
 
     def input_shapes(self) -> Params:
         stages = self.model.tokenizer.num_stages
-        return {
+        shapes = {
             "tokenizer": self.model.abstract_params("tokenizer"),
             "canvas_scale": jax.ShapeDtypeStruct((stages + 1,), jnp.float32),
             **self.abstract_pretrained(),
         }
+        if self.rank:
+            shapes["base"] = {name: self.model.boxed_params(name) for name in self.generators}
+        return shapes
 
     def init_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
         params, codebook = {}, inputs["tokenizer"]["quantizer"]["codebook"]
         for name, model in self.generators.items():
             name_key = jax.random.fold_in(key, GENERATORS.index(name))
-            params[name] = init_generator(model, name_key, codebook)
+            if self.rank:
+                params[name] = lora.init(inputs["base"][name], self.rank, name_key)
+            else:
+                params[name] = init_generator(model, name_key, codebook)
             if name == "content" and self.repa:
                 params[name] |= {"repa": init_projector(model, jax.random.fold_in(name_key, 1))}
         return TrainState.create(params, self.optimizer)
+
+    def whole(self, name: str, params: Params, inputs: Params) -> Params:
+        """The parameters to apply a generator with, from those of it that are trained."""
+        return lora.combine(inputs["base"][name], params) if self.rank else params
 
     def train_step(
         self,
@@ -255,7 +270,8 @@ class GeneratorTrainer(Trainer[TrainState]):
                 inputs["canvas_scale"],
                 targets=targets,
             )
-            return loss_terms(model, params, examples, loss_key, self.repa)
+            whole = self.whole(name, params, inputs)
+            return loss_terms(model, whole, examples, loss_key, self.repa)
 
         grads, metrics = {}, {}
         for name in sorted(self.generators):
@@ -276,7 +292,7 @@ class GeneratorTrainer(Trainer[TrainState]):
         examples = Examples(quantized, batch["label"], inputs["canvas_scale"], weights)
         metrics = {}
         for name, model in self.generators.items():
-            loss, terms = loss_terms(model, params[name], examples, None)
+            loss, terms = loss_terms(model, self.whole(name, params[name], inputs), examples, None)
             metrics.update({f"{name}/{k}": v for k, v in {"loss": loss, **terms}.items()})
         return metrics
 
@@ -315,12 +331,20 @@ class GeneratorTrainer(Trainer[TrainState]):
         )
         scale = np.asarray(tokenizer.canvas_scale, np.float32)
         inputs = {"tokenizer": params, "canvas_scale": jax.device_put(scale, run.replicated)}
-        names = self.pretrained(self.part, run.config)
-        return inputs | run.frozen(names), metadata
+        inputs |= run.frozen(self.pretrained(self.part, run.config))
+        if not self.rank:
+            return inputs, metadata
+        folder = located(run.config.init_from)
+        base = bundled.read_model(folder)
+        workdir.check_tokenizer(base[0], tokenizer, f"init_from={folder}")
+        classes = metadata.class_names
+        inputs["base"] = fit_model(folder, base, self.abstract_inputs["base"], classes)
+        marks = {name: fingerprint(base[1][name]) for name in self.generators}
+        return inputs, metadata.replace(base=marks, base_workdir=folder)
 
     def first_state(self, run: Run, inputs: Params) -> TrainState:
         state = super().first_state(run, inputs)
-        if not run.config.init_from:
+        if self.rank or not run.config.init_from:
             return state
         classes = run.train_source.class_names
         return with_params(state, start_from(run.config.init_from, state.params, classes))
@@ -334,7 +358,11 @@ class GeneratorTrainer(Trainer[TrainState]):
         params = {"tokenizer": inputs["tokenizer"]}
         for name in self.part.networks:
             params[name] = {k: v for k, v in state.ema_params[name].items() if k != "repa"}
-        return jax.tree.map(sharding.to_host, params)
+        params = jax.tree.map(sharding.to_host, params)
+        if self.rank:
+            base = jax.tree.map(sharding.to_host, inputs["base"])
+            params |= {name: lora.merge(base[name], params[name]) for name in base}
+        return params
 
 
 def check_heads(model: ModelConfig, names: Iterable[str], mesh: Mesh):

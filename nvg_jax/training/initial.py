@@ -5,11 +5,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax import bundled
 from nvg_jax.errors import UserError
+from nvg_jax.lora import CLASS_TABLE, class_table
 from nvg_jax.models import check_networks
 from nvg_jax.runtime.sharding import to_host
 from nvg_jax.training.state import TrainState
@@ -18,7 +18,6 @@ from nvg_jax.workdir import RunMetadata
 State = TypeVar("State", bound=TrainState)
 
 REMEDY = "Give a model that has what is trained, or train less with --config.part."
-CLASS_TABLE = ("class_embed", "embedding")  # (classes + 1, width); the last row is the null class
 
 
 def start_from(folder: str, initial: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
@@ -38,7 +37,17 @@ def start_from(folder: str, initial: dict[str, Any], class_names: Sequence[str])
     Raises:
         UserError: the model lacks a network, or an array has another size; the message names it.
     """
-    metadata, params = bundled.read_model(folder)
+    return fit_model(folder, bundled.read_model(folder), initial, class_names)
+
+
+def fit_model(
+    folder: str,
+    model: tuple[RunMetadata, dict[str, Any]],
+    initial: dict[str, Any],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """`start_from` with what `bundled.read_model` read; shapes with shardings are enough to fit."""
+    metadata, params = model
     check_networks(f"init_from={folder}", params, initial, REMEDY)
     weights = {
         name: fit_params(tree, params[name], f"{folder}: {name}", metadata, class_names)
@@ -95,12 +104,3 @@ def fit_params(
     stored |= {path: to_host(x) for path, x in needed.items() if path[0] == "repa"}
     check_sizes(needed, stored, where)
     return unflatten_dict(stored)
-
-
-def class_table(
-    table: np.ndarray, old_names: Sequence[str], new_names: Sequence[str]
-) -> np.ndarray:
-    """The rows of a class table (classes + 1, width) for other classes; the last row stays."""
-    rows = dict(zip(old_names, table))
-    mean = table[:-1].mean(0)
-    return np.stack([rows.get(name, mean) for name in new_names] + [table[-1]])

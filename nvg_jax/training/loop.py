@@ -302,5 +302,6 @@ class BestModel:
         fid = self._score(metadata, params)
         if fid < self.fid:
             self.fid = fid
-            write_export(self._folder, finish().replace(fid=fid, step=step), params)
+            metadata = finish().replace(fid=fid, step=step, base=None)  # adapters are merged
+            write_export(self._folder, metadata, params)
         return fid, self.fid

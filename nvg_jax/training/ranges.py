@@ -78,6 +78,7 @@ RANGES = dict(
     stall_timeout=NUMBER,
     profile_steps=COUNT,
     class_dropout=RATE,
+    lora=dict(rank=NUMBER),
     mesh=dict.fromkeys(("data", "fsdp", "tensor"), Range(1, auto=-1)),
     data=dict(resize=NUMBER, pad=NUMBER, num_threads=COUNT, num_workers=NUMBER, prefetch=COUNT),
     tokenizer=dict.fromkeys(

@@ -66,9 +66,7 @@ class Run:
     @property
     def tokenizer_workdir(self) -> str:
         """The workdir with the tokenizer that the generators use, or a bundled model's name."""
-        folder = self.config.tokenizer_workdir or self.workdir
-        place = storage_path(folder)
-        return os.fspath(place if bundled.find(folder) == place else folder)
+        return located(self.config.tokenizer_workdir or self.workdir)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -156,6 +154,12 @@ class Run:
             totals = {name: totals.get(name, 0) + mean * images for name, mean in metrics.items()}
             count += images
         return {name: total / count for name, total in totals.items()}
+
+
+def located(folder: str | os.PathLike) -> str:
+    """A model's folder as an absolute path; the name of a bundled model or a hub's stays."""
+    place = storage_path(folder)
+    return os.fspath(place if bundled.find(folder) == place else folder)
 
 
 def open_run(

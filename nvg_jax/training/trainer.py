@@ -96,7 +96,8 @@ class Trainer(abc.ABC, Generic[State]):
         self.abstract_batch = sharding.with_shardings(
             batch, NamedSharding(mesh, sharding.BATCH_SPEC)
         )
-        self.abstract_inputs = sharding.with_shardings(self.input_shapes(), replicated)
+        shapes = self.input_shapes()
+        self.abstract_inputs = sharding.with_shardings(shapes, sharding.shardings(shapes, mesh))
         skips = bool(recipe.max_skipped_steps)
         self.jit_init_state, self.abstract_state = sharding.sharded_init(
             self.init_skipping_state if skips else self.init_state,
@@ -131,7 +132,7 @@ class Trainer(abc.ABC, Generic[State]):
 
     @abc.abstractmethod
     def input_shapes(self) -> Params:
-        """The abstract `inputs`, without shardings."""
+        """The abstract `inputs`: those boxed with logical axes are sharded, others replicated."""
 
     @abc.abstractmethod
     def init_state(self, key: PRNGKeyArray, inputs: Params) -> State:
