@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import io
 import os
+import pathlib
 import re
 import runpy
 import subprocess
@@ -27,7 +28,7 @@ RENDER = runpy.run_path(str(ROOT / "notebooks" / "render.py"))
 PAGE = RENDER["PAGE"].read_text()
 NOTEBOOK = nbformat.read(RENDER["NOTEBOOK"], as_version=4)
 CODE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-INSTALL, TRAIN = CODE[0], CODE[-1]
+INSTALL, HUB, TRAIN = CODE[0], *CODE[-2:]
 
 
 def test_outputs_are_stripped():
@@ -232,20 +233,44 @@ def test_it_runs_and_shows_what_its_copy_shows(tmp_path):
     assert len(sizes) == 6 and max(np.ravel(sizes)) < 1400
 
 
+def run_alone(cell: str, **settings: str) -> dict:
+    """What a cell shows with a model of its own, {label: images}; its form is filled in."""
+    shown, samples = {}, types.SimpleNamespace(images="images")
+    model = types.SimpleNamespace(class_names=("cat",), sample=lambda names: samples)
+    names = {"packages": ROOT / "none", "Path": pathlib.Path, "sys": sys, "show": shown.update}
+    names["Pipeline"] = types.SimpleNamespace(from_pretrained=lambda folder: model)
+    for name, value in settings.items():
+        assert f'{name} = ""  # @param' in cell
+        cell = cell.replace(f'{name} = ""', f'{name} = "{value}"')
+    exec(cell, names)
+    return shown
+
+
+def test_published_weights_are_fetched_with_the_token_that_is_asked_for(monkeypatch, tmp_path):
+    from nvg_jax import hub
+    from nvg_jax.jobs import conversion
+
+    def download(name, generator):
+        calls.append((name, generator, os.environ["HF_TOKEN"]))
+        return "ae.ckpt", generator
+
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("getpass.getpass", lambda prompt: "secret")
+    monkeypatch.setattr(hub, "download_published", download)
+    monkeypatch.setattr(conversion, "convert", lambda *arguments: calls.append(arguments))
+    shown = run_alone(HUB, hub_repository="authors/nvg", generator_file="d16.ckpt")
+    assert shown == {"golden retriever": "images"}
+    assert calls == [("authors/nvg", "d16.ckpt", "secret"), ("imagenet", "ae.ckpt", "d16.ckpt")]
+
+
 def test_the_last_cell_trains_on_the_given_folder(monkeypatch):
     from nvg_jax import train
 
-    trained, shown = [], {}
+    trained = []
     monkeypatch.setattr(train, "train", lambda config, workdir: trained.append((config, workdir)))
-    images = types.SimpleNamespace(images="images")
-    mine = types.SimpleNamespace(class_names=("cat",), sample=lambda names: images)
-    names = {
-        "packages": ROOT / "none",
-        "sys": sys,
-        "Pipeline": types.SimpleNamespace(from_pretrained=lambda folder: mine),
-        "show": shown.update,
-    }
-    exec(TRAIN.replace('pictures = ""', 'pictures = "flowers"'), names)
+    assert run_alone(TRAIN, pictures="flowers") == {"cat": "images"}
     ((config, workdir),) = trained
-    assert (config.data.data_dir, workdir, shown) == ("flowers", "runs/mine", {"cat": "images"})
+    assert (config.data.data_dir, workdir) == ("flowers", "runs/mine")
     assert config.tokenizer.image_size == (64, 64)
