@@ -1,5 +1,6 @@
 """The page of `nvg_jax.app`: what its buttons do, and a visit in headless Chromium."""
 
+import gc
 import re
 import shutil
 import urllib.request
@@ -166,7 +167,7 @@ def test_an_upload_is_shown_as_the_model_sees_it_or_a_sentence(opened, tmp_path,
         assert page.pixels_of(reference["picture"]).shape == (SIZE, SIZE, 4)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tab(opened):
     """The page in Chromium, with samples that are there already."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
@@ -187,6 +188,7 @@ def tab(opened):
             browser.close()
     finally:
         blocks.close()
+        gc.collect()  # the server's event loops, while warnings are ignored
 
 
 @pytest.mark.filterwarnings("ignore")  # of the browser's driver and of the server
@@ -244,6 +246,8 @@ def test_a_visit_with_a_phone(opened, tab, tmp_path):
     tab.mouse.down()
     tab.mouse.move(box["x"] + box["width"] - 2, middle, steps=3)
     tab.mouse.up()
+    tab.get_by_label("Or begin with a drawing").focus()
+    tab.keyboard.press("Tab")  # which chooses nothing
     drawing = painted_pixels("#drawing")
     assert {tuple(color) for color in drawing[SIZE // 2, :, :3]} == {(220, 40, 40)}
     assert [tuple(drawing[0, x, :3]) for x in (0, SIZE - 1)] == [(0, 0, 0), (255, 255, 255)]

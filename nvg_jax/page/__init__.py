@@ -520,6 +520,6 @@ def build(page: Page) -> gr.Blocks:
         for upload, use, said in sources:
             upload.upload(page.upload, upload, [reference, masked, said], show_progress_on=said)
             use.click(lambda url: [{"picture": url}] * 2, first, [reference, masked])
-        ready.input(page.ready_made, ready, drawn)
+        ready.select(page.ready_made, ready, drawn)
         random.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
     return blocks
