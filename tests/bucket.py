@@ -9,6 +9,7 @@ import contextlib
 import http.server
 import io
 import json
+import random
 import socket
 import struct
 import threading
@@ -57,6 +58,13 @@ class Bucket:
         self.fault, self.latency = lambda method, path: None, 0.0
         with self.lock:
             self.storage.wipe(keep_buckets=True)
+
+
+def some_requests_fail(share: float, seed: int = 0) -> Fault:
+    """A share of the requests is answered 503 or 429, or the connection is reset."""
+    rng = random.Random(seed)
+    kinds = [503, 429, RESET, RESET_AFTER]
+    return lambda method, path: rng.choice(kinds) if rng.random() < share else None
 
 
 @contextlib.contextmanager

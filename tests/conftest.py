@@ -1,10 +1,12 @@
 """Set-up shared by all tests: a quiet CPU, one compilation cache, the parity pack."""
 
+import asyncio
 import ctypes
 import gc
 import os
 import signal
 import sys
+import types
 from pathlib import Path
 
 from helpers import ROOT, free_port
@@ -18,7 +20,7 @@ os.environ |= {
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # JAX locks the folder only if a size is set
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",  # no test asks the real hub
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -58,21 +60,29 @@ def pytest_configure(config):
                 entry.unlink()
 
 
+# Files that train the tiny model: in one worker, which compiles it once.
+TRAINING = (
+    "test_faults",
+    "test_bucket",
+    "test_errors",
+    "test_resume",
+    "test_initial",
+    "test_scoring",
+    "test_rehearsal",
+    "test_end_to_end",
+)
 # Files that take longest; first, so that no worker is left alone with one of them at the end.
 LONG = (
-    "test_end_to_end",
+    *TRAINING,
     "test_eight_devices",
-    "test_bucket",
     "test_launch",  # waits more than it computes
     "test_parity",
     "test_training_losses",
-    "test_faults",  # about when test_end_to_end ends: it shares the programs compiled there
     "test_control",
     "test_generators",
     "test_distillation",
     "test_sampling_runs",
     "test_watchdog",
-    "test_errors",
     "test_notebook",
     "test_pretrained",
 )
@@ -81,6 +91,21 @@ LONG = (
 def pytest_collection_modifyitems(items):
     rank = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadfile`, with the files of `TRAINING` as one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "training" if Path(file).stem in TRAINING else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +133,33 @@ def parity_dir(tmp_path_factory):
         (folder / file.name).symlink_to(file)
     pack.write_checkpoints(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def service():
+    """The emulator of Cloud Storage, found by all libraries in this process and its children."""
+    import fsspec
+    from bucket import serve
+
+    before = dict(os.environ)
+    with serve() as bucket:
+        os.environ |= bucket.environment
+        yield bucket
+    os.environ.clear()
+    os.environ |= before
+    fsspec.filesystem("gs").clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(service, monkeypatch):
+    """An empty bucket; what waits for it waits a twentieth of the time."""
+    from nvg_jax.runtime import checkpoint
+
+    service.clear()
+    sleep = lambda seconds: asyncio.sleep(seconds / 20)
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2))
+    return service
 
 
 @pytest.fixture

@@ -1,22 +1,16 @@
 """Everything that is written and read in a bucket, while the bucket fails on purpose."""
 
-import asyncio
-import json
 import multiprocessing
 import os
 import random
 import time
-import types
 
-import bucket as buckets
-import fsspec
 import jax
 import numpy as np
 import pytest
-from bucket import RESET, RESET_AFTER
-from helpers import finish, random_pipeline, tiny_config
+from bucket import RESET, some_requests_fail
+from helpers import random_pipeline, tiny_config
 from test_checkpoint import META, make_state, restore, same
-from test_end_to_end import start_two
 from test_faults import IMPORTED_LATE, content
 
 from nvg_jax import Pipeline
@@ -33,35 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning"),  # gcsfs sends it
 ]
-
-
-@pytest.fixture(scope="module")
-def service():
-    """The emulator, found by all libraries in this process and its children."""
-    before = dict(os.environ)
-    with buckets.serve() as bucket:
-        os.environ |= bucket.environment
-        yield bucket
-    os.environ.clear()
-    os.environ |= before
-    fsspec.filesystem("gs").clear_instance_cache()
-
-
-@pytest.fixture
-def bucket(service, monkeypatch):
-    """An empty bucket; what waits for it waits a twentieth of the time."""
-    service.clear()
-    sleep = lambda seconds: asyncio.sleep(seconds / 20)
-    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2))
-    return service
-
-
-def some_requests_fail(share: float, seed: int = 0):
-    """A share of the requests is answered 503 or 429, or the connection is reset."""
-    rng = random.Random(seed)
-    kinds = [503, 429, RESET, RESET_AFTER]
-    return lambda method, path: rng.choice(kinds) if rng.random() < share else None
 
 
 def outage(seconds: float, begins):
@@ -162,24 +127,18 @@ def test_credentials_that_expire_and_a_full_quota(bucket, status):
     assert_newest(2)
 
 
-def config():
-    changed = tiny_config(part="tokenizer")
-    changed.tokenizer_training.update(length="6 steps", save_every=2, eval_every=4)
-    return changed
-
-
 def run(cache: bool = True):
     """The work of a process."""
     if not cache:  # a kill would leave half an entry
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    train(config(), "gs://bucket/run")
+    train(tiny_config(part="tokenizer"), "gs://bucket/run")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The checkpoint of an undisturbed run on a disk."""
     folder = tmp_path_factory.mktemp("whole")
-    train(config(), folder)
+    train(tiny_config(part="tokenizer"), folder)
     return content(folder / "tokenizer")
 
 
@@ -220,21 +179,3 @@ def test_kills_change_nothing(bucket, whole):
     run()
     assert_same_run(whole)
     print("after each kill:", reached)
-
-
-def test_two_processes_end_with_the_same_bits(bucket, tmp_path):
-    settings = ["length=4 steps", "save_every=2", "eval_every=4"]
-    overrides = [f"--config.tokenizer_training.{setting}" for setting in settings]
-    bucket.fault, bucket.latency = some_requests_fail(0.02), 0.005
-    for place in (str(tmp_path), "gs://bucket/run"):
-        one, other = start_two(place, "--config.part=tokenizer", *overrides)
-        with one, other:
-            done = finish(one, other)
-        assert [process.returncode for process in done] == [0, 0], done
-    bucket.fault = lambda method, path: None
-    contents = [
-        json.loads((storage_path(place) / "tokenizer/4/meta/metadata").read_bytes())
-        for place in (tmp_path, "gs://bucket/run")
-    ]
-    for key in ("leaves", "position"):  # leaves: the checksum of every array
-        assert contents[0][key] == contents[1][key]

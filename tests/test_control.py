@@ -119,6 +119,7 @@ def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference,
     assert far[5].any() and np.where(far, 0, canvases)[1:].any((1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_a_region_of_everything_is_sampling_with_a_prefix(pipe, reference):
     sequence = pipe.encode(reference[:2])
     given = dict(seed=2, prefix=sequence, structure_stages=2, token_stages=2)

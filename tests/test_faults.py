@@ -24,27 +24,27 @@ IMPORTED_LATE = [
     "nvg_jax.training.tokenizer",
     "sklearn.datasets",
 ]
-KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "6"))
+KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "2"))  # of each part
 pytestmark = pytest.mark.slow
 
 
-def run(workdir):
+def run(workdir, part="all"):
     """The work of a process."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["tests"])
-    config = tiny_config()
+    config = tiny_config(part=part)
     config.tokenizer_training.save_every = config.generator_training.save_every = 2
     train(config, workdir)
 
 
-def run_to_be_killed(workdir):
+def run_to_be_killed(workdir, part):
     """`run` without writing to the shared compilation cache: a kill would leave half an entry.
 
     It ends with the stacks of all threads if it takes too long.
     """
     faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    run(workdir)
+    run(workdir, part)
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +76,24 @@ def content(folder):
         found = manager.restore(manager.latest_step(), args=items)
     meta = found["meta"]
     meta["meta"].pop("tokenizer_workdir", None)  # the one thing that names the folder
+    meta["meta"]["config"].pop("part")
     meta.pop("digest")
     return jax.tree.map(np.asarray, found["state"]), meta
 
 
-def assert_same_run(folder, whole):
-    for name in ("tokenizer", "generators"):
+PARTS = "tokenizer", "generators"
+
+
+def assert_same_run(folder, whole, parts=PARTS):
+    for name in parts:
         (state, meta), (whole_state, whole_meta) = content(folder / name), content(whole / name)
         jax.tree.map(np.testing.assert_array_equal, state, whole_state)
         assert meta == whole_meta
 
 
-def progress(folder) -> tuple[int, ...]:
-    """The latest finished checkpoint of each part, read off the names of the folders."""
-    steps = lambda run: [int(path.name) for path in run.glob("*") if path.name.isdigit()]
-    return tuple(max(steps(folder / run), default=0) for run in ("tokenizer", "generators"))
+def progress(folder) -> int:
+    """The latest finished checkpoint of a part, read off the names of the folders."""
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 
 def saves(folder) -> set[str]:
@@ -98,17 +101,20 @@ def saves(folder) -> set[str]:
     return {name for _, names, _ in os.walk(folder) for name in names if "tmp" in name}
 
 
-def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path):
-    """Kills at any moment, during a save, or after one, so that the run makes progress."""
+@pytest.mark.parametrize("part", PARTS)
+def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path, part):
+    """Kills during a save, after one, so that the run makes progress, or at any moment."""
     rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
-    reached = []
+    folder, reached = tmp_path / part, []
+    if part == "generators":
+        (tmp_path / "tokenizer").symlink_to(whole / "tokenizer")
     for kill in range(KILLS):
-        begun, finished = saves(tmp_path), progress(tmp_path)
-        process = spawn(tmp_path)
-        if kill % 3 == 2:
-            until = lambda: progress(tmp_path) > finished
-        elif kill % 2:
-            until = lambda: saves(tmp_path) - begun
+        begun, finished = saves(folder), progress(folder)
+        process = spawn(tmp_path, part)
+        if kill % 3 == 0:
+            until = lambda: saves(folder) - begun
+        elif kill % 3 == 1:
+            until = lambda: progress(folder) > finished
         else:
             until = None
         while until and process.is_alive() and not until():
@@ -116,13 +122,13 @@ def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path):
         process.join(rng.uniform(0, 0.6 if until else 6))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        reached.append(progress(tmp_path))
+        reached.append(progress(folder))
     assert reached == sorted(reached), "a kill lost finished checkpoints"
-    assert reached[-1] > (0, 0)
-    process = spawn(tmp_path)
+    assert reached[-1] > 0
+    process = spawn(tmp_path, part)
     process.join()
     assert process.exitcode == 0
-    assert_same_run(tmp_path, whole)
+    assert_same_run(tmp_path, whole, [part])
     print("after each kill:", reached)
 
 
@@ -145,7 +151,7 @@ def test_asked_to_end_it_saves_at_once_and_loses_no_step(whole, tmp_path, monkey
     finally:
         signal.signal(signal.SIGTERM, handler)
         preemption._asked.clear()
-    assert progress(tmp_path) == (step, 0)
+    assert [progress(tmp_path / part) for part in PARTS] == [step, 0]
     if step < 12:
         run(tmp_path)
         assert_same_run(tmp_path, whole)
