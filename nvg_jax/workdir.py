@@ -40,8 +40,9 @@ MAY_CHANGE = frozenset(
 )
 LENGTH = ("length", "batch_size", "num_images")
 FOLLOW = ("warmup_steps", "ema_decay")  # may change with these, which they follow from if -1
-# Metadata that never change: what the weights fit.
+# Metadata that never change, and a section of the config: what the weights fit.
 FIXED = (*SIZES, "teacher", "base", "class_names")
+NEVER_CHANGE = (*FIXED, "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,17 +301,8 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             f"There is no folder {folder}. Give the --workdir of a training run, a folder that "
             "was exported or converted, or the name of a bundled model, such as fashion_mnist."
         )
-    generators = {}  # name -> (folder of its checkpoints, their metadata)
-    for part in (BOTH_GENERATORS.name, *GENERATORS):
-        metadata = read_metadata(folder / part)
-        for name in metadata.model.generators if metadata else ():
-            if name in generators:
-                raise UserError(
-                    f"{folder} holds two {name} generators, in {generators[name][0].name}/ and in "
-                    f"{part}/. Move the one you do not want to another folder."
-                )
-            generators[name] = folder / part, metadata
-    for place in (folder, *(m.tokenizer_workdir for _, m in generators.values())):
+    generators = trained_generators(folder)
+    for place in (folder, *(m.tokenizer_workdir or folder for _, m in generators.values())):
         tokenizer = read_tokenizer(place)
         if tokenizer is not None:
             break
@@ -331,11 +323,6 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             "training, and the generators need the finished one. Restore a copy of its "
             "last checkpoint, or let `python -m nvg_jax.train` finish it."
         )
-    if len({m.class_names for _, m in generators.values()}) > 1:
-        raise UserError(
-            f"The generators in {folder} were trained on data with different classes; train one of "
-            "them again."
-        )
     metadata = metadata.replace(step=None, steps=None, fid=None)
     for name, (part_folder, part_metadata) in generators.items():
         check_tokenizer(part_metadata, metadata, part_folder)
@@ -349,6 +336,30 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         model = dataclasses.replace(metadata.model, **sizes)
         metadata = metadata.replace(model=model).of_generators(part_metadata)
     return metadata, params
+
+
+def trained_generators(folder: epath.Path) -> dict[str, tuple[epath.Path, RunMetadata]]:
+    """{generator: (folder of its checkpoints, their metadata)} of a workdir.
+
+    Raises:
+        UserError: there are two of a name, or they were trained on different classes.
+    """
+    generators = {}
+    for part in (BOTH_GENERATORS.name, *GENERATORS):
+        metadata = read_metadata(folder / part)
+        for name in metadata.model.generators if metadata else ():
+            if name in generators:
+                raise UserError(
+                    f"{folder} holds two {name} generators, in {generators[name][0].name}/ and in "
+                    f"{part}/. Move the one you do not want to another folder."
+                )
+            generators[name] = folder / part, metadata
+    if len({metadata.class_names for _, metadata in generators.values()}) > 1:
+        raise UserError(
+            f"The generators in {folder} were trained on data with different classes; train one of "
+            "them again."
+        )
+    return generators
 
 
 def read_averages(folder: epath.Path, name: str) -> tuple[RunMetadata, Any]:
@@ -372,11 +383,10 @@ def read_adapters(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         content, checksums = found
         return RunMetadata.from_json(content), export.read(folder, checksums, content["base"])
     metadata, adapters, base = None, {}, {}
-    for part in (BOTH_GENERATORS.name, *GENERATORS):
-        stored = read_metadata(folder / part)
-        for name, weights in ((stored and stored.base) or {}).items():
-            metadata, adapters[name] = read_averages(folder / part, name)
-            base[name] = weights
+    for name, (part_folder, part_metadata) in trained_generators(folder).items():
+        if part_metadata.base:
+            metadata, adapters[name] = read_averages(part_folder, name)
+            base[name] = part_metadata.base[name]
     if metadata is None:
         raise UserError(
             f"There are no adapters in {folder}. Train some with --config.lora.rank=16, or open "
@@ -576,7 +586,7 @@ def check_resume(
     refused = [
         name
         for name in changes
-        if name.split(".")[0] in FIXED
+        if name.split(".")[0] in NEVER_CHANGE
         or not any(covers(n, name) for n in (*allow_changes, *follow))
     ]
     if not refused:
@@ -585,7 +595,7 @@ def check_resume(
         f"{name} = {reprlib.repr(changes[name][0])}, now {reprlib.repr(changes[name][1])}"
         for name in refused
     )
-    if any(name.split(".")[0] in FIXED for name in refused):
+    if any(name.split(".")[0] in NEVER_CHANGE for name in refused):
         advice = (
             "The weights are of that model. Use the settings it was started with, or another "
             "workdir (--config.init_from=... starts from the weights of a model)."

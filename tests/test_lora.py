@@ -21,6 +21,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.parts import BOTH_GENERATORS
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import fingerprint
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.train import train
 from nvg_jax.training.registry import make_trainer
 
@@ -204,8 +205,8 @@ def test_a_resumed_run_ends_with_the_same_bits(base, run, tmp_path):
     assert read_meta(folder / "generators")["step"] == 4
     assert same_bits(weights(folder / "generators"), weights(run / "generators"))
     config.lora.rank = RANK + 1
-    with pytest.raises(UserError, match="lora.rank = 2, now 3"):
-        train(config, folder)
+    with pytest.raises(UserError, match="lora.rank = 2, now 3. The weights are of that model"):
+        train(config, folder, allow_changes=["rank"])
 
 
 def test_adapters_are_saved_merged_and_refused_where_they_do_not_belong(base, run, tmp_path):
@@ -227,6 +228,24 @@ def test_adapters_are_saved_merged_and_refused_where_they_do_not_belong(base, ru
             pipe.load_lora(place)
     with pytest.raises(UserError, match="must be a finite number, got inf"):
         pipe.load_lora(run, float("inf"))
+    shutil.copytree(run, tmp_path / "two")
+    shutil.copytree(run / "generators", tmp_path / "two" / "content")
+    with pytest.raises(UserError, match="holds two content generators"):
+        pipe.load_lora(tmp_path / "two")
+
+
+def test_a_distilled_model_keeps_its_steps(base, run):
+    pipe = base[1]
+    distilled = pipe.metadata.replace(
+        teacher="a fingerprint",
+        sampling=Settings(flow_steps=2),
+        config={"distillation": {"reflow": True}},
+    )
+    tuned = Pipeline(distilled, pipe.params).load_lora(run)
+    assert (
+        tuned.settings == Settings(flow_steps=2) != Adapters.from_pretrained(run).metadata.sampling
+    )
+    tuned.metadata.check_settings(tuned.settings)
 
 
 def test_other_classes_start_from_the_mean_of_the_base_models(base):

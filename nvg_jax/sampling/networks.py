@@ -58,9 +58,8 @@ class SamplingProgram(NamedTuple):
         """
         sizes = self.model.tokenizer
         settings = settings.expand(sizes.num_stages, sizes.codebook_size)
-        kept = (
-            region or structure_stages > 1 or token_stages > 0
-        )  # the first map is always the same
+        # The first map is always the same.
+        kept = region or structure_stages > 1 or token_stages > 0
         values: dict[str, Any] = settings.traced()
         if kept:
             values["structure_stages"] = np.int32(structure_stages)
