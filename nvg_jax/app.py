@@ -29,15 +29,7 @@ def main(_):
         shown.write_opening()
         return
     blocks = build(shown).queue(max_size=FLAGS.max_waiting)
-    _, url, _ = blocks.launch(
-        server_name=FLAGS.host,
-        server_port=FLAGS.port,
-        max_file_size=page.MAX_UPLOAD,
-        footer_links=["gradio"],
-        prevent_thread_lock=True,
-        quiet=True,
-    )
-    logger.info("the page is at %s", url)
+    logger.info("the page is at %s", page.serve(blocks, FLAGS.host, FLAGS.port))
     blocks.block_thread()
 
 

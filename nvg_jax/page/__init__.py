@@ -69,8 +69,10 @@ def url_of(pixels: np.ndarray) -> str:
 
 
 def pixels_of(url: str) -> np.ndarray:
-    """uint8 (H, W, 4)."""
-    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+    """uint8 (H, W, 4); raises UserError like `check_size`."""
+    file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
+    check_size(file)
+    with Image.open(file) as image:
         return np.asarray(image.convert("RGBA"))
 
 
@@ -98,14 +100,14 @@ def picture_in(painting: dict[str, Any] | None) -> np.ndarray:
     return pixels_of(painting["picture"])[..., :3]
 
 
-def check_size(path: str):
+def check_size(file: str | io.BytesIO):
     """Checks the size of a picture without decoding it; other faults are left to its reader.
 
     Raises:
         UserError: a picture of more than `MAX_MEGAPIXELS`.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             fits = opened.width * opened.height <= MAX_MEGAPIXELS * 10**6
     except Image.DecompressionBombError:  # so large that Pillow does not even open it
         fits = False
@@ -308,12 +310,14 @@ class Page:
         save_png(self.opening_path(), sheet.reshape(-1, stages * width, 3))
 
     def opening(self) -> np.ndarray | None:
-        """The samples that `write_opening` has written, as of `stages`; None without any."""
+        """The samples that `write_opening` wrote for a model of these sizes, as of `stages`."""
         if not self.opening_path().is_file():
             return None
         sizes = self.pipe.tokenizer.config
         (height, width), stages = sizes.image_size, sizes.num_stages
         sheet = editing.read_picture(self.opening_path())
+        if sheet.shape != (2 * SAMPLES * height, stages * width, 3):
+            return None
         return sheet.reshape(2, -1, height, stages, width, 3).swapaxes(2, 3)
 
 
@@ -432,7 +436,7 @@ def settings_fields(settings: Settings) -> list[gr.Component]:
 
 
 def build(page: Page) -> gr.Blocks:
-    """The page's layout, for `launch`."""
+    """The page's layout, for `serve`."""
     pipe, stages = page.pipe, page.pipe.tokenizer.config.num_stages
     opening, own_class = page.opening(), pipe.class_names[0]
     shown, picture = "<p>Choose a class and press Sample.</p>", None
@@ -523,3 +527,27 @@ def build(page: Page) -> gr.Blocks:
         ready.select(page.ready_made, ready, drawn)
         random.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
     return blocks
+
+
+def serve(blocks: gr.Blocks, host: str, port: int) -> str:
+    """Starts to serve a page; returns its address.
+
+    Raises:
+        UserError: the port cannot be used.
+    """
+    try:
+        return blocks.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=MAX_UPLOAD,
+            footer_links=["gradio"],
+            prevent_thread_lock=True,
+            quiet=True,
+        )[1]
+    except OSError as error:
+        if "port" not in str(error):
+            raise
+        raise UserError(
+            f"The page cannot listen on port {port} of {host}; another program, perhaps another "
+            "page, may use it. Give another --port."
+        ) from error
