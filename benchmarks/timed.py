@@ -69,6 +69,15 @@ def run(command: str, seconds: float, log: Path) -> tuple[int, bool]:
     return process.returncode, True
 
 
+def objects(text: str) -> list[dict]:
+    """The lines of a text that are JSON objects. A line that was cut is none."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found += [json.loads(line)] if line.startswith('{"') else []
+    return found
+
+
 def measure(entry: Entry, left: float, log: Path) -> dict:
     """The row of an entry; "final" if it need not run again."""
     row = {"name": entry.name, "command": entry.command, "final": False}
@@ -84,9 +93,9 @@ def measure(entry: Entry, left: float, log: Path) -> dict:
         cut = allowed < entry.limit
         result = "ended with the minutes" if cut else "ended at its limit"
     row |= {"result": result, "final": not cut, "code": code}
-    lines = log.read_text(errors="replace").splitlines()
-    numbers = [json.loads(line) for line in lines if line.startswith('{"')]
-    return row | {"seconds": round(seconds, 1), "numbers": numbers, "last": lines[-12:]}
+    text = log.read_text(errors="replace")
+    row |= {"seconds": round(seconds, 1), "numbers": objects(text)}
+    return row | {"last": text.splitlines()[-12:]}
 
 
 def table(rows: Iterable[dict]) -> str:
@@ -102,8 +111,10 @@ def run_all(entries: Iterable[Entry], out: Path, minutes: float):
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = {row["name"]: row for row in map(json.loads, lines)}  # the last of each entry
+    text = file.read_text() if file.exists() else ""
+    rows = {row["name"]: row for row in objects(text)}  # the last of each entry
+    if text and not text.endswith("\n"):  # cut by a kill
+        file.write_text(text + "\n")
     for entry in entries:
         if rows.get(entry.name, {}).get("final"):
             continue

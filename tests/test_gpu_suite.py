@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def command_of(pid: str) -> bytes:
 
 def test_a_training_may_save_at_its_limit(tmp_path):
     saves = f"""sh -c 'trap "echo saved; exit 75" TERM; {HANGS} & wait'"""
-    run_all([Entry("train", saves, 0, limit=1)], tmp_path, 1)
+    run_all([Entry("train", saves, 0, limit=3)], tmp_path, 1)
     (row,) = rows(tmp_path)
     assert (row["result"], row["last"], row["final"]) == ("saved", ["saved"], True)
 
@@ -67,15 +68,16 @@ def test_when_the_minutes_end_results_are_kept_and_the_next_run_goes_on(tmp_path
     chosen = [
         Entry("first", counts, 0),
         Entry("cut", hangs_once, 0, limit=60),
-        Entry("later", "echo", 1),
+        Entry("later", "echo", 2),
         Entry("kept", "echo", 0, keep=600),
         Entry("no_package", "echo", 0, needs="no_such_package"),
         Entry("no_file", "echo", 0, needs=f"{tmp_path}/made"),
     ]
-    run_all(chosen, tmp_path, minutes=1 / 60)
+    run_all(chosen[:1], tmp_path, minutes=1)
+    run_all(chosen, tmp_path, minutes=1 / 30)
     assert list(results(tmp_path)) == [entry.name for entry in chosen]
     assert results(tmp_path)["cut"] == "ended with the minutes"
-    assert results(tmp_path)["later"] == "not run: 0 s left, needs 1"
+    assert re.fullmatch("not run: [01] s left, needs 2", results(tmp_path)["later"])
     assert results(tmp_path)["kept"] == "not run: 0 s left, needs 0"
     assert results(tmp_path)["no_package"] == "not run: there is no no_such_package"
 
@@ -87,6 +89,19 @@ def test_when_the_minutes_end_results_are_kept_and_the_next_run_goes_on(tmp_path
     assert set(after.values()) == {"done"}
     table = (tmp_path / "results.md").read_text().splitlines()
     assert len(table) == 2 + len(chosen)
+
+
+def test_lines_that_were_cut_are_left_out(tmp_path):
+    chosen = [Entry("a", "echo '{\"seconds\": [1, '", 0), Entry("b", "echo", 0)]
+    run_all(chosen, tmp_path, 1)
+    assert [row["numbers"] for row in rows(tmp_path)] == [[], []]
+    file = tmp_path / "results.jsonl"
+    file.write_text(file.read_text()[:-10])
+    run_all(chosen, tmp_path, 1)
+    first, cut, again = file.read_text().splitlines()
+    assert [json.loads(line)["name"] for line in (first, again)] == ["a", "b"]
+    run_all(chosen, tmp_path, 1)
+    assert file.read_text().splitlines() == [first, cut, again]
 
 
 def test_an_entry_ends_with_the_suite(tmp_path, monkeypatch):
