@@ -265,8 +265,10 @@ def test_a_visit_with_a_phone(opened, tab, tmp_path):
         "document.querySelector('#drawing canvas').toDataURL()",
         tab.get_by_role("option", name="left right").click,
     )
-    box = tab.locator("#drawing canvas").bounding_box()
     tab.locator("#drawing [aria-label=red]").click()
+    canvas = tab.locator("#drawing canvas")
+    canvas.hover()  # which waits until it stands still
+    box = canvas.bounding_box()
     middle = box["y"] + box["height"] / 2
     tab.mouse.move(box["x"] + 2, middle)
     tab.mouse.down()
