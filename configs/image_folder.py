@@ -6,7 +6,7 @@
 
 docs/own_images.md leads from a folder to an edited picture. `:small` is for a laptop or a Colab
 runtime: 64 x 64 pixels, 8 x 8 latents in seven stages, a tokenizer of 0.7 and generators of 1.0 and
-0.5 million parameters; 1.2 CPU hours for 300 images, 2.5 for 3,000 and more. `:64` (default),
+0.5 million parameters; 1.3 CPU hours for 300 images, 2.2 for 3,000 and more. `:64` (default),
 `:128` and `:256` are image sizes for a GPU. The number of steps, the warm-up, the average of the
 weights and the intervals follow from the number of images (nvg_jax/training/length.py). `:runlocal`
 trains tiny models for a few steps on a CPU, and combines with a size (`:128,runlocal`).
@@ -68,7 +68,7 @@ def small(config):
     common.small_models(config)
     config.tokenizer_training.length = "50 epochs, at least 1000 steps, at most 3000 steps"
     config.generator_training.update(
-        length="100 epochs, at least 2000 steps, at most 4000 steps", batch_size=16
+        length="100 epochs, at least 4000 steps, at most 6000 steps", batch_size=16
     )
     config.distillation.length = "800 steps"
 
