@@ -50,6 +50,11 @@ def distill(
     """
     check_process(config)
     check_recipe(config, DISTILLATION.section, (DISTILLATION,))
+    if config.lora.rank:
+        raise UserError(
+            f"lora.rank={config.lora.rank} is of `train`; a student is trained with all its "
+            "weights. Leave it out."
+        )
     resume = folders.Resume(tuple(allow_changes), resume_step)
     check_resume(config, (DISTILLATION,), resume)
     workdir = checkpoint.run_folder(workdir)

@@ -267,6 +267,13 @@ def test_wrong_settings_end_in_a_sentence(teacher, student, changes, message):
         distill(short_config(**changes), str(teacher), student)
 
 
+def test_a_student_has_no_adapters(tmp_path):
+    config = short_config()
+    config.lora.rank = 4
+    with pytest.raises(UserError, match="lora.rank=4 is of `train`; a student is trained with all"):
+        distill(config, str(tmp_path / "teacher"), tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_wrong_folders_and_data_end_in_a_sentence(teacher, student, tmp_path):
     with pytest.raises(UserError, match="There is no folder"):

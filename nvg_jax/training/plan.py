@@ -114,6 +114,7 @@ def describe_part(run: Run, trainer: Trainer) -> list[str]:
         network: parameter_overview.count_parameters(tree)
         for network, tree in trainer.trained(trainer.abstract_state.params).items()
     }
+    what = "parameters in adapters" if run.config.lora.rank else "parameters"
     images = recipe.batch_size * trainer.steps
     optimizer, dtype = trainer.optimizer_config, recipe.get("dtype") or run.config.dtype
     rate = optimizer.peak_rate(recipe.batch_size)
@@ -121,7 +122,7 @@ def describe_part(run: Run, trainer: Trainer) -> list[str]:
     if recipe.fid_every:
         intervals += f", FID every {recipe.fid_every:,}"
     return [
-        f"{name}: " + ", ".join(f"{k} of {n:,} parameters" for k, n in sizes.items()),
+        f"{name}: " + ", ".join(f"{k} of {n:,} {what}" for k, n in sizes.items()),
         f"{name}: {trainer.steps:,} steps of {recipe.batch_size:,} images "
         f"({images / trainer.num_images:,.3g} epochs), {intervals}",
         f"{name}: learning rate {rate:.3g} ({optimizer.schedule}, {optimizer.warmup_steps:,} steps "
