@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import signal
 import time
 
 import jax
@@ -127,11 +128,16 @@ def test_credentials_that_expire_and_a_full_quota(bucket, status):
     assert_newest(2)
 
 
-def run(cache: bool = True):
+def run():
     """The work of a process."""
-    if not cache:  # a kill would leave half an entry
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     train(tiny_config(part="tokenizer"), "gs://bucket/run")
+
+
+def run_to_be_killed(environment):
+    """`run` with the emulator, which may have started after the server that forks this process."""
+    os.environ |= environment
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # no half entries
+    run()
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +171,14 @@ def test_kills_change_nothing(bucket, whole):
     bucket.fault = some_requests_fail(0.01)
     reached = []
     for _ in range(KILLS):
-        process = context.Process(target=run, args=(False,))
+        process = context.Process(target=run_to_be_killed, args=(bucket.environment,))
         process.start()
         last = bucket.requests + rng.randrange(10, 600)
         while bucket.requests < last and process.is_alive():
             time.sleep(0.002)
         process.kill()
         process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         done = [name.split("/")[2:] for name in bucket.names()]
         steps = [int(place[0]) for place in done if place[1:] == ["commit_success.txt"]]
         reached.append(max(steps, default=0))
