@@ -77,10 +77,9 @@ def test_the_first_is_a_request_while_there_is_work_to_save_and_the_second_ends(
         "    assert interrupts.requested.wait(30); print('saves', flush=True)\n"
         "    os.kill(os.getpid(), 2); time.sleep(60)\n"
     )
-    _, *lines = output.splitlines()
     first = "Saving after this step. Ctrl-C again ends at once."
-    assert code == 130 and sorted(lines[:2]) == sorted([first, "saves"])
-    assert lines[2:] == ["Interrupted. Parts are kept."]
+    assert code == 130 and first in output and "saves" in output  # two threads, in any order
+    assert output.endswith("\nInterrupted. Parts are kept.\n")
 
 
 def test_whatever_a_library_waits_for_at_the_end():
