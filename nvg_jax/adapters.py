@@ -9,7 +9,7 @@ from nvg_jax.workdir import RunMetadata
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapters:
+class Adapters(hub.Storable):
     """Adapters of one or both generators of a model, {generator: tree}, with their metadata."""
 
     metadata: RunMetadata
@@ -28,19 +28,3 @@ class Adapters:
             UserError: there are no adapters, or the hub does not give them.
         """
         return cls(*workdir.read_adapters(bundled.find(folder, revision)))
-
-    def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32"):
-        """Writes the adapters to a folder, like `Pipeline.save_pretrained`."""
-        workdir.write_export(folder, self.metadata.without_paths(), self.params, dtype)
-
-    def push_to_hub(
-        self,
-        name: str,
-        dtype: str = "float32",
-        *,
-        license: str | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Uploads the adapters and a card, like `Pipeline.push_to_hub`."""
-        return hub.push(name, self.metadata, self.params, dtype, license, private, revision)

@@ -63,26 +63,64 @@ def download(folder: str, revision: str | None = None) -> Path:
     return Path(place)
 
 
-def push(
-    name: str,
-    metadata: RunMetadata,
-    params: dict[str, Any],
-    dtype: str,
-    license: str | None,
-    private: bool | None,
-    revision: str | None,
-) -> str:
-    """Uploads a model or adapters with their card; see `Pipeline.push_to_hub`."""
-    metadata = metadata.without_paths()
-    counts = {
-        network: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for network, tree in params.items()
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        workdir.write_export(folder, metadata, params, dtype)
-        text = card(name, metadata, counts, license)
-        (Path(folder) / "README.md").write_text(text, encoding="utf-8")
-        return upload(name, Path(folder), private, revision)
+class Storable:
+    """A model or adapters: what can be written to a folder and uploaded."""
+
+    metadata: RunMetadata
+    params: dict[str, Any]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """{network: the number of its parameters}."""
+        return {
+            name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for name, tree in self.params.items()
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32"):
+        """Writes this to a folder for `from_pretrained`; replaces an earlier export.
+
+        The folder holds the metadata in config.json and the weights in model.safetensors or, above
+        5 GB, in several files with an index. Paths of this machine are left out.
+
+        Args:
+            dtype: of the weights in the files: "float32", "bfloat16" or "float16".
+
+        Raises:
+            UserError: the folder is a training run's, or the weights do not fit the dtype.
+        """
+        workdir.write_export(folder, self.metadata.without_paths(), self.params, dtype)
+
+    def push_to_hub(
+        self,
+        name: str,
+        dtype: str = "float32",
+        *,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Uploads this and a card made from its metadata; replaces an earlier upload.
+
+        Paths of this machine are left out.
+
+        Args:
+            name: "org/name" on the Hugging Face hub; it is made if it does not exist.
+            dtype: of the weights in the files: "float32", "bfloat16" or "float16".
+            license: its identifier on the hub, such as "mit".
+            private: whether others cannot see it, if it is made now.
+            revision: a branch.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: no permission or no network, or the weights do not fit the dtype.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            text = card(name, self.metadata.without_paths(), self.parameter_counts(), license)
+            (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+            return upload(name, Path(folder), private, revision)
 
 
 def upload(name: str, folder: Path, private: bool | None, revision: str | None) -> str:

@@ -41,7 +41,7 @@ class SampleOutput(NamedTuple):
     canvases: np.ndarray | None = None
 
 
-class Pipeline:
+class Pipeline(hub.Storable):
     """A tokenizer and, for sampling, its content and structure generators.
 
     Attributes:
@@ -78,15 +78,12 @@ class Pipeline:
     def __repr__(self) -> str:
         tokenizer, classes = self.tokenizer.config, self.class_names
         sizes = lambda pair: " x ".join(map(str, pair))
-        networks = {
-            name: sum(leaf.size for leaf in jax.tree.leaves(self.params[name]))
-            for name in self.metadata.model.networks
-            if name in self.params
-        }
+        counts = self.parameter_counts()
+        networks = [name for name in self.metadata.model.networks if name in counts]
         lines = [
             f"images: {sizes(tokenizer.image_size)} pixels, latents {sizes(tokenizer.latent_size)} "
             f"in {tokenizer.num_stages} stages, {tokenizer.codebook_size:,} codes",
-            "parameters: " + ", ".join(f"{name} {size:,}" for name, size in networks.items()),
+            "parameters: " + ", ".join(f"{name} {counts[name]:,}" for name in networks),
             f"classes: {len(classes):,} ({', '.join(classes[:5])}{', ...' if classes[5:] else ''})",
             f"settings: {self.settings}" if self.can_sample else "no generators: cannot sample",
             f"computes in {self.dtype} on {self._mesh.size} x {jax.local_devices()[0].device_kind}",
@@ -196,48 +193,6 @@ class Pipeline:
     def bundled() -> dict[str, str]:
         """{name: description} of the models that come with the package, for `from_pretrained`."""
         return {name: f"{m.description} ({m.data})" for name, m in bundled.MODELS.items()}
-
-    def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32"):
-        """Writes the model to a folder for `from_pretrained`; replaces an earlier export.
-
-        The folder holds the metadata in config.json and the weights in model.safetensors or, above
-        5 GB, in several files with an index. Paths of this machine are left out.
-
-        Args:
-            dtype: of the weights in the files: "float32", "bfloat16" or "float16".
-
-        Raises:
-            UserError: the folder is a training run's, or the weights do not fit the dtype.
-        """
-        workdir.write_export(folder, self.metadata.without_paths(), self.params, dtype)
-
-    def push_to_hub(
-        self,
-        name: str,
-        dtype: str = "float32",
-        *,
-        license: str | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Uploads the model and a card made from its metadata; replaces an earlier upload.
-
-        Paths of this machine are left out.
-
-        Args:
-            name: "org/name" on the Hugging Face hub; it is made if it does not exist.
-            dtype: of the weights in the files: "float32", "bfloat16" or "float16".
-            license: its identifier on the hub, such as "mit".
-            private: whether others cannot see it, if it is made now.
-            revision: a branch.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            UserError: no permission or no network, or the weights do not fit the dtype.
-        """
-        return hub.push(name, self.metadata, self.params, dtype, license, private, revision)
 
     def load_lora(
         self, folder: str | os.PathLike, scale: float = 1.0, *, revision: str | None = None

@@ -324,12 +324,13 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             "last checkpoint, or let `python -m nvg_jax.train` finish it."
         )
     metadata = metadata.replace(step=None, steps=None, fid=None)
+    read_base = functools.cache(bundled.read_model)  # once for both generators
     for name, (part_folder, part_metadata) in generators.items():
         check_tokenizer(part_metadata, metadata, part_folder)
         part_metadata, params[name] = read_averages(part_folder, name)
         if part_metadata.base:
             assert part_metadata.base_workdir is not None  # only an export has no paths
-            base, weights = bundled.read_model(part_metadata.base_workdir)
+            base, weights = read_base(part_metadata.base_workdir)
             added = add_adapters(base, weights, part_metadata, {name: params[name]}, part_folder)
             params[name] = added[name]
         sizes = {name: part_metadata.model.generators[name]}
