@@ -42,7 +42,7 @@ def base() -> ml_collections.ConfigDict:
         dict(
             part="all",  # tokenizer, structure, content, generators, separate, all
             seed=0,
-            tokenizer_workdir="",  # a run, export or bundled model; "": --workdir
+            tokenizer_workdir="",  # a run, export, bundled or hub model; "": --workdir
             init_from="",  # model to start from; its data and classes may differ
             lora=dict(rank=0),  # of adapters to train instead of the generators; 0: all weights
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax

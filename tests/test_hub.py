@@ -11,14 +11,19 @@ from urllib.parse import unquote, urlsplit
 import jax
 import numpy as np
 import pytest
-from helpers import random_like, random_pipeline
+from etils import epath
+from helpers import random_like, random_pipeline, tiny_config
 from huggingface_hub import constants
 from test_convert import SQUARE, write_autoencoder
 
 from nvg_jax import Adapters, Pipeline, hub, lora
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import conversion
+from nvg_jax.parts import CHOICES
+from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import fingerprint
+from nvg_jax.training import checks
+from nvg_jax.training.run import open_run
 
 COMMIT = "c" * 40
 
@@ -187,6 +192,17 @@ def test_a_model_is_downloaded_through_redirects_and_kept(server, pipe, exported
     server.shutdown()
     server.server_close()  # no hub: the cache is enough
     assert Pipeline.from_pretrained("org/digits").metadata == pipe.metadata
+
+
+def test_a_training_starts_from_a_model_of_the_hub(server, pipe, exported):
+    server.put("org/digits", exported)
+    name = "hf://org/digits"
+    config = tiny_config(part="generators", init_from=name, tokenizer_workdir=name)
+    checks.check_config(config)
+    checks.check_init(config, CHOICES["generators"])
+    run = open_run(config, epath.Path("/nowhere"), sharding.make_mesh())
+    assert run.tokenizer_workdir == name
+    assert run.resize_filter == pipe.metadata.resize_filter
 
 
 def test_a_folder_wins_over_the_hub(server, pipe, tmp_path, monkeypatch):

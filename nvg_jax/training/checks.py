@@ -17,7 +17,7 @@ from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.training.ranges import check_ranges
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
-    from nvg_jax import models, workdir
+    from nvg_jax import hub, models, workdir
     from nvg_jax.evaluation import judges
     from nvg_jax.runtime import storage
     from nvg_jax.training import generators, initial, length, optimizers, registry
@@ -64,7 +64,7 @@ def check_config(config: ml_collections.ConfigDict):
 def check_paths(config: ml_collections.ConfigDict):
     """Raises UserError for paths that no machine can read."""
     for name in ("init_from", "tokenizer_workdir"):
-        if config[name]:
+        if config[name] and not hub.is_remote(config[name]):
             storage.storage_path(config[name])
     for name, path in (
         ("pretrained_dir", config.pretrained_dir),

@@ -12,7 +12,7 @@ import ml_collections
 from etils import epath, epy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nvg_jax import bundled, pretrained
+from nvg_jax import bundled, hub, pretrained
 from nvg_jax.data import (
     LoaderOptions,
     SequenceSource,
@@ -158,6 +158,8 @@ class Run:
 
 def located(folder: str | os.PathLike) -> str:
     """A model's folder as an absolute path; the name of a bundled model or a hub's stays."""
+    if hub.is_remote(folder):
+        return os.fspath(folder)
     place = storage_path(folder)
     return os.fspath(place if bundled.find(folder) == place else folder)
 
