@@ -13,7 +13,7 @@ import grain
 import numpy as np
 import pytest
 from absl import flags
-from PIL import Image
+from PIL import ExifTags, Image
 from reference import resizing
 
 from nvg_jax.data import (
@@ -303,6 +303,15 @@ def encoded(pixels, mode=None, format="PNG", **options):
 def test_decode_gives_rgb(content, expected):
     image = decode(content)
     assert image.mode == "RGB" and image.getpixel((0, 0)) == tuple(expected)
+
+
+def test_decode_turns_a_photo_upright_if_asked_to():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo = encoded(Image.new("RGB", (40, 30)), format="JPEG", exif=exif)
+    assert decode(photo).size == (40, 30) and decode(photo, upright=True).size == (30, 40)
+    damaged = encoded(Image.new("RGB", (40, 30)), format="JPEG", exif=b"Exif\0\0damaged")
+    assert decode(damaged, upright=True).size == (40, 30)
 
 
 def test_decode_refuses_what_it_cannot_show():

@@ -12,10 +12,11 @@ import gradio as gr
 import numpy as np
 import pytest
 from helpers import random_pipeline
-from PIL import Image
+from PIL import ExifTags, Image
 
 from nvg_jax import page
 from nvg_jax.errors import UserError
+from nvg_jax.jobs import editing
 from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.visualize import image_grid
@@ -139,7 +140,7 @@ def test_what_is_wrong_is_said_in_a_sentence(opened, caplog, keep, inputs, chang
     assert message in line.getMessage() and not line.exc_info
 
 
-LARGE = "The picture has more than 25 megapixels; make it smaller."
+LARGE = "The picture has more than 25 megapixels, or 65 as a JPEG; make it smaller."
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,7 @@ LARGE = "The picture has more than 25 megapixels; make it smaller."
         ("text.png", "text.png is not an image of a known format."),
         ("cut.png", "cut.png is not a readable image (image file is truncated)."),
         ("wide.png", LARGE),
+        ("wide.jpg", LARGE),
         ("bomb.png", LARGE),
         ("gray.png", ""),
     ],
@@ -155,6 +157,7 @@ LARGE = "The picture has more than 25 megapixels; make it smaller."
 def test_an_upload_is_shown_as_the_model_sees_it_or_a_sentence(opened, tmp_path, name, fault):
     """Some are large pictures in a few kilobytes; Pillow does not even open the bomb."""
     path, sizes = tmp_path / name, {"wide.png": (9_000, 9_000), "bomb.png": (20_000, 20_000)}
+    sizes["wide.jpg"] = sizes["wide.png"]
     Image.effect_noise((64, 48), 50).save(path)
     if name == "text.png":
         path.write_text("Not a picture.")
@@ -169,6 +172,21 @@ def test_an_upload_is_shown_as_the_model_sees_it_or_a_sentence(opened, tmp_path,
     else:
         assert reference == masked and said == ""
         assert page.pixels_of(reference["picture"]).shape == (SIZE, SIZE, 4)
+
+
+def test_a_large_photo_is_scaled_down_and_upright(opened, tmp_path):
+    """Of 50 megapixels, with red where the camera's top was when it was held upright."""
+    photo, exif = Image.new("RGB", (8_160, 6_120), "blue"), Image.Exif()
+    photo.paste("red", (0, 0, 4_080, 6_120))
+    exif[ExifTags.Base.Orientation] = 6  # turned to the right
+    path = tmp_path / "photo.jpg"
+    photo.save(path, exif=exif)
+    assert editing.read_picture(path, enough=page.ENOUGH).shape == (2_040, 1_530, 3)
+    reference, _, said = opened.upload(str(path))
+    assert said == ""
+    pixels = page.pixels_of(reference["picture"])
+    np.testing.assert_allclose(pixels[:3, :, :3], np.full((3, SIZE, 3), (254, 0, 0)), atol=9)
+    np.testing.assert_allclose(pixels[-3:, :, :3], np.full((3, SIZE, 3), (0, 0, 254)), atol=9)
 
 
 def test_a_picture_that_fills_the_memory_is_refused_from_any_browser(opened):

@@ -18,13 +18,17 @@ MAX_REGIONS = 64  # regions of a drawing; more colors mean that its edges are sm
 
 
 def read_picture(
-    path: str | os.PathLike, size: tuple[int, int] | None = None, background: str = "white"
+    path: str | os.PathLike,
+    size: tuple[int, int] | None = None,
+    background: str = "white",
+    enough: int | None = None,
 ) -> np.ndarray:
-    """The pixels of a picture, uint8 (H, W, 3).
+    """The pixels of a picture as the camera was held, uint8 (H, W, 3).
 
     Args:
         size: the height and width that it must have.
         background: what shows through where it is transparent.
+        enough: as of `decode`.
 
     Raises:
         UserError: the file does not exist, is not a picture, or has another size.
@@ -33,7 +37,7 @@ def read_picture(
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        pixels = np.asarray(decode(path.read_bytes(), background))
+        pixels = np.asarray(decode(path.read_bytes(), background, True, enough))
     except UserError as error:
         raise UserError(f"{path} is {error}.") from error
     if size is not None and pixels.shape[:2] != size:

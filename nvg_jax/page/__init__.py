@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from nvg_jax import bundled
 from nvg_jax.errors import UserError
@@ -30,8 +31,10 @@ SEEN = 2  # the stage that is shown first: its four regions can be told apart
 COLORS = {"black": "#000000", "white": "#ffffff", "red": "#dc2828", "green": "#28a03c"}
 COLORS |= {"blue": "#325adc", "yellow": "#f0c828"}
 MASK = {"paint": "#ff2d9599", "erase": ""}
-MAX_UPLOAD = "10mb"
-MAX_MEGAPIXELS = 25  # of an upload; a small file can hold a picture that fills the memory
+MAX_UPLOAD = "30mb"
+# Of an upload; a small file can hold a picture that fills the memory. A JPEG is not decoded whole.
+MAX_MEGAPIXELS, MAX_JPEG = 25, 65
+ENOUGH = 1024  # pixels on the shorter side of an upload
 LABELS = {  # of the settings, in plain words
     "temperature": "Variety of the tokens",
     "top_k": "Only the most likely tokens: how many",
@@ -72,7 +75,7 @@ def pixels_of(url: str) -> np.ndarray:
     """uint8 (H, W, 4); raises UserError like `check_size`."""
     file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
     check_size(file)
-    with Image.open(file) as image:
+    with Image.open(file, formats=["PNG"]) as image:
         return np.asarray(image.convert("RGBA"))
 
 
@@ -104,17 +107,21 @@ def check_size(file: str | io.BytesIO):
     """Checks the size of a picture without decoding it; other faults are left to its reader.
 
     Raises:
-        UserError: a picture of more than `MAX_MEGAPIXELS`.
+        UserError: a picture of more than `MAX_MEGAPIXELS`, or a JPEG of more than `MAX_JPEG`.
     """
     try:
         with Image.open(file) as opened:
-            fits = opened.width * opened.height <= MAX_MEGAPIXELS * 10**6
+            most = MAX_JPEG if isinstance(opened, JpegImageFile) else MAX_MEGAPIXELS
+            fits = opened.width * opened.height <= most * 10**6
     except Image.DecompressionBombError:  # so large that Pillow does not even open it
         fits = False
     except Exception:  # files that are not pictures raise errors of many kinds
         return
     if not fits:
-        raise UserError(f"The picture has more than {MAX_MEGAPIXELS} megapixels; make it smaller.")
+        raise UserError(
+            f"The picture has more than {MAX_MEGAPIXELS} megapixels, or {MAX_JPEG} as a JPEG; make "
+            "it smaller."
+        )
 
 
 class Page:
@@ -177,7 +184,7 @@ class Page:
         """For the two fields, a picture as the model sees it, and no message; or an error."""
         try:
             check_size(path)
-            pixels = editing.read_picture(path)
+            pixels = editing.read_picture(path, enough=ENOUGH)
         except UserError as error:  # without the folders of this machine
             return gr.skip(), gr.skip(), failed(str(error).replace(path, Path(path).name))
         value = {"picture": url_of(to_uint8(self.pipe.prepare(pixels)))}
