@@ -4,9 +4,12 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 
 from nvg_jax.training.forecast import Forecast, Work, due, flops, step_flops
+from nvg_jax.training.metrics import Reporter
 
 
 def test_all_parts_evaluations_and_fid_count():
@@ -27,9 +30,26 @@ def test_all_parts_evaluations_and_fid_count():
     assert ahead.remaining("tokenizer", 50) == 50 * 2 + 1 * 30 + 200 * 4 + 3 * 5 * 4
     ahead.measured("generators", "step", 1.0)
     ahead.measured("generators", "evaluation", 7.0)
+    assert ahead.without_fid("tokenizer", 50) and ahead.without_fid("generators", 199)
+    assert not ahead.without_fid("generators", 200)
     ahead.measured("generators", "fid", 100.0)
+    assert not ahead.without_fid("tokenizer", 50) and not ahead.without_fid("generators", 100)
     assert ahead.remaining("generators", 100) == 100 * 1 + 2 * 7 + 1 * 100
     assert ahead.remaining("generators", 200) == 0
+
+
+def test_the_line_says_that_its_time_is_without_fid(tmp_path, caplog):
+    caplog.set_level("INFO", "nvg_jax")
+    ahead = Forecast([Work("generators", 9, 1.0, eval_every=9, fid_every=5, eval_share=0.0)])
+    reporter = Reporter("generators", epath.Path(tmp_path / "generators"), 0, 9, 2, forecast=ahead)
+    for step in range(1, 5):
+        if step == 4:
+            ahead.measured("generators", "fid", 0.0)
+        reporter.start_step()
+        reporter.add({"loss": np.float32(1)})
+        reporter.progress(step, 1.0, None)
+    lines = [line for line in caplog.messages if "ETA" in line]
+    assert [line.endswith(" without FID") for line in lines] == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,14 @@ class Progress:
         self._first = None  # (items done, time) at the first update
         self._shown = -float("inf")
 
-    def update(self, done: int, details: str = "", remaining: float | None = None):
+    def update(
+        self, done: int, details: str = "", remaining: float | None = None, without: str = ""
+    ):
         """Reports that `done` items are finished, with details such as losses.
 
         Args:
             remaining: the seconds left, if more is known about them than the rate.
+            without: what they leave out.
         """
         watchdog.reset(slow=True)
         now = time.monotonic()
@@ -45,6 +48,6 @@ class Progress:
         if done > first and now > start:
             rate = (done - first) / (now - start)
             left = (self._total - done) / rate if remaining is None else remaining
-            eta = datetime.timedelta(seconds=round(left))
-            parts += [f"{rate:.3g} {self._unit}/s", f"ETA {eta}"]
+            eta = f"ETA {datetime.timedelta(seconds=round(left))}"
+            parts += [f"{rate:.3g} {self._unit}/s", f"{eta} without {without}" if without else eta]
         logger.info("%s", "  ".join(part for part in parts if part))

@@ -47,7 +47,7 @@ class Forecast:
     def remaining(self, part: str, step: int) -> float | None:
         """Seconds until the last part ends; None before a step is measured.
 
-        FID counts once it has been measured.
+        FID counts once it has been measured; see `without_fid`.
         """
         names = [work.name for work in self._works]
         if part not in names or (part, "step") not in self._seconds:
@@ -68,6 +68,16 @@ class Forecast:
             total += (work.steps - done) * one + evaluations * evaluation
             total += due(done, work.steps, work.fid_every) * fid
         return total
+
+    def without_fid(self, part: str, step: int) -> bool:
+        """Whether a measurement of FID lies ahead whose time is not known yet."""
+        names = [work.name for work in self._works]
+        ahead = self._works[names.index(part) :] if part in names else []
+        return any(
+            due(step if work.name == part else 0, work.steps, work.fid_every)
+            and (work.name, "fid") not in self._seconds
+            for work in ahead
+        )
 
 
 def due(done: int, steps: int, every: int) -> int:
