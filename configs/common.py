@@ -9,7 +9,7 @@ import ml_collections
 
 
 def base() -> ml_collections.ConfigDict:
-    """Every setting, with the values published for ImageNet at 256 x 256 pixels (d16)."""
+    """Every setting; sizes and recipes are those published for ImageNet at 256 pixels (d16)."""
     optimizer = dict(
         learning_rate=1e-4,  # at batch size 256; scales linearly with it
         schedule="linear",  # constant, then linear decay; or "cosine", "constant"

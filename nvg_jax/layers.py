@@ -117,19 +117,18 @@ def cast_blocks(params, dtype):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def layer_norm(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-    """Layer normalization over the last axis without parameters, eps 1e-6, in float32."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-    return y.astype(x.dtype)
-
-
-def modulate(
+def modulated_norm(
     x: Float[Array, "B N C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
 ) -> Float[Array, "B N C"]:
-    """(1 + scale) * x + shift, the same at all positions."""
-    return (1 + scale[:, None]) * x + shift[:, None]
+    """(1 + scale) * LayerNorm(x) + shift, the same at all positions.
+
+    The normalization, over the last axis, has no parameters and an eps of 1e-6. All is computed in
+    float32, as published, and rounded once.
+    """
+    y, shift, scale = (a.astype(jnp.float32) for a in (x, shift[:, None], scale[:, None]))
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+    return ((1 + scale) * y + shift).astype(x.dtype)
 
 
 class Dense(nn.Module):
@@ -224,7 +223,7 @@ class Block(nn.Module):
         head_dim = width // self.num_heads
         q_scale, k_scale = (HeadScale(name=name)(head_dim) for name in ("query_norm", "key_norm"))
 
-        y, gate = modulate(layer_norm(x), shift, scale), gate[:, None]
+        y, gate = modulated_norm(x, shift, scale), gate[:, None]
         q, k, v, hidden = block_linears.linear1(y, *weights1)
         attended = self.attend(q, k, v, Rotary(q_scale, k_scale, cos, sin))
         hidden = nn.gelu(hidden, approximate=True)
@@ -368,7 +367,7 @@ class Head(nn.Module):
     ) -> Float32[Array, "B N features"]:
         """The outputs at all positions."""
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        return self.linear(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
+        return self.linear(modulated_norm(x, shift, scale)).astype(jnp.float32)
 
 
 def timestep_embedding(

@@ -8,7 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import python
+from helpers import python, tiny_config
 
 from configs import digits
 from nvg_jax.aot import batch, chips, hlo, lowering, report
@@ -290,6 +290,20 @@ def test_roofline_by_hand():
     assert times["seconds"] == 5.0 and times["bound"] == "hbm"
     assert times["mfu"] == 300 / (5 * 100)
     assert times["seconds_no_overlap"] == 10.0 and times["mfu_no_overlap"] == 0.3
+
+
+@pytest.mark.parametrize("part", ["generators", "tokenizer"])
+def test_float32_runs_at_half_the_peak_of_a_gpu(part):
+    config, mesh = tiny_config(part=part), sharding.make_mesh(devices=jax.devices()[:1])
+
+    def flops(topology):
+        return lowering.Compiler(config, chips.Target(topology, mesh, CHIP), "train").device.flops
+
+    assert (flops("h100:1"), flops("v5e:1x1")) == (50, 100)
+    config.dtype = "bfloat16"
+    assert (flops("h100:1"), flops("v5e:1x1")) == (100, 100)
+    config.tokenizer_training.dtype = "float32"
+    assert flops("h100:1") == (50 if part == "tokenizer" else 100)
 
 
 def test_an_output_that_reuses_an_argument_counts_once():

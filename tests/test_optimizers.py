@@ -8,17 +8,19 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
-from helpers import optimizer_config
+from helpers import optimizer_config, tiny_config
 
 from nvg_jax import layers, models
 from nvg_jax.errors import UserError
-from nvg_jax.runtime.sharding import unbox
+from nvg_jax.parts import TOKENIZER
+from nvg_jax.runtime.sharding import make_mesh, unbox
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training.optimizers import (
     decay_mask,
     learning_rate_schedule,
     make_optimizer,
 )
+from nvg_jax.training.registry import make_trainer
 from nvg_jax.training.state import TrainState
 
 SIZES = TokenizerConfig(
@@ -106,6 +108,20 @@ def test_without_a_gradient_only_the_decay_moves_a_parameter():
     optimizer = make_optimizer(config, rate, decay_all=True)  # discriminators
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     np.testing.assert_allclose(updates["bias"], np.full(2, -2.0))
+
+
+def test_the_tokenizers_trainer_decays_the_discriminators_biases_too():
+    config = tiny_config(part="tokenizer")
+    config.tokenizer_training.update(
+        adversarial_weight=0.1, discriminator="small", discriminator_weight_decay=0.25
+    )
+    config.tokenizer_training.optimizer.warmup_steps = 0
+    model = models.ModelConfig.from_config(config, num_classes=10)
+    trainer = make_trainer(TOKENIZER, config, model, make_mesh(devices=jax.devices()[:1]), 100)
+    params, grads = {"bias": jnp.full(2, 8.0)}, {"bias": jnp.zeros(2)}
+    optimizer = trainer.discriminator_optimizer
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert (updates["bias"] < 0).all()
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_parameters():

@@ -1,20 +1,24 @@
 """How images are resized: kept with the model, inherited by what builds on it, and `prepare`."""
 
 import json
+import types
 
 import numpy as np
 import pytest
+from absl import flags
+from etils import epath
 from helpers import random_pipeline, tiny_config
 from PIL import Image
 
-from nvg_jax import workdir
+from nvg_jax import cli, workdir
 from nvg_jax.data import SequenceSource, Transform, open_source, sequences
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import from_float
 from nvg_jax.evaluation.sets import Split
-from nvg_jax.jobs import editing
+from nvg_jax.jobs import editing, scoring
 from nvg_jax.jobs.encoding import encode_data_set
+from nvg_jax.parts import TOKENIZER
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.training.run import choose_resize_filter, open_run
@@ -101,13 +105,44 @@ def test_a_run_resizes_as_configured_or_as_what_it_builds_on(folder, tmp_path):
     assert run.loader_options(16).transform.resize_filter == "published"
 
 
-def test_sequences_are_encoded_as_the_model_was_trained(published, tmp_path):
+def test_commands_prepare_images_as_the_model_was_trained(monkeypatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(cli.flags, "FLAGS", values)
+    for name in ("data_name", "data_dir"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    values(["command", "--data_dir=/images"])
+    config = {"data": {"name": "digits", "resize": 9, "resize_filter": ""}}
+    of_the_model = {"resize": 9, "name": "digits"}
+    own = {"data_dir": "/images", "resize_filter": "published"}
+    assert cli.data_section(config, "published") == of_the_model | own
+    values(["command", "--data_dir=/images", "--data_name=image_folder"])
+    anew = {"resize": 0, "pad": 0, "name": "image_folder"}
+    assert cli.data_section(config, "published") == anew | own
+
+
+def test_fid_during_training_prepares_images_as_the_run_does(published, monkeypatch):
+    config, prepared = tiny_config(part="tokenizer"), []
+    config.tokenizer_training.fid_every = 1
+    monkeypatch.setattr(scoring, "make_judge", lambda *_: None)
+    monkeypatch.setattr(scoring, "features_of", lambda *_, **__: None)
+    monkeypatch.setattr(scoring, "Split", lambda data, *_: prepared.append(data["resize_filter"]))
+    run = types.SimpleNamespace(
+        config=config, model=published.metadata.model, resize_filter="published"
+    )
+    scoring.fid_measurements(run, [TOKENIZER])
+    assert prepared == ["published"]
+
+
+def test_sequences_are_encoded_as_the_model_was_trained(published, tmp_path, caplog):
     meta = encode_data_set(published, tmp_path / "cache", DIGITS)
     assert meta["data"]["resize_filter"] == "published"
     source = SequenceSource(tmp_path / "cache", "test")
     assert source.resize_filter == "published"
     config = tiny_config(data=dict(resize_filter="lanczos"))
     assert choose_resize_filter(config, tmp_path, source) == "published"
+    assert "data.resize_filter=lanczos has no effect" in caplog.text
+    config.data.update(name="sequences", data_dir=str(tmp_path / "cache"))
+    assert open_run(config, epath.Path(tmp_path), sharding.make_mesh()).config.data.resize == 9
     digits = open_source("digits", "test")
     images = [Transform((8, 8), 9, resize_filter="published")] * 3
     images = [t(Image.fromarray(digits[i]["image"]).convert("RGB")) for i, t in enumerate(images)]

@@ -18,7 +18,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.pretrained.networks import bicubic_matrix, layer_norm, resize_bicubic, unit_channels
 from nvg_jax.torch_interop.checkpoint_files import read_state_dict
 
-CLOSE = 1e-4  # largest difference over largest value
+CLOSE = 1e-5  # largest difference over largest value
 HEADS = FOLDER / "lpips_vgg.pth"
 
 

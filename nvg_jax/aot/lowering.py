@@ -11,7 +11,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from nvg_jax.aot import hlo
-from nvg_jax.aot.chips import Target
+from nvg_jax.aot.chips import GPUS, Chip, Target
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
@@ -103,6 +103,14 @@ class Compiler:
         self.part = training_part(config) if program == "train" else None
         self.images, self._num_classes = data_size(config.data)
         self.config = fitted_config(config, self.images)
+
+    @property
+    def device(self) -> Chip:
+        """A device at this program's precision: GPUs take twice as long for products in TF32."""
+        recipe = self.config[self.part.section] if self.part else {}
+        device, dtype = self.target.device, recipe.get("dtype") or self.config.dtype
+        slower = dtype == "float32" and self.target.topology.partition(":")[0] in GPUS
+        return device._replace(flops=device.flops / 2) if slower else device
 
     def lower(self, config: ml_collections.ConfigDict, batch_size: int, mesh: Mesh):
         model = ModelConfig.from_config(config, self._num_classes)

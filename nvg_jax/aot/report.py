@@ -83,7 +83,7 @@ def make_report(
         cost.hbm_bytes,
         sum(item.bytes_sent for item in collectives),
         model_flops / devices,
-        target.device,
+        compiler.device,
     )
     sizes = {
         name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

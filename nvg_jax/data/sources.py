@@ -160,7 +160,7 @@ class SequenceSource(Source):
         tokenizer: the sizes of the tokenizer that made the sequences, a dictionary.
         fingerprint: of its weights.
         crop_dtype: the structured dtype of one crop, see `sequences.crop_dtype`.
-        resize_filter: how the images were resized.
+        resize, resize_filter: how the images were resized, as in a config's `data`.
     """
 
     def __init__(self, folder: pathlib.Path, split: str):
@@ -168,7 +168,8 @@ class SequenceSource(Source):
         super().__init__(meta["class_names"])
         self.tokenizer, self.fingerprint = meta["tokenizer"], meta["fingerprint"]
         self.crop_dtype = sequences.crop_dtype(self.tokenizer)
-        self.resize_filter = meta.get("data", {}).get("resize_filter", "lanczos")
+        self.resize = meta["data"]["resize"]
+        self.resize_filter = meta["data"].get("resize_filter", "lanczos")
         self._folder, self._records = folder, sequences.Records(folder, split, meta)
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -30,6 +31,8 @@ from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import length
 from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_resize_filter
+
+logger = logging.getLogger("nvg_jax")
 
 with epy.lazy_imports():
     import grain
@@ -187,6 +190,8 @@ def open_run(
     data_dir = config.data.data_dir or None
     train_source = open_source(config.data.name, "train", data_dir=data_dir)
     config = fitted_config(config, len(train_source))
+    if isinstance(train_source, SequenceSource):
+        config.data.resize = train_source.resize
     test_source = open_source(
         config.data.name, "test", data_dir=data_dir, class_names=train_source.class_names
     )
@@ -218,6 +223,13 @@ def choose_resize_filter(
     the model that the weights start from. Cached sequences keep the filter of their images.
     """
     if isinstance(source, SequenceSource):
+        if config.data.resize_filter not in ("", source.resize_filter):
+            logger.warning(
+                "data.resize_filter=%s has no effect: the images of these sequences were resized "
+                "with %s",
+                config.data.resize_filter,
+                source.resize_filter,
+            )
         return source.resize_filter
     if config.data.resize_filter:
         return config.data.resize_filter

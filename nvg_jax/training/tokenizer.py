@@ -150,8 +150,9 @@ def loss_terms(
     key: PRNGKeyArray,
     index_backprop: bool = False,
 ) -> tuple[Float[Array, ""], tuple[dict[str, Array], DiscriminatorState | None]]:
-    """The sum of the tokenizer's and the discriminator's losses, detached from each other.
+    """The sum of the tokenizer's and the discriminator's losses.
 
+    They are detached from each other, unless `discriminator_sees_generator_loss`.
     Each of the discriminator's three passes draws its own augmentation.
 
     Args:
