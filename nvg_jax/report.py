@@ -1,8 +1,8 @@
 """Compares trainings: `python -m nvg_jax.report --workdir=runs/a --workdir=runs/b`.
 
 Prints the settings that differ and the last numbers of every part, the best run first, and draws
-the curves into one PNG. Workdirs may be in buckets. Drawing needs Matplotlib:
-pip install "nvg_jax[report]".
+the curves into one PNG. Workdirs may be in buckets. Needs the extras `train`
+and, for the picture, `report`.
 """
 
 import logging
@@ -12,8 +12,9 @@ from absl import flags
 from etils import epy
 
 from nvg_jax import cli
+from nvg_jax.errors import comes_with
 
-with epy.lazy_imports():  # slow, and not needed to report a wrong flag
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.runtime import storage
     from nvg_jax.training import curves
 

@@ -115,6 +115,12 @@ def test_what_the_package_imports_is_required():
             assert owners & required, f"{path} imports {name}"
 
 
+def test_a_package_that_is_imported_late_names_its_extra():
+    for path in files("nvg_jax"):
+        for block in re.findall(r"lazy_imports\(\):.*\n((?: .*\n)+)", path.read_text()):
+            assert all(line.startswith("    from nvg_jax") for line in block.splitlines()), path
+
+
 def test_nothing_needs_torch():
     for folder in ("nvg_jax", "configs", "tests", "benchmarks", "launch"):
         for path in files(folder):

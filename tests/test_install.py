@@ -151,7 +151,7 @@ def test_the_wheel_has_the_package_and_the_presets(built):
 # Runs `nvg` without what the extras would install.
 PLAIN = "import sys; sys.modules |= dict.fromkeys(sys.argv.pop(1).split(','))\n"
 MISSING = "tensorflow,tensorflow_datasets,grain,array_record,sklearn,tensorboard,gcsfs,gradio"
-MISSING += ",huggingface_hub"
+MISSING += ",clu,huggingface_hub"
 NVG = PLAIN + "from nvg_jax.__main__ import main; main()"
 SAMPLE = (
     PLAIN
@@ -168,22 +168,27 @@ print(nvg_jax.__file__, images.shape, presets.load("digits:demo").data.name)
 @pytest.mark.slow
 def test_a_wheel_without_extras_samples_and_says_what_else_needs(built, tmp_path):
     *_, wheel = built
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+    site = tmp_path / "site"
+    place = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)})
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", f"--target={site}", wheel]
+    done = python(*pip, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run([site / "bin" / "nvg", "--help"], **place)
+    assert done.returncode == 0 and "\n  sample " in done.stdout, done.stderr
 
-    def run(script, *arguments):
-        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-        return python("-c", script, MISSING, *arguments, cwd=tmp_path, env=environment)
+    def without_extras(script, *arguments):
+        return python("-c", script, MISSING, *arguments, **place)
 
-    done = run(SAMPLE)
-    place = tmp_path / "site" / "nvg_jax" / "__init__.py"
-    assert done.stdout == f"{place} (1, 32, 32, 3) digits\n", done.stderr
+    done = without_extras(SAMPLE)
+    package = site / "nvg_jax" / "__init__.py"
+    assert done.stdout == f"{package} (1, 32, 32, 3) digits\n", done.stderr
     config = "--config=digits:demo"
     for command, package, extra in (
         (["train", config, f"--workdir={tmp_path / 'run'}"], "tensorboard", "train"),
+        (["report", "--workdir=x"], "tensorboard", "train"),
         (["app"], "gradio", "app"),
     ):
-        done = run(NVG, *command)
+        done = without_extras(NVG, *command)
         message = (
             f'This needs {package}, which is not installed. Run: pip install "nvg_jax[{extra}]"'
         )

@@ -19,11 +19,11 @@ import numpy as np
 from etils import epath, epy
 from jax.experimental import multihost_utils
 
-from nvg_jax.errors import UserError, is_damage, is_mistake, reported
+from nvg_jax.errors import UserError, comes_with, is_damage, is_mistake, reported
 from nvg_jax.runtime import processes, watchdog
 from nvg_jax.runtime.storage import digest, lock, make_folder, storage_path
 
-with epy.lazy_imports():  # slow to import, and not needed to print an error
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import orbax.checkpoint as ocp
 
 logger = logging.getLogger("nvg_jax")

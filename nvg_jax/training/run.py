@@ -24,7 +24,7 @@ from nvg_jax.data import (
     open_source,
     train_batches,
 )
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime import preemption, sharding, watchdog
@@ -34,7 +34,7 @@ from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_resize_filter
 
 logger = logging.getLogger("nvg_jax")
 
-with epy.lazy_imports():
+with epy.lazy_imports(error_callback=comes_with("train")):
     import grain
 
 
