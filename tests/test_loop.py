@@ -363,8 +363,8 @@ def test_memory_of_devices_that_say_it(monkeypatch):
     assert memory_in_use() == {}
 
 
+@pytest.mark.slow
 def test_weights_and_biases_offline(fit, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     fit(wandb_project="nvg")

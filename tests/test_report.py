@@ -6,6 +6,7 @@ import json
 import pytest
 from etils import epath
 from helpers import ROOT
+from PIL import Image
 
 from nvg_jax.errors import UserError
 from nvg_jax.training import curves
@@ -66,9 +67,6 @@ def test_a_folder_without_a_training(tmp_path):
 
 
 def test_one_picture_of_all_curves(workdirs, tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
-    from PIL import Image
-
     runs, _ = curves.read(workdirs)
     curves.draw(runs, epath.Path(tmp_path / "out" / "report.png"))
     picture = Image.open(tmp_path / "out" / "report.png")
