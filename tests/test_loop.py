@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 import types
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.runtime.storage import storage_path
-from nvg_jax.training import loop
+from nvg_jax.training import loop, weights_and_biases
 from nvg_jax.training.length import START, training_length
 from nvg_jax.training.watching import memory_in_use
 from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_export_metadata, read_metadata
@@ -368,6 +369,25 @@ def test_weights_and_biases_offline(fit, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     fit(wandb_project="nvg")
-    (log,) = (tmp_path / "tokenizer" / "wandb").glob("offline-run-*/run-*.wandb")
+    name = (tmp_path / "tokenizer" / "wandb_id.txt").read_text()
+    (log,) = (tmp_path / "tokenizer" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")
     content = log.read_bytes()
     assert all(word in content for word in (b"sum_loss", b"test_sum", b"goodput/data", b"nvg"))
+
+
+def test_a_resume_continues_a_run_of_weights_and_biases_and_a_new_start_does_not(
+    tmp_path, monkeypatch
+):
+    wandb = MagicMock()
+    monkeypatch.setattr(weights_and_biases, "wandb", wandb)
+    folder = storage_path(tmp_path / "tokenizer")
+
+    def start() -> str:
+        folder.mkdir(exist_ok=True)
+        weights_and_biases.WandbWriter("nvg", folder, {})
+        return wandb.init.call_args.kwargs["id"]
+
+    first = start()
+    assert start() == first  # also before its first checkpoint
+    shutil.rmtree(folder)
+    assert start() != first

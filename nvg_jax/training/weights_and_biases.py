@@ -1,5 +1,6 @@
 """Metrics and pictures of a training at Weights & Biases, beside TensorBoard's."""
 
+import secrets
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from etils import epath, epy
 
 from nvg_jax.errors import comes_with
-from nvg_jax.runtime.storage import digest, in_bucket
+from nvg_jax.runtime.storage import atomic_write, in_bucket
 
 with epy.lazy_imports(error_callback=comes_with("wandb")):
     import wandb  # pyright: ignore[reportMissingImports]
@@ -17,19 +18,24 @@ with epy.lazy_imports(error_callback=comes_with("wandb")):
 class WandbWriter:
     """Writes what process 0 writes to TensorBoard; every part is a run, which a resume continues.
 
-    Steps that are done again keep their first values. `WANDB_MODE=offline` needs no account.
+    Its id stays in the part's folder: a training that starts over in a new folder of the same name
+    is another run. Steps that are done again keep their first values. `WANDB_MODE=offline` needs
+    no account.
 
     Raises:
         UserError: wandb is not installed.
     """
 
     def __init__(self, project: str, folder: epath.Path, config: dict[str, Any]):
-        name = f"{folder.parent.name}/{folder.name}"
+        name, file = f"{folder.parent.name}/{folder.name}", folder / "wandb_id.txt"
+        if not file.exists():
+            with atomic_write(file) as new:
+                new.write(secrets.token_hex(8).encode())
         self._run = wandb.init(
             project=project,
             name=name,
             group=folder.parent.name,
-            id=digest({"folder": str(folder)})[:16],
+            id=file.read_text(),
             resume="allow",
             config=config,
             dir=tempfile.mkdtemp() if in_bucket(folder) else str(folder),
