@@ -55,11 +55,12 @@ def main(_):
             )
         if "generator_weights" in given and not given & {"generator", "from_hub"}:
             raise UserError("--generator_weights belongs to --generator.")
-        files = FLAGS.autoencoder, FLAGS.generator
+        files, license = (FLAGS.autoencoder, FLAGS.generator), FLAGS.license
         if FLAGS.from_hub:
             files = hub.download_published(FLAGS.from_hub, *files)
+            license = license or hub.stated_license(FLAGS.from_hub)
         weights = FLAGS.autoencoder_weights, FLAGS.generator_weights
-        conversion.convert(FLAGS.out, *files, *weights, FLAGS.dtype, FLAGS.license)
+        conversion.convert(FLAGS.out, *files, *weights, FLAGS.dtype, license)
     print(f"written: {FLAGS.out}")
 
 
@@ -76,7 +77,7 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("to_safetensors", False, "Write --workdir under the published names.")
     flags.DEFINE_alias("to-safetensors", "to_safetensors")
     flags.DEFINE_string("out", None, "Folder to write, new or empty, or hf://ORG/NAME.")
-    flags.DEFINE_string("license", None, "With --out=hf://...: its license, such as mit.")
+    flags.DEFINE_string("license", None, "On the hub, such as mit; by default that of --from_hub.")
     flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of losses or figures.")
     flags.DEFINE_multi_string("from", None, "Its published file, or files.")
     flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")

@@ -167,7 +167,7 @@ def download_published(
         others = [file for file in files if file != autoencoder]
         if generator is None and others:
             generator = _only(repository, "generator", others, files)
-        license = (info.card_data or {}).get("license") or "not stated"
+        license = stated_license(repository) or "not stated"
         logger.info("The license of %s: %s. Converting does not change it.", repository, license)
         paths = [
             Path(_api().hf_hub_download(repository, file))
@@ -175,6 +175,11 @@ def download_published(
             if file is not None
         ]
     return paths[0], paths[1] if len(paths) > 1 else None
+
+
+def stated_license(name: str) -> str | None:
+    """The license on the card of hf://org/name or org/name; None if it states none."""
+    return (_api().model_info(name.removeprefix(PREFIX)).card_data or {}).get("license")
 
 
 def _only(name: str, what: str, found: list[str], files: list[str]) -> str:

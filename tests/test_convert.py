@@ -294,6 +294,18 @@ def test_nothing_is_overwritten(files, folder):
     assert sorted(folder.rglob("*")) == before
 
 
+def command(monkeypatch, *arguments):
+    """Calls the command with these flags."""
+    values = flags.FlagValues()
+    defaults = {f"{file}_weights": weights for file, weights in weight_names.DEFAULTS.items()}
+    for name in convert.NAMES:
+        default = (defaults | {"dtype": "float32"}).get(name)
+        flags.DEFINE_string(name, default, "", flag_values=values)
+    values(["convert", *arguments])
+    monkeypatch.setattr(convert, "FLAGS", values)
+    convert.main(None)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -309,13 +321,8 @@ def test_nothing_is_overwritten(files, folder):
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(monkeypatch, arguments, sentence):
-    values = flags.FlagValues()
-    for name in convert.NAMES:
-        flags.DEFINE_string(name, None, "", flag_values=values)
-    values(["convert", *arguments.split()])
-    monkeypatch.setattr(convert, "FLAGS", values)
     with pytest.raises(UserError, match=sentence):
-        convert.main(None)
+        command(monkeypatch, *arguments.split())
 
 
 def test_one_generator_alone_has_no_published_file(folder, tmp_path):

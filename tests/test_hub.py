@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from helpers import random_like, random_pipeline, tiny_config
 from huggingface_hub import constants
-from test_convert import SQUARE, write_autoencoder
+from test_convert import SQUARE, command, write_autoencoder
 
 from nvg_jax import Adapters, Pipeline, hub, lora
 from nvg_jax.errors import UserError
@@ -34,13 +34,14 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         gated: names whose files are refused without the token "good"; private: likewise, wholly.
         cuts: how many of the next transfers end in the middle. asked: (method, path) of requests.
+        starts: the first bytes that transfers asked for.
     """
 
     def __init__(self):
         address = urlsplit(os.environ["HF_ENDPOINT"])
         super().__init__((address.hostname, address.port), Handler)
         self.repositories, self.gated, self.private = {}, set(), set()
-        self.cuts, self.asked = 0, []
+        self.cuts, self.asked, self.starts = 0, [], []
 
     def put(self, name, folder):
         self.repositories[name] = {f.name: f.read_bytes() for f in folder.iterdir()}
@@ -111,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
         blobs = [x for files in self.server.repositories.values() for x in files.values()]
         content = next(x for x in blobs if hashlib.sha256(x).hexdigest() == sha)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.server.starts.append(start)
         part = content[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(part)))
@@ -214,11 +216,12 @@ def test_a_folder_wins_over_the_hub(server, pipe, tmp_path, monkeypatch):
 
 def test_a_broken_transfer_goes_on_where_it_stopped(server, pipe, exported, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**19)  # which it writes at once
     server.put("org/digits", exported)
     server.cuts = 1
     found = Pipeline.from_pretrained("org/digits")
     jax.tree.map(np.testing.assert_array_equal, found.params, pipe.params)
-    assert server.cuts == 0
+    assert server.cuts == 0 and 2**20 in server.starts
 
 
 def test_a_wrong_checksum_is_refused_with_the_file_to_delete(server, exported):
@@ -316,14 +319,25 @@ def test_adapters_are_uploaded_and_opened(server, pipe, monkeypatch):
         Pipeline.from_pretrained("org/adapters")
 
 
-def test_published_checkpoints_are_found_in_a_repository(server, tmp_path, caplog):
+def test_a_folder_is_exported_to_the_hub(server, pipe, exported, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "good")
+    conversion.export_model(exported, "hf://org/half", "float16", "mit")
+    assert b"license: mit\n" in server.repositories["org/half"]["README.md"]
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), pipe.params)
+    found = Pipeline.from_pretrained("org/half").params
+    jax.tree.map(np.testing.assert_array_equal, found, rounded)
+
+
+def test_published_checkpoints_are_found_in_a_repository(server, tmp_path, caplog, monkeypatch):
     autoencoder = write_autoencoder(tmp_path / "ae.ckpt", SQUARE)
     server.repositories["authors/model"] = {"ae.ckpt": autoencoder.read_bytes(), "README.md": b""}
-    with caplog.at_level("INFO", "nvg_jax"):
-        file, none = hub.download_published("authors/model")
-    assert none is None and "license of authors/model: cc-by-nc-4.0" in caplog.text
-    conversion.convert(tmp_path / "out", file)
-    assert Pipeline.from_pretrained(tmp_path / "out").metadata.sources["autoencoder"]["file"]
+    monkeypatch.setenv("HF_TOKEN", "good")
+    for flags, license in (([], "cc-by-nc-4.0"), (["--license=mit"], "mit")):
+        with caplog.at_level("INFO", "nvg_jax"):
+            command(monkeypatch, "--from_hub=authors/model", "--out=hf://org/mine", *flags)
+        assert f"license: {license}\n" in server.repositories["org/mine"]["README.md"].decode()
+    assert "license of authors/model: cc-by-nc-4.0" in caplog.text
+    assert Pipeline.from_pretrained("org/mine").metadata.sources["autoencoder"]["file"] == "ae.ckpt"
     files = server.repositories["authors/model"]
     files |= {"d16.ckpt": b"16", "d20.ckpt": b"20"}
     with pytest.raises(UserError, match="Give --generator=FILE, one of: ae.ckpt, d16.ckpt, d20.c"):
@@ -331,5 +345,6 @@ def test_published_checkpoints_are_found_in_a_repository(server, tmp_path, caplo
     _, generator = hub.download_published("authors/model", generator="d20.ckpt")
     assert generator.read_bytes() == b"20"
     server.gated.add("authors/model")
+    monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="authors/model is gated"):
         hub.download_published("authors/model", generator="d16.ckpt")
