@@ -9,7 +9,7 @@ import sys
 import types
 from pathlib import Path
 
-from helpers import ROOT, free_port
+from helpers import ROOT, free_port, random_pipeline
 
 # Set before jax is imported. Most of the time of these tests is compilation, so compiled programs
 # are shared by all processes and kept for the next run.
@@ -132,6 +132,18 @@ def parity_dir(tmp_path_factory):
     for file in pack.FOLDER.iterdir():
         (folder / file.name).symlink_to(file)
     pack.write_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return random_pipeline()
+
+
+@pytest.fixture(scope="module")
+def exported(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    pipe.save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import is_even_hierarchy, python, random_pipeline
+from helpers import is_even_hierarchy, python
 from PIL import Image
 
 from nvg_jax import granularity
@@ -17,11 +17,6 @@ from nvg_jax.structure import flow
 from nvg_jax.visualize import to_uint8
 
 SIZE = (4, 4)  # the tiny model's latent; its images have 8 x 8 pixels
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return random_pipeline()
 
 
 @pytest.fixture(scope="module")

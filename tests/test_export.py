@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import flip_bit, python, random_pipeline
+from helpers import flip_bit, python
 from safetensors import safe_open
 
 from nvg_jax import Pipeline
@@ -20,11 +20,6 @@ from nvg_jax.runtime.storage import fingerprint
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return random_pipeline()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_weights_are_rounded_once_and_other_tools_can_read_them(pipe, tmp_path, dtype):
     pipe.save_pretrained(tmp_path, dtype)
@@ -33,6 +28,9 @@ def test_the_weights_are_rounded_once_and_other_tools_can_read_them(pipe, tmp_pa
     with safe_open(tmp_path / WEIGHTS, "numpy") as file:
         bias = file.get_tensor("content.token_head.bias")
         assert len(file.keys()) == len(jax.tree.leaves(pipe.params))
+    # Others may read them as far as any new file.
+    modes = {(tmp_path / name).stat().st_mode for name in (WEIGHTS, "config.json")}
+    assert len(modes) == 1
     assert bias.dtype == numbers
     np.testing.assert_array_equal(bias, expected["content"]["token_head"]["bias"])
 

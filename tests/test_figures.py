@@ -2,18 +2,12 @@
 
 import jax
 import numpy as np
-import pytest
-from helpers import python, random_pipeline
+from helpers import python
 
 from nvg_jax.jobs import figures, sampling_runs
 from nvg_jax.visualize import GAP, structure_colors, to_uint8
 
 TILE = 64 + GAP  # images of 8 x 8 pixels are enlarged eight times
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return random_pipeline()
 
 
 def tile(picture, rows, columns, row, column):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from helpers import random_like, random_pipeline, tiny_config
+from helpers import random_like, tiny_config
 from huggingface_hub import constants
 from test_convert import SQUARE, command, write_autoencoder
 
@@ -169,18 +169,6 @@ def server(tmp_path, monkeypatch):
         yield server
         server.shutdown()
         thread.join()
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return random_pipeline()
-
-
-@pytest.fixture(scope="module")
-def exported(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    pipe.save_pretrained(folder)
-    return folder
 
 
 def test_a_model_is_downloaded_through_redirects_and_kept(server, pipe, exported):

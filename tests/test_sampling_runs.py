@@ -29,18 +29,6 @@ PER_CLASS = 5  # of the two classes below: 10 samples, four batches, the last of
 CLASSES = [7, 2]
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return random_pipeline()
-
-
-@pytest.fixture(scope="module")
-def workdir(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
-    return folder
-
-
 def samples_of(pipe, **changes):
     values = dict(classes=CLASSES, per_class=PER_CLASS, batch_size=BATCH, seed=4, settings={})
     return sampling_runs.SamplingJob(pipe, **(values | changes))
@@ -87,13 +75,13 @@ def test_the_array_holds_the_samples_in_order_of_their_classes(whole, expected):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(pipe, workdir, whole, tmp_path):
+def test_a_killed_run_goes_on_where_it_was(pipe, exported, whole, tmp_path):
     out = tmp_path / "new" / "all.npz"
     parts = tmp_path / "new" / "all.npz.parts"
     for least in (1, 3):
         before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
         with start(
-            "nvg_jax.sample", f"--workdir={workdir}", f"--out={out}", "--classes=7,2",
+            "nvg_jax.sample", f"--workdir={exported}", f"--out={out}", "--classes=7,2",
             f"--per_class={PER_CLASS}", f"--batch_size={BATCH}", "--seed=4",
         ) as process:  # fmt: skip
             while len(list(parts.glob("*.npz"))) < least and process.poll() is None:
@@ -301,11 +289,11 @@ def compare_archives(samples, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(pipe, workdir, whole, tmp_path):
+def test_two_processes_share_the_work(pipe, exported, whole, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "noise.npz", noise)
     code = TWO.format(
-        port=free_port(), folder=str(tmp_path), workdir=str(workdir), data=DATA, classes=CLASSES,
+        port=free_port(), folder=str(tmp_path), workdir=str(exported), data=DATA, classes=CLASSES,
         per_class=PER_CLASS, batch=BATCH, tests=str(Path(__file__).parent),
     )  # fmt: skip
     with start(code, "0") as one, start(code, "1") as two:
