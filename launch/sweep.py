@@ -64,7 +64,8 @@ def comparison(commands: Sequence[Sequence[str]]) -> str:
     from nvg_jax.training import curves  # slow
 
     folders = [word.partition("=")[2] for c in commands for word in c if word[:10] == "--workdir="]
-    return curves.tables(*curves.read({Path(folder).name: folder for folder in folders}))
+    with contextlib.chdir(ROOT):  # where the runs were started
+        return curves.tables(*curves.read({Path(folder).name: folder for folder in folders}))
 
 
 def run(command: Sequence[str]) -> int:

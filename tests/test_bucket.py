@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,13 +15,15 @@ from helpers import random_pipeline, tiny_config
 from test_checkpoint import META, make_state, restore, same
 from test_faults import IMPORTED_LATE, content
 
-from nvg_jax import Pipeline
+from nvg_jax import Pipeline, report
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.sets import Archive
 from nvg_jax.jobs import encoding, sampling_runs
 from nvg_jax.runtime import checkpoint
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.train import train
+from nvg_jax.training import curves
+from nvg_jax.training.metrics import EventWriter
 
 KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "2"))
 pytestmark = [
@@ -77,6 +80,20 @@ def test_commands_write_to_a_bucket_and_read_from_it(bucket, tmp_path):
     with pytest.raises(UserError, match="out must be a path on this machine, not gs://bucket/seq"):
         encoding.encode_data_set(pipe, "gs://bucket/seq", {"name": "digits", "data_dir": ""})
     assert bucket.requests == before
+
+
+def test_curves_are_read_and_drawn_in_a_bucket(bucket, monkeypatch):
+    folder = storage_path("gs://bucket/run")
+    writer = EventWriter(folder / "tokenizer")
+    writer.begin(1)
+    for step, loss in ((1, 0.5), (2, 0.25)):
+        writer.write_scalars(step, {"loss": loss})
+        writer.flush()  # into another object
+    assert curves.read_curves(folder) == {"tokenizer": {"loss": {1: 0.5, 2: 0.25}}}
+    given = types.SimpleNamespace(workdir=[str(folder)], out="gs://bucket/report.png")
+    monkeypatch.setattr(report, "FLAGS", given)
+    report.main(None)
+    assert storage_path("gs://bucket/report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_bucket_that_does_not_exist_is_refused(bucket):

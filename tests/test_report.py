@@ -1,13 +1,12 @@
 """Trainings side by side: tables and curves."""
 
-import importlib.util
 import json
 
 import pytest
 from etils import epath
-from helpers import ROOT
 from PIL import Image
 
+from launch import sweep
 from nvg_jax.errors import UserError
 from nvg_jax.training import curves
 from nvg_jax.training.metrics import EventWriter
@@ -73,11 +72,22 @@ def test_one_picture_of_all_curves(workdirs, tmp_path):
     assert picture.width > picture.height > 300 and len(picture.convert("RGB").getcolors(10**6)) > 9
 
 
-def test_a_sweep_ends_with_the_table(workdirs):
-    spec = importlib.util.spec_from_file_location("sweep", ROOT / "launch" / "sweep.py")
-    sweep = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sweep)
-    commands = [
-        ["bash", "launch/local.sh", "--", f"--workdir={path}"] for path in workdirs.values()
-    ]
-    assert sweep.comparison(commands) == curves.tables(*curves.read(workdirs))
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_a_sweep_ends_with_the_table(workdirs, tmp_path, monkeypatch, capsys):
+    """The runs start in the repository, whatever the folder of the sweep's command."""
+    for name, run in (("a", "seed=1"), ("b", "seed=2")):
+        (tmp_path / name).rename(tmp_path / run)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "CONFIG = 'digits:demo'\ndef get_sweep():\n    return [{'seed': 1}, {'seed': 2}]\n"
+    )
+    started = []
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sweep, "run", started.append)
+    command = ["sweep.py", f"--sweep={file}", "--workdir=.", "--submit"]
+    monkeypatch.setattr("sys.argv", command)
+    sweep.main()
+    assert len(started) == 2
+    runs = {name: str(tmp_path / name) for name in ("seed=1", "seed=2")}
+    assert capsys.readouterr().out.endswith(f"\n{curves.tables(*curves.read(runs))}\n")
