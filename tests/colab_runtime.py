@@ -34,6 +34,7 @@ def upload():
 files = types.SimpleNamespace(upload=upload)
 sys.modules["google.colab"] = types.SimpleNamespace(files=files, output=None)
 """
+PIP = ("python3", "-m", "pip")
 ENVIRONMENT = os.environ | {"PIP_NO_CACHE_DIR": "1", "PIP_ROOT_USER_ACTION": "ignore"}
 ENVIRONMENT |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PATH": f"/stub:{os.environ['PATH']}"}
 
@@ -62,8 +63,12 @@ def prepare():
     run("git", "config", "--global", f"url.{SOURCE}.insteadOf", address)
 
 
-def would_install() -> str:
-    """What the first cell would install; the cell then fails, since nothing is installed."""
+def would_install(*plugins: str) -> str:
+    """What the first cell would install; the cell then fails, since nothing is installed.
+
+    Args:
+        plugins: of JAX, that must be among it, and no other.
+    """
     report = Path("/tmp/report.json")
     code = f"""import subprocess
 def dry_run(command, run=subprocess.run, **options):
@@ -76,33 +81,44 @@ subprocess.run = dry_run
     packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
     report.unlink()
     run("rm", "-r", CONTENT / "nvg_jax_packages")
+    names = {package["name"] for package in packages}
+    assert names & {"jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu"} == {*plugins}, names
     return ", ".join(f"{package['name']} {package['version']}" for package in packages)
 
 
 def as_gpus():
     stub = Path("/stub/nvidia-smi")
     stub.parent.mkdir(exist_ok=True)
-    for driver, plugin in ((510, True), (550, True), (570, True), (580, True), (590, False)):
+    cuda12, cuda13 = "jax-cuda12-plugin", "jax-cuda13-plugin"
+    for driver, plugin, *needed in (
+        (510, True),
+        (550, True, cuda12),
+        (570, True, cuda12),
+        (580, True, cuda12),
+        (590, False, cuda13),
+    ):
         stub.write_text(f"#!/bin/sh\necho {driver}.54.15\n")
         stub.chmod(0o755)
-        pip = ("python3", "-m", "pip", "--quiet")
         if plugin:
-            run(*pip, "install", "--no-deps", "jax-cuda12-plugin==0.7.2")
-        print(f"driver {driver}{', with a plugin for CUDA 12' * plugin}: {would_install()}\n")
+            run(*PIP, "install", "--no-deps", f"{cuda12}==0.7.2")
+        text = would_install(*needed)
+        print(f"driver {driver}{', with a plugin for CUDA 12' * plugin}: {text}\n")
         if plugin:
-            run(*pip, "uninstall", "--yes", "jax-cuda12-plugin")
+            run(*PIP, "uninstall", "--yes", cuda12)
     stub.unlink()
 
 
 def as_tpu():
     """In a /dev over that of the machine, which this process's mounts hide from others."""
+    run(*PIP, "install", "--no-deps", "libtpu==0.0.21.1")
     for folder in ("/tmp/upper", "/tmp/work"):
         Path(folder).mkdir(exist_ok=True)
     layers = "lowerdir=/dev,upperdir=/tmp/upper,workdir=/tmp/work"
     run("mount", "-t", "overlay", "overlay", "-o", layers, "/dev")
     Path("/dev/accel0").touch()
-    print(f"TPU: {would_install()}\n")
+    print(f"TPU: {would_install('libtpu')}\n")
     run("umount", "/dev")
+    run(*PIP, "uninstall", "--yes", "libtpu")
 
 
 def as_cpu():
@@ -150,13 +166,12 @@ def main():
         sys.exit(__doc__)
     prepare()
     run("rm", "-rf", CONTENT / "nvg_jax_packages", CONTENT / "runs", "/tmp/pictures")
-    pip = ("python3", "-m", "pip")
     as_gpus()
     as_tpu()
-    before = run(*pip, "freeze"), run(*pip, "check", check=False)
+    before = run(*PIP, "freeze"), run(*PIP, "check", check=False)
     as_cpu()
     print(imported_too_early())
-    after = run(*pip, "freeze"), run(*pip, "check", check=False)
+    after = run(*PIP, "freeze"), run(*PIP, "check", check=False)
     assert after == before, (before, after)
     print(f"pip freeze is as before, pip check too: {after[1]}")
 
