@@ -260,9 +260,16 @@ def test_published_weights_are_fetched_with_the_token_that_is_asked_for(monkeypa
     monkeypatch.setattr("getpass.getpass", lambda prompt: "secret")
     monkeypatch.setattr(hub, "download_published", download)
     monkeypatch.setattr(conversion, "convert", lambda *arguments: calls.append(arguments))
+    folder = tmp_path / "authors_nvg_d16.ckpt"
+    folder.mkdir()  # a conversion was cut off
     shown = run_alone(HUB, hub_repository="authors/nvg", generator_file="d16.ckpt")
     assert shown == {"golden retriever": "images"}
-    assert calls == [("authors/nvg", "d16.ckpt", "secret"), ("imagenet", "ae.ckpt", "d16.ckpt")]
+    assert calls == [("authors/nvg", "d16.ckpt", "secret"), (folder.name, "ae.ckpt", "d16.ckpt")]
+    (folder / "config.json").touch()
+    run_alone(HUB, hub_repository="authors/nvg", generator_file="d16.ckpt")
+    assert len(calls) == 2  # it is there
+    run_alone(HUB, hub_repository="authors/nvg", generator_file="d20.ckpt")
+    assert calls[3][0] == "authors_nvg_d20.ckpt"  # and another generator is not
 
 
 def test_the_last_cell_trains_on_the_given_folder(monkeypatch):
