@@ -223,13 +223,13 @@ def read(
     return stored and (RunMetadata.from_json(stored[0]), stored[1])
 
 
-def read_resize_filter(folder: str | os.PathLike) -> str | None:
-    """How the images of the model in a folder were resized, None if it holds no model."""
+def read_model_metadata(folder: str | os.PathLike) -> RunMetadata | None:
+    """The metadata of the model in a folder, None if it holds no model."""
     folder = storage.storage_path(folder)
     metadata = read_export_metadata(folder)
     for part in (BOTH_GENERATORS.name, *GENERATORS, TOKENIZER.name):
         metadata = metadata or read_metadata(folder / part)
-    return metadata and metadata.resize_filter
+    return metadata
 
 
 def read_metadata(folder: str | os.PathLike, last: int | None = None) -> RunMetadata | None:

@@ -1,5 +1,6 @@
 """What a training says before its first step, by numbers that a person can check."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -53,6 +54,17 @@ def test_what_it_is_about_to_do(opened):
     assert lines[-1] == f"results: {run.workdir} (tensorboard --logdir {run.workdir})"
     # Parameters, their average and Adam's two moments, and a few counters: 16 bytes a parameter.
     assert plan.state_bytes(trainers[0]) == pytest.approx(16 * 209_771, abs=100)
+
+
+def test_it_says_how_many_classes_the_model_has_that_it_starts_from(opened, monkeypatch):
+    run, trainers = opened
+    config = run.config.copy_and_resolve_references()
+    config.init_from = "model"
+    known = types.SimpleNamespace(class_names=("7", "cat", "0"))
+    monkeypatch.setattr(plan, "read_model_metadata", lambda folder: known)
+    line = "generators: 2 of 10 classes are those of init_from, by name"
+    assert line in plan.describe(dataclasses.replace(run, config=config), trainers)
+    assert line not in plan.describe(run, trainers)
 
 
 def test_the_plan_is_kept(opened):

@@ -22,7 +22,7 @@ from nvg_jax.parts import TOKENIZER
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.training.run import choose_resize_filter, open_run
-from nvg_jax.workdir import RunMetadata, read_resize_filter
+from nvg_jax.workdir import RunMetadata, read_model_metadata
 
 DIGITS = {"name": "digits", "data_dir": "", "resize": 9, "pad": 0}
 PHOTO = np.random.default_rng(0).integers(0, 256, (31, 22, 3), dtype=np.uint8)
@@ -99,7 +99,7 @@ def test_a_run_resizes_as_configured_or_as_what_it_builds_on(folder, tmp_path):
     assert choose(init_from=str(folder)) == "published"
     assert choose(init_from="fashion_mnist") == "lanczos"
     assert choose(init_from=str(folder), data=dict(resize_filter="lanczos")) == "lanczos"
-    assert read_resize_filter(tmp_path) is None
+    assert read_model_metadata(tmp_path) is None
     config = tiny_config(tokenizer_workdir=str(folder))
     run = open_run(config, workdir.storage.storage_path(tmp_path), sharding.make_mesh())
     assert run.loader_options(16).transform.resize_filter == "published"

@@ -50,6 +50,31 @@ def test_a_rehearsal_ticks_what_works_and_leaves_nothing(tmp_path, capsys):
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_an_evaluation_is_timed_with_its_picture(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def taking(*seconds):
+        """What takes longer the first time, when it compiles."""
+        times = iter(seconds)
+
+        def call(*_):
+            now[0] += next(times)
+
+        return call
+
+    trainer = types.SimpleNamespace(
+        part=CHOICES["all"][1], held_out=taking(60.0, 2.0), picture=taking(90.0, 7.0)
+    )
+    run = types.SimpleNamespace(
+        config=ConfigDict(dict(generator_training=dict(eval_images=0))),
+        test_source=range(10),
+        test_batches=lambda recipe: iter([{"label": range(4)}]),
+    )
+    # Three batches of 2 s, and a picture of 7 s.
+    assert rehearsal.evaluation_seconds(run, trainer, None, (None, None)) == 13.0
+
+
 def test_data_are_timed_without_what_was_made_ahead(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -15,11 +15,13 @@ from typing import Any
 import jax
 from clu import parameter_overview
 
+from nvg_jax import bundled
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.storage import atomic_write, make_folder
 from nvg_jax.training.metrics import EventWriter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
+from nvg_jax.workdir import read_model_metadata
 
 logger = logging.getLogger("nvg_jax")
 FILE = "run.json"
@@ -123,11 +125,22 @@ def describe_part(run: Run, trainer: Trainer) -> list[str]:
         intervals += f", FID every {recipe.fid_every:,}"
     return [
         f"{name}: " + ", ".join(f"{k} of {n:,} {what}" for k, n in sizes.items()),
+        *describe_start(run, trainer),
         f"{name}: {trainer.steps:,} steps of {recipe.batch_size:,} images "
         f"({images / trainer.num_images:,.3g} epochs), {intervals}",
         f"{name}: learning rate {rate:.3g} ({optimizer.schedule}, {optimizer.warmup_steps:,} steps "
         f"of warm-up), {dtype}, state of {state_bytes(trainer) / 2**20:,.1f} MiB per device",
     ]
+
+
+def describe_start(run: Run, trainer: Trainer) -> list[str]:
+    """How many classes are known to the model that new generators start from."""
+    folder, name = run.config.init_from, trainer.part.name
+    if not folder or trainer.part.section != "generator_training" or (run.workdir / name).exists():
+        return []
+    model, classes = read_model_metadata(bundled.find(folder)), run.train_source.class_names
+    known = set(model.class_names).intersection(classes) if model else ()
+    return [f"{name}: {len(known):,} of {len(classes):,} classes are those of init_from, by name"]
 
 
 def state_bytes(trainer: Trainer) -> int:

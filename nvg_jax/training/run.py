@@ -30,7 +30,7 @@ from nvg_jax.parts import PARTS
 from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import length
-from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_resize_filter
+from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_model_metadata
 
 logger = logging.getLogger("nvg_jax")
 
@@ -236,7 +236,7 @@ def choose_resize_filter(
     if teacher is not None:
         return teacher.resize_filter
     for folder in (workdir, config.tokenizer_workdir, config.init_from):
-        stored = folder and read_resize_filter(bundled.find(folder))
+        stored = read_model_metadata(bundled.find(folder)) if folder else None
         if stored:
-            return stored
+            return stored.resize_filter
     return "lanczos"

@@ -278,10 +278,16 @@ class Trainer(abc.ABC, Generic[State]):
         metrics = run.test_metrics(
             run.config[self.part.section], lambda batch: self.held_out(state, inputs, batch)
         )
+        return metrics, self.picture(run, state, inputs, metadata)
+
+    def picture(
+        self, run: Run, state: State, inputs: Params, metadata: RunMetadata
+    ) -> np.ndarray | None:
+        """Samples of the model as trained so far, which process 0 draws; None of what has none."""
         if self.part.images != "samples":
-            return metrics, None
+            return None
         params = self.export(run, state, inputs)
-        return metrics, sample_picture(metadata, params, run.config.seed) if is_main() else None
+        return sample_picture(metadata, params, run.config.seed) if is_main() else None
 
     def finish(self, run: Run, state: State, metadata: RunMetadata) -> RunMetadata:
         """The metadata of the last checkpoint."""
