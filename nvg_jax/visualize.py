@@ -43,10 +43,14 @@ def image_grid(images, columns: int, tile: int = MIN_TILE) -> np.ndarray:
     return grid
 
 
-def reconstruction_grid(images, reconstructions) -> np.ndarray:
-    """Images (B, H, W, 3) of either kind in one row, their reconstructions in the row below."""
+def reconstruction_grid(images, reconstructions, *, columns: Sequence[str] = ()) -> np.ndarray:
+    """Images (B, H, W, 3) of either kind in one row, their reconstructions in the row below.
+
+    Args:
+        columns: a label above each image.
+    """
     rows = [to_uint8(images), to_uint8(reconstructions)]
-    return labeled_grid(rows, ["image", "reconstruction"], [""] * len(images))
+    return labeled_grid(rows, ["image", "reconstruction"], columns or [""] * len(images))
 
 
 def class_grid(images, names: Sequence[str], columns: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from nvg_jax import pretrained
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation import features, image, report, sets
-from nvg_jax.jobs import classification, reconstruction
+from nvg_jax.jobs import classification, editing, reconstruction
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.runtime.storage import lock
 from nvg_jax.sampling.settings import parse_sweep
@@ -345,4 +345,6 @@ def test_reconstruction(monkeypatch, tmp_path):
     np.testing.assert_allclose(found["lpips_alex"], 10 * absolute, rtol=1e-3)
     assert 0 < found["ssim"] < 1 and found["rfid"] > 0 and found["images"] == 300
     assert found["codebook_usage"] == 0.75 and found["codebook_usage_of_stages"] == [0.25, 0.5]
-    assert (tmp_path / "extremes.png").is_file()
+    picture = editing.read_picture(tmp_path / "extremes.png")
+    heads = (picture[:-130] < 128).any((0, 2))  # above tiles of 64 pixels: best, and then worst
+    assert heads[-1054:-526].any() and heads[-526:].any()

@@ -66,6 +66,10 @@ def test_originals_are_above_their_reconstructions():
     assert len(grid) == 130
     assert is_all(grid[:64, :64], 0) and is_all(grid[:64, 66:], 255)
     assert is_all(grid[66:, :64], 127) and is_all(grid[66:, 66:], 127)
+    named = reconstruction_grid(originals, np.zeros_like(originals), columns=["best", "worst"])
+    np.testing.assert_array_equal(named[-130:], labeled)
+    heads = (named[:-130, -130:] < 128).any((0, 2))
+    assert heads[:64].any() and heads[66:].any()
 
 
 def test_colors_of_labels_keep_the_family():

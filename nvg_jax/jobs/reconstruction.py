@@ -157,4 +157,5 @@ def extremes(pipeline: Pipeline, images: Split, distances: np.ndarray) -> np.nda
     chosen = np.concatenate([order[:count], order[len(order) - count :]])
     size = images.batch_size
     shown = np.stack([next(images.batches([i // size]))[i % size] for i in chosen])
-    return reconstruction_grid(shown, pipeline.reconstruct(shown))
+    labels = ["best"] * count + ["worst"] * count
+    return reconstruction_grid(shown, pipeline.reconstruct(shown), columns=labels)
