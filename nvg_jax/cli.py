@@ -77,10 +77,12 @@ def main(command, set_up=lambda: None, kept: str = ""):
     try:
         app.run(start, flags_parser=parse_flags)
     except preemption.Preempted as notice:
-        logger.warning("preempted; %s", notice)
+        if not interrupts.ending:
+            logger.warning("preempted; %s", notice)
         sys.exit(preemption.EXIT_CODE)
     except interrupts.Interrupted as notice:
-        logger.warning("interrupted; %s", notice)
+        if not interrupts.ending:
+            logger.warning("interrupted; %s", notice)
         sys.exit(interrupts.EXIT_CODE)
     except KeyboardInterrupt:  # before `interrupts` listened
         interrupts.end()

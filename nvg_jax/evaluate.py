@@ -165,4 +165,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "sweep", None, 'Settings to try: "content_guidance=1,3.5;1,4.5 top_p=1,0.5;1,0.7".'
     )
-    cli.main(main)
+    cli.main(main, kept="Measured parts are kept; the same command measures the others.")

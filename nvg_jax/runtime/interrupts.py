@@ -14,11 +14,12 @@ import sys
 import threading
 
 EXIT_CODE = 130  # as a shell reports a command that Ctrl-C ended
-GRACE = 10.0  # seconds for the end of a process whose work is saved
+GRACE = 5.0  # seconds for the end of a process whose work is saved
 
 listening = False  # whether this process is a command
 requested = threading.Event()  # whether to save and stop
 kept = ""  # what remains when a command is ended: a sentence
+ending = False  # whether a command has said that its work is saved, and ends soon
 
 _deferred = False
 _also_sigterm = False
@@ -78,18 +79,21 @@ def end():
 def _exit(code: int):
     """Ends this process with those that it started, without waiting for any thread."""
     if "multiprocessing" in sys.modules:
-        for child in sys.modules["multiprocessing"].active_children():
+        children = sys.modules["multiprocessing"].active_children()
+        for child in children:
             child.kill()
+        for child in children:
             child.join(1.0)
     os._exit(code)
 
 
 def end_soon(code: int):
     """Ends this command after `GRACE` seconds, whatever threads of libraries still wait for."""
-    if listening:
-        timer = threading.Timer(GRACE, _exit, [code])
-        timer.daemon = True
-        timer.start()
+    global ending
+    ending = True
+    timer = threading.Timer(GRACE, _exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import signal
 import threading
 from typing import NoReturn
@@ -10,6 +11,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from nvg_jax.runtime import interrupts
+
+logger = logging.getLogger("nvg_jax")
 
 EXIT_CODE = 75  # EX_TEMPFAIL; the launchers run the command again when they see it
 
@@ -59,6 +62,9 @@ def noticed() -> bool:
 
 
 def stop(notice: str) -> NoReturn:
-    """Raises Preempted when everything is saved; a command then ends within seconds."""
-    interrupts.end_soon(interrupts.EXIT_CODE if interrupts.requested.is_set() else EXIT_CODE)
+    """Raises Preempted when everything is saved; a command says so at once, and ends soon."""
+    interrupted = interrupts.requested.is_set()
+    if interrupts.listening:
+        logger.warning("%s; %s", "interrupted" if interrupted else "preempted", notice)
+        interrupts.end_soon(interrupts.EXIT_CODE if interrupted else EXIT_CODE)
     raise Preempted(notice)
