@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from nvg_jax.runtime.storage import atomic_write, storage_path
 
@@ -154,14 +155,16 @@ def labeled_grid(
     return np.asarray(picture)
 
 
-def png(image: np.ndarray) -> bytes:
-    """Encodes a uint8 image (H, W, 3) as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
+def png(image: np.ndarray, **texts: str) -> bytes:
+    """Encodes a uint8 image (H, W, 3) as a PNG file, with texts by their names."""
+    file, info = io.BytesIO(), PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    Image.fromarray(image).save(file, "png", pnginfo=info)
     return file.getvalue()
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray):
-    """Writes a uint8 image (H, W, 3) to a PNG file, atomically."""
+def save_png(path: str | os.PathLike, image: np.ndarray, **texts: str):
+    """Writes a uint8 image (H, W, 3) to a PNG file, atomically; `texts` as of `png`."""
     with atomic_write(storage_path(path)) as file:
-        file.write(png(image))
+        file.write(png(image, **texts))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import ROOT, python, random_pipeline, tiny_config
+from PIL import Image
 
 from nvg_jax import Pipeline, bundled, evaluate, workdir
 from nvg_jax.errors import UserError
@@ -31,7 +32,9 @@ def test_the_bundled_model_draws_the_class_that_is_asked_for():
     likeness = np.corrcoef(first, second)[: len(names), len(names) :]
     assert (likeness.argmax(1) == np.arange(len(names))).all() and likeness.diagonal().min() > 0.7
     # The page opens with the first of them: four rows that end with the finished image.
-    opening = editing.read_picture(bundled.FOLDER / "fashion_mnist" / "opening.png")
+    with Image.open(bundled.FOLDER / "fashion_mnist" / "opening.png") as picture:
+        assert picture.info["weights"] == pipe.weights
+        opening = np.asarray(picture)
     finished = opening[: 4 * 32, -32:].reshape(4, 32, 32, 3)
     assert np.abs(finished.astype(int) - to_uint8(samples[0][:4])).mean() < 2
 

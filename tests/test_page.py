@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import socket
+import types
 import urllib.request
 
 import gradio as gr
@@ -197,9 +198,15 @@ def test_a_picture_that_fills_the_memory_is_refused_from_any_browser(opened):
         opened.picture(value, 1, 0)
 
 
-def test_the_opening_of_another_model_is_not_shown(opened, tmp_path):
-    Image.new("RGB", (64, 64)).save(tmp_path / "opening.png")
-    assert page.Page(opened.pipe, str(tmp_path)).opening() is None
+def test_the_opening_of_other_weights_is_not_shown(opened, tmp_path, monkeypatch):
+    shown, random = page.Page(opened.pipe, str(tmp_path)), np.random.default_rng(0)
+    stages = random.integers(0, 256, (2, 4, 5, SIZE, SIZE, 3), np.uint8)
+    monkeypatch.setattr(page.Page, "stages", lambda self, out: stages)
+    monkeypatch.setattr(SamplingJob, "sample", lambda self, batch: None)
+    shown.write_opening()
+    np.testing.assert_array_equal(shown.opening(), stages)
+    shown.pipe = types.SimpleNamespace(tokenizer=opened.pipe.tokenizer, weights="newer")
+    assert shown.opening() is None
 
 
 @pytest.mark.filterwarnings("ignore")  # of the server

@@ -314,18 +314,19 @@ class Page:
         out = SamplingJob(self.pipe, [0], SAMPLES, SAMPLES, 0, {}).sample(0)
         sheet = self.stages(out).swapaxes(2, 3)
         height, stages, width = sheet.shape[2:5]
-        save_png(self.opening_path(), sheet.reshape(-1, stages * width, 3))
+        sheet = sheet.reshape(-1, stages * width, 3)
+        save_png(self.opening_path(), sheet, weights=self.pipe.weights)
 
     def opening(self) -> np.ndarray | None:
-        """The samples that `write_opening` wrote for a model of these sizes, as of `stages`."""
-        if not self.opening_path().is_file():
+        """The samples that `write_opening` wrote for a model of these weights, as of `stages`."""
+        path, sizes = self.opening_path(), self.pipe.tokenizer.config
+        if not path.is_file():
             return None
-        sizes = self.pipe.tokenizer.config
-        (height, width), stages = sizes.image_size, sizes.num_stages
-        sheet = editing.read_picture(self.opening_path())
-        if sheet.shape != (2 * SAMPLES * height, stages * width, 3):
-            return None
-        return sheet.reshape(2, -1, height, stages, width, 3).swapaxes(2, 3)
+        with Image.open(io.BytesIO(path.read_bytes())) as sheet:
+            if sheet.info.get("weights") != self.pipe.weights:
+                return None
+            (height, width), stages = sizes.image_size, sizes.num_stages
+            return np.asarray(sheet).reshape(2, -1, height, stages, width, 3).swapaxes(2, 3)
 
 
 # What is shown.
