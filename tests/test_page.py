@@ -121,20 +121,21 @@ def test_a_part_of_a_picture_is_resampled(opened):
         ("picture", [painted([], picture=RANDOM), 1, 2], {}, "at least as many maps"),
         ("edit", [None, 0, True], {}, "Upload a picture first"),
         ("edit", [painted([], picture=RANDOM), 0, True], {}, "Paint over the part"),
-        ("nothing", [], {"label": "11"}, "Unknown class"),
-        ("nothing", [], {"seed": None}, "The seed must be a whole number in 0"),
-        ("nothing", [], {"seed": 1.5}, "The seed must be a whole number in 0"),
-        ("nothing", [], {"seed": float("inf")}, "The seed must be a whole number in 0"),
-        ("nothing", [], {"seed": -1}, "The seed must be a whole number in 0"),
-        ("nothing", [], {"settings": ["warm"]}, "Variety of the tokens takes numbers, got"),
-        ("nothing", [], {"settings": ["1", "0", "2"]}, "which probability must be above 0 and"),
+        (None, [], {"label": "11"}, "Unknown class"),
+        (None, [], {"seed": None}, "The seed must be a whole number in 0"),
+        (None, [], {"seed": 1.5}, "The seed must be a whole number in 0"),
+        (None, [], {"seed": float("inf")}, "The seed must be a whole number in 0"),
+        (None, [], {"seed": -1}, "The seed must be a whole number in 0"),
+        (None, [], {"settings": ["warm"]}, "Variety of the tokens takes numbers, got"),
+        (None, [], {"settings": ["1", "0", "2"]}, "which probability must be above 0 and"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(opened, caplog, keep, inputs, changes, message):
     fields = {"label": "0", "seed": 0, "settings": DEFAULTS} | changes
     values = *inputs, fields["label"], fields["seed"], *fields["settings"]
     with caplog.at_level("INFO", "nvg_jax"):
-        ((said, *rest),) = opened.sample(getattr(opened, keep), len(inputs), *values)
+        keep = getattr(opened, keep) if keep else page.Kept
+        ((said, *rest),) = opened.sample(keep, len(inputs), *values)
     assert 'role="alert"' in said and message in said
     assert rest == [gr.skip()] * 4  # what was there stays
     (line,) = caplog.records

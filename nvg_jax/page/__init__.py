@@ -6,13 +6,13 @@ import html
 import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 from PIL.JpegImagePlugin import JpegImageFile
 
 from nvg_jax import bundled
@@ -137,20 +137,17 @@ class Page:
 
     # What is kept.
 
-    def nothing(self) -> Kept:
-        return Kept()
-
     def drawing(self, painting: dict[str, Any] | None) -> Kept:
         colors, part = painted_part(painting, "Paint a drawing first: every color is a region.")
         drawing = np.where(part[..., None], colors, 255).astype(np.uint8)
-        kept = self._kept("follow_drawing", {"drawing.png": drawing})
+        kept = self._kept(editing.follow_drawing, {"drawing.png": drawing})
         return kept._replace(shown={"your drawing": drawing} | self._last_map(kept))
 
     def picture(self, painting: dict[str, Any] | None, maps: float, tokens: float) -> Kept:
         picture = picture_in(painting)
         if tokens > maps:
             raise UserError("Tokens need their maps: keep at least as many maps as tokens.")
-        kept = self._kept("keep_stages", {"picture.png": picture}, int(maps), int(tokens))
+        kept = self._kept(editing.keep_stages, {"picture.png": picture}, int(maps), int(tokens))
         return kept._replace(shown={"your picture": picture} | self._last_map(kept))
 
     def edit(self, painting: dict[str, Any] | None, start: float, paste: bool) -> Kept:
@@ -158,18 +155,20 @@ class Page:
         _, part = painted_part(painting, "Paint over the part of the picture that is to change.")
         mask = np.repeat(255 * part[..., None].astype(np.uint8), 3, axis=-1)
         files = {"picture.png": picture, "mask.png": mask}
-        kept = self._kept("edit_region", files, int(start), 2 if paste else None)
+        kept = self._kept(editing.edit_region, files, int(start), 2 if paste else None)
         return kept._replace(shown={"before": picture, "to change": marked(picture, part)})
 
-    def _kept(self, function: str, files: dict[str, np.ndarray], *arguments) -> Kept:
+    def _kept(
+        self, function: Callable[..., Constraint], files: dict[str, np.ndarray], *arguments
+    ) -> Kept:
         """What a function of `jobs.editing` reads from files."""
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder, name) for name in files]
             for path, pixels in zip(paths, files.values()):
                 path.write_bytes(png(pixels))
-            constraint = getattr(editing, function)(self.pipe, *paths, *arguments)
+            constraint = function(self.pipe, *paths, *arguments)
         text = ", ".join(["pipe", *(f'"{name}"' for name in files), *map(str, arguments)])
-        return Kept(constraint, f"constraint = editing.{function}({text})", files)
+        return Kept(constraint, f"constraint = editing.{function.__name__}({text})", files)
 
     def _last_map(self, kept: Kept) -> dict[str, np.ndarray]:
         """The finest map that is kept, with its caption."""
@@ -192,7 +191,7 @@ class Page:
 
     def ready_made(self, name: str) -> dict[str, str]:
         height, width = self.pipe.tokenizer.config.image_size
-        colors = np.array([tuple(bytes.fromhex(color[1:])) for color in COLORS.values()], np.uint8)
+        colors = np.array([ImageColor.getrgb(color) for color in COLORS.values()], np.uint8)
         drawing = Image.fromarray(colors[control.ready_made(name, min(height, width))])
         drawing = drawing.resize((width, height), Image.Resampling.NEAREST)
         return {"painted": url_of(np.asarray(drawing))}
@@ -275,7 +274,7 @@ class Page:
         """Yields what the page shows: a message at first, then the samples or an error.
 
         Args:
-            keep: a method of this page that says what is kept.
+            keep: says what is kept: a method of this page, or `Kept` for nothing.
             values: its `num_inputs` arguments, the class, the seed, and a value for each setting.
 
         Yields:
@@ -480,7 +479,7 @@ def build(page: Page) -> gr.Blocks:
                     seed = gr.Number(0, label="Seed", elem_id="seed", min_width=120)
                 random = gr.Button("Random seed", size="sm", elem_id="random")
                 with gr.Tab("Sample"):
-                    action("Sample", page.nothing, [], "free")
+                    action("Sample", Kept, [], "free")
                 with gr.Tab("Draw"):
                     drawn = painting(
                         page, "Paint: every color is a region", COLORS, None, "drawing"
@@ -513,15 +512,11 @@ def build(page: Page) -> gr.Blocks:
                     files = gr.HTML(elem_id="files")
         first = gr.State(picture)
         for button, keep, inputs, said in actions:
-            # Bound to the arguments of its button; all buttons share one queue.
-            def run(*values, keep=keep, inputs=inputs):
-                yield from page.sample(keep, len(inputs), *values)
-
             button.click(
-                run,
+                functools.partial(page.sample, keep, len(inputs)),
                 [*inputs, label, seed, *fields],
                 [said, samples, first, code, files],
-                concurrency_limit=1,
+                concurrency_limit=1,  # all buttons share one queue
                 concurrency_id="model",
                 show_progress_on=said,
             )
