@@ -51,6 +51,8 @@ def is_failure(error: BaseException) -> bool:
 DAMAGE_TEXT = re.compile(
     "(NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|INVALID_ARGUMENT|OUT_OF_RANGE|UNIMPLEMENTED): "
 )
+# Orbax raises these for malformed metadata; a mistake in the code raises them for any content.
+MISTAKES_IN_CODE = (TypeError, AttributeError, AssertionError)
 STATUS_TEXT = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 
 
@@ -60,14 +62,20 @@ def is_damage(error: BaseException) -> bool:
     Everything that is not known to be damage may be a failure, which is no reason to give up what
     was to be read.
     """
-    while type(error) is Exception and error.__cause__ is not None:  # Orbax adds details
-        error = error.__cause__
+    error = unwrapped(error)
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if STATUS_TEXT.match(str(error)):
         return bool(DAMAGE_TEXT.match(str(error))) and not is_failure(error)
-    kinds = ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError
+    kinds = ValueError, LookupError, EOFError, *MISTAKES_IN_CODE
     return isinstance(error, kinds) and not is_failure(error)
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The error to which Orbax added details."""
+    while type(error) is Exception and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def is_mistake(error: BaseException) -> bool:

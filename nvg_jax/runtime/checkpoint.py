@@ -19,7 +19,15 @@ import numpy as np
 from etils import epath, epy
 from jax.experimental import multihost_utils
 
-from nvg_jax.errors import UserError, comes_with, is_damage, is_mistake, reported
+from nvg_jax.errors import (
+    MISTAKES_IN_CODE,
+    UserError,
+    comes_with,
+    is_damage,
+    is_mistake,
+    reported,
+    unwrapped,
+)
 from nvg_jax.runtime import processes, watchdog
 from nvg_jax.runtime.storage import digest, lock, make_folder, storage_path
 
@@ -137,11 +145,7 @@ class Checkpoints:
             )
         later = [] if step is None else [s for s in steps if s > step]
         found, damaged = newest(self._manager, self._folder, wanted, ocp.args.StandardRestore, step)
-        if found is None:
-            raise UserError(
-                f"Every checkpoint in {self._folder} is damaged (steps {sorted(damaged)}). Put "
-                "back a copy, or delete the folder to start over."
-            )
+        assert found is not None  # there are checkpoints
         self._rename({s: "damaged" for s in damaged} | {s: "abandoned" for s in later})
         step, content, restored = found
         return restored, content["meta"] | {"step": step}, content["position"]
@@ -241,13 +245,11 @@ def read(
             "every machine has."
         )
     with ocp.CheckpointManager(folder) as manager:
-        found, damaged = newest(manager, folder, part, partial_restore, last)
-    if found is not None:
-        step, content, state = found
-        return {**content["meta"], "step": step}, state
-    if damaged:
-        raise UserError(f"Every checkpoint in {folder} is damaged (steps {damaged}).")
-    return None
+        found, _ = newest(manager, folder, part, partial_restore, last)
+    if found is None:
+        return None
+    step, content, state = found
+    return {**content["meta"], "step": step}, state
 
 
 def newest(
@@ -265,10 +267,14 @@ def newest(
         last: ignores checkpoints of later steps.
 
     Returns:
-        (step, content, restored tree) of the checkpoint, or None; and the steps of newer, damaged
-        checkpoints.
+        (step, content, restored tree) of the checkpoint, or None if there is none; and the steps of
+        newer, damaged checkpoints.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+        Exception: none can be read, all for what a mistake in the code raises too.
     """
-    damaged = []
+    damaged = {}
     for step in sorted(manager.all_steps(), reverse=True):
         if last is not None and step > last:
             continue
@@ -281,10 +287,27 @@ def newest(
                 state, reason = attempt(manager, folder, step, state=restore(abstract))
             reason = reason or difference(content["leaves"], state)
         if reason is None:
-            return (step, content, state), damaged
-        warn(folder, step, reason)
-        damaged.append(step)
-    return None, damaged
+            return (step, content, state), list(damaged)
+        logger.warning(
+            "The checkpoint of step %d in %s is damaged (%s); falling back to the one before it.",
+            step,
+            folder,
+            short(reason),
+        )
+        damaged[step] = reason
+    in_code = [
+        reason
+        for reason in damaged.values()
+        if isinstance(reason, Exception) and isinstance(unwrapped(reason), MISTAKES_IN_CODE)
+    ]
+    if in_code and len(in_code) == len(damaged):
+        raise in_code[-1]
+    if damaged:
+        raise UserError(
+            f"Every checkpoint in {folder} is damaged (steps {sorted(damaged)}). Put back a copy, "
+            "or delete the folder to start over."
+        )
+    return None, []
 
 
 def partial_restore(part) -> "ocp.args.PyTreeRestore":
@@ -295,8 +318,8 @@ def partial_restore(part) -> "ocp.args.PyTreeRestore":
 
 def attempt(
     manager: "ocp.CheckpointManager", folder: epath.Path, step: int, **item
-) -> tuple[Any, str | None]:
-    """Restores an item of a checkpoint on every process: (it, None), or a reason if it is damaged.
+) -> tuple[Any, Exception | str | None]:
+    """Restores an item of a checkpoint on every process: (it, None), or why it counts as damaged.
 
     Raises:
         UserError: no permission to read it.
@@ -310,7 +333,7 @@ def attempt(
             (result,) = manager.restore(step, args=ocp.args.Composite(**item)).values()
         except Exception as error:  # errors of many kinds
             if is_damage(error):
-                reason = short(error)
+                reason = error
             else:
                 failure = error
         mistake = isinstance(failure, OSError) and is_mistake(failure)  # of a disk
@@ -333,19 +356,10 @@ def attempt(
     return result, reason
 
 
-def short(error: Exception) -> str:
+def short(error: Exception | str) -> str:
     """The first sentence of an error message; the storage library's messages span pages."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0][:300]
-
-
-def warn(folder: epath.Path, step: int, reason: str):
-    logger.warning(
-        "The checkpoint of step %d in %s is damaged (%s); falling back to the one before it.",
-        step,
-        folder,
-        reason,
-    )
 
 
 # Checksums.
