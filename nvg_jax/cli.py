@@ -8,6 +8,7 @@ else is a failure, with its traceback, after which launchers run the command aga
 import difflib
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -44,6 +45,9 @@ if jax.__version__.startswith("0.10."):  # later versions stop at this flag
 # other forever. Without these threads, the order is that of the program. (Seen with jax 0.10.2,
 # which also loses this flag for programs that come from the compilation cache.)
 ORDERED_COLLECTIVES = "--xla_cpu_multi_thread_eigen=false"
+
+# XLA's words, on all platforms; other resources that are exhausted may be free again.
+OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED.*(memory|allocat)", re.IGNORECASE | re.DOTALL)
 
 logger = logging.getLogger("nvg_jax")
 
@@ -87,7 +91,7 @@ def main(command, set_up=lambda: None, kept: str = ""):
     except KeyboardInterrupt:  # before `interrupts` listened
         interrupts.end()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or flags.FLAGS.verbosity > 0:
+        if not OUT_OF_MEMORY.search(str(error)) or flags.FLAGS.verbosity > 0:
             raise
         exit_with_error(
             f"The devices have too little memory ({str(error).splitlines()[0]}). Use a smaller "

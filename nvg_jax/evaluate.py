@@ -31,9 +31,10 @@ FLAGS = flags.FLAGS
 
 def main(_):
     settings = cli.sampling_settings()
-    judge = FLAGS.judge or ("inception" if FLAGS.reference else "classifier")
+    published = FLAGS.reference or FLAGS.reconstruction
+    judge = FLAGS.judge or ("inception" if published else "classifier")
     check_flags(judge)
-    _, table = evaluate_samples() if FLAGS.samples else evaluate_model(judge, settings)
+    _, table = evaluate_samples(judge) if FLAGS.samples else evaluate_model(judge, settings)
     if is_main():
         print(table)
         print(f"metrics.json: {out_folder()}")
@@ -50,15 +51,15 @@ def check_flags(judge: str):
         raise UserError(
             "--reconstruction, --sweep and --judge=classifier need a model; give --workdir."
         )
-    if judge == "inception" and not (FLAGS.reference or FLAGS.reconstruction):
+    if judge != "classifier" and not (FLAGS.reference or FLAGS.reconstruction):
         raise UserError(
-            "--judge=inception needs --reference (train, test or an .npz file) for samples, or "
+            f"--judge={judge} needs --reference (train, test or an .npz file) for samples, or "
             "--reconstruction."
         )
-    if judge == "classifier" and (FLAGS.reference or FLAGS.sweep) and not FLAGS.reconstruction:
+    if judge == "classifier" and (FLAGS.reference or FLAGS.sweep or FLAGS.reconstruction):
         raise UserError(
-            "--judge=classifier compares with the training images of its data set; leave out "
-            "--reference and --sweep, or choose --judge=inception."
+            "--judge=classifier compares with the images of its data set, and reconstructions too; "
+            "leave out --reference, --sweep and --reconstruction, or choose --judge=inception."
         )
     if FLAGS.sweep and not FLAGS.reference:
         raise UserError("--sweep needs --reference (train, test or an .npz file).")
@@ -76,11 +77,11 @@ def out_folder() -> epath.Path:
     return (workdir if is_own else storage_path("runs") / name) / "evaluation"
 
 
-def evaluate_samples():
+def evaluate_samples(judge: str):
     """(results, table) for a file of samples."""
     samples = sets.Archive(FLAGS.samples, FLAGS.batch_size)
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size)
-    return compare([({}, samples, {"samples": FLAGS.samples})], reference, out_folder())
+    return compare(judge, [({}, samples, {"samples": FLAGS.samples})], reference, out_folder())
 
 
 def evaluate_model(judge: str, settings):
@@ -94,7 +95,7 @@ def evaluate_model(judge: str, settings):
     if FLAGS.reconstruction:
         assert data is not None
         images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
-        results = reconstruction.report(pipe, images, out)
+        results = reconstruction.report(pipe, images, out, judge)
         return results, results and reconstruction.table(results)
     if judge == "classifier":
         assert data is not None
@@ -111,7 +112,7 @@ def evaluate_model(judge: str, settings):
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
     if isinstance(reference, sets.Split):
         classification.warn_if_classes_differ(pipe, reference.source)
-    return compare(points, reference, out)
+    return compare(judge, points, reference, out)
 
 
 def sampling_job(pipe, settings):
@@ -121,15 +122,16 @@ def sampling_job(pipe, settings):
     )
 
 
-def compare(points, reference, out: epath.Path):
+def compare(name: str, points, reference, out: epath.Path):
     """(results, table) of the points of a sweep, or of a single point.
 
     Args:
+        name: of the judge.
         points: for each point its settings, its images, and how they were made.
         reference: the images to compare with.
     """
     report.warn_if_sizes_differ(points[0][1], reference)
-    judge = judges.make_judge("inception")
+    judge = judges.make_judge(name)
     features = report.reference_features(reference, judge)
     if FLAGS.sweep:
         results = report.sweep(points, features, judge, out)
@@ -159,7 +161,8 @@ if __name__ == "__main__":
         "judge",
         None,
         judges.JUDGES,
-        "The network whose features are compared; inception if there is a --reference.",
+        "The network whose features are compared; by default inception for a --reference or "
+        "--reconstruction, else classifier.",
     )
     flags.DEFINE_boolean("reconstruction", False, "Evaluate the tokenizer alone.")
     flags.DEFINE_string(

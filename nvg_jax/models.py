@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
@@ -51,18 +52,27 @@ class ModelConfig:
     dtype: str = "float32"
 
     @classmethod
-    def from_config(cls, config, num_classes: int) -> "ModelConfig":
-        """The model of a training config.
+    def from_sizes(
+        cls, sizes: Mapping[str, Any], num_classes: int = 0, dtype: str = "float32"
+    ) -> "ModelConfig":
+        """The model with these sizes.
+
+        Args:
+            sizes: {network: its sizes}, such as a training config or metadata; a generator that is
+                None or missing is one that the model does not have.
 
         Raises:
             UserError: invalid sizes.
         """
-        return cls(
-            TokenizerConfig(**config.tokenizer),
-            num_classes,
-            **{name: TransformerConfig(**config[name]) for name in GENERATORS},
-            dtype=config.dtype,
-        )
+        generators = {
+            name: TransformerConfig(**sizes[name]) for name in GENERATORS if sizes.get(name)
+        }
+        return cls(TokenizerConfig(**sizes["tokenizer"]), num_classes, dtype=dtype, **generators)
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict, num_classes: int) -> "ModelConfig":
+        """The model of a training config; raises like `from_sizes`."""
+        return cls.from_sizes(config, num_classes, config.dtype)
 
     @property
     def generators(self) -> dict[str, TransformerConfig]:

@@ -28,7 +28,8 @@ STRUCTURE = Part("structure", "generator_training", ("structure",), "")
 BOTH_GENERATORS = Part("generators", "generator_training", GENERATORS, "samples")
 # The folder of a student in training; it is then exported to the workdir.
 DISTILLATION = Part("distillation", "distillation", ("structure",), "samples")
-PARTS = {part.name: part for part in (TOKENIZER, BOTH_GENERATORS, CONTENT, STRUCTURE, DISTILLATION)}
+GENERATOR_PARTS = (BOTH_GENERATORS, CONTENT, STRUCTURE)
+PARTS = {part.name: part for part in (TOKENIZER, *GENERATOR_PARTS, DISTILLATION)}
 
 # --config.part -> the parts that `train` trains, one after the other.
 CHOICES = {

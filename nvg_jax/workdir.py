@@ -22,7 +22,7 @@ from nvg_jax.data.transforms import Transform
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
-from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, GENERATORS, PARTS, TOKENIZER
+from nvg_jax.parts import DISTILLATION, GENERATOR_PARTS, GENERATORS, PARTS, TOKENIZER
 from nvg_jax.runtime import checkpoint, export, storage
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.sampling.settings import Settings
@@ -64,13 +64,12 @@ class RunMetadata:
         tokenizer_workdir: the workdir of the tokenizer that the generators were trained with.
         config: the training configuration.
         steps: the length of the training.
-        num_images: the size of the training data. Older checkpoints do not say it.
+        num_images: the size of the training data.
         changes: what was changed on purpose, oldest first: {"step", "images": those seen before,
             "settings": {dotted path: [old value, new value]}}.
         fid: the Frechet distance of a model that was kept as the best of its training.
         sources: the files that converted weights come from.
-        resize_filter: how its training images were resized, see `Transform`. Checkpoints that do
-            not say it were trained with "lanczos", converted weights with "published".
+        resize_filter: how its training images were resized, see `Transform`.
         step: the training step of the weights.
     """
 
@@ -179,29 +178,41 @@ class RunMetadata:
         Raises:
             UserError: keys that are missing or unknown, or sizes that are invalid.
         """
-        try:
-            content = dict(content)
-            if content.get("sources") and not content.get("config"):
-                content = {"resize_filter": "published"} | content
-            sizes = {name: content.pop(name) for name in SIZES}
-            generators = {
-                name: sizes[name] and TransformerConfig(**sizes[name]) for name in GENERATORS
+        content = dict(content)
+        if content.get("sources") and not content.get("config"):
+            content = {"resize_filter": "published"} | content
+        sizes = {name: content.pop(name) for name in SIZES if name in content}
+        sampling = content.get("sampling", {})
+        check_keys(cls, {**content, "model": sizes})
+        check_keys(ModelConfig, sizes)
+        check_keys(Settings, sampling)
+        for name, size in sizes.items():
+            if size is not None:
+                check_keys(TokenizerConfig if name == "tokenizer" else TransformerConfig, size)
+        metadata = cls(
+            **content
+            | {
+                "model": ModelConfig.from_sizes(sizes, len(content["class_names"])),
+                "sampling": Settings.from_dict(sampling),
             }
-            tokenizer = TokenizerConfig(**sizes["tokenizer"])
-            model = ModelConfig(tokenizer, len(content["class_names"]))
-            model = dataclasses.replace(model, **generators)
-            content["sampling"] = Settings.from_dict(content["sampling"])
-            metadata = cls(model=model, **content)
-            return metadata.replace(
-                class_names=tuple(metadata.class_names),
-                changes=tuple(metadata.changes),
-                canvas_scale=metadata.canvas_scale and tuple(metadata.canvas_scale),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"The metadata is not what this version of nvg_jax writes ({error}). Read the "
-                "folder with the version that wrote it."
-            ) from error
+        )
+        return metadata.replace(
+            class_names=tuple(metadata.class_names),
+            changes=tuple(metadata.changes),
+            canvas_scale=metadata.canvas_scale and tuple(metadata.canvas_scale),
+        )
+
+
+def check_keys(kind: type, content: Mapping[str, Any]):
+    """Raises UserError if stored content lacks a field of a dataclass, or has an unknown one."""
+    fields = dataclasses.fields(kind)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    wrong = needed - content.keys() | content.keys() - {field.name for field in fields}
+    if wrong:
+        raise UserError(
+            f"The metadata is not what this version of nvg_jax writes ({kind.__name__} with or "
+            f"without {', '.join(sorted(wrong))}). Read the folder with the version that wrote it."
+        )
 
 
 def read(
@@ -227,8 +238,8 @@ def read_model_metadata(folder: str | os.PathLike) -> RunMetadata | None:
     """The metadata of the model in a folder, None if it holds no model."""
     folder = storage.storage_path(folder)
     metadata = read_export_metadata(folder)
-    for part in (BOTH_GENERATORS.name, *GENERATORS, TOKENIZER.name):
-        metadata = metadata or read_metadata(folder / part)
+    for part in (*GENERATOR_PARTS, TOKENIZER):
+        metadata = metadata or read_metadata(folder / part.name)
     return metadata
 
 
@@ -346,15 +357,15 @@ def trained_generators(folder: epath.Path) -> dict[str, tuple[epath.Path, RunMet
         UserError: there are two of a name, or they were trained on different classes.
     """
     generators = {}
-    for part in (BOTH_GENERATORS.name, *GENERATORS):
-        metadata = read_metadata(folder / part)
+    for part in GENERATOR_PARTS:
+        metadata = read_metadata(folder / part.name)
         for name in metadata.model.generators if metadata else ():
             if name in generators:
                 raise UserError(
                     f"{folder} holds two {name} generators, in {generators[name][0].name}/ and in "
-                    f"{part}/. Move the one you do not want to another folder."
+                    f"{part.name}/. Move the one you do not want to another folder."
                 )
-            generators[name] = folder / part, metadata
+            generators[name] = folder / part.name, metadata
     if len({metadata.class_names for _, metadata in generators.values()}) > 1:
         raise UserError(
             f"The generators in {folder} were trained on data with different classes; train one of "
@@ -527,7 +538,7 @@ def changed_settings(
 ) -> dict[str, tuple[Any, Any]]:
     """{dotted path: (stored value, new value)} of the settings that differ.
 
-    Settings in `MAY_CHANGE` are left out, and so are settings that are newer than the run and off.
+    Settings in `MAY_CHANGE` are left out.
 
     Args:
         section: the section of the config with the recipe.
@@ -538,7 +549,7 @@ def changed_settings(
         config = content["config"]
         found = {name: content[name] for name in FIXED}
         found |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
-        found |= {"lora": config.get("lora", {})}
+        found |= {"lora": config["lora"]}
         found |= {"data.num_images": content["num_images"]}
         found |= {"data.resize_filter": content["resize_filter"]}
         for name in ("data", section):
@@ -546,16 +557,11 @@ def changed_settings(
         return dict(leaves(found))
 
     old = settings(stored)
-    changes = {
+    return {
         name: (old.get(name), value)
         for name, value in settings(new).items()
-        if old.get(name) != value and (name in old or value)
+        if old.get(name) != value
     }
-    if stored.num_images is None:  # an older run, which stored only its length in steps
-        number = changes.pop("data.num_images", None)
-        if number and not changes and stored.steps != new.steps:
-            changes["data.num_images"] = number
-    return changes
 
 
 def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -73,6 +73,15 @@ def random_like(tree, scale: float, seed: int = 0):
     return jax.tree.map(lambda x: rng.normal(scale=scale, size=x.shape).astype(x.dtype), tree)
 
 
+def raising(error: Exception):
+    """A function that raises, for `monkeypatch.setattr`."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
 def free_port() -> int:
     """A TCP port that nothing on this machine listens on."""
     with socket.socket() as free:

@@ -9,14 +9,16 @@ import types
 
 import numpy as np
 import pytest
+from helpers import raising
 from test_encoding import hand_made
 
-from nvg_jax import pretrained
+from nvg_jax import evaluate, pretrained
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation import features, image, report, sets
-from nvg_jax.jobs import classification, editing, reconstruction
+from nvg_jax.evaluation import features, image, judges, report, sets
+from nvg_jax.jobs import classification, editing, reconstruction, sampling_runs
 from nvg_jax.pretrained import ImageFeatures
+from nvg_jax.runtime import resumable
 from nvg_jax.runtime.storage import lock
 from nvg_jax.sampling.settings import parse_sweep
 from nvg_jax.tokenizer import GranularitySequence
@@ -87,6 +89,15 @@ def test_batches_give_the_figures_of_all_images_at_once(samples, reference, tmp_
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
+def test_the_judge_is_the_one_that_is_named(samples, reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "make_judge", {"stub": Judge()}.__getitem__)
+    flags = dict(samples=str(samples.path), reference=str(reference.path), workdir=None, sweep=None)
+    flags |= dict(batch_size=5, out=tmp_path / "out")
+    monkeypatch.setattr(evaluate, "FLAGS", types.SimpleNamespace(**flags))
+    results, _ = evaluate.evaluate_samples("stub")
+    assert results["judge"] == "stub"
+
+
 def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         report.features_of(samples, Judge(fail_after=10), tmp_path / "parts")
@@ -100,6 +111,15 @@ def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
     again = report.features_of(samples, third, tmp_path / "parts")
     assert third.seen == 5  # the damaged part alone
     np.testing.assert_array_equal(again.pool, found.pool)
+
+
+def test_a_part_that_cannot_be_read_now_is_not_damaged(tmp_path):
+    resumable.read_arrays(save(tmp_path / "part.npz", IMAGES))
+    away = types.SimpleNamespace(open=raising(TimeoutError("the bucket is away")))
+    with pytest.raises(TimeoutError):
+        resumable.read_arrays(away)
+    with pytest.raises(TimeoutError):
+        sampling_runs.read_part(away, IMAGES.shape)
 
 
 def test_parts_of_other_images_are_refused(samples, reference, tmp_path):
@@ -310,7 +330,8 @@ def test_classes_with_other_names_are_named(caplog):
 
 def test_reconstruction(monkeypatch, tmp_path):
     """A model that darkens the images by a known amount, with stubs for the networks."""
-    monkeypatch.setattr(reconstruction, "make_judge", lambda name, images: Judge())
+    stubs = {("stub", "reconstructions"): Judge()}
+    monkeypatch.setattr(reconstruction, "make_judge", lambda *names: stubs[names])
     monkeypatch.setattr(pretrained, "load", lambda name: {"w": np.float32(len(name))})
     distance = lambda params, a, b, dtype: params["w"] * abs(a - b).mean((1, 2, 3))
     monkeypatch.setattr(pretrained, "lpips", distance)
@@ -334,7 +355,7 @@ def test_reconstruction(monkeypatch, tmp_path):
         reconstruct=lambda images: darker(encode(images)),
     )
     images = sets.Split(DIGITS, "test", (8, 8), 50)
-    found = reconstruction.report(pipeline, images, tmp_path)
+    found = reconstruction.report(pipeline, images, tmp_path, "stub")
     pixels = np.concatenate(list(images.batches(range(6))))
     floats = pixels / 255 * 2 - 1
     restored = np.floor(255 * (np.maximum(floats - 0.2, -1) + 1) / 2 + 1e-4) / 255 * 2 - 1

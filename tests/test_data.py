@@ -1,10 +1,12 @@
 """Data: every source, the transform, and the loader's order, resumption and coverage."""
 
 import collections
+import errno
 import gzip
 import io
 import json
 import os
+import pathlib
 import pickle
 import struct
 import tracemalloc
@@ -13,6 +15,7 @@ import grain
 import numpy as np
 import pytest
 from absl import flags
+from helpers import raising
 from PIL import ExifTags, Image
 from reference import resizing
 
@@ -76,7 +79,7 @@ def write_idx(path, values):
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def test_fashion_mnist_idx_files(tmp_path):
+def test_fashion_mnist_idx_files(tmp_path, monkeypatch):
     images = np.arange(3 * 2 * 2).reshape(3, 2, 2)
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0, 3]))
@@ -99,6 +102,9 @@ def test_fashion_mnist_idx_files(tmp_path):
     packed = tmp_path / "train-images-idx3-ubyte.gz"
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"ubyte.gz' cannot be unpacked"):
+        open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+    monkeypatch.setattr(pathlib.Path, "read_bytes", raising(OSError(errno.EIO, "Input/output")))
+    with pytest.raises(OSError, match="Input/output"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
 
 
@@ -314,7 +320,7 @@ def test_decode_turns_a_photo_upright_if_asked_to():
     assert decode(damaged, upright=True).size == (40, 30)
 
 
-def test_decode_refuses_what_it_cannot_show():
+def test_decode_refuses_what_it_cannot_show(monkeypatch):
     whole = encoded(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
     for broken in (b"", b"text", whole[: len(whole) // 2]):
         with pytest.raises(UserError, match=r"not an? (readable )?image"):
@@ -323,6 +329,9 @@ def test_decode_refuses_what_it_cannot_show():
         decode(encoded(np.ones((2, 2), np.float32), format="TIFF"))
     with pytest.raises(UserError, match="do not fit in 16 bits"):
         decode(encoded(np.array([[70000]], np.int32), format="TIFF"))
+    monkeypatch.setattr(Image, "open", raising(MemoryError()))  # no fault of the image
+    with pytest.raises(MemoryError):
+        decode(whole)
 
 
 def coordinates(height, width):

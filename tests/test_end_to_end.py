@@ -22,6 +22,7 @@ from helpers import (
     is_even_hierarchy,
     logged,
     python,
+    raising,
     random_pipeline,
     read_meta,
     tiny_config,
@@ -408,6 +409,10 @@ def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys):
         cli.main(main)
     assert end.value.code == 2
     assert "error: The devices have too little memory (RESOURCE" in capsys.readouterr().err
+    busy = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Too many requests")
+    monkeypatch.setattr(cli.app, "run", raising(busy))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        cli.main(main)
 
 
 def changed(sequence, **parts):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from helpers import python, tiny_config
+from helpers import python, raising, tiny_config
 
 from nvg_jax import cli
 from nvg_jax.data.sources import ArraySource
@@ -20,13 +20,6 @@ from nvg_jax.train import train
 
 def wrong_shape():
     return jnp.zeros(3) + jnp.zeros(4)
-
-
-def raising(error: Exception):
-    def fail(*args, **kwargs):
-        raise error
-
-    return fail
 
 
 # As the network, the disk, TensorStore and a programmer raise them.

@@ -246,12 +246,6 @@ def test_what_was_noted_of_abandoned_steps_does_not_count(fit, tmp_path):
     assert (best.step, best.fid) == (6, 20 - (1 + 2 + 2.25 + 2.5 + 2.75))
 
 
-def test_a_run_that_an_older_version_finished_is_left_as_it_is(fit, tmp_path):
-    fit()
-    (tmp_path / "tokenizer" / "assessed.txt").unlink()
-    assert fit() == []
-
-
 # Ctrl-C, as the stop button of a notebook sends it.
 
 

@@ -20,7 +20,7 @@ from nvg_jax.training import checks, registry
 from nvg_jax.training.length import Origin, step_of, training_length
 from nvg_jax.training.metrics import check_steps, summarize
 from nvg_jax.training.state import FAR_ABOVE, NORMS, Skipping
-from nvg_jax.workdir import Resume, RunMetadata, changed_settings, check_resume
+from nvg_jax.workdir import Resume, RunMetadata, check_resume
 
 SECTION = "tokenizer_training"
 
@@ -70,12 +70,6 @@ def test_the_size_of_the_data_set_may_change_on_purpose(tmp_path):
     with pytest.raises(UserError, match="data.num_images = 100, now 120.* --allow_changes=data"):
         check_resume(metadata(), metadata(120), SECTION, tmp_path)
     check_resume(metadata(), metadata(120), SECTION, tmp_path, ["data"])
-    # Older checkpoints tell it only from the length in steps.
-    old = dataclasses.replace(metadata(), num_images=None, steps=12)
-    same = dataclasses.replace(metadata(), steps=12)
-    assert not changed_settings(old, same, SECTION)
-    more = dataclasses.replace(metadata(120), steps=14)
-    assert changed_settings(old, more, SECTION) == {"data.num_images": (None, 120)}
 
 
 def test_the_sizes_of_the_weights_never_change(tmp_path):

@@ -142,8 +142,8 @@ def test_damaged_parts_are_found_and_made_again(pipe, whole, tmp_path, monkeypat
     monkeypatch.setattr(sampling_runs, "join_parts", damage_and_join)
     sampling_runs.write_array(samples_of(pipe), out)
     assert out.read_bytes() == whole.read_bytes()
-    assert "000002.npz is damaged or missing; generating it again" in caplog.text
-    assert caplog.text.count("generating it again") == 1
+    assert "000002.npz is damaged or missing (" in caplog.text
+    assert caplog.text.count("making it again") == 1
 
 
 @pytest.mark.parametrize(
@@ -349,5 +349,8 @@ def test_an_unreadable_image_is_named_or_left_out(tmp_path, caplog):
     loaded = sets.load_split(data, "train", (8, 8))
     np.testing.assert_array_equal(loaded.images[:, 0, 0], [[255, 0, 0], [0, 0, 0]])
     assert loaded.labels.tolist() == [0, 0] and "b.png" in caplog.text
+    split = sets.Split(data, "train", (8, 8), batch_size=3)
+    (batch,) = split.batches(range(split.num_batches))
+    assert len(split) == 2 and sorted(batch[:, 0, 0, 0]) == [0, 255]
     with pytest.raises(UserError, match="None of the 1 images"):
         sets.load_split(data, "test", (8, 8))

@@ -137,8 +137,6 @@ def begin(folder: Path, settings: dict[str, Any]):
         make_folder(folder)
         write_json(folder / UNFINISHED, settings)
         return
-    if "data" in stored:  # without the filter where it was no setting yet
-        stored["data"] = {"resize_filter": "lanczos"} | stored["data"]
     for key, value in settings.items():
         if stored.get(key) != value:
             raise UserError(

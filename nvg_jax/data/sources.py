@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -169,7 +170,7 @@ class SequenceSource(Source):
         self.tokenizer, self.fingerprint = meta["tokenizer"], meta["fingerprint"]
         self.crop_dtype = sequences.crop_dtype(self.tokenizer)
         self.resize = meta["data"]["resize"]
-        self.resize_filter = meta["data"].get("resize_filter", "lanczos")
+        self.resize_filter = meta["data"]["resize_filter"]
         self._folder, self._records = folder, sequences.Records(folder, split, meta)
 
     def __len__(self) -> int:
@@ -306,10 +307,10 @@ def _read_idx(folder: pathlib.Path, file: str, dimensions: int) -> np.ndarray:
     if path.is_file():
         content = path.read_bytes()
     elif packed.is_file():
-        path = packed
+        path, content = packed, packed.read_bytes()
         try:
-            content = gzip.decompress(packed.read_bytes())
-        except (OSError, EOFError) as error:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(
                 f"'{packed}' cannot be unpacked ({error}). Download it again."
             ) from error

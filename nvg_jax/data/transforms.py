@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nvg_jax.data import lanczos4
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, is_failure
 
 RESIZE_FILTERS = ("lanczos", "published")
 LONG = 16  # an image this many times as long as its crop is not resized whole
@@ -47,6 +47,8 @@ def decode(
     except UnidentifiedImageError as error:
         raise UserError("not an image of a known format") from error
     except Exception as error:  # damaged files raise errors of many kinds inside Pillow
+        if is_failure(error):
+            raise
         raise UserError(f"not a readable image ({error})") from error
 
 

@@ -6,6 +6,7 @@
 import abc
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import os
 import zipfile
@@ -14,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from nvg_jax.data import SequenceSource, Transform, open_source
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import from_float
+from nvg_jax.runtime import watchdog
 from nvg_jax.runtime.processes import gather, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
@@ -190,6 +193,8 @@ class LabeledImages(ImageSet):
 class Split(ImageSet):
     """The images of a split of a data set, cropped to one size, in a fixed random order.
 
+    Unreadable images are left out, with a warning, if data["on_bad"] is "skip".
+
     Args:
         data: "name", "data_dir", "resize" and optionally "resize_filter" ("lanczos" if it is empty)
             and "on_bad", as in a config's `data`.
@@ -224,42 +229,53 @@ class Split(ImageSet):
         order = np.random.default_rng(SHUFFLE_SEED).permutation(len(self.source))
         self._order = order[:count]
 
+    @functools.cached_property
+    def _indices(self) -> np.ndarray:
+        """The records of the images, without those to leave out."""
+        if self._data.get("on_bad") != "skip":
+            return self._order
+        with concurrent.futures.ThreadPoolExecutor(DECODING_THREADS) as threads:
+            indices = self._order[np.fromiter(threads.map(self._is_readable, self._order), bool)]
+        if not len(indices):
+            raise UserError(f"None of the {len(self._order)} images to evaluate with can be read.")
+        return indices
+
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._indices)
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         with concurrent.futures.ThreadPoolExecutor(DECODING_THREADS) as threads:
             for number in numbers:
                 start = number * self.batch_size
-                chosen = self._order[start : start + self.batch_size]
+                chosen = self._indices[start : start + self.batch_size]
                 yield np.stack([image for image, _ in threads.map(self._read, chosen)])
 
     def load(self) -> LabeledImages:
         """All images of the set in memory, in the order of the data set.
 
-        An unreadable image is left out with a warning if data["on_bad"] is "skip".
-
         Raises:
-            UserError: an image is unreadable, or all are.
+            UserError: an image is unreadable and not to be left out, or all are.
         """
-
-        def read(index: int):
-            try:
-                return self._read(index)
-            except UserError as error:
-                if self._data.get("on_bad") != "skip":
-                    raise
-                logger.warning("left out %s", error)
-
         with concurrent.futures.ThreadPoolExecutor(DECODING_THREADS) as threads:
-            items = [item for item in threads.map(read, np.sort(self._order)) if item]
-        if not items:
-            raise UserError(f"None of the {len(self)} images to evaluate with can be read.")
-        images, labels = zip(*items)
+            images, labels = zip(*threads.map(self._read, np.sort(self._indices)))
         return LabeledImages(np.stack(images), np.array(labels))
 
+    def _is_readable(self, index: int) -> bool:
+        watchdog.reset(slow=True)  # there may be a million
+        try:
+            self._decode(index)
+        except UserError as error:
+            logger.warning("left out %s", error)
+            return False
+        return True
+
     def _read(self, index: int) -> tuple[np.ndarray, int]:
-        """(image uint8 (H, W, 3), label) of a record.
+        """(image uint8 (H, W, 3), label) of a record; raises like `_decode`."""
+        image, label = self._decode(index)
+        return from_float(self._transform(image)), label
+
+    def _decode(self, index: int) -> tuple[Image.Image, int]:
+        """(image, label) of a record.
 
         Raises:
             UserError: the image is unreadable; the message names it.
@@ -268,7 +284,7 @@ class Split(ImageSet):
         try:
             item = self.source[int(index)]
             name = item["name"]
-            return from_float(self._transform(decode(item["image"]))), item["label"]
+            return decode(item["image"]), item["label"]
         except UserError as error:
             raise UserError(
                 f"{name}: {error}. Repair it or remove it from the data set to evaluate."
@@ -277,12 +293,10 @@ class Split(ImageSet):
     def describe(self) -> dict[str, Any]:
         folder = self._data["data_dir"] and str(local_path(self._data["data_dir"], "data_dir"))
         first, last = (self.source[index]["name"] for index in (0, len(self.source) - 1))
-        # Said only where it differs, so that measurements begun before it was a setting go on.
-        filters = [name for name in [self._transform.resize_filter] if name != "lanczos"]
         return {
             "data": [self._data["name"], folder, self._split],
-            "images": [len(self), first, last],
-            "size": [*self.image_size, *self._transform.cover, *filters],
+            "images": [len(self._order), first, last],
+            "size": [*self.image_size, *self._transform.cover, self._transform.resize_filter],
         }
 
 

@@ -1,7 +1,6 @@
 """Converts between the published checkpoints and folders for `Pipeline.from_pretrained`."""
 
 import contextlib
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,14 +14,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from nvg_jax import hub
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
-from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import export
 from nvg_jax.runtime.storage import atomic_path, fingerprint, local_path, make_folder, storage_path
 from nvg_jax.sampling.settings import PUBLISHED
-from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.torch_interop import checkpoint_files, weight_names
 from nvg_jax.workdir import RunMetadata
 
@@ -77,7 +74,7 @@ def read_published(
         classes = default_class_names(sizes.get("num_classes", 0))
         if own_metadata:
             classes = own_metadata.class_names
-        model = ModelConfig(TokenizerConfig(**own), len(classes))
+        model = ModelConfig.from_sizes({"tokenizer": own}, len(classes))
         published = RunMetadata(model, classes, resize_filter="published")
         metadata = (own_metadata or published).replace(
             model=model,
@@ -105,8 +102,7 @@ def read_published(
                 f"{sizes[size]}, the autoencoder's {own[size]}. Give the two that belong together."
             )
     with _naming(generator):
-        generators = {name: TransformerConfig(**sizes[name]) for name in GENERATORS}
-        model = dataclasses.replace(model, **generators)
+        model = ModelConfig.from_sizes({**sizes, "tokenizer": own}, len(classes))
         shapes = _shapes({name: model.abstract_params(name) for name in GENERATORS})
         shapes["canvas_scale"] = (model.tokenizer.num_stages + 1,)
         flat = weight_names.from_published(generator_tensors, shapes)

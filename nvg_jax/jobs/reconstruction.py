@@ -48,7 +48,7 @@ class Reconstructions(ImageSet):
 class Measurements(NamedTuple):
     """The measurements of a batch of images and their reconstructions."""
 
-    real: Any  # float32 (B, D), Inception's pool features
+    real: Any  # float32 (B, D), the judge's pool features
     restored: Any
     lpips_vgg: Any  # (B,); so are the next three
     lpips_alex: Any
@@ -57,7 +57,7 @@ class Measurements(NamedTuple):
     codes: Any  # bool (S, V), whether the batch uses a code in a stage
 
 
-def report(pipeline: Pipeline, images: Split, out: epath.Path) -> dict[str, Any]:
+def report(pipeline: Pipeline, images: Split, out: epath.Path, judge_name: str) -> dict[str, Any]:
     """rFID, LPIPS, PSNR, SSIM and codebook usage; writes metrics.json and extremes.png.
 
     As published: reconstructions are truncated to uint8, images are resized for Inception with
@@ -69,7 +69,7 @@ def report(pipeline: Pipeline, images: Split, out: epath.Path) -> dict[str, Any]
     Raises:
         UserError: a network's weights are missing, or an image cannot be read.
     """
-    judge = make_judge("inception", "reconstructions")
+    judge = make_judge(judge_name, "reconstructions")
     mesh = local_mesh()
     networks = {name: pretrained.load(name) for name in ("lpips", "lpips_alex")}
     networks = jax.device_put(networks, NamedSharding(mesh, PartitionSpec()))
@@ -135,7 +135,7 @@ def report(pipeline: Pipeline, images: Split, out: epath.Path) -> dict[str, Any]
     results["codebook_usage"] = float(usage["codebook_usage"])
     results["codebook_usage_of_stages"] = usage["codebook_usage_stage"].tolist()
     results |= {"images": count, "features": measured.real.shape[1]}
-    results |= {"network": judge.fingerprint, "dtype": pipeline.dtype}
+    results |= {"judge": judge.name, "network": judge.fingerprint, "dtype": pipeline.dtype}
     results["data"] = images.describe()
     save_png(out / "extremes.png", extremes(pipeline, images, measured.lpips_vgg[:, 0]))
     write_results(out / "metrics.json", results)

@@ -21,7 +21,7 @@ from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
-from nvg_jax.runtime.resumable import open_folder, own_missing
+from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays
 from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, storage_path
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings
@@ -297,12 +297,10 @@ def write_part(path: epath.Path, images: np.ndarray):
 
 def read_part(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The images of a part; None if it is missing, fails the archive's CRC, or has other images."""
-    try:
-        with path.open("rb") as file, np.load(file) as archive:
-            images = archive["arr_0"]
-    except Exception:  # damage raises errors of many kinds
+    images = (read_arrays(path) or {}).get("arr_0")
+    if images is None or images.shape != shape or images.dtype != np.uint8:
         return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
+    return images
 
 
 def join_parts(job: SamplingJob, part, out: epath.Path, mark: bytes):
@@ -315,7 +313,6 @@ def join_parts(job: SamplingJob, part, out: epath.Path, mark: bytes):
             for batch in range(job.num_batches):
                 images = read_part(part(batch), (len(job.indices(batch)), *job.image_shape))
                 if images is None:
-                    logger.warning("%s is damaged or missing; generating it again", part(batch))
                     images = to_uint8(job.sample(batch).images)
                 member.write(images.tobytes())
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, is_failure
 from nvg_jax.runtime import preemption
 from nvg_jax.runtime.processes import barrier, everywhere, is_main, own_share
 from nvg_jax.runtime.progress import Progress
@@ -143,10 +143,12 @@ def own_parts(
 
 
 def read_arrays(path: Path | epath.Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a part, or None if it is damaged."""
+    """The arrays of a part, or None if it is damaged or missing."""
     try:
         with path.open("rb") as file, np.load(file) as archive:
             return dict(archive)
     except Exception as error:  # damage raises errors of many kinds
-        logger.warning("%s is damaged (%s); computing it again", path, error)
+        if is_failure(error):
+            raise
+        logger.warning("%s is damaged or missing (%s); making it again", path, error)
         return None

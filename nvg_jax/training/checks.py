@@ -11,7 +11,7 @@ from etils import epy
 
 from nvg_jax.data.sources import SPLITS, check_name
 from nvg_jax.errors import UserError, comes_with
-from nvg_jax.parts import CHOICES, DISTILLATION, PARTS, Part
+from nvg_jax.parts import CHOICES, TOKENIZER, Part
 from nvg_jax.runtime import hardware
 from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.training.ranges import check_ranges
@@ -28,29 +28,29 @@ def check_config(config: ml_collections.ConfigDict):
     if config.part not in CHOICES:
         raise UserError(f"Unknown part {config.part!r}; choose one of {', '.join(CHOICES)}.")
     parts = CHOICES[config.part]
-    trained = {name for part in parts for name in part.networks}
-    if config.tokenizer_workdir and "tokenizer" in trained:
+    trains_tokenizer = TOKENIZER in parts
+    if config.tokenizer_workdir and trains_tokenizer:
         raise UserError(
             f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
             "another one. Leave it empty, or train with part=generators."
         )
     check_process(config)
-    if config.lora.rank and ("tokenizer" in trained or not config.init_from):
+    if config.lora.rank and (trains_tokenizer or not config.init_from):
         raise UserError(
             "lora.rank trains adapters of another model's generators: give that model as "
             "--config.init_from, its tokenizer as --config.tokenizer_workdir, and "
             "--config.part=generators (or content, structure)."
         )
-    # In the order of the table, so that all processes report the same mistake first.
-    for section in dict.fromkeys(p.section for p in PARTS.values() if p != DISTILLATION):
+    # In a fixed order, so that all processes report the same mistake first.
+    for section in dict.fromkeys(part.section for part in CHOICES["all"]):
         check_recipe(config, section, parts)
     if config.data.name == "sequences":
-        if "tokenizer" in trained:
+        if trains_tokenizer:
             raise UserError(
                 f"part={config.part} trains a tokenizer, which needs images, not cached sequences. "
                 "Train the generators with part=generators and tokenizer_workdir."
             )
-        if config.generator_training.repa_weight and "content" in trained:
+        if "dinov2" in registry.pretrained_names(parts, config):
             raise UserError(
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."

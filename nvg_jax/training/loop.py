@@ -73,7 +73,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
         stack.enter_context(contextlib.closing(reporter))
         best = BestModel(run.workdir / f"best_{name}", score, start) if score else None
         assessed = reporter.last_assessed
-        if assessed > start or not start:  # those steps are abandoned, or of an earlier training
+        if assessed > start:  # those steps are abandoned, or of an earlier training
             reporter.assessed(0)
 
         def due(step: int) -> tuple[bool, bool]:

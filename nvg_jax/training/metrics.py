@@ -231,12 +231,11 @@ class Reporter:
 
     @property
     def last_assessed(self) -> int:
-        """The step of the last call of `assessed` in this folder, on every process.
+        """The step of the last call of `assessed` in this folder, on every process; 0 if none.
 
-        Without one, the last step: older versions did not note it, and a run that they finished is
-        left as it is. Collective: every process must read it.
+        Collective: every process must read it.
         """
-        step = self._steps
+        step = 0
         if is_main() and self._assessed.exists():
             step = int(self._assessed.read_text() or 0)
         return int(multihost_utils.broadcast_one_to_all(np.array(step)))

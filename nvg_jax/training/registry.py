@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.models import ModelConfig
-from nvg_jax.parts import Part
+from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER, Part
 from nvg_jax.training import forecast, loop, plan, rehearsal
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
@@ -19,9 +19,9 @@ from nvg_jax.workdir import MAY_CHANGE
 
 # The section of a part's recipe -> how it is trained.
 TRAINERS: dict[str, type[Trainer]] = {
-    "tokenizer_training": TokenizerTrainer,
-    "generator_training": GeneratorTrainer,
-    "distillation": DistillationTrainer,
+    TOKENIZER.section: TokenizerTrainer,
+    BOTH_GENERATORS.section: GeneratorTrainer,
+    DISTILLATION.section: DistillationTrainer,
 }
 
 

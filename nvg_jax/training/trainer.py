@@ -193,7 +193,7 @@ class Trainer(abc.ABC, Generic[State]):
         `resumed` turns what is restored to it into the state of this run.
         """
         assert metadata.config is not None
-        skips = metadata.config[self.part.section].get("max_skipped_steps")
+        skips = metadata.config[self.part.section]["max_skipped_steps"]
         if not skips:
             return self.abstract_state.replace(skipping=None)
         abstract = jax.eval_shape(self.new_skipping)
