@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks.attention import tokamax_attention
 from benchmarks.sampling import CLASSES, random_params, random_weights, read_config
 from nvg_jax import layers, presets
-from nvg_jax.aot.lowering import training_part
+from nvg_jax.aot.lowering import IMAGENET, training_part
 from nvg_jax.kernels import block_linears
 from nvg_jax.models import ModelConfig
 from nvg_jax.pipeline import sample_keys
@@ -36,7 +36,6 @@ from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.training.registry import make_trainer
 
 FLAGS = flags.FLAGS
-IMAGES = 1_281_167  # of the training data, whose number only shapes the schedule
 # Types of the factors, forward and of the gradient.
 PRODUCTS = {"int8": ("int8", "int8"), "fp8": ("float8_e4m3fn", "float8_e5m2")}
 
@@ -74,7 +73,7 @@ def training(config, mesh):
     config[part.section].batch_size = batch = FLAGS.batch_size
     rng = np.random.default_rng(0)
     with sharding.in_mesh(mesh):
-        trainer = make_trainer(part, config, model, mesh, num_images=IMAGES)
+        trainer = make_trainer(part, config, model, mesh, num_images=IMAGENET[0])
         images = rng.uniform(-1, 1, trainer.abstract_batch["image"].shape).astype(np.float32)
         labels = rng.integers(0, CLASSES, batch, np.int32)
         examples = {"image": images, "label": labels}

@@ -192,7 +192,7 @@ def run_locally(config: ml_collections.ConfigDict):
     without_pretrained(config)
     config.dtype = "float32"
     config.fast_compile = True
-    config.data.update(num_workers=0, num_threads=1)
+    config.data.update(resize=8, pad=0, num_workers=0, num_threads=1)
     config.tokenizer.update(
         image_size=(8, 8),
         latent_size=(4, 4),

@@ -42,5 +42,4 @@ def get_config(arg: str | None = None):
     config.distillation.update(length="1000 steps", eval_every=1000)
     if "runlocal" in variants:
         common.run_locally(config)
-        config.data.update(resize=8, pad=0)
     return config

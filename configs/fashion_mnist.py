@@ -53,7 +53,6 @@ def get_config(arg: str | None = None):
         config.generator_training.update(length="4000 steps", batch_size=16, save_every=250)
     if "runlocal" in variants:
         common.run_locally(config)
-        config.data.resize = 8
     if "adversarial" in variants:
         config.tokenizer_training.update(adversarial_weight=0.1, discriminator="small")
     return config

@@ -106,8 +106,6 @@ def finetune():
     config.update(part="generators", init_from="models/d16", tokenizer_workdir="models/d16")
     config.dtype = "bfloat16"
     config.data.update(name="image_folder", num_workers=4)
-    config.content = common.transformer(1024, 16)
-    config.structure = common.transformer(512, 16)
     config.content.remat = config.structure.remat = "blocks"
     config.generator_training.update(length="20 epochs, at least 1000 steps", batch_size=64)
     common.follow_length(config.generator_training)

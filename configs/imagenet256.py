@@ -54,5 +54,5 @@ def get_config(arg: str | None = None):
         optimizer.decay_start = 0.8 + optimizer.warmup_steps / steps
     if "runlocal" in names:
         common.run_locally(config)
-        config.data.update(name="digits", resize=8)
+        config.data.name = "digits"
     return config

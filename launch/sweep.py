@@ -103,24 +103,30 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
     """The command of every run, after checking all of them.
 
     Raises:
-        ValueError: an invalid sweep; the message names the run and the key.
+        UserError: an invalid sweep; the message names the run and the key.
     """
     config_name, fixed, sweep = load_sweep(options.sweep)
-    config = parse_config(config_name, [])
+    known = dict(leaves(parse_config(config_name, []).to_dict()))
     commands, names = [], {}
     for number, overrides in enumerate(sweep, 1):
         where = f"run {number} of {options.sweep}"
         try:
             if both := fixed.keys() & overrides.keys():
                 raise UserError(f"{min(both)} is also in FIXED; set it in one place only.")
-            every = typed_overrides(config, {**fixed, **overrides})
+            every = dict(sorted({**fixed, **overrides}.items()))
+            if unknown := every.keys() - known:
+                near = difflib.get_close_matches(min(unknown), known, 1, 0)[0]
+                raise UserError(f"there is no setting {min(unknown)}; did you mean {near}?")
+            for key in every:
+                if any(argument.startswith(f"--config.{key}=") for argument in extra):
+                    raise UserError(f"do not set {key} after --: the sweep sets it.")
             arguments = [f"--config.{key}={as_text(value)}" for key, value in every.items()]
-            parsed = parse_config(config_name, arguments + list(extra))
-            check_parsed(parsed, every)
-            checks.check_config(parsed)
+            config = parse_config(config_name, arguments + list(extra))
+            checks.check_config(config)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        name = run_name({key: every[key] for key in overrides})
+        settings = dict(leaves(config.to_dict()))
+        name = run_name({key: settings[key] for key in overrides})
         if name in names:
             raise UserError(
                 f"{where} is {name}, the same as run {names[name]}; remove one of them."
@@ -172,53 +178,9 @@ def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.C
         raise UserError(f"{arguments}: {message}") from error
 
 
-def typed_overrides(
-    config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The overrides sorted by key, each value converted to the type of its setting.
-
-    Raises:
-        ValueError: an unknown key, or a value of another type.
-    """
-    settings = dict(leaves(config.to_dict()))
-    typed = {}
-    for key, value in sorted(overrides.items()):
-        if key not in settings:
-            inside = [name for name in settings if name.startswith(f"{key}.")]
-            if inside:
-                raise UserError(
-                    f"{key} is a section; name one of its settings, such as {inside[0]}."
-                )
-            near = difflib.get_close_matches(key, settings, 1, 0) or ["?"]
-            raise UserError(f"there is no setting {key}; did you mean {near[0]}?")
-        wanted = type(settings[key])
-        if wanted is float and type(value) is int:
-            value = float(value)
-        elif wanted is tuple and type(value) is list:
-            value = tuple(value)
-        if type(value) is not wanted:
-            raise UserError(
-                f"{key} has type {wanted.__name__} (default {settings[key]!r}), "
-                f"but {value!r} has type {type(value).__name__}."
-            )
-        typed[key] = value
-    return typed
-
-
 def as_text(value: Any) -> str:
     """A value in the form that config_flags parses."""
     return value if isinstance(value, str) else repr(value)
-
-
-def check_parsed(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]):
-    """Raises ValueError if a configuration lacks the overrides of its run."""
-    settings = dict(leaves(config.to_dict()))
-    for key, value in overrides.items():
-        if settings[key] != value or type(settings[key]) is not type(value):
-            raise UserError(
-                f"{key} would be {settings[key]!r} instead of {value!r}; do not set after -- what "
-                "the sweep sets."
-            )
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
@@ -242,7 +204,7 @@ def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
     arguments = shlex.split(options.launcher_args)
     if options.launcher == "slurm":
         return ["sbatch", f"--job-name={name}", *arguments, "launch/slurm.sbatch"]
-    if options.launcher == "gke":  # whose names must be short and lower-case
+    if options.launcher == "gke":  # names must be short and lower-case
         sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")[:18]
         return ["bash", "launch/gke_xpk.sh", f"--name={sweep}-{short_hash(name)}", *arguments]
     return ["bash", "launch/local.sh", *arguments]

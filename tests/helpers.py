@@ -48,6 +48,14 @@ def random_pipeline():
     return Pipeline(metadata, params)
 
 
+def published_tokenizer(**changes):
+    """The sizes of the published tokenizer, changed."""
+    from configs import common
+    from nvg_jax.tokenizer import TokenizerConfig
+
+    return TokenizerConfig(**common.base().tokenizer.to_dict() | changes)
+
+
 def optimizer_config(**changes):
     """The published generators' optimizer, changed."""
     from configs import common

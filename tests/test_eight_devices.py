@@ -18,7 +18,14 @@ import optax
 import pytest
 from absl import flags
 from etils import epath
-from helpers import on_eight_devices, random_like, random_pipeline, tiny_config, tiny_discriminator
+from helpers import (
+    on_eight_devices,
+    published_tokenizer,
+    random_like,
+    random_pipeline,
+    tiny_config,
+    tiny_discriminator,
+)
 from test_attention import arguments as attention_arguments
 
 from nvg_jax import layers, models
@@ -28,7 +35,6 @@ from nvg_jax.kernels.tpu_attention import fused_attention
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
-from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.losses import discriminator_loss
 from nvg_jax.training.registry import make_trainer
 from nvg_jax.training.run import open_run
@@ -410,7 +416,7 @@ def placement() -> dict:
     seen["batch_starts"] = sorted(map(int, first))
 
     for sizes in ((1, 8, 1), (1, 4, 2), (8, 1, 1)):
-        mesh, config = sharding.make_mesh(*sizes), TokenizerConfig()
+        mesh, config = sharding.make_mesh(*sizes), published_tokenizer()
         for name, width in (("content", 1024), ("structure", 512)):
             transformer = {name: layers.TransformerConfig(width, 16)}
             model = models.ModelConfig(config, 1000, **transformer).make_generator(name)

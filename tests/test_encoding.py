@@ -126,7 +126,7 @@ def test_one_token_is_stored_for_each_cluster():
 
 
 def test_the_steps_rebuild_maps_and_tokens_of_all_stages():
-    sizes = TokenizerConfig((4, 4), (2, 2), 3, 8, base_channels=32, channel_multipliers=(1, 1))
+    sizes = TokenizerConfig((4, 4), (2, 2), 3, 8, 32, (1, 1), blocks_per_level=1)
     tokenizer, params = Tokenizer(sizes), random_params(sizes)
     batch = {
         "structure": jnp.array(STRUCTURE[2:], jnp.uint8),

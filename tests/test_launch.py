@@ -1084,12 +1084,9 @@ def get_sweep():
     [
         ("[{'content.dept': 8}]", ["run 1", "content.dept", "content.depth"]),
         ("[{'learning_rate': 1.0}]", ["learning_rate", "did you mean"]),
-        ("[{}, {'content': 8}]", ["run 2", "content is a section"]),
-        ("[{'content.depth': 8.0}]", ["content.depth", "int", "float"]),
-        ("[{'content.depth': '8'}]", ["content.depth", "int", "str"]),
-        ("[{'sampling.gumbel': 1}]", ["sampling.gumbel", "bool", "int"]),
-        ("[{'content.depth': True}]", ["content.depth", "int", "bool"]),
-        ("[{'sampling.top_p': 0.5}]", ["sampling.top_p", "tuple", "float"]),
+        ("[{}, {'content': 8}]", ["run 2", "did you mean content."]),
+        ("[{'content.depth': 8.0}]", ["content.depth", "int", "8.0"]),
+        ("[{'content.depth': True}]", ["content.depth", "int", "True"]),
         ("[{'seed': 1}, {'seed': 2}, {'seed': 1}]", ["run 3", "seed=1", "run 1"]),
         ("[{'stall_timeout': 1}, {'stall_timeout': 1.0}]", ["run 2", "run 1"]),
         ("[]", ["list of dictionaries"]),
@@ -1116,7 +1113,7 @@ def get_sweep():
     [
         ("configs/nothere.py", [], ["configs/nothere.py"]),
         ("configs/digits.py:huge", [], ["huge", "runlocal"]),
-        ("configs/digits.py", ["--config.seed=4"], ["seed", "4", "3"]),
+        ("configs/digits.py", ["--config.seed=4"], ["do not set seed after --"]),
         ("configs/digits.py", ["--config.sed=4"], ["sed", "seed"]),
     ],
 )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import is_even_hierarchy
+from helpers import is_even_hierarchy, published_tokenizer
 
 from nvg_jax import granularity, models
 from nvg_jax.errors import UserError
@@ -123,7 +123,7 @@ def test_code_counts():
 )
 def test_impossible_sizes_get_a_sentence(sizes, message):
     with pytest.raises(UserError, match=message):
-        TokenizerConfig(**sizes)
+        published_tokenizer(**sizes)
 
 
 def test_sequences_are_pytrees():

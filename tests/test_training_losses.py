@@ -31,7 +31,7 @@ SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
 MODEL = models.ModelConfig(SIZES).make_tokenizer()
 LOSSES = tokenizer.TokenizerLossConfig("l1", 0.0, 0.3, 0.5, "small")
 DISCRIMINATOR = tiny_discriminator()
-NETWORKS = tokenizer.Networks(MODEL, DISCRIMINATOR, LOSSES)
+NETWORKS = tokenizer.Modules(MODEL, DISCRIMINATOR, LOSSES)
 TRAINER = types.SimpleNamespace(
     modules=NETWORKS,
     optimizer=optax.sgd(0.1),
@@ -174,7 +174,7 @@ def test_lpips_is_added_with_its_weight(state, monkeypatch):
         pretrained, "lpips", lambda params, a, b, dtype: params * jnp.square(a - b).mean((1, 2, 3))
     )
     losses = tokenizer.TokenizerLossConfig("l2", 0.7, 0.0, 0.0, "small")
-    terms = functools.partial(tokenizer.loss_terms, tokenizer.Networks(MODEL, None, losses))
+    terms = functools.partial(tokenizer.loss_terms, tokenizer.Modules(MODEL, None, losses))
     grad = jax.jit(jax.value_and_grad(terms, has_aux=True))
     plain, (metrics, _) = grad(state.params, None, None, {"lpips": 0.0}, IMAGES, KEY)[0]
     weighted, (more, _) = grad(state.params, None, None, {"lpips": 3.0}, IMAGES, KEY)[0]

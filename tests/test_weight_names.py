@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers import published_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from nvg_jax import models
@@ -52,7 +53,7 @@ def keys(parity_dir):
 def test_autoencoder(keys):
     names = {name: tuple(shape) for name, shape in keys["ae"]["keys"].items()}
     config = TokenizerConfig(**weight_names.tokenizer_sizes(stand_ins(names)))
-    assert config == TokenizerConfig()
+    assert config == published_tokenizer()
     ours = tokenizer_shapes(config)
     assert published_shapes(ours) == names
     total = sum(int(np.prod(shape)) for shape in ours.values())
@@ -72,7 +73,7 @@ def test_generators(keys, name, depth):
         "latent_dim": 32,
         "codebook_size": 4096,
     }
-    ours = generator_shapes(sizes, TokenizerConfig())
+    ours = generator_shapes(sizes, published_tokenizer())
     assert published_shapes(ours) | {"rope_ids": (1, 257, 11)} == names
     for part in models.GENERATORS:
         total = sum(int(np.prod(s)) for path, s in ours.items() if path.startswith(part))
@@ -200,7 +201,7 @@ def test_copies_of_the_weights(parity_dir):
     ],
 )
 def test_other_sizes_are_read_from_the_tensors(config, depths, heads):
-    config = TokenizerConfig(codebook_size=1024, latent_dim=12, blocks_per_level=3, **config)
+    config = published_tokenizer(codebook_size=1024, latent_dim=12, blocks_per_level=3, **config)
     sizes = {
         name: dict(width=2 * heads, depth=depth, head_dim=heads, mlp_ratio=2)
         for name, depth in zip(models.GENERATORS, depths, strict=True)

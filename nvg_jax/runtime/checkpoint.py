@@ -80,8 +80,8 @@ class Checkpoints:
         except BaseException:
             self._unlock()
             raise
-        # Orbax must not poll for preemption: a second caller would desynchronize the counter that
-        # `preemption.noticed` relies on.
+        # Orbax must not poll for preemption (github.com/google/orbax/issues/3406): a second caller
+        # would desynchronize the counter that `preemption.noticed` relies on.
         self._manager.reached_preemption = lambda step: False
 
     def _lock_folder(self) -> int | None:

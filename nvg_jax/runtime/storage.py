@@ -19,9 +19,13 @@ import fsspec
 import fsspec.config
 import jax
 import numpy as np
-from etils import epath
+from etils import epath, epy
 
 from nvg_jax.errors import UserError, reported
+
+with epy.lazy_imports():  # slow, and only for gs://
+    import gcsfs
+    from gcsfs import retry
 
 RETRIES = 11  # of a request to Cloud Storage, with pauses of 1, 2, 4, 8, 16, 32, 32, ... seconds
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a URL -> the package that epath reaches it with
@@ -39,13 +43,10 @@ def use_patient_client():
     gcsfs gives up after half a minute, and then its `isdir` says that there is no folder: a run
     would not see its checkpoints and start afresh.
     """
-    import gcsfs  # takes seconds
-    from gcsfs.retry import retry_request
-
-    retry: Any = retry_request  # a decorator that turns into a decorator with arguments
+    with_retries: Any = retry.retry_request  # a decorator that turns into one with arguments
 
     class Client(gcsfs.GCSFileSystem):
-        _request = retry(retries=RETRIES)(gcsfs.GCSFileSystem._request.__wrapped__)
+        _request = with_retries(retries=RETRIES)(gcsfs.GCSFileSystem._request.__wrapped__)
 
         async def _isdir(self, path):
             return await self._type(path) == "directory"

@@ -19,19 +19,19 @@ from nvg_jax.tokenizer.quantizer import GranularitySequence, Quantized, Quantize
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """All sizes of a tokenizer; the defaults are the published ones (paper, Section 4.1).
+    """All sizes of a tokenizer.
 
     Raises:
         UserError: invalid sizes; the message names valid ones.
     """
 
-    image_size: tuple[int, int] = (256, 256)  # H, W
-    latent_size: tuple[int, int] = (16, 16)  # h, w; h * w is a power of two
-    latent_dim: int = 32
-    codebook_size: int = 4096
-    base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)
-    blocks_per_level: int = 2
+    image_size: tuple[int, int]  # H, W
+    latent_size: tuple[int, int]  # h, w; h * w is a power of two
+    latent_dim: int
+    codebook_size: int
+    base_channels: int
+    channel_multipliers: tuple[int, ...]
+    blocks_per_level: int
 
     def __post_init__(self):
         for field in ("image_size", "latent_size", "channel_multipliers"):

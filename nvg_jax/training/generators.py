@@ -38,6 +38,8 @@ from nvg_jax.training.state import Params, TrainState
 from nvg_jax.training.trainer import Batch, Trainer
 from nvg_jax.workdir import RunMetadata
 
+REPA_KEY = 1  # folded into a generator's key for the initial projector
+
 
 @dataclasses.dataclass(frozen=True)
 class RepaConfig:
@@ -231,7 +233,9 @@ class GeneratorTrainer(Trainer[TrainState]):
             else:
                 params[name] = init_generator(model, name_key, codebook)
             if name == "content" and self.repa:
-                params[name] |= {"repa": init_projector(model, jax.random.fold_in(name_key, 1))}
+                params[name] |= {
+                    "repa": init_projector(model, jax.random.fold_in(name_key, REPA_KEY))
+                }
         return TrainState.create(params, self.optimizer)
 
     def whole(self, name: str, params: Params, inputs: Params) -> Params:

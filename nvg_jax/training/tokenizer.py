@@ -42,6 +42,7 @@ from nvg_jax.visualize import reconstruction_grid
 from nvg_jax.workdir import RunMetadata
 
 DISCRIMINATORS = ("dino", "small")
+DISCRIMINATOR_KEY = 1  # folded into the key of the initial state
 SCALE_IMAGES = 10_000  # maximum number of images for measuring the canvas scales
 PICTURE_IMAGES = 16  # images in the picture of reconstructions
 
@@ -107,7 +108,7 @@ class TokenizerState(TrainState):
     discriminator: DiscriminatorState | None = None
 
 
-class Networks(NamedTuple):
+class Modules(NamedTuple):
     """What is trained, and by which losses."""
 
     tokenizer: Tokenizer
@@ -141,7 +142,7 @@ def discriminator_inputs(
 
 
 def loss_terms(
-    networks: Networks,
+    modules: Modules,
     params: Params,
     discriminator_params: Params | None,
     opponent: DiscriminatorState | None,
@@ -162,7 +163,7 @@ def loss_terms(
     Returns:
         (loss, (metrics, the discriminator state with new vectors and averages)).
     """
-    model, discriminator, losses = networks
+    model, discriminator, losses = modules
     params = jax.tree.map(unshard, params)
     restored, quantized = cast(
         tuple[Array, Quantized], model.apply({"params": params}, images, index_backprop)
@@ -237,7 +238,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         losses = loss_config(self.config)
         dtype = self.recipe.dtype or self.model.dtype
         tokenizer = dataclasses.replace(self.model, dtype=dtype).make_tokenizer()
-        self.modules = Networks(tokenizer, losses.make_discriminator(tokenizer.dtype), losses)
+        self.modules = Modules(tokenizer, losses.make_discriminator(tokenizer.dtype), losses)
         self.discriminator_optimizer = make_optimizer(
             dataclasses.replace(
                 self.optimizer_config, weight_decay=self.recipe.discriminator_weight_decay
@@ -259,7 +260,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             seen = [jnp.zeros(shape)] * pretrained.DINO_FEATURES
         else:
             seen = jnp.zeros((1, *tokenizer.config.image_size, 3))
-        variables = discriminator.init(jax.random.fold_in(key, 1), seen)
+        variables = discriminator.init(jax.random.fold_in(key, DISCRIMINATOR_KEY), seen)
         opponent = DiscriminatorState(
             params=variables["params"],
             spectral=variables["spectral"],
