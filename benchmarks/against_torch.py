@@ -49,7 +49,7 @@ ROWS = [
     *("structure guided", "content guided", "encoder", "decoder"),
     *("structure gradient", "content gradient", "encoder gradient", "decoder gradient"),
 ]
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of the norm of the difference, relative
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative norm of the difference
 
 
 def device() -> str:

@@ -23,7 +23,7 @@ from nvg_jax.attention import attention, padded_length
 from nvg_jax.kernels.rotary import normalize_and_rotate
 
 FLAGS = flags.FLAGS
-CALLS = 20  # in a row, so that the time to start them is hidden
+CALLS = 20  # calls in a row hide the time to start them
 
 
 def ours(q, k, v):

@@ -34,7 +34,7 @@ def probabilities(count: int, seed: int) -> np.ndarray:
     return x / x.sum(1, keepdims=True)
 
 
-FIGURES = {
+METRICS = {
     "FID, 50,000 with 10,000": (
         evaluation.frechet_distance,
         lambda: (features(50_000, 0), features(10_000, 1)),
@@ -52,10 +52,10 @@ FIGURES = {
 
 
 def measure(name: str):
-    figure, arguments = FIGURES[name]
+    metric, arguments = METRICS[name]
     arguments = arguments()
     wall, cpu = time.perf_counter(), time.process_time()
-    value = figure(*arguments)
+    value = metric(*arguments)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     value = ", ".join(f"{x:.4f}" for x in np.atleast_1d(value))
@@ -99,7 +99,7 @@ def print_differences():
 
 def main():
     context = multiprocessing.get_context("spawn")
-    for name in FIGURES:
+    for name in METRICS:
         process = context.Process(target=measure, args=(name,))
         process.start()
         process.join()

@@ -40,7 +40,7 @@ from nvg_jax.visualize import to_uint8
 
 FLAGS = flags.FLAGS
 EXACT_STEPS = 200
-FIGURES = ("fid", "precision", "recall")
+METRICS = ("fid", "precision", "recall")
 
 
 def spread(images: np.ndarray, labels: np.ndarray) -> float:
@@ -181,7 +181,7 @@ def measure_point(pipe, point, seed, classes, judge, reference) -> dict[str, flo
     images = np.concatenate([draw(number) for number in range(len(batches))])
     seconds = (time.monotonic() - start) / len(classes)
     samples = LabeledImages(to_uint8(images), classes)
-    results = measure(samples, judge, reference, names=FIGURES)
+    results = measure(samples, judge, reference, names=METRICS)
     agreement, _ = class_agreement(judge.predict(samples.images), classes)
     return results | {
         "agreement": float(agreement),

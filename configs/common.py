@@ -44,7 +44,9 @@ def base() -> ml_collections.ConfigDict:
             seed=0,
             tokenizer_workdir="",  # a run, export, bundled or hub model; "": --workdir
             init_from="",  # model to start from; its data and classes may differ
-            lora=dict(rank=0),  # of adapters to train instead of the generators; 0: all weights
+            lora=dict(
+                rank=0
+            ),  # rank of adapters to train instead of the weights; 0: train the weights
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # dtype of the computation; "bfloat16" on accelerators
             fast_compile=False,  # compile with little optimization: for runs of a few steps
@@ -89,7 +91,7 @@ def base() -> ml_collections.ConfigDict:
                 adversarial_weight=0.1,  # 0: no discriminator
                 lecam_weight=0.001,
                 discriminator="dino",  # or "small": for small images, needs no pretrained weights
-                discriminator_weight_decay=5e-4,  # of all its parameters
+                discriminator_weight_decay=5e-4,  # decays all its parameters
                 discriminator_sees_generator_loss=False,  # True: as in the published code
                 index_backprop_epochs=1.0,  # IBQ warm-up: gradients through the choice of the token
                 optimizer=tokenizer_optimizer,

@@ -78,7 +78,7 @@ if __name__ == "__main__":
     flags.DEFINE_alias("to-safetensors", "to_safetensors")
     flags.DEFINE_string("out", None, "Folder to write, new or empty, or hf://ORG/NAME.")
     flags.DEFINE_string("license", None, "On the hub, such as mit; by default that of --from_hub.")
-    flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of losses or figures.")
+    flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of losses or metrics.")
     flags.DEFINE_multi_string("from", None, "Its published file, or files.")
     flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")
     cli.main(main)

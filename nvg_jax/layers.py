@@ -6,6 +6,7 @@ Parameters are float32, arithmetic is in `dtype`, normalizations and softmax are
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -107,7 +108,7 @@ def rope_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def cast_blocks(params, dtype):
+def cast_blocks(params: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """Casts the blocks' weights to `dtype` once, instead of in every iteration of a loop."""
 
     def cast(path, leaf):

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, overload
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from nvg_jax import granularity
 from nvg_jax.content.model import ContentGenerator
@@ -53,7 +54,10 @@ class ModelConfig:
 
     @classmethod
     def from_sizes(
-        cls, sizes: Mapping[str, Any], num_classes: int = 0, dtype: str = "float32"
+        cls,
+        sizes: Mapping[str, Any] | ml_collections.ConfigDict,
+        num_classes: int = 0,
+        dtype: str = "float32",
     ) -> "ModelConfig":
         """The model with these sizes.
 
@@ -123,12 +127,12 @@ class ModelConfig:
             )
         return StructureGenerator(**shared)
 
-    def abstract_params(self, name: str):
+    def abstract_params(self, name: str) -> dict[str, Any]:
         """Shapes and dtypes of the "tokenizer", "content" or "structure" parameters."""
         return unbox(self.boxed_params(name))
 
     @functools.cache  # noqa: B019 (few models are made, and these trees are small)
-    def boxed_params(self, name: str):
+    def boxed_params(self, name: str) -> dict[str, Any]:
         """`abstract_params`, boxed with their logical axes."""
         if name == "tokenizer":
             init = functools.partial(init_tokenizer, self.make_tokenizer())
@@ -139,16 +143,18 @@ class ModelConfig:
         return jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))
 
 
-def init_tokenizer(model: Tokenizer, key):
+def init_tokenizer(model: Tokenizer, key: PRNGKeyArray) -> dict[str, Any]:
     """Initial parameters, boxed with their logical axes."""
     images = jnp.zeros((1, *model.config.image_size, 3))
-    return model.init(key, images)["params"]
+    return cast(dict[str, Any], model.init(key, images)["params"])
 
 
-def init_generator(model: Generator, key, codebook=None):
+def init_generator(
+    model: Generator, key: PRNGKeyArray, codebook: Float[Array, "V D"] | None = None
+) -> dict[str, Any]:
     """Initial parameters, boxed with their logical axes.
 
-    Given a codebook (V, D), the content generator's token head starts as the nearest-code rule:
+    Given a codebook, the content generator's token head starts as the nearest-code rule:
     for missing content m, the logit of code e is (m.e - |e|^2 / 2) divided by twice the codebook's
     variance. A small random head would take hundreds of steps to grow to that scale.
     """

@@ -107,7 +107,7 @@ def set_up():
     if FLAGS.check_only:
         resume = folders.Resume(tuple(FLAGS.allow_changes), FLAGS.resume_step)
         workdir = check_arguments(FLAGS.config, FLAGS.workdir, resume)
-        if not storage.in_bucket(workdir):  # which this machine may have no access to
+        if not storage.in_bucket(workdir):  # this machine may have no access to the bucket
             check_workdir(workdir)
         sys.exit()
     cli.compile_fast()

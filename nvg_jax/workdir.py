@@ -262,8 +262,8 @@ def read_export_metadata(folder: epath.Path) -> RunMetadata | None:
     Raises:
         UserError: it is damaged.
     """
-    found = export.read_config(folder)
-    return found and RunMetadata.from_json(found[0])
+    stored = export.read_config(folder)
+    return stored and RunMetadata.from_json(stored[0])
 
 
 def read_export(folder: epath.Path, *networks: str) -> tuple[RunMetadata, dict[str, Any]] | None:
@@ -275,10 +275,10 @@ def read_export(folder: epath.Path, *networks: str) -> tuple[RunMetadata, dict[s
     Raises:
         UserError: it is damaged.
     """
-    found = export.read_config(folder)
-    if found is None:
+    stored = export.read_config(folder)
+    if stored is None:
         return None
-    content, checksums = found
+    content, checksums = stored
     metadata = RunMetadata.from_json(content)
     if metadata.base:
         raise UserError(
@@ -390,9 +390,9 @@ def read_adapters(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     Raises:
         UserError: the folder holds no adapters, or they are damaged.
     """
-    found = export.read_config(folder)
-    if found and found[0].get("base"):
-        content, checksums = found
+    stored = export.read_config(folder)
+    if stored and stored[0].get("base"):
+        content, checksums = stored
         return RunMetadata.from_json(content), export.read(folder, checksums, content["base"])
     metadata, adapters, base = None, {}, {}
     for name, (part_folder, part_metadata) in trained_generators(folder).items():
@@ -547,14 +547,12 @@ def changed_settings(
     def settings(metadata: RunMetadata) -> dict[str, Any]:
         content = metadata.to_json()
         config = content["config"]
-        found = {name: content[name] for name in FIXED}
-        found |= {name: config[name] for name in ("seed", "dtype", "class_dropout")}
-        found |= {"lora": config["lora"]}
-        found |= {"data.num_images": content["num_images"]}
-        found |= {"data.resize_filter": content["resize_filter"]}
+        values = {name: content[name] for name in FIXED}
+        values |= {name: config[name] for name in ("seed", "dtype", "class_dropout", "lora")}
+        values |= {f"data.{name}": content[name] for name in ("num_images", "resize_filter")}
         for name in ("data", section):
-            found[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
-        return dict(leaves(found))
+            values[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
+        return dict(leaves(values))
 
     old = settings(stored)
     return {

@@ -27,7 +27,7 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (23, 8, 8, 3), np.uint8)
 OTHERS = RNG.integers(0, 200, (17, 8, 8, 3), np.uint8)
 DIGITS = {"name": "digits", "data_dir": "", "resize": 8}
-FIGURES = ("fid", "sfid", "inception_score", "precision", "recall")
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
 class Judge:
@@ -63,7 +63,7 @@ def reference(tmp_path, monkeypatch):
     return sets.Archive(save(tmp_path / "reference.npz", OTHERS), 4)
 
 
-def expected_figures():
+def expected_metrics():
     ours, real = (Judge().image_features(x) for x in (IMAGES, OTHERS))
     order = np.random.default_rng(0).permutation(len(IMAGES))
     exponentials = np.exp(ours.logits[order])
@@ -79,11 +79,11 @@ def expected_figures():
     }
 
 
-def test_batches_give_the_figures_of_all_images_at_once(samples, reference, tmp_path):
+def test_batches_give_the_metrics_of_all_images_at_once(samples, reference, tmp_path):
     judge = Judge()
     known = report.reference_features(reference, judge)
     found = report.compare(samples, known, judge, tmp_path / "out", {"samples": "a"})
-    for name, value in expected_figures().items():
+    for name, value in expected_metrics().items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
     assert found["images"] == 23 and found["reference_images"] == 17 and found["samples"] == "a"
     assert (tmp_path / "out" / "metrics.json").is_file()
@@ -271,7 +271,7 @@ def test_a_sweep_is_every_combination():
 
 
 def test_the_table_marks_the_lowest_fid():
-    line = dict.fromkeys(FIGURES, 0.5) | {"images": 50_000, "features": 2048}
+    line = dict.fromkeys(METRICS, 0.5) | {"images": 50_000, "features": 2048}
     results = [
         {**line, "fid": fid, "sweep": dict(top_p=(1.0, top_p))} for fid, top_p in ((3, 0.5), (2, 1))
     ]
@@ -286,7 +286,7 @@ def test_numbers_have_three_digits_and_every_name_is_explained():
     assert [report.digits(v) for v in values] == ["353", "0.350", "12300", "0.00123", "0.00"]
     # The PSNR of equal images, and the FID of a model that diverged.
     assert [report.digits(v) for v in (np.inf, -np.inf, np.nan)] == ["inf", "-inf", "nan"]
-    few = dict.fromkeys(FIGURES, 352.59935075584195) | {"images": 27, "features": 64}
+    few = dict.fromkeys(METRICS, 352.59935075584195) | {"images": 27, "features": 64}
     text = report.table([few])
     assert "353" in text and "352.6" not in text
     assert "too few images for FID: 27, which is not more than the 64 features" in text
@@ -296,12 +296,12 @@ def test_numbers_have_three_digits_and_every_name_is_explained():
 
 
 def test_a_model_stands_beside_real_images_and_chance():
-    five = dict.fromkeys(FIGURES, 2.0)
+    five = dict.fromkeys(METRICS, 2.0)
     results = {
         "test_psnr": 21.04, "rfid": 12.0, "classifier_accuracy_on_reconstructions": 0.7,
         "classifier_accuracy_on_real_test_images": 0.74074, "class_agreement": 0.35,
-        "copying": {"near_share": 0.25}, "figures_of_samples": five,
-        "figures_of_real_test_images": five | {"fid": 1.0}, "figures_images": 27, "features": 64,
+        "copying": {"near_share": 0.25}, "metrics_of_samples": five,
+        "metrics_of_real_test_images": five | {"fid": 1.0}, "metrics_images": 27, "features": 64,
     }  # fmt: skip
     lines = classification.table(results, num_classes=3).splitlines()
     assert lines[0].split() == ["model", "real", "images", "chance"]
@@ -309,7 +309,7 @@ def test_a_model_stands_beside_real_images_and_chance():
     assert "near copies             0.250       0.0500" in lines
     assert "FID                      2.00         1.00" in lines
     assert any(line.startswith("too few images for FID: 27") for line in lines)
-    alone = {k: v for k, v in results.items() if not k.startswith(("class_", "fig", "copy"))}
+    alone = {k: v for k, v in results.items() if not k.startswith(("class_", "metrics", "copy"))}
     assert "class agreement:" not in classification.table(alone, num_classes=3)
 
 

@@ -281,7 +281,7 @@ barrier("end")
 
 
 def compare_archives(samples, folder):
-    """The five figures of samples and of noise, in the features of test_comparison's stub."""
+    """The five metrics of samples and of noise, in the features of test_comparison's stub."""
     judge = Judge()
     known = report.features_of(sets.Archive(folder / "noise.npz", 3), judge, folder / "noise")
     images = sets.Archive(samples, BATCH)

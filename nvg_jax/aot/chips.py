@@ -120,7 +120,7 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         per_chip = len(devices) // len(set(map(chip_of, devices)))
         flops, hbm, hbm_bandwidth, link_bandwidth, _ = TPUS[name]
         whole = flops, hbm, hbm_bandwidth, link_bandwidth
-        device = Chip(*(figure / per_chip for figure in whole))
+        device = Chip(*(number / per_chip for number in whole))
         return Target(topology, sharding.make_mesh(**mesh, devices=devices), device)
     if name in GPUS and re.fullmatch(r"([1-9]\d*x)?[1-8]", shape):
         hosts, per_host = ([1] + [int(size) for size in shape.split("x")])[-2:]

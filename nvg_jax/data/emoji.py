@@ -26,7 +26,7 @@ from PIL import Image
 
 from nvg_jax.errors import UserError, reported
 
-SIDE = 64  # of a picture, in pixels
+SIDE = 64  # pixels on each side of a picture
 # The archive of each design, and the folder of its pictures inside.
 PACKAGES = {
     "noto": ("emoji-datasource-google-*.tgz", "package/img/google/64/"),

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 TAPS = 8
-SCALE_BITS = 11  # of the weights along one side
+SCALE_BITS = 11  # a weight along one side is an integer over 2**11
 # cos and sin of the angles between the first tap and each tap, times their alternating sign.
 _HALF = 0.70710678118654752440
 _TURNS = np.array(

@@ -325,7 +325,7 @@ def generation_metrics(
         if images.count <= width:
             logger.warning(
                 "%d %s for %d features: the covariance is rank deficient and FID is biased upward; "
-                "compare only figures from the same number of images",
+                "compare only metrics of the same number of images",
                 images.count,
                 kind,
                 width,

@@ -17,7 +17,7 @@ from nvg_jax.errors import UserError, comes_with
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from sklearn import metrics
 
-LOW_QUANTILE = 0.05  # of held-out distances; smaller distances are unusually small
+LOW_QUANTILE = 0.05  # distances below this quantile of held-out images are unusually small
 SSIM_WINDOW = 7  # pixels of the square window
 
 

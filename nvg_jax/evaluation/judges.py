@@ -34,7 +34,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 
 logger = logging.getLogger("nvg_jax")
 
-JUDGES = ("inception", "classifier")  # of --judge and config.evaluation.judge; see `make_judge`
+JUDGES = ("inception", "classifier")  # the choices of --judge and config.evaluation.judge
 DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
 BATCH_SIZE = 128

@@ -236,7 +236,7 @@ def warn_if_sizes_differ(images: ImageSet, reference: ImageSet):
     if tuple(images.image_size) != tuple(reference.image_size):
         logger.warning(
             "the samples have %d x %d pixels and the reference %d x %d: both are resized to the "
-            "network's input, so the figures also measure the difference in resolution",
+            "network's input, so the metrics also measure the difference in resolution",
             *images.image_size,
             *reference.image_size,
         )

@@ -36,8 +36,9 @@ STATISTICS = (
 )
 SHUFFLE_SEED = 0
 DECODING_THREADS = 16
-MAX_IMAGES = {"train": 60_000, "test": 10_000}  # of a split in memory
-MAX_BYTES = 4 << 30  # of a split in memory, as float32
+# A split in memory has at most these images, and takes at most these bytes as float32.
+MAX_IMAGES = {"train": 60_000, "test": 10_000}
+MAX_BYTES = 4 << 30
 
 
 class ImageSet(abc.ABC):
@@ -121,7 +122,7 @@ class Archive(ImageSet):
         return self.shape[0]
 
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-        wanted, bytes_per_image = set(numbers), int(np.prod(self.shape[1:]))
+        chosen, bytes_per_image = set(numbers), int(np.prod(self.shape[1:]))
         try:
             with (
                 self.path.open("rb") as file,
@@ -129,10 +130,10 @@ class Archive(ImageSet):
                 archive.open("arr_0.npy") as member,
             ):
                 read_header(member)
-                for number in range(max(wanted, default=-1) + 1):
+                for number in range(max(chosen, default=-1) + 1):
                     count = min(self.batch_size, len(self) - number * self.batch_size)
                     content = member.read(count * bytes_per_image)
-                    if number in wanted:
+                    if number in chosen:
                         yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
         except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
             raise self._damaged(error) from error

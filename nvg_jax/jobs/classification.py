@@ -149,8 +149,8 @@ def sample_metrics(
         ("samples", samples.select(np.arange(len(chosen)))),
         ("real_test_images", test.select(chosen)),
     ):
-        results[f"figures_of_{name}"] = measure(images, classifier, reference)
-    results |= {"figures_images": len(chosen), "features": len(reference.pool_mean)}
+        results[f"metrics_of_{name}"] = measure(images, classifier, reference)
+    results |= {"metrics_images": len(chosen), "features": len(reference.pool_mean)}
     return results
 
 
@@ -173,9 +173,9 @@ def table(results: dict[str, Any], num_classes: int) -> str:
             ("class agreement", results["class_agreement"], rows[-1][2], 1 / num_classes),
             ("near copies", copying["near_share"], LOW_QUANTILE, None),
         ]
-        model, real = results["figures_of_samples"], results["figures_of_real_test_images"]
+        model, real = results["metrics_of_samples"], results["metrics_of_real_test_images"]
         rows += [(head, model[name], real[name], None) for head, name in zip(HEADS, METRICS)]
-        notes = too_few({"images": results["figures_images"], "features": results["features"]})
+        notes = too_few({"images": results["metrics_images"], "features": results["features"]})
     text = lambda value: "" if value is None else digits(value)
     lines = [f"{'':<18}{'model':>11}{'real images':>13}{'chance':>9}"]
     lines += [

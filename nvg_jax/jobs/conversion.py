@@ -229,8 +229,8 @@ def _save(tensors: dict[str, np.ndarray], path: epath.Path, header: dict[str, st
         export.save(tensors, temporary, header)
 
 
-def _new_folder(given: str | os.PathLike) -> epath.Path:
-    folder = storage_path(given)
+def _new_folder(out: str | os.PathLike) -> epath.Path:
+    folder = storage_path(out)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty. Give --out a new folder.")
     return folder

@@ -95,7 +95,7 @@ SOURCES = {
 NAMES = tuple(SOURCES)
 LPIPS_NETWORKS = {"lpips": "vgg", "lpips_alex": "alex"}
 PUBLISHED_DINOV2_GRID = 37  # rows of its published position embedding, for 518 x 518 pixels
-BATCH_NORM_EPS = 1e-3  # of Inception
+BATCH_NORM_EPS = 1e-3  # Inception's
 
 
 def abstract(name: str) -> dict[str, Any]:

@@ -42,17 +42,17 @@ PAUSES = (1, 2, 4, 8, 16, 32, 64, 64)
 PATTERN = re.compile(r"[*?\[\\]")  # what begins or is a glob pattern
 
 
-def run_folder(given: str | os.PathLike) -> epath.Path:
+def run_folder(workdir: str | os.PathLike) -> epath.Path:
     """`storage_path` of a folder to write checkpoints to.
 
     Raises:
         UserError: Orbax takes its path for a pattern. What it writes there, it cannot read.
     """
-    folder = storage_path(given)
-    if found := PATTERN.search(os.fspath(folder)):
+    folder = storage_path(workdir)
+    if pattern := PATTERN.search(os.fspath(folder)):
         raise UserError(
-            f"Checkpoints cannot be kept in {folder}: {found[0]} in a path is a pattern for Orbax, "
-            "which writes them. Choose a path without [ * ? and backslashes."
+            f"Checkpoints cannot be kept in {folder}: {pattern[0]} in a path is a pattern for "
+            "Orbax, which writes them. Choose a path without [ * ? and backslashes."
         )
     return folder
 
@@ -121,13 +121,13 @@ class Checkpoints:
         self._saving = step
 
     def restore(
-        self, wanted: Callable[[dict[str, Any]], Any], step: int | None = None
+        self, abstract_of: Callable[[dict[str, Any]], Any], step: int | None = None
     ) -> tuple[Any, dict[str, Any], Any]:
         """Restores the newest undamaged checkpoint; renames newer ones.
 
         Args:
-            wanted: maps the metadata to the shapes, dtypes and shardings to restore to; raises if
-                the run must not be resumed.
+            abstract_of: maps the metadata to the shapes, dtypes and shardings to restore to;
+                raises if the run must not be resumed.
             step: restores the checkpoint of this step, or the newest undamaged one before it.
 
         Returns:
@@ -144,10 +144,12 @@ class Checkpoints:
                 f"{', '.join(map(str, steps))}."
             )
         later = [] if step is None else [s for s in steps if s > step]
-        found, damaged = newest(self._manager, self._folder, wanted, ocp.args.StandardRestore, step)
-        assert found is not None  # there are checkpoints
+        latest, damaged = newest(
+            self._manager, self._folder, abstract_of, ocp.args.StandardRestore, step
+        )
+        assert latest is not None  # there are checkpoints
         self._rename({s: "damaged" for s in damaged} | {s: "abandoned" for s in later})
-        step, content, restored = found
+        step, content, restored = latest
         return restored, content["meta"] | {"step": step}, content["position"]
 
     def _rename(self, steps: dict[int, str]):
@@ -245,24 +247,24 @@ def read(
             "every machine has."
         )
     with ocp.CheckpointManager(folder) as manager:
-        found, _ = newest(manager, folder, part, partial_restore, last)
-    if found is None:
+        latest, _ = newest(manager, folder, part, partial_restore, last)
+    if latest is None:
         return None
-    step, content, state = found
+    step, content, state = latest
     return {**content["meta"], "step": step}, state
 
 
 def newest(
     manager: "ocp.CheckpointManager",
     folder: epath.Path,
-    wanted: Callable[[dict[str, Any]], Any],
+    abstract_of: Callable[[dict[str, Any]], Any],
     restore: Callable[[Any], "ocp.args.CheckpointArgs"],
     last: int | None = None,
 ) -> tuple[tuple[int, dict[str, Any], Any] | None, list[int]]:
     """Finds and restores the newest undamaged checkpoint.
 
     Args:
-        wanted: maps the metadata to the abstract tree to restore.
+        abstract_of: maps the metadata to the abstract tree to restore.
         restore: how to restore an abstract tree.
         last: ignores checkpoints of later steps.
 
@@ -281,7 +283,7 @@ def newest(
         content, reason = attempt(manager, folder, step, meta=ocp.args.JsonRestore())
         reason = reason or damage(content)
         if reason is None:
-            state = abstract = wanted(content["meta"])
+            state = abstract = abstract_of(content["meta"])
             check_leaves(content["leaves"], abstract, folder)
             if jax.tree.leaves(abstract):
                 state, reason = attempt(manager, folder, step, state=restore(abstract))
@@ -336,7 +338,7 @@ def attempt(
                 reason = error
             else:
                 failure = error
-        mistake = isinstance(failure, OSError) and is_mistake(failure)  # of a disk
+        mistake = isinstance(failure, OSError) and is_mistake(failure)  # a disk's error
         states = [failure is not None, reason is not None, mistake]
         if jax.process_count() > 1:
             gathered = multihost_utils.process_allgather(np.array(states))
@@ -381,15 +383,15 @@ def describe(state) -> dict[str, list]:
     }
 
 
-def check_leaves(stored: dict[str, list], wanted, folder: epath.Path):
+def check_leaves(stored: dict[str, list], abstract, folder: epath.Path):
     """Raises UserError if a leaf of the abstract tree is missing or has another size or dtype."""
-    for name, leaf in leaf_names(wanted).items():
-        found = stored.get(name)
-        if found is None or found[:2] != [list(leaf.shape), str(leaf.dtype)]:
+    for name, leaf in leaf_names(abstract).items():
+        entry = stored.get(name)
+        if entry is None or entry[:2] != [list(leaf.shape), str(leaf.dtype)]:
             raise UserError(
                 f"The checkpoints in {folder} are of another model: {name} should be "
                 f"{leaf.dtype} {tuple(leaf.shape)}, but there it is "
-                f"{f'{found[1]} {tuple(found[0])}' if found else 'missing'}."
+                f"{f'{entry[1]} {tuple(entry[0])}' if entry else 'missing'}."
             )
 
 
@@ -404,8 +406,8 @@ def damage(content: Any) -> str | None:
 
 def difference(stored: dict[str, list], state) -> str | None:
     """The first mismatch between a restored tree and its stored checksums, or None."""
-    for name, found in describe(state).items():
-        if found[2] != stored[name][2]:
+    for name, entry in describe(state).items():
+        if entry[2] != stored[name][2]:
             return f"the checksum of {name} does not match"
     return None
 

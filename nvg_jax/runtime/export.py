@@ -87,7 +87,7 @@ def write(folder: epath.Path, meta: dict[str, Any], params: dict[str, Any]):
             place(INDEX).write_text(text)
         config.write_text(sealed(content))
     kept = {*files, INDEX} if len(files) > 1 else {*files}
-    for path in folder.iterdir():  # of an earlier model in more or fewer files
+    for path in folder.iterdir():  # an earlier model may have had more or fewer files
         if WEIGHTS.fullmatch(path.name) and path.name not in kept:
             path.unlink()
 

@@ -27,7 +27,7 @@ with epy.lazy_imports():  # slow, and only for gs://
     import gcsfs
     from gcsfs import retry
 
-RETRIES = 11  # of a request to Cloud Storage, with pauses of 1, 2, 4, 8, 16, 32, 32, ... seconds
+RETRIES = 11  # a request to Cloud Storage is repeated after 1, 2, 4, 8, 16, 32, 32, ... seconds
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a URL -> the package that epath reaches it with
 
 # The same client everywhere: without this, epath takes TensorFlow's where it is installed.
@@ -68,7 +68,7 @@ def use_patient_client():
 # Paths.
 
 
-def storage_path(given: str | os.PathLike) -> epath.Path:
+def storage_path(name: str | os.PathLike) -> epath.Path:
     """The absolute path of a file or folder that a user names, on a disk or in a bucket.
 
     `~` is expanded, and a slash at the end dropped. A path that this returned stays as it is.
@@ -76,7 +76,7 @@ def storage_path(given: str | os.PathLike) -> epath.Path:
     Raises:
         UserError: a URL that is no path in a bucket, or a home folder that does not exist.
     """
-    text = os.fspath(given)
+    text = os.fspath(name)
     if not text:
         raise UserError("A path is empty; give a folder or a file.")
     if url := re.fullmatch(r"(\w+)://(.*)|(gs|s3):/(.*)", text):  # pathlib merges slashes
@@ -107,7 +107,7 @@ def in_bucket(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def local_path(given: str | os.PathLike, what: str) -> Path:
+def local_path(name: str | os.PathLike, what: str) -> Path:
     """`storage_path` of what libraries can only read or write on a disk.
 
     Args:
@@ -116,10 +116,10 @@ def local_path(given: str | os.PathLike, what: str) -> Path:
     Raises:
         UserError: it is in a bucket.
     """
-    path = storage_path(given)
+    path = storage_path(name)
     if in_bucket(path):
         raise UserError(
-            f"{what} must be a path on this machine, not {given}. Copy it there, or mount the "
+            f"{what} must be a path on this machine, not {name}. Copy it there, or mount the "
             "bucket on every machine (gcsfuse; docs/launch.md) and give the path there."
         )
     return Path(path)

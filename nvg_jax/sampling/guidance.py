@@ -18,8 +18,7 @@ class Guidance:
         classes: the classes of that batch.
 
     Args:
-        scale: a scalar, or an array that broadcasts to the output; None disables guidance: the
-            batch is then (B, ...) and the null class is not computed.
+        scale: broadcasts to the output; None disables guidance, and the null class is not computed.
     """
 
     classes: Int[Array, " rows"]

@@ -160,6 +160,6 @@ def bind(
     return networks, functools.partial(apply, method="decode")
 
 
-def apply_with(module: nn.Module, params) -> Callable[..., Any]:
+def apply_with(module: nn.Module, params: dict[str, Any]) -> Callable[..., Any]:
     """`module.apply` with these parameters."""
     return functools.partial(module.apply, {"params": params})

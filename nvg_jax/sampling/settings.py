@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from nvg_jax.errors import UserError
 from nvg_jax.structure.flow import SOLVERS
@@ -27,14 +28,14 @@ def check_dtype(dtype: str):
         raise UserError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
 
 
-def top_p_range(start: float, end: float, num_stages: int) -> np.ndarray:
+def top_p_range(start: float, end: float, num_stages: int) -> Float64[np.ndarray, " stages"]:
     """Top-p of every stage: u_i = K ** (i / K) mapped linearly from (u_0, u_K) to (start, end)."""
     last = num_stages - 1
     u = np.float64(last) ** (np.arange(num_stages) / last)
     return end + (start - end) * (u[-1] - u) / (u[-1] - u[0])
 
 
-def integer_range(start: float, end: float, num_stages: int) -> np.ndarray:
+def integer_range(start: float, end: float, num_stages: int) -> Float64[np.ndarray, " stages"]:
     return np.round(np.linspace(start, end, num_stages))
 
 

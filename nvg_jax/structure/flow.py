@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 
 from nvg_jax.errors import UserError
 
 SOLVERS = {"euler": 1, "heun": 2, "multistep": 1}  # {name: calls of the velocity per step}
 
 
-def shifted_times(num_steps: int, num_positions: int, shift: float = 0.0) -> np.ndarray:
-    """The n + 1 times of the solver, from 1 down to 0, float64.
+def shifted_times(
+    num_steps: int, num_positions: int, shift: float = 0.0
+) -> Float64[np.ndarray, " times"]:
+    """The n + 1 times of the solver, from 1 down to 0.
 
     Evenly spaced times t become shift * t / (1 + (shift - 1) * t).
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int, Int32, Shaped
+from jaxtyping import Float, Float32, Int, Int32, Real, Shaped
 
 from nvg_jax import granularity
 from nvg_jax.runtime.sharding import parameter
@@ -164,7 +164,7 @@ class Quantizer(nn.Module):
         )
 
 
-def codebook_usage(counts) -> dict[str, np.ndarray]:
-    """The share of the codebook in use, per stage and over all stages, from counts (S, V)."""
-    used = np.asarray(counts) > 0
+def codebook_usage(counts: Real[np.ndarray, "S V"]) -> dict[str, np.ndarray]:
+    """The share of the codebook in use, per stage and over all stages."""
+    used = counts > 0
     return {"codebook_usage_stage": used.mean(1), "codebook_usage": used.any(0).mean()}

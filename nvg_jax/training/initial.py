@@ -12,7 +12,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.lora import CLASS_TABLE, class_table
 from nvg_jax.models import check_networks
 from nvg_jax.runtime.sharding import to_host
-from nvg_jax.training.state import TrainState
+from nvg_jax.training.state import Params, TrainState
 from nvg_jax.workdir import RunMetadata
 
 State = TypeVar("State", bound=TrainState)
@@ -56,7 +56,7 @@ def fit_model(
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), weights, initial)
 
 
-def with_params(state: State, params) -> State:
+def with_params(state: State, params: Params) -> State:
     """An initial state whose parameters, and their moving average, start from `params`."""
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
@@ -91,8 +91,8 @@ def check_sizes(needed: dict[tuple, Any], stored: dict[tuple, Any], where: str):
 
 
 def fit_params(
-    initial, weights, where: str, metadata: RunMetadata, class_names: Sequence[str]
-) -> dict[str, Any]:
+    initial: Params, weights: Params, where: str, metadata: RunMetadata, class_names: Sequence[str]
+) -> Params:
     """`weights`, with a class table for `class_names`, as a tree like `initial`.
 
     The REPA projector, which no model keeps, is taken from `initial`.

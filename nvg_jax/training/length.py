@@ -25,7 +25,7 @@ class Origin(NamedTuple):
     images: int
 
 
-START = Origin(0, 0)  # of a run whose settings never changed
+START = Origin(0, 0)  # for a run whose settings never changed
 
 
 def training_length(length: str, num_images: int, batch_size: int, origin: Origin = START) -> int:

@@ -16,6 +16,7 @@ from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.length import START, Origin
 from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.run import Run
+from nvg_jax.training.state import TrainState
 from nvg_jax.training.trainer import Trainer
 from nvg_jax.training.watching import Profiler
 from nvg_jax.training.weights_and_biases import WandbWriter
@@ -73,7 +74,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
         stack.enter_context(contextlib.closing(reporter))
         best = BestModel(run.workdir / f"best_{name}", score, start) if score else None
         assessed = reporter.last_assessed
-        if assessed > start:  # those steps are abandoned, or of an earlier training
+        if assessed > start:  # an abandoned step, or an earlier training's
             reporter.assessed(0)
 
         def due(step: int) -> tuple[bool, bool]:
@@ -116,7 +117,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             with clock.timed("data"):
                 batch = sharding.global_batch(next(batches), run.mesh)
             before, warming_up = warming_up, trainer.warming_up(step)
-            compiles = warming_up is not before  # in the first step, and after the warm-up
+            compiles = warming_up is not before  # the first step, and the one after the warm-up
             with (
                 clock.timed("compiling") if compiles else contextlib.nullcontext(),
                 jax.profiler.StepTraceAnnotation("train", step_num=done),
@@ -246,12 +247,12 @@ def resume(
     name, section = trainer.part.name, trainer.part.section
     step = step_to_go_back_to(trainer, run, new)
 
-    def wanted(content: dict[str, Any]):
+    def abstract_of(content: dict[str, Any]) -> TrainState:
         stored = RunMetadata.from_json(content)
         check_resume(stored, new, section, run.workdir / name, run.resume.allow_changes)
         return trainer.stored_state(stored)
 
-    state, content, position = checkpoints.restore(wanted, step)
+    state, content, position = checkpoints.restore(abstract_of, step)
     stored = RunMetadata.from_json(content)
     assert stored.step is not None  # it was read
     trainer, metadata = continued(trainer, run, stored, new, step)

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float32, Int32
 
 from nvg_jax.errors import UserError
+from nvg_jax.training.state import Params
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -71,7 +72,7 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int)
     return optax.join_schedules([ramp, main], [warmup])
 
 
-def decay_mask(params):
+def decay_mask(params: Params) -> Params:
     """True for every parameter of two or more dimensions, not counting a layer or stage axis."""
 
     def decays(path, leaf):
@@ -82,7 +83,7 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def every_parameter(params):
+def every_parameter(params: Params) -> Params:
     """True for every parameter."""
     return jax.tree.map(lambda _: True, params)
 

@@ -373,18 +373,18 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         return with_params(state, params)
 
     def evaluate(self, run: Run, state: TokenizerState, inputs: Params, metadata: RunMetadata):
-        quality, counts, shown = {}, 0, ()
+        quality, counts, shown = {}, [], ()
         for batch in run.test_batches(run.config[self.part.section]):
             out = self.jit_eval_step(state.params, inputs, batch)
             mask = sharding.to_host(batch["mask"])
             for name in {"psnr", "lpips"} & out.keys():
                 quality.setdefault(name, []).append(np.asarray(out[name])[mask])
-            counts = counts + np.asarray(out["code_counts"])
+            counts.append(np.asarray(out["code_counts"]))
             if not shown:
                 pair = sharding.to_host(batch["image"]), np.asarray(out["restored"])
                 shown = [images[mask][:PICTURE_IMAGES] for images in pair]
         metrics = {name: np.concatenate(parts).mean() for name, parts in quality.items()}
-        return metrics | codebook_usage(counts), reconstruction_grid(*shown)
+        return metrics | codebook_usage(np.sum(counts, axis=0)), reconstruction_grid(*shown)
 
     def finish(self, run: Run, state: TokenizerState, metadata: RunMetadata) -> RunMetadata:
         return metadata.replace(

@@ -50,7 +50,7 @@ class Trainer(abc.ABC, Generic[State]):
             `jit_train_step` donates the state.
     """
 
-    SETTINGS: tuple[str, ...] = ()  # of the config, besides the recipe, that shape the program
+    SETTINGS: tuple[str, ...] = ()  # what shapes the program besides the recipe
     abstract_state: State
     jit_init_state: Callable[[PRNGKeyArray, Params], State]
     # Folded into the run's key, and added to its seed for the order of the training data.
