@@ -89,6 +89,7 @@ def hand_made(folder, images=6, crops=3):
     settings = {
         "format": 1, "tokenizer": tokenizer, "fingerprint": "abc", "class_names": ["a"] * images,
         "images": {"train": images, "test": images}, "shard_size": 4,
+        "data": {"resize": 9, "resize_filter": "lanczos"},
     }  # fmt: skip
     sequences.begin(folder, settings)
     for shard in sequences.plan(settings):
