@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from etils import epath, epy
 
-from nvg_jax.errors import UserError, reported
+from nvg_jax.errors import UserError, comes_with, reported
 
-with epy.lazy_imports():  # slow, and only for gs://
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow, and only for gs://
     import gcsfs
     from gcsfs import retry
 
