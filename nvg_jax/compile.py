@@ -1,6 +1,6 @@
 """Compiles a program for TPUs or GPUs on a machine without any, and reports what it would need.
 
-python -m nvg_jax.compile --config=configs/imagenet256.py:d24 --topology=v5p:8x8x8
+python -m nvg_jax.compile --config=configs/imagenet256.py:d16 --topology=v5p:8x8x8
 python -m nvg_jax.compile --config=configs/imagenet256.py:d16 --topology=h100:8
 
 Compiles the training step that `train` runs or, with --program=sample, the sampler.
