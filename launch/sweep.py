@@ -29,11 +29,15 @@ from typing import Any
 
 import ml_collections
 from absl import flags
+from etils import epy
 
 from nvg_jax import presets
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.training import checks
 from nvg_jax.workdir import leaves
+
+with epy.lazy_imports(error_callback=comes_with("train")):  # slow
+    from nvg_jax.training import curves
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME_LENGTH = 180  # file systems allow 255, and the scheduler may add to a job name
@@ -61,8 +65,6 @@ def main():
 
 def comparison(commands: Sequence[Sequence[str]]) -> str:
     """The table of `python -m nvg_jax.report` for these runs, the best one first."""
-    from nvg_jax.training import curves  # slow
-
     folders = [word.partition("=")[2] for c in commands for word in c if word[:10] == "--workdir="]
     with contextlib.chdir(ROOT):  # where the runs were started
         return curves.tables(*curves.read({Path(folder).name: folder for folder in folders}))

@@ -78,6 +78,11 @@ def unwrapped(error: BaseException) -> BaseException:
     return error
 
 
+def is_in_code(error: BaseException) -> bool:
+    """Whether a mistake in the code raises such errors, as malformed metadata does."""
+    return isinstance(unwrapped(error), MISTAKES_IN_CODE)
+
+
 def is_mistake(error: BaseException) -> bool:
     """Whether a read or write failed for a reason that only the user can mend."""
     if isinstance(error, OSError) and error.errno is not None:

@@ -189,17 +189,16 @@ class RunMetadata:
         for name, size in sizes.items():
             if size is not None:
                 check_keys(TokenizerConfig if name == "tokenizer" else TransformerConfig, size)
-        metadata = cls(
+        scale = content.get("canvas_scale")
+        return cls(
             **content
             | {
                 "model": ModelConfig.from_sizes(sizes, len(content["class_names"])),
+                "class_names": tuple(content["class_names"]),
+                "canvas_scale": scale and tuple(scale),
                 "sampling": Settings.from_dict(sampling),
+                "changes": tuple(content.get("changes", ())),
             }
-        )
-        return metadata.replace(
-            class_names=tuple(metadata.class_names),
-            changes=tuple(metadata.changes),
-            canvas_scale=metadata.canvas_scale and tuple(metadata.canvas_scale),
         )
 
 
@@ -210,8 +209,8 @@ def check_keys(kind: type, content: Mapping[str, Any]):
     wrong = needed - content.keys() | content.keys() - {field.name for field in fields}
     if wrong:
         raise UserError(
-            f"The metadata is not what this version of nvg_jax writes ({kind.__name__} with or "
-            f"without {', '.join(sorted(wrong))}). Read the folder with the version that wrote it."
+            f"The metadata is not what this version of nvg_jax writes ({kind.__name__}: missing or "
+            f"unknown {', '.join(sorted(wrong))}). Read the folder with the version that wrote it."
         )
 
 

@@ -58,9 +58,9 @@ def test_checkpoints_that_do_not_say_it(published):
 
 def test_metadata_of_another_version_is_named_and_other_errors_pass(published, monkeypatch):
     content = published.metadata.to_json()
-    with pytest.raises(UserError, match="RunMetadata with or without age, class_names"):
+    with pytest.raises(UserError, match="RunMetadata: missing or unknown age, class_names"):
         RunMetadata.from_json({k: v for k, v in content.items() if k != "class_names"} | {"age": 1})
-    with pytest.raises(UserError, match="TransformerConfig with or without depth, heads"):
+    with pytest.raises(UserError, match="TransformerConfig: missing or unknown depth, heads"):
         RunMetadata.from_json(content | {"content": {"width": 32, "heads": 2}})
     monkeypatch.setattr(Settings, "from_dict", raising(TypeError("a mistake in the code")))
     with pytest.raises(TypeError, match="a mistake in the code"):

@@ -19,15 +19,7 @@ import numpy as np
 from etils import epath, epy
 from jax.experimental import multihost_utils
 
-from nvg_jax.errors import (
-    MISTAKES_IN_CODE,
-    UserError,
-    comes_with,
-    is_damage,
-    is_mistake,
-    reported,
-    unwrapped,
-)
+from nvg_jax.errors import UserError, comes_with, is_damage, is_in_code, is_mistake, reported
 from nvg_jax.runtime import processes, watchdog
 from nvg_jax.runtime.storage import digest, lock, make_folder, storage_path
 
@@ -297,13 +289,9 @@ def newest(
             short(reason),
         )
         damaged[step] = reason
-    in_code = [
-        reason
-        for reason in damaged.values()
-        if isinstance(reason, Exception) and isinstance(unwrapped(reason), MISTAKES_IN_CODE)
-    ]
-    if in_code and len(in_code) == len(damaged):
-        raise in_code[-1]
+    errors = [e for e in damaged.values() if isinstance(e, Exception) and is_in_code(e)]
+    if errors and len(errors) == len(damaged):
+        raise errors[-1]
     if damaged:
         raise UserError(
             f"Every checkpoint in {folder} is damaged (steps {sorted(damaged)}). Put back a copy, "
