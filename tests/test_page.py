@@ -9,18 +9,22 @@ import socket
 import types
 import urllib.request
 
-import gradio as gr
 import numpy as np
 import pytest
+from etils import epy
 from helpers import random_pipeline
 from PIL import ExifTags, Image
 
-from nvg_jax import page
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
 from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.sampling.settings import Settings
-from nvg_jax.visualize import image_grid
+from nvg_jax.visualize import image_grid, png
+
+with epy.lazy_imports():  # takes a third of the time in which pytest collects all tests
+    import gradio as gr
+
+    from nvg_jax import page
 
 SIZE = 8  # of the tiny model's images
 # The settings of the tiny model, as fields.
@@ -29,11 +33,15 @@ LEFT = np.mgrid[:SIZE, :SIZE][1] < SIZE // 2
 RANDOM = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
 
+def url_of(pixels):
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+
+
 def painted(part, color=(0, 0, 0), picture=None):
     """What the browser sends when `part` of a field is painted."""
     pixels = np.zeros((SIZE, SIZE, 4), np.uint8)
     pixels[part] = (*color, 255)
-    return {"painted": page.url_of(pixels), "picture": picture is not None and page.url_of(picture)}
+    return {"painted": url_of(pixels), "picture": picture is not None and url_of(picture)}
 
 
 @pytest.fixture(scope="module")
