@@ -5,6 +5,7 @@ their generation, which TensorStore reads; a request that ends too early stores 
 last part of an upload may be sent again.
 """
 
+import asyncio
 import contextlib
 import http.server
 import io
@@ -14,11 +15,15 @@ import socket
 import struct
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 
+import pytest
 from gcp_storage_emulator import server
 from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.storage import Storage
+
+from nvg_jax.runtime import checkpoint
 
 NAME = "bucket"
 RESET, RESET_AFTER = "reset", "reset after the work"  # what a fault may be, besides an HTTP status
@@ -58,6 +63,13 @@ class Bucket:
         self.fault, self.latency = lambda method, path: None, 0.0
         with self.lock:
             self.storage.wipe(keep_buckets=True)
+
+
+def shorten_pauses(monkeypatch: pytest.MonkeyPatch):
+    """What waits for a bucket waits a twentieth of the time."""
+    sleep = lambda seconds: asyncio.sleep(seconds / 20)
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2))
 
 
 def some_requests_fail(share: float, seed: int = 0) -> Fault:

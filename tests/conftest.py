@@ -1,15 +1,13 @@
 """Set-up shared by all tests: a quiet CPU, one compilation cache, the parity pack."""
 
-import asyncio
 import ctypes
 import gc
 import os
 import signal
 import sys
-import types
 from pathlib import Path
 
-from helpers import ROOT, free_port, random_pipeline
+from helpers import ROOT, free_port, random_pipeline, tiny_config
 
 # Set before jax is imported. Most of the time of these tests is compilation, so compiled programs
 # are shared by all processes and kept for the next run.
@@ -28,6 +26,7 @@ os.environ |= {
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from absl import flags  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Calls are checked against the types and shapes in the signatures of these modules, which must be
@@ -45,6 +44,7 @@ from nvg_jax.cli import FAST_COMPILE  # noqa: E402
 from nvg_jax.runtime import interrupts  # noqa: E402
 
 interrupts.listen = lambda: None  # a command called in this process leaves its signals alone
+flags.FLAGS(["tests"])  # Orbax asks for some
 os.environ["XLA_FLAGS"] = " ".join(FAST_COMPILE)
 gc.set_threshold(200_000, 50, 100)  # tracing creates many objects, of which most stay
 
@@ -110,14 +110,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Frees compiled programs, which the cache keeps, after files of a process beyond 3 GiB.
+    """Frees compiled programs, which the cache keeps, after files of a process beyond 2 GiB.
 
     They are most of its memory, in pieces that glibc keeps until it is told to return them.
     """
     yield
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        if pages * os.sysconf("SC_PAGESIZE") > 3 * 2**30:
+        if pages * os.sysconf("SC_PAGESIZE") > 2 * 2**30:
             jax.clear_caches()
             gc.collect()
             getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
@@ -147,6 +147,19 @@ def exported(pipe, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of every part that measured FID and kept all checkpoints; to be left as is."""
+    from nvg_jax.train import train
+
+    config = tiny_config()
+    for training in (config.tokenizer_training, config.generator_training):
+        training.update(fid_every=8, fid_samples=50, keep=3)
+    folder = tmp_path_factory.mktemp("trained")
+    train(config, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def service():
     """The emulator of Cloud Storage, found by all libraries in this process and its children."""
@@ -165,12 +178,10 @@ def service():
 @pytest.fixture
 def bucket(service, monkeypatch):
     """An empty bucket; what waits for it waits a twentieth of the time."""
-    from nvg_jax.runtime import checkpoint
+    from bucket import shorten_pauses
 
     service.clear()
-    sleep = lambda seconds: asyncio.sleep(seconds / 20)
-    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.1, 0.2, 0.4, 0.8, 1.6, 3.2))
+    shorten_pauses(monkeypatch)
     return service
 
 

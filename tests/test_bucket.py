@@ -1,6 +1,5 @@
 """Everything that is written and read in a bucket, while the bucket fails on purpose."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -10,10 +9,10 @@ import types
 import jax
 import numpy as np
 import pytest
-from bucket import RESET, some_requests_fail
-from helpers import random_pipeline, tiny_config
+from bucket import RESET, shorten_pauses, some_requests_fail
+from helpers import fork, random_pipeline, tiny_config
 from test_checkpoint import META, make_state, restore, same
-from test_faults import IMPORTED_LATE, content
+from test_faults import content
 
 from nvg_jax import Pipeline, report
 from nvg_jax.errors import UserError
@@ -151,45 +150,37 @@ def run():
 
 
 def run_to_be_killed(environment):
-    """`run` with the emulator, which may have started after the server that forks this process."""
+    """`run` with the emulator, which has started after the server that forks this process."""
     os.environ |= environment
+    shorten_pauses(pytest.MonkeyPatch())
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # no half entries
     run()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The checkpoint of an undisturbed run on a disk."""
-    folder = tmp_path_factory.mktemp("whole")
-    train(tiny_config(part="tokenizer"), folder)
-    return content(folder / "tokenizer")
-
-
-def assert_same_run(whole):
+def assert_same_run(trained):
+    """As on a disk."""
     state, meta = content(storage_path("gs://bucket/run/tokenizer"))
-    jax.tree.map(np.testing.assert_array_equal, state, whole[0])
-    assert meta == whole[1]
+    expected, expected_meta = content(trained / "tokenizer")
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert meta == expected_meta
 
 
-def test_training_ends_with_the_same_bits(bucket, whole):
+def test_training_ends_with_the_same_bits(bucket, trained):
     bucket.fault, bucket.latency = some_requests_fail(0.05), 0.005
     run()
     bucket.fault = lambda method, path: None
-    assert_same_run(whole)
+    assert_same_run(trained)
     names = {name.split("/")[-1].split(".")[0] for name in bucket.names()}
     assert {"heartbeat", "events", "assessed"} <= names
 
 
-def test_kills_change_nothing(bucket, whole):
+def test_kills_change_nothing(bucket, trained):
     """Kills while requests are on their way; the run after each of them goes on."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_bucket", *IMPORTED_LATE])
     rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
     bucket.fault = some_requests_fail(0.01)
     reached = []
     for _ in range(KILLS):
-        process = context.Process(target=run_to_be_killed, args=(bucket.environment,))
-        process.start()
+        process = fork(run_to_be_killed, bucket.environment)
         last = bucket.requests + rng.randrange(10, 600)
         while bucket.requests < last and process.is_alive():
             time.sleep(0.002)
@@ -201,5 +192,5 @@ def test_kills_change_nothing(bucket, whole):
         reached.append(max(steps, default=0))
     assert reached == sorted(reached), "a kill lost finished checkpoints"
     run()
-    assert_same_run(whole)
+    assert_same_run(trained)
     print("after each kill:", reached)

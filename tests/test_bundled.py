@@ -1,13 +1,12 @@
 """The models that come with the package."""
 
-import os
 import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, python, random_pipeline, tiny_config
+from helpers import ROOT, forked, random_pipeline, tiny_config
 from PIL import Image
 
 from nvg_jax import Pipeline, bundled, evaluate, workdir
@@ -92,8 +91,7 @@ def test_results_of_a_bundled_model_are_kept_apart(tmp_path, monkeypatch, name):
 @pytest.mark.slow
 def test_nothing_is_made_before_the_input_is_checked(tmp_path):
     command = ["-m", "nvg_jax.evaluate", "--workdir=fashion_mnist", "--reconstruction"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = python(*command, "--data_name=sequences", cwd=tmp_path, env=environment)
+    done = forked(*command, "--data_name=sequences", cwd=tmp_path)
     assert done.returncode == 2 and "needs data_dir" in done.stderr
     assert not list(tmp_path.iterdir())
 

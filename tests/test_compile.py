@@ -8,7 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import python, tiny_config
+from helpers import forked, tiny_config
 
 from configs import digits
 from nvg_jax.aot import batch, chips, hlo, lowering, report
@@ -415,7 +415,7 @@ def test_what_the_compiler_says_about_memory():
 
 
 def run(*arguments: str, **environment):
-    return python("-m", "nvg_jax.compile", *arguments, env=os.environ | environment)
+    return forked("-m", "nvg_jax.compile", *arguments, env=os.environ | environment)
 
 
 def test_error_messages():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import optimizer_config, python
+from helpers import forked, optimizer_config
 
 from configs import common
 from nvg_jax import Pipeline, cli, layers, models
@@ -195,10 +195,10 @@ def test_the_documentation_names_every_sampling_setting():
 
 @pytest.mark.slow
 def test_help_shows_the_flags_that_commands_share():
-    shown = python("-m", "nvg_jax.sample", "--help").stdout
+    shown = forked("-m", "nvg_jax.sample", "--help").stdout
     for name in ("workdir", "seed", "dtype", *Settings.specs()):
         assert f"--{name}:" in shown or f"--[no]{name}:" in shown
-    assert "--config:" in python("-m", "nvg_jax.train", "--help").stdout
+    assert "--config:" in forked("-m", "nvg_jax.train", "--help").stdout
 
 
 def test_published_recipe():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import is_even_hierarchy, python
+from helpers import forked, is_even_hierarchy
 from PIL import Image
 
 from nvg_jax import granularity
@@ -341,7 +341,7 @@ def test_the_command_edits_an_image(pipe, files, tmp_path):
 
     def sample(*args):
         command = ["-m", "nvg_jax.sample", f"--workdir={tmp_path / 'model'}", "--per_class=2"]
-        return python(*command, "--classes=3", f"--out={tmp_path / 'out'}", *args)
+        return forked(*command, "--classes=3", f"--out={tmp_path / 'out'}", *args)
 
     image, mask = files / "image.png", files / "mask.png"
     edit = sample(f"--edit={image}", f"--mask={mask}", "--edit_from=1", "--paste", "--feather=0")

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from helpers import python, random_pipeline
+from helpers import forked, random_pipeline
 from safetensors.numpy import load_file, save_file
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from torch_files import ordered, storage, tensor, write_zip
@@ -109,7 +109,7 @@ def averaged(path):
 def test_there_and_back_on_the_command_line(files, folder, tmp_path):
     """Same names, types, shapes and bytes: the raw autoencoder and the averaged generators."""
     command = ["-m", "nvg_jax.convert", f"--workdir={folder}", "--to-safetensors"]
-    done = python(*command, f"--out={tmp_path / 'back'}")
+    done = forked(*command, f"--out={tmp_path / 'back'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"written: {tmp_path / 'back'}\n"
     autoencoder, generator = files

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, python, tiny_config
+from helpers import ROOT, forked, tiny_config
 from PIL import Image
 
 from nvg_jax import Pipeline
@@ -327,7 +327,7 @@ os.fsync = lambda fd: next(count) == 3 and os.kill(os.getpid(), signal.SIGKILL)
 pipeline = Pipeline.from_pretrained({str(tmp_path / "export")!r})
 encode_data_set(pipeline, {str(tmp_path / "cache")!r}, {data!r}, crops=8, batch_size={BATCH})
 """
-    done = python("-c", code)
+    done = forked("-c", code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
         "train-00000-of-00003.array_record", "train-00001-of-00003.array_record.tmp",

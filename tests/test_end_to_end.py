@@ -13,15 +13,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from absl import flags
 from bucket import some_requests_fail
 from helpers import (
     Process,
     finish,
+    forked,
     free_port,
     is_even_hierarchy,
     logged,
-    python,
     raising,
     random_pipeline,
     read_meta,
@@ -49,19 +48,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A finished run of every stage that measured FID."""
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny_config()
-    config.tokenizer_training.update(fid_every=8, fid_samples=50)
-    config.generator_training.update(fid_every=8, fid_samples=50)
-    train(config, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(workdir):
-    return Pipeline.from_pretrained(workdir)
+def pipe(trained):
+    return Pipeline.from_pretrained(trained)
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +65,19 @@ def weights(folder, step=None):
     return jax.tree.map(np.asarray, state)
 
 
-def test_a_run_leaves_checkpoints_metrics_and_pictures(workdir):
+def test_a_run_leaves_checkpoints_metrics_and_pictures(trained):
     for run in ("tokenizer", "generators"):
-        assert read_meta(workdir / run)["step"] == 12
-        assert list((workdir / run).glob("pictures_*.png"))
-    tags = {tag for tag, _ in logged(workdir / "tokenizer")}
+        assert read_meta(trained / run)["step"] == 12
+        assert list((trained / run).glob("pictures_*.png"))
+    tags = {tag for tag, _ in logged(trained / "tokenizer")}
     assert {"quantizer_stage_loss/4", "codebook_usage", "test_psnr", "learning_rate"} <= tags
-    tags = {tag for tag, _ in logged(workdir / "generators")}
+    tags = {tag for tag, _ in logged(trained / "generators")}
     expected = {"content/token_loss/4", "content/token_accuracy/0", "structure/flow_loss/2"}
     expected |= {"test_content/loss", "test_raw/content/loss"}  # averaged weights, raw weights
     assert expected | {"images_per_second", "grad_norm"} <= tags
 
 
-def test_the_best_model_by_fid_is_kept_beside_the_latest(workdir):
+def test_the_best_model_by_fid_is_kept_beside_the_latest(trained):
     real = load_split(tiny_config().data, "train", (8, 8))
     judge = DigitClassifier(real.images, real.labels)
     held_out = next(Split(tiny_config().data, "test", (8, 8), 50).batches([0]))
@@ -98,10 +86,10 @@ def test_the_best_model_by_fid_is_kept_beside_the_latest(workdir):
         ("tokenizer", held_out, lambda best: best.reconstruct(held_out)),
         ("generators", real.images, samples),
     ):
-        values = logged(workdir / part)
+        values = logged(trained / part)
         measured = {step: values[tag, step] for tag, step in values if tag == "fid"}
         assert measured.keys() == {8, 12}
-        best = Pipeline.from_pretrained(workdir / f"best_{part}")
+        best = Pipeline.from_pretrained(trained / f"best_{part}")
         assert best.metadata.step == min(measured, key=measured.get)
         assert best.metadata.fid == pytest.approx(min(measured.values()), rel=1e-6)
         features = [judge.image_features(x).pool for x in (known, to_uint8(images(best)))]
@@ -134,8 +122,8 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     assert read_export_metadata(tmp_path).step == 10
 
 
-def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(workdir, pipe):
-    meta = read_meta(workdir / "tokenizer")
+def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(trained, pipe):
+    meta = read_meta(trained / "tokenizer")
     scale = meta["canvas_scale"]
     assert len(scale) == 6 and scale[0] == 1
     from nvg_jax.data import LoaderOptions, Transform, eval_batches, open_source
@@ -237,7 +225,7 @@ WARM_UP = 8  # steps of the tokenizer's 12
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "generators"])
-def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, stage):
+def test_a_resumed_run_is_the_uninterrupted_run(trained, tmp_path, monkeypatch, stage):
     """The tokenizer's with a discriminator, and a warm-up that ends within the run."""
     warming_up, warm = tokenizer.TokenizerTrainer.warming_up, []
 
@@ -251,9 +239,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(workdir, tmp_path, monkeypatch, 
         "make_discriminator",
         lambda config, dtype: tiny_discriminator(),
     )
-    config, whole = tiny_config(part=stage), workdir
+    config, whole = tiny_config(part=stage), trained
     if stage == "generators":
-        (tmp_path / "tokenizer").symlink_to(workdir / "tokenizer")
+        (tmp_path / "tokenizer").symlink_to(trained / "tokenizer")
     else:
         config.tokenizer_training.update(
             adversarial_weight=0.1, discriminator="small", index_backprop_epochs=WARM_UP * 16 / 1497
@@ -307,7 +295,7 @@ runpy.run_module("nvg_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
-def test_two_processes_stop_on_a_signal_and_one_goes_on(workdir, bucket, tmp_path):
+def test_two_processes_stop_on_a_signal_and_one_goes_on(trained, bucket, tmp_path):
     """Four devices of two processes: the bits are the same in a bucket that fails on purpose.
 
     A SIGTERM to one saves in both; one device ends the run, with the losses of one device.
@@ -349,7 +337,7 @@ def test_two_processes_stop_on_a_signal_and_one_goes_on(workdir, bucket, tmp_pat
         ("tokenizer", ("loss", "test_psnr")),
         ("generators", ("content/loss", "structure/loss", "test_content/loss")),
     ):
-        alone, found = logged(workdir / run), logged(tmp_path / run)
+        alone, found = logged(trained / run), logged(tmp_path / run)
         for tag in tags:
             curve = {key: value for key, value in alone.items() if key[0] == tag}
             assert len(curve) == (1 if tag.startswith("test") else 6)
@@ -365,9 +353,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_pat
         train(config, tmp_path)
 
 
-def test_generators_refuse_another_tokenizer(workdir, tmp_path):
+def test_generators_refuse_another_tokenizer(trained, tmp_path):
     train(tiny_config(part="tokenizer", seed=1), tmp_path)
-    (tmp_path / "generators").symlink_to(workdir / "generators")
+    (tmp_path / "generators").symlink_to(trained / "generators")
     with pytest.raises(UserError, match="another tokenizer"):
         Pipeline.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="another tokenizer"):
@@ -378,7 +366,7 @@ def test_generators_refuse_another_tokenizer(workdir, tmp_path):
     with pytest.raises(UserError, match="no content and no structure generator; it has tokenizer"):
         Pipeline.from_pretrained(alone).sample([0])
     with pytest.raises(UserError, match="seed = 0, now 5"):
-        train(tiny_config(part="tokenizer", seed=5), workdir)
+        train(tiny_config(part="tokenizer", seed=5), trained)
     other_sizes = tiny_config(part="generators")
     other_sizes.tokenizer.codebook_size = 32
     with pytest.raises(UserError, match="other sizes"):
@@ -387,14 +375,14 @@ def test_generators_refuse_another_tokenizer(workdir, tmp_path):
 
 # Orbax leaves coroutines behind after an error, which Python complains of.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_weights_and_metadata_come_from_one_checkpoint(workdir, tmp_path):
+def test_weights_and_metadata_come_from_one_checkpoint(trained, tmp_path):
     """The finished tokenizer is damaged, the one before it is not finished: no one builds on it."""
-    shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
     for path in (tmp_path / "tokenizer" / "12" / "state").rglob("d/*"):  # the metadata are in meta/
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UserError, match="has none that has finished"):
         train(tiny_config(part="generators"), tmp_path)
-    shutil.copytree(workdir / "generators", tmp_path / "generators")
+    shutil.copytree(trained / "generators", tmp_path / "generators")
     with pytest.raises(UserError, match="is at step 8, before the end of its training"):
         Pipeline.from_pretrained(tmp_path)
     gc.collect()  # the complaints come here, where they are ignored
@@ -569,51 +557,46 @@ def test_settings_of_a_later_part_are_checked_before_the_first_is_trained(
     assert not any(tmp_path.iterdir())
 
 
-def test_an_export_does_not_hide_a_run(pipe, workdir):
+def test_an_export_does_not_hide_a_run(pipe, trained):
     with pytest.raises(UserError, match="holds a training run"):
-        pipe.save_pretrained(workdir)
+        pipe.save_pretrained(trained)
 
 
 def command(*arguments):
     """Runs a module and returns its error output."""
-    done = python("-m", *arguments)
+    done = forked("-m", *arguments)
     assert done.returncode == 0 or "error:" in done.stderr, done.stderr
     return done.stderr
 
 
-def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, workdir):
+def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, trained):
     for output, message in (
         (command("nvg_jax.train", "--config=configs/digits.py",
                 "--config.generator_training.lr=3", f"--workdir={tmp_path}"),
          "no config.generator_training.lr. config.generator_training has batch_size,"),
-        (command("nvg_jax.sample", f"--workdir={workdir}", f"--out={tmp_path}", "--classes=11"),
+        (command("nvg_jax.sample", f"--workdir={trained}", f"--out={tmp_path}", "--classes=11"),
          "error: Unknown class 11"),
-        (command("nvg_jax.evaluate", f"--workdir={workdir}", "--pad=2"), "flag 'pad'"),
+        (command("nvg_jax.evaluate", f"--workdir={trained}", "--pad=2"), "flag 'pad'"),
     ):  # fmt: skip
         assert message in output and "Traceback" not in output
 
 
-def test_the_command_lines_write_pictures_and_metrics(workdir, pipe, tmp_path):
-    sample = ("nvg_jax.sample", f"--workdir={workdir}", "--classes=0,1", "--per_class=3")
+def test_the_command_lines_write_pictures_and_metrics(trained, pipe, tmp_path):
+    sample = ("nvg_jax.sample", f"--workdir={trained}", "--classes=0,1", "--per_class=3")
     command(*sample, f"--out={tmp_path / 'pictures'}")
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {"000000_0.png", "000005_1.png", "grid.png", "stages.png"} <= names
     images = to_uint8(pipe.sample([0, 0, 0, 1, 1, 1], seed=0).images)
     first = np.asarray(Image.open(tmp_path / "pictures" / "000003_1.png"))
     assert np.abs(first.astype(int) - images[3]).max() <= 1
-    command("nvg_jax.evaluate", f"--workdir={workdir}", "--num_samples=20", f"--out={tmp_path}")
+    command("nvg_jax.evaluate", f"--workdir={trained}", "--num_samples=20", f"--out={tmp_path}")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["samples"] == 20 and metrics["classifier_accuracy_on_real_test_images"] > 0.98
     assert 0 <= metrics["class_agreement"] <= 1 and metrics["test_psnr"] > 0
 
 
-def setup_module():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["tests"])
-
-
-def test_bfloat16_samples_and_decodes_but_encodes_in_float32(workdir, pipe, images):
-    fast = Pipeline.from_pretrained(workdir, dtype="bfloat16")
+def test_bfloat16_samples_and_decodes_but_encodes_in_float32(trained, pipe, images):
+    fast = Pipeline.from_pretrained(trained, dtype="bfloat16")
     sequence = pipe.encode(images)
     jax.tree.map(np.testing.assert_array_equal, fast.encode(images), sequence)
     error = np.abs(fast.decode(sequence) - pipe.decode(sequence)).max()
@@ -628,4 +611,4 @@ def test_bfloat16_samples_and_decodes_but_encodes_in_float32(workdir, pipe, imag
     products = re.findall(rf"dot_general.*tensor<{width}x{4 * width}x(\w+)>\) ->", text)
     assert products and set(products) == {"bf16"}
     with pytest.raises(UserError, match="float32 or bfloat16, got 'float16'"):
-        Pipeline.from_pretrained(workdir, dtype="float16")
+        Pipeline.from_pretrained(trained, dtype="float16")

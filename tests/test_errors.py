@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from helpers import python, raising, tiny_config
+from helpers import forked, python, raising, tiny_config
 
 from nvg_jax import cli
 from nvg_jax.data.sources import ArraySource
@@ -35,9 +36,9 @@ FAILURES = {
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train(config(), folder)
+    shutil.copytree(trained / "tokenizer", folder / "tokenizer")
     return folder
 
 
@@ -77,10 +78,10 @@ def test_a_failure_passes_unchanged_and_changes_no_checkpoint(
         assert sorted(path.name for path in (folder / "tokenizer").glob("*")) == before
 
 
-def run(command: str, *arguments: str, **environment):
+def run(command: str, *arguments: str, start=forked, **environment):
     """Runs a command of `cli.main` in a process of its own."""
     script = f"from nvg_jax import cli\ndef command(_):\n    {command}\ncli.main(command)"
-    return python("-c", script, *arguments, env=os.environ | environment)
+    return start("-c", script, *arguments, env=os.environ | environment)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ cli.parse_flags(["sample", "--structure_solves="])
 print(cli.sampling_settings())
 cli.parse_flags(["sample", "--flow_shift=1", "--top_p="])
 """
-    done = python("-c", script)
+    done = forked("-c", script)
     assert (done.returncode, done.stdout) == (2, "{'structure_solves': ()}\n")
     assert done.stderr == "error: --top_p is empty: give a value, or leave the flag out.\n"
 
@@ -129,7 +130,7 @@ cli.parse_flags(["sample", "--flow_shift=1", "--top_p="])
 def test_options_of_jax_from_outside_are_pinned_or_named():
     command = "import jax; print(jax.numpy.arange(3).dtype, jax.random.key(0).dtype)"
     changed = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
-    done = run(command, JAX_DEFAULT_MATMUL_PRECISION="highest", **changed)
+    done = run(command, start=python, JAX_DEFAULT_MATMUL_PRECISION="highest", **changed)
     assert done.stdout == "int32 key<fry>\n"
     lines = [line.split(" ", 1)[1] for line in done.stderr.splitlines()]
     assert lines == [

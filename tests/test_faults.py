@@ -1,7 +1,6 @@
 """Runs that are killed at any moment end with the weights of an uninterrupted run."""
 
 import faulthandler
-import multiprocessing
 import os
 import random
 import signal
@@ -12,71 +11,44 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
-from helpers import TIMEOUT, tiny_config
+from helpers import TIMEOUT, fork, tiny_config
 
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
+from nvg_jax.workdir import MAY_CHANGE
 
-# What `train` imports only when it needs it, which takes seconds.
-IMPORTED_LATE = [
-    "nvg_jax.jobs.scoring",
-    "nvg_jax.training.generators",
-    "nvg_jax.training.tokenizer",
-    "sklearn.datasets",
-]
 KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "2"))  # of each part
 pytestmark = pytest.mark.slow
 
 
-def run(workdir, part="all"):
-    """The work of a process."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["tests"])
+def run_to_be_killed(workdir, part):
+    """A training that saves often, without writing to the shared compilation cache.
+
+    A kill would leave half an entry. It ends with the stacks of all threads if it takes too long.
+    """
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    flags.FLAGS(["tests"])
     config = tiny_config(part=part)
     config.tokenizer_training.save_every = config.generator_training.save_every = 2
     train(config, workdir)
 
 
-def run_to_be_killed(workdir, part):
-    """`run` without writing to the shared compilation cache: a kill would leave half an entry.
-
-    It ends with the stacks of all threads if it takes too long.
-    """
-    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    run(workdir, part)
-
-
-@pytest.fixture(scope="module")
-def spawn():
-    """Starts `run_to_be_killed` in a process of its own that has already imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults", *IMPORTED_LATE])
-
-    def spawn(*arguments):
-        process = context.Process(target=run_to_be_killed, args=arguments)
-        process.start()
-        return process
-
-    return spawn
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(folder)
-    return folder
-
-
 def content(folder):
-    """Every item of the latest checkpoint of a run: the state's bits, the rest as JSON."""
+    """Every item of the latest checkpoint of a run: the state's bits, the rest as JSON.
+
+    Without the folder that it names, and settings that do not matter to what was trained.
+    """
     with ocp.CheckpointManager(folder) as manager:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
         found = manager.restore(manager.latest_step(), args=items)
     meta = found["meta"]
-    meta["meta"].pop("tokenizer_workdir", None)  # the one thing that names the folder
-    meta["meta"]["config"].pop("part")
+    meta["meta"].pop("tokenizer_workdir", None)
+    config = meta["meta"]["config"]
+    config.pop("part")
+    for training in (config["tokenizer_training"], config["generator_training"]):
+        for name in MAY_CHANGE & training.keys():
+            training.pop(name)
     meta.pop("digest")
     return jax.tree.map(np.asarray, found["state"]), meta
 
@@ -102,15 +74,15 @@ def saves(folder) -> set[str]:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path, part):
+def test_kills_at_random_moments_change_nothing(trained, tmp_path, part):
     """Kills during a save, after one, so that the run makes progress, or at any moment."""
     rng = random.Random(int(os.environ.get("NVG_JAX_TEST_SEED", "0")))
     folder, reached = tmp_path / part, []
     if part == "generators":
-        (tmp_path / "tokenizer").symlink_to(whole / "tokenizer")
+        (tmp_path / "tokenizer").symlink_to(trained / "tokenizer")
     for kill in range(KILLS):
         begun, finished = saves(folder), progress(folder)
-        process = spawn(tmp_path, part)
+        process = fork(run_to_be_killed, tmp_path, part)
         if kill % 3 == 0:
             until = lambda: saves(folder) - begun
         elif kill % 3 == 1:
@@ -125,15 +97,15 @@ def test_kills_at_random_moments_change_nothing(spawn, whole, tmp_path, part):
         reached.append(progress(folder))
     assert reached == sorted(reached), "a kill lost finished checkpoints"
     assert reached[-1] > 0
-    process = spawn(tmp_path, part)
-    process.join()
-    assert process.exitcode == 0
-    assert_same_run(tmp_path, whole, [part])
+    train(tiny_config(part=part), tmp_path)
+    assert_same_run(tmp_path, trained, [part])
     print("after each kill:", reached)
 
 
 @pytest.mark.parametrize("batch,step", [(3, 3), (14, 12)])  # the second: after the last step
-def test_asked_to_end_it_saves_at_once_and_loses_no_step(whole, tmp_path, monkeypatch, batch, step):
+def test_asked_to_end_it_saves_at_once_and_loses_no_step(
+    trained, tmp_path, monkeypatch, batch, step
+):
     handler = signal.getsignal(signal.SIGTERM)
     place, calls = sharding.global_batch, []
 
@@ -147,11 +119,11 @@ def test_asked_to_end_it_saves_at_once_and_loses_no_step(whole, tmp_path, monkey
     try:
         preemption.watch()
         with pytest.raises(preemption.Preempted, match=f"tokenizer: saved at step {step} of 12"):
-            run(tmp_path)
+            train(tiny_config(), tmp_path)
     finally:
         signal.signal(signal.SIGTERM, handler)
         preemption._asked.clear()
     assert [progress(tmp_path / part) for part in PARTS] == [step, 0]
     if step < 12:
-        run(tmp_path)
-        assert_same_run(tmp_path, whole)
+        train(tiny_config(), tmp_path)
+        assert_same_run(tmp_path, trained)

@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from helpers import python
+from helpers import forked
 
 from nvg_jax.jobs import figures, sampling_runs
 from nvg_jax.visualize import GAP, structure_colors, to_uint8
@@ -53,7 +53,7 @@ def test_a_sample_is_its_two_halves(pipe):
 def test_an_unknown_figure_gets_the_known_ones(tmp_path):
     def run(*args):
         command = ["-m", "nvg_jax.figures", "--workdir=fashion_mnist", f"--out={tmp_path}"]
-        return python(*command, *args)
+        return forked(*command, *args)
 
     unknown = run("--figures=sequence,map")
     assert unknown.returncode == 2

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from helpers import ROOT, Process, finish, run, wait_for
+from helpers import ROOT, Process, finish, forked, run, wait_for
 from ml_collections import config_flags
 
 from configs.sweeps import product
@@ -183,27 +183,31 @@ def test_nothing_is_created_for_arguments_that_training_refuses(
 
 
 @pytest.mark.parametrize(
-    "script, options, training, message",
+    "training, message",
     [
-        ("tpu_vm.sh", TPU, ["--config=configs/nope.py"], "configs/nope.py"),
-        ("gke_xpk.sh", GKE, ["--config=configs/imagenet256.py:d61"], "'d61'; choose from d16,"),
-        ("slurm.sbatch", [], ["--config=configs/digits.py", "--config.sed=4"], "'seed'"),
-        ("local.sh", [], ["--config=configs/digits.py", "--config.part=x"], "Unknown part 'x'"),
-        ("local.sh", [], ["--config=configs/digits.py", "--congif.seed=4"], "congif"),
-        (
-            "tpu_vm.sh",
-            TPU,
-            ["--config=configs/digits.py", "--config.tokenizer_training.length=5"],
-            "800 steps",
-        ),
-        ("local.sh", [], ["--config=configs/digits.py", "--allow_changes=lenght"], "'length'?"),
+        (["--config=configs/nope.py"], "configs/nope.py"),
+        (["--config=configs/imagenet256.py:d61"], "'d61'; choose from d16,"),
+        (["--config=configs/digits.py", "--config.sed=4"], "'seed'"),
+        (["--config=configs/digits.py", "--config.part=x"], "Unknown part 'x'"),
+        (["--config=configs/digits.py", "--congif.seed=4"], "congif"),
+        (["--config=configs/digits.py", "--config.tokenizer_training.length=5"], "800 steps"),
+        (["--config=configs/digits.py", "--allow_changes=lenght"], "'length'?"),
     ],
 )
-def test_training_itself_checks_the_arguments(tmp_path, script, options, training, message):
-    arguments = [*options, "--", "--workdir=gs://bucket/run", *training]
-    result, created = launch_with(tmp_path, script, *arguments, PYTHON=sys.executable)
-    assert result.returncode == 2 and created == ""
+def test_training_itself_checks_the_arguments(training, message):
+    command = ["-m", "nvg_jax.train", "--check_only", "--workdir=gs://bucket/run", *training]
+    result = forked(*command)
+    assert result.returncode == 2
     assert result.stderr.startswith("error: ") and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_launcher_asks_training_itself(tmp_path):
+    """With the real Python; those above and stand-ins of Python for all scripts do the rest."""
+    arguments = [*TPU, "--", "--workdir=gs://bucket/run", "--config=configs/nope.py"]
+    result, created = launch_with(tmp_path, "tpu_vm.sh", *arguments, PYTHON=sys.executable)
+    assert result.returncode == 2 and created == ""
+    assert result.stderr.startswith("error: ") and "configs/nope.py" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

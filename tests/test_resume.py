@@ -1,12 +1,12 @@
 """Going on with a run: what may change, going back, leaving out bad steps."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from helpers import read_meta, tiny_config
 from test_end_to_end import weights
 
@@ -207,12 +207,9 @@ def test_a_step_that_is_left_out_changes_only_its_number():
 
 
 @pytest.mark.slow
-def test_going_back_with_steps_that_may_be_left_out(tmp_path):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["tests"])
+def test_going_back_with_steps_that_may_be_left_out(trained, tmp_path):
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
     config = tiny_config(part="tokenizer")
-    config.tokenizer_training.keep = 9
-    train(config, tmp_path)
     config.tokenizer_training.max_skipped_steps = 2
     config.tokenizer_training.optimizer.learning_rate = 5e-4
     back = dict(allow_changes=["learning_rate", "max_skipped_steps"], resume_step=4)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import python, random_pipeline
+from helpers import forked, random_pipeline
 
 from nvg_jax.jobs import tuning
 from nvg_jax.jobs.tuning import Point
@@ -46,7 +46,7 @@ def test_the_command_exports_the_model_with_what_it_found(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     command = ["-m", "nvg_jax.tune_sampling", f"--workdir={tmp_path / 'model'}", "--seeds=2"]
     command += [f"--out={tmp_path / 'tuned'}", "--data_name=digits", "--num_samples=10"]
-    done = python(*command)
+    done = forked(*command)
     assert done.returncode == 0, done.stderr
     tuned = Pipeline.from_pretrained(tmp_path / "tuned")
     found = {name: getattr(tuned.settings, name) for name in ("flow_steps", "structure_solves")}

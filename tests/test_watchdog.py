@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from helpers import CACHE_READ_ONLY, python
+from helpers import CACHE_READ_ONLY, forked, python
 
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.storage import storage_path
@@ -149,7 +149,7 @@ runpy.run_module("nvg_jax.train", run_name="__main__")
 def test_a_training_that_stands_still_is_ended_and_goes_on_when_restarted(tmp_path):
     def start(stop):
         script = TRAIN.format(stop=stop, timeout=10, slow=100, workdir=tmp_path)
-        return python("-c", script, env=os.environ | CACHE_READ_ONLY)
+        return forked("-c", script, env=os.environ | CACHE_READ_ONLY)
 
     stuck = start(stop=7)
     assert stuck.returncode == 1, stuck.stderr
