@@ -232,7 +232,8 @@ def wait_for(condition, timeout: float = 30):
 
 def on_eight_devices(script: str) -> dict:
     """The JSON that a test file prints when run as a script with eight devices."""
-    done = python(script, env=with_devices(8) | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    code = f"import runpy\nrunpy.run_path({script!r}, run_name='__main__')"
+    done = forked("-c", code, env=with_devices(8))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -27,6 +27,7 @@ from helpers import (
     tiny_discriminator,
 )
 from test_attention import arguments as attention_arguments
+from test_lora import RANK, leaves, one_step
 
 from nvg_jax import layers, models
 from nvg_jax.errors import UserError
@@ -73,6 +74,7 @@ def observe() -> dict:
         curves[name] = train_on(mesh, TRAINED[name], starts)
     return {
         "training": curves,
+        "adapters": [step_of_adapters(1, 1, 1), step_of_adapters(2, 2, 2)],
         "placement": placement(),
         "attention": split_attention(),
         "discriminator": split_discriminator(),
@@ -215,6 +217,25 @@ def test_only_parameters_and_gradients_travel(seen, part, name):
             raise AssertionError(f"{kind} of {size} elements: {operation}")
     if fsdp > 1:
         assert any(kind == "all-gather" for kind, _, _ in found)
+
+
+def step_of_adapters(*sizes) -> dict[str, Any]:
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    _, params, metrics, specs = one_step(RANK, mesh=mesh)
+    return {
+        "losses": [float(metrics[f"{name}/loss"]) for name in models.GENERATORS],
+        "params": {path: x.ravel()[:50].tolist() for path, x in leaves(params).items()},
+        "specs": specs,
+    }
+
+
+def test_a_step_of_adapters_on_eight_devices_is_that_of_one(seen):
+    one, eight = seen["adapters"]
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
+    for path, values in one["params"].items():
+        np.testing.assert_allclose(eight["params"][path], values, atol=1e-3, err_msg=path)
+    spec = eight["specs"]["content/blocks/blocks/linear1/kernel"]
+    assert spec == [None, "fsdp", "tensor"]
 
 
 def test_heads_that_do_not_split_are_refused():

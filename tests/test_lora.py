@@ -1,19 +1,13 @@
-"""Low-rank adapters: training them, adding them to a model, their files.
+"""Low-rank adapters: training them, adding them to a model, their files."""
 
-Run as a script, this file is a process with eight devices: it prints what a test below checks.
-"""
-
-import json
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import on_eight_devices, random_like, random_pipeline, read_meta, tiny_config
+from helpers import random_like, random_pipeline, read_meta, tiny_config
 from test_end_to_end import weights
 
 from nvg_jax import Adapters, Pipeline, lora, models
@@ -263,35 +257,3 @@ def test_what_adapters_need_is_said_before_anything_is_read(tmp_path):
         config.lora.rank = 4
         with pytest.raises(UserError, match="give that model as --config.init_from, its tokeni"):
             train(config, tmp_path)
-
-
-MESHES = {"one device": (1, 1, 1), "data 2 fsdp 2 tensor 2": (2, 2, 2)}
-
-
-def observe() -> dict:
-    found = {}
-    for name, sizes in MESHES.items():
-        mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
-        _, params, metrics, specs = one_step(RANK, mesh=mesh)
-        found[name] = {
-            "losses": [float(metrics[f"{k}/loss"]) for k in models.GENERATORS],
-            "params": {path: x.ravel()[:50].tolist() for path, x in leaves(params).items()},
-            "specs": specs,
-        }
-    return found
-
-
-@pytest.mark.slow
-def test_a_step_on_eight_devices_is_that_of_one():
-    seen = on_eight_devices(__file__)
-    one, eight = seen.values()
-    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
-    for path, values in one["params"].items():
-        np.testing.assert_allclose(eight["params"][path], values, atol=1e-3, err_msg=path)
-    spec = eight["specs"]["content/blocks/blocks/linear1/kernel"]
-    assert spec == [None, "fsdp", "tensor"]
-
-
-if __name__ == "__main__":
-    flags.FLAGS(sys.argv[:1])
-    print(json.dumps(observe()))
