@@ -295,10 +295,11 @@ runpy.run_module("nvg_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
-def test_two_processes_stop_on_a_signal_and_one_goes_on(trained, bucket, tmp_path):
+def test_two_processes_stop_on_a_signal_and_one_goes_on(trained, bucket, tmp_path, foreground):
     """Four devices of two processes: the bits are the same in a bucket that fails on purpose.
 
-    A SIGTERM to one saves in both; one device ends the run, with the losses of one device.
+    Ctrl-C in one, which sends itself a SIGTERM, saves in both; one device ends the run, with the
+    losses of one device.
     """
     beat = tmp_path / "heartbeat.json"
 
@@ -308,7 +309,8 @@ def test_two_processes_stop_on_a_signal_and_one_goes_on(trained, bucket, tmp_pat
 
     command = [
         sys.executable, "-c", ALSO_IN_A_BUCKET, "--config=configs/digits.py:runlocal",
-        f"--workdir={tmp_path}", "--config.generator_training.eval_every=2",
+        f"--workdir={tmp_path}", "--config.generator_training.eval_every=3",
+        "--config.tokenizer_training.max_skipped_steps=2",
         f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2",
     ]  # fmt: skip
     start = lambda index: Process([*command, f"--process_id={index}"], env=with_devices(2))
@@ -316,13 +318,15 @@ def test_two_processes_stop_on_a_signal_and_one_goes_on(trained, bucket, tmp_pat
     with start(0) as one, start(1) as other:
         while not at_step_4() and one.poll() is None:
             time.sleep(0.02)
-        other.send_signal(signal.SIGTERM)
+        other.send_signal(signal.SIGINT)
         done = finish(one, other)
-    assert [process.returncode for process in done] == [75, 75], done
+    assert [process.returncode for process in done] == [75, 130], done
     assert "loss" not in done[1].stderr  # one process tells the progress
     stopped = read_meta(tmp_path / "generators")["step"]
-    assert 4 <= stopped < 12 and f"saved at step {stopped} of 12" in done[0].stderr
-    assert (tmp_path / "generators" / "pictures_0000002.png").is_file()
+    assert 4 <= stopped < 12
+    for reason, process in zip(("preempted", "interrupted"), done):
+        assert f"{reason}; generators: saved at step {stopped} of 12" in process.stderr
+    assert (tmp_path / "generators" / "pictures_0000003.png").is_file()
 
     bucket.fault = lambda method, path: None
     here, there = (
@@ -332,7 +336,7 @@ def test_two_processes_stop_on_a_signal_and_one_goes_on(trained, bucket, tmp_pat
     for key in ("leaves", "position"):  # leaves: the checksum of every array
         assert here[key] == there[key]
 
-    train(tiny_config(), tmp_path)
+    train(tiny_config(tokenizer_training={"max_skipped_steps": 2}), tmp_path)
     for run, tags in (
         ("tokenizer", ("loss", "test_psnr")),
         ("generators", ("content/loss", "structure/loss", "test_content/loss")),
