@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from nvg_jax import granularity
@@ -18,6 +17,9 @@ from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.structure.model import StructureGenerator
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
+
+if TYPE_CHECKING:  # sampling does not import it
+    import ml_collections
 
 Generator = ContentGenerator | StructureGenerator
 
@@ -55,7 +57,7 @@ class ModelConfig:
     @classmethod
     def from_sizes(
         cls,
-        sizes: Mapping[str, Any] | ml_collections.ConfigDict,
+        sizes: "Mapping[str, Any] | ml_collections.ConfigDict",
         num_classes: int = 0,
         dtype: str = "float32",
     ) -> "ModelConfig":
@@ -74,7 +76,7 @@ class ModelConfig:
         return cls(TokenizerConfig(**sizes["tokenizer"]), num_classes, dtype=dtype, **generators)
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, num_classes: int) -> "ModelConfig":
+    def from_config(cls, config: "ml_collections.ConfigDict", num_classes: int) -> "ModelConfig":
         """The model of a training config; raises like `from_sizes`."""
         return cls.from_sizes(config, num_classes, config.dtype)
 
