@@ -281,6 +281,10 @@ ALSO_IN_A_BUCKET = """
 import dataclasses
 import runpy
 
+from nvg_jax.runtime import interrupts
+
+interrupts.listen()  # as `python -m nvg_jax.train`: before any library starts a thread
+
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import registry
 
