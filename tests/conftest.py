@@ -110,14 +110,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Frees compiled programs, which the cache keeps, after files of a process beyond 2 GiB.
+    """Frees compiled programs, which the cache keeps, after files of a process beyond 3 GiB.
 
     They are most of its memory, in pieces that glibc keeps until it is told to return them.
     """
     yield
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        if pages * os.sysconf("SC_PAGESIZE") > 2 * 2**30:
+        if pages * os.sysconf("SC_PAGESIZE") > 3 * 2**30:
             jax.clear_caches()
             gc.collect()
             getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
