@@ -179,16 +179,24 @@ def test_a_run_that_diverged_says_what_there_is_to_go_on_from():
         check_steps(steps, "generators", 40, 0, checkpoint=30)
 
 
+def skipping_config():
+    config = tiny_config(part="tokenizer")
+    config.tokenizer_training.max_skipped_steps = 2
+    config.tokenizer_training.optimizer.learning_rate = 5e-4
+    return config
+
+
 @pytest.mark.slow
 def test_a_step_that_is_left_out_changes_only_its_number():
-    config = tiny_config()
-    config.tokenizer_training.max_skipped_steps = 2
+    config = skipping_config()
     mesh, model = sharding.make_mesh(), ModelConfig.from_config(config, num_classes=10)
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (16, 8, 8, 3)).astype(np.float32)
     batch = {"image": images, "label": np.zeros(16, np.int32)}
     with sharding.in_mesh(mesh):
-        trainer = registry.make_trainer(TOKENIZER, config, model, mesh, 100)
+        # The trainer of the run below, whose settings change after 4 steps of 16 images.
+        trainer = registry.make_trainer(TOKENIZER, config, model, mesh, 1497)
+        trainer = trainer.restated(Origin(4, 64))
         state = trainer.jit_init_state(jax.random.key(0), {})
         state, metrics = trainer.jit_train_step(
             state, {}, batch, jax.random.key(1), warming_up=False
@@ -209,9 +217,7 @@ def test_a_step_that_is_left_out_changes_only_its_number():
 @pytest.mark.slow
 def test_going_back_with_steps_that_may_be_left_out(trained, tmp_path):
     shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
-    config = tiny_config(part="tokenizer")
-    config.tokenizer_training.max_skipped_steps = 2
-    config.tokenizer_training.optimizer.learning_rate = 5e-4
+    config = skipping_config()
     back = dict(allow_changes=["learning_rate", "max_skipped_steps"], resume_step=4)
     train(config, tmp_path, **back)
     meta = read_meta(tmp_path / "tokenizer")
