@@ -44,9 +44,7 @@ def base() -> ml_collections.ConfigDict:
             seed=0,
             tokenizer_workdir="",  # a run, export, bundled or hub model; "": --workdir
             init_from="",  # model to start from; its data and classes may differ
-            lora=dict(
-                rank=0
-            ),  # rank of adapters to train instead of the weights; 0: train the weights
+            lora=dict(rank=0),  # the adapters' rank; 0: no adapters, all weights are trained
             pretrained_dir="",  # folder of converted LPIPS, DINO, DINOv2; "": ~/.cache/nvg_jax
             dtype="float32",  # dtype of the computation; "bfloat16" on accelerators
             fast_compile=False,  # compile with little optimization: for runs of a few steps

@@ -13,11 +13,11 @@ On a TPU pod (docs/launch.md has SLURM and GKE):
            --config.data.data_dir=/mnt/data/tfds --config.pretrained_dir=/mnt/data/pretrained
 
 The batch sizes are the published 768, 720 and 864 images, from which learning rates of 3e-4,
-2.8125e-4 and 3.375e-4 follow. A batch must divide over the devices: 720
-over up to 16 devices of a power-of-two mesh, 864 over 32. With more of them give the nearest
-multiple, such as --config.generator_training.batch_size=768; the learning rate follows it.
-docs/scaling.md estimates memory and time for TPUs and GPUs, and says which recomputation
-(--config.content.remat, structure.remat) suits them.
+2.8125e-4 and 3.375e-4 follow. A batch must divide over the devices: 720 over up to 16 devices of a
+power-of-two mesh, 864 over 32. With more of them give the nearest multiple, such as
+--config.generator_training.batch_size=768; the learning rate follows it. docs/scaling.md estimates
+memory and time for TPUs and GPUs, and says which recomputation (--config.content.remat,
+structure.remat) suits them.
 
 `:runlocal` trains tiny models for a few steps on the digits, without the losses that need
 pretrained networks, and combines with a size (`:d20,runlocal`).

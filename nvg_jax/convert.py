@@ -58,7 +58,8 @@ def main(_):
         files, license = (FLAGS.autoencoder, FLAGS.generator), FLAGS.license
         if FLAGS.from_hub:
             files = hub.download_published(FLAGS.from_hub, *files)
-            license = license or hub.stated_license(FLAGS.from_hub)
+            if hub.is_remote(FLAGS.out):
+                license = license or hub.stated_license(FLAGS.from_hub)
         weights = FLAGS.autoencoder_weights, FLAGS.generator_weights
         conversion.convert(FLAGS.out, *files, *weights, FLAGS.dtype, license)
     print(f"written: {FLAGS.out}")

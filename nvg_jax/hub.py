@@ -167,7 +167,7 @@ def download_published(
         others = [file for file in files if file != autoencoder]
         if generator is None and others:
             generator = _only(repository, "generator", others, files)
-        license = stated_license(repository) or "not stated"
+        license = _license(info) or "not stated"
         logger.info("The license of %s: %s. Converting does not change it.", repository, license)
         paths = [
             Path(_api().hf_hub_download(repository, file))
@@ -178,8 +178,18 @@ def download_published(
 
 
 def stated_license(name: str) -> str | None:
-    """The license on the card of hf://org/name or org/name; None if it states none."""
-    return (_api().model_info(name.removeprefix(PREFIX)).card_data or {}).get("license")
+    """The license on the card of hf://org/name or org/name, None if it states none.
+
+    Raises:
+        UserError: there is no such model, no permission or no network.
+    """
+    repository = name.removeprefix(PREFIX)
+    with _reported(PREFIX + repository, repository, None):
+        return _license(_api().model_info(repository))
+
+
+def _license(info: "huggingface_hub.ModelInfo") -> str | None:
+    return (info.card_data or {}).get("license")
 
 
 def _only(name: str, what: str, found: list[str], files: list[str]) -> str:

@@ -1,8 +1,8 @@
 """Compares trainings: `python -m nvg_jax.report --workdir=runs/a --workdir=runs/b`.
 
 Prints the settings that differ and the last numbers of every part, the best run first, and draws
-the curves into one PNG. Workdirs may be in buckets. Needs the extras `train`
-and, for the picture, `report`.
+the curves into one PNG. Workdirs may be in buckets. Needs the extras `train` and, for the picture,
+`report`.
 """
 
 import logging

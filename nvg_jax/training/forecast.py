@@ -49,13 +49,12 @@ class Forecast:
 
         FID counts once it has been measured; see `without_fid`.
         """
-        names = [work.name for work in self._works]
-        if part not in names or (part, "step") not in self._seconds:
+        ahead = self._ahead(part, step)
+        if not ahead or (part, "step") not in self._seconds:
             return None
-        current, total = self._works[names.index(part)], 0.0
+        (current, _), total = ahead[0], 0.0
         compilation = self._seconds.get((part, "compilation"), 0.0)
-        for work in self._works[names.index(part) :]:
-            done = step if work is current else 0
+        for work, done in ahead:
             ratio = work.step_flops / current.step_flops
             one = self._seconds.get((work.name, "step"), self._seconds[part, "step"] * ratio)
             evaluation = self._seconds.get((work.name, "evaluation"), work.eval_share * one)
@@ -71,13 +70,16 @@ class Forecast:
 
     def without_fid(self, part: str, step: int) -> bool:
         """Whether a measurement of FID lies ahead whose time is not known yet."""
-        names = [work.name for work in self._works]
-        ahead = self._works[names.index(part) :] if part in names else []
         return any(
-            due(step if work.name == part else 0, work.steps, work.fid_every)
-            and (work.name, "fid") not in self._seconds
-            for work in ahead
+            due(done, work.steps, work.fid_every) and (work.name, "fid") not in self._seconds
+            for work, done in self._ahead(part, step)
         )
+
+    def _ahead(self, part: str, step: int) -> list[tuple[Work, int]]:
+        """(work, steps done) of this part and of those after it."""
+        names = [work.name for work in self._works]
+        works = self._works[names.index(part) :] if part in names else []
+        return [(work, step if work.name == part else 0) for work in works]
 
 
 def due(done: int, steps: int, every: int) -> int:

@@ -16,6 +16,7 @@ import jax
 from clu import parameter_overview
 
 from nvg_jax import bundled
+from nvg_jax.parts import GENERATOR_PARTS
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.storage import atomic_write, make_folder
 from nvg_jax.training.metrics import EventWriter
@@ -136,7 +137,7 @@ def describe_part(run: Run, trainer: Trainer) -> list[str]:
 def describe_start(run: Run, trainer: Trainer) -> list[str]:
     """How many classes are known to the model that new generators start from."""
     folder, name = run.config.init_from, trainer.part.name
-    if not folder or trainer.part.section != "generator_training" or (run.workdir / name).exists():
+    if not folder or trainer.part not in GENERATOR_PARTS or (run.workdir / name).exists():
         return []
     model, classes = read_model_metadata(bundled.find(folder)), run.train_source.class_names
     known = set(model.class_names).intersection(classes) if model else ()
