@@ -311,13 +311,18 @@ def test_decode_gives_rgb(content, expected):
     assert image.mode == "RGB" and image.getpixel((0, 0)) == tuple(expected)
 
 
-def test_decode_turns_a_photo_upright_if_asked_to():
+def test_photos_are_read_as_the_camera_was_held():
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    photo = encoded(Image.new("RGB", (40, 30)), format="JPEG", exif=exif)
-    assert decode(photo).size == (40, 30) and decode(photo, upright=True).size == (30, 40)
-    damaged = encoded(Image.new("RGB", (40, 30)), format="JPEG", exif=b"Exif\0\0damaged")
-    assert decode(damaged, upright=True).size == (40, 30)
+    exif[ExifTags.Base.Orientation] = 6  # turned to the right
+    photo = Image.new("RGB", (40, 30), "blue")
+    photo.paste("red", (0, 0, 10, 30))
+    turned = encoded(photo, format="JPEG", exif=exif)
+    for image in (turned, Image.open(io.BytesIO(turned))):
+        upright = decode(image)
+        assert upright.size == (30, 40)
+        assert [upright.getpixel((15, y))[0] > 200 for y in (3, 36)] == [True, False]
+    damaged = encoded(photo, format="JPEG", exif=b"Exif\0\0damaged")
+    assert decode(damaged).size == (40, 30)
 
 
 def test_decode_refuses_what_it_cannot_show(monkeypatch):

@@ -18,17 +18,15 @@ LONG = 16  # an image this many times as long as its crop is not resized whole
 def decode(
     image: bytes | np.ndarray | Image.Image,
     background: str = "white",
-    upright: bool = False,
     enough: int | None = None,
 ) -> Image.Image:
-    """Returns an 8-bit RGB image.
+    """Returns an 8-bit RGB image, turned as the camera was held by its EXIF orientation.
 
     Grayscale is repeated to RGB, 16 bits are scaled to 8, transparency is composited on the
     background, CMYK and palettes are converted, and an animation is reduced to its first frame.
 
     Args:
         image: content of an image file, an opened one, or uint8 (H, W) or (H, W, 3).
-        upright: turned as the camera was held, by its EXIF orientation.
         enough: a JPEG with both sides at least twice as long is read at a half, a quarter or an
             eighth of its size, without decoding it whole.
 
@@ -39,11 +37,11 @@ def decode(
         return Image.fromarray(image).convert("RGB")
     try:
         if isinstance(image, Image.Image):
-            return _to_rgb(image, background, upright)
+            return _to_rgb(image, background)
         with Image.open(io.BytesIO(image)) as opened:
             if enough is not None:
                 opened.draft(None, (enough, enough))
-            return _to_rgb(opened, background, upright)
+            return _to_rgb(opened, background)
     except UnidentifiedImageError as error:
         raise UserError("not an image of a known format") from error
     except Exception as error:  # damaged files raise errors of many kinds inside Pillow
@@ -52,11 +50,10 @@ def decode(
         raise UserError(f"not a readable image ({error})") from error
 
 
-def _to_rgb(image: Image.Image, background: str, upright: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     image.load()
-    if upright:
-        with contextlib.suppress(Exception):  # damaged EXIF data raise errors of many kinds
-            image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # damaged EXIF data raise errors of many kinds
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         gray = np.asarray(image)
         rgb = Image.fromarray(_to_8_bits(gray)).convert("RGB")

@@ -37,7 +37,7 @@ def read_picture(
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        pixels = np.asarray(decode(path.read_bytes(), background, upright=True, enough=enough))
+        pixels = np.asarray(decode(path.read_bytes(), background, enough=enough))
     except UserError as error:
         raise UserError(f"{path} is {error}.") from error
     if size is not None and pixels.shape[:2] != size:
