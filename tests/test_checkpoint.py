@@ -216,8 +216,9 @@ def test_another_model_is_not_reported_as_damage(two):
 
 def test_a_save_that_was_cut_off_does_not_count(two):
     shutil.copytree(two / "2", two / "3.orbax-checkpoint-tmp")
-    assert read_meta(two)["step"] == 2 and restore(two)[2] == 2
+    assert read_meta(two)["step"] == 2
     save(two, 3)
+    shutil.copytree(two / "2", two / "4.orbax-checkpoint-tmp")
     assert restore(two)[2] == 3
 
 

@@ -7,9 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from helpers import tiny_config
+from jax.sharding import NamedSharding, PartitionSpec
 
+from nvg_jax.models import ModelConfig
+from nvg_jax.parts import TOKENIZER
+from nvg_jax.runtime import sharding
+from nvg_jax.training import registry
 from nvg_jax.training.forecast import Forecast, Work, due, flops, step_flops
 from nvg_jax.training.metrics import Reporter
+from nvg_jax.training.tokenizer import TokenizerTrainer
 
 
 def test_all_parts_evaluations_and_fid_count():
@@ -60,15 +67,35 @@ def test_what_is_due(done, steps, every, times):
 
 
 def test_a_step_is_not_taken_for_one_of_the_warm_up():
-    def step(state, inputs, batch, key, *, warming_up):
-        return batch @ batch if warming_up else batch
+    def trace(step):
+        return jax.jit(lambda x: x @ x if step < 2 else x).trace(jnp.ones((2, 2)))
 
-    trainer = types.SimpleNamespace(
-        steps=9, warming_up=lambda step: step < 2, abstract_state=0.0, abstract_inputs=0.0,
-        abstract_batch=jax.ShapeDtypeStruct((2, 2), float),
-        jit_train_step=jax.jit(step, static_argnames="warming_up"),
-    )  # fmt: skip
-    assert step_flops(trainer) == 0
+    assert step_flops(types.SimpleNamespace(steps=9, trace=trace)) == 0
+    assert step_flops(types.SimpleNamespace(steps=2, trace=trace)) == 16
+
+
+def test_a_training_does_not_trace_its_step_again(monkeypatch):
+    """The abstract arguments are those of the arrays of a run, as far as tracing sees them."""
+    traced, train_step = [], TokenizerTrainer.train_step
+    monkeypatch.setattr(
+        TokenizerTrainer,
+        "train_step",
+        lambda *args, **kw: traced.append(1) or train_step(*args, **kw),
+    )
+    config, mesh = tiny_config(tokenizer_training={"length": "7 steps"}), sharding.make_mesh()
+    model = ModelConfig.from_config(config, num_classes=10)
+    with sharding.in_mesh(mesh):
+        trainer = registry.make_trainer(TOKENIZER, config, model, mesh, num_images=100)
+        trainer.trace()
+        state = jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), trainer.abstract_state
+        )
+        images, labels = np.zeros((16, 8, 8, 3), np.float32), np.zeros(16, np.int32)
+        batch = sharding.global_batch({"image": images, "label": labels}, mesh)
+        key = jax.device_put(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))
+        key = jax.random.fold_in(key, trainer.STEP_KEY)
+        trainer.jit_train_step.trace(state, {}, batch, key, warming_up=False)
+    assert len(traced) == 1
 
 
 def test_the_flops_of_products_convolutions_and_loops():

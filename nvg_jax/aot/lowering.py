@@ -72,7 +72,7 @@ def lower_training(
     config[part.section].batch_size = batch_size
     with sharding.in_mesh(mesh):  # run nothing eagerly inside: the devices do not exist
         trainer = make_trainer(part, config, model, mesh, num_images)
-        return trainer.lower(), trainer.networks
+        return trainer.trace().lower(), trainer.networks
 
 
 def lower_sampling(

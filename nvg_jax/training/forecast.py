@@ -8,7 +8,7 @@ from typing import Any
 from jax.extend import core
 
 from nvg_jax.training.run import Run
-from nvg_jax.training.trainer import Trainer, abstract_key
+from nvg_jax.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,8 @@ def forecast(run: Run, trainers: Sequence[Trainer]) -> Forecast:
 
 
 def step_flops(trainer: Trainer) -> float:
-    """The FLOPs of all matrix products and convolutions of the last step; traces it."""
-    arguments = trainer.abstract_state, trainer.abstract_inputs, trainer.abstract_batch
-    warming_up = trainer.warming_up(trainer.steps - 1)  # a warm-up is short
-    return flops(
-        trainer.jit_train_step.trace(*arguments, abstract_key(), warming_up=warming_up).jaxpr.jaxpr
-    )
+    """The FLOPs of all matrix products and convolutions of the last step: a warm-up is short."""
+    return flops(trainer.trace(trainer.steps - 1).jaxpr.jaxpr)
 
 
 def flops(jaxpr: core.Jaxpr) -> float:

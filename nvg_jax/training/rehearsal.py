@@ -140,7 +140,7 @@ def rehearse_part(
     watchdog.reset(slow=True)
     start = time.monotonic()
     programs = {
-        trainer.warming_up(step): trainer.lower(step).compile()
+        trainer.warming_up(step): trainer.trace(step).lower().compile()
         for step in (begin, trainer.steps - 1)[-len(counts) :]
     }
     compiling = time.monotonic() - start

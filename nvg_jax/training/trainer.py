@@ -44,8 +44,9 @@ class Trainer(abc.ABC, Generic[State]):
     Attributes:
         steps: the length of the training.
         learning_rate: step -> rate.
-        abstract_state, abstract_inputs, abstract_batch: the abstract arguments of `train_step` with
-            their shardings.
+        abstract_state, abstract_inputs, abstract_batch, abstract_key: the abstract arguments of
+            `train_step` with their shardings. They are those of the arrays of a run to the last
+            detail, so that what is traced with them is not traced again.
         jit_init_state, jit_train_step, jit_eval_step: the methods of these names, compiled;
             `jit_train_step` donates the state.
     """
@@ -96,13 +97,14 @@ class Trainer(abc.ABC, Generic[State]):
         self.abstract_batch = sharding.with_shardings(
             batch, NamedSharding(mesh, sharding.BATCH_SPEC)
         )
+        self.abstract_key = sharding.with_shardings(jax.eval_shape(jax.random.key, 0), replicated)
         shapes = self.input_shapes()
         self.abstract_inputs = sharding.with_shardings(shapes, sharding.shardings(shapes, mesh))
         skips = bool(recipe.max_skipped_steps)
         self.jit_init_state, self.abstract_state = sharding.sharded_init(
             self.init_skipping_state if skips else self.init_state,
             mesh,
-            abstract_key(),
+            self.abstract_key,
             self.abstract_inputs,
         )
         self.jit_train_step = jax.jit(
@@ -222,13 +224,13 @@ class Trainer(abc.ABC, Generic[State]):
         """Whether `step` is in the IBQ warm-up."""
         return False
 
-    def lower(self, step: int = 0) -> jax.stages.Lowered:
+    def trace(self, step: int = 0) -> jax.stages.Traced:
         """The program of a step at the configured batch size, without any data."""
-        return self.jit_train_step.lower(
+        return self.jit_train_step.trace(
             self.abstract_state,
             self.abstract_inputs,
             self.abstract_batch,
-            abstract_key(),
+            self.abstract_key,
             warming_up=self.warming_up(step),
         )
 
@@ -311,7 +313,3 @@ def sample_picture(metadata: RunMetadata, params: Params, seed: int) -> np.ndarr
     with jax.set_mesh(sharding.local_mesh()):
         images = Pipeline(metadata, params).sample(classes, seed=seed).images
     return class_grid(images, [metadata.class_names[c] for c in classes], PICTURE_PER_CLASS)
-
-
-def abstract_key():
-    return jax.eval_shape(jax.random.key, 0)
