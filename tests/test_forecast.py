@@ -33,8 +33,7 @@ def test_all_parts_evaluations_and_fid_count():
     # For its own evaluation, and for a step and an evaluation of the other part.
     assert ahead.remaining("tokenizer", 10) == 1052 + 3 * 60
     ahead.measured("tokenizer", "evaluation", 30.0)
-    ahead.measured("tokenizer", "compilation", 0.0)
-    assert ahead.remaining("tokenizer", 50) == 50 * 2 + 1 * 30 + 200 * 4 + 3 * 5 * 4
+    assert ahead.remaining("tokenizer", 50) == 50 * 2 + 1 * 30 + 200 * 4 + 3 * 5 * 4 + 2 * 60
     ahead.measured("generators", "step", 1.0)
     ahead.measured("generators", "evaluation", 7.0)
     assert ahead.without_fid("tokenizer", 50) and ahead.without_fid("generators", 199)
@@ -43,6 +42,16 @@ def test_all_parts_evaluations_and_fid_count():
     assert not ahead.without_fid("tokenizer", 50) and not ahead.without_fid("generators", 100)
     assert ahead.remaining("generators", 100) == 100 * 1 + 2 * 7 + 1 * 100
     assert ahead.remaining("generators", 200) == 0
+
+
+def test_a_moment_of_other_work_on_the_machine_changes_no_forecast():
+    ahead = Forecast([Work("tokenizer", 100, 1.0, eval_every=100, fid_every=0, eval_share=0.0)])
+    for seconds in (2.0, 2.0, 9.0, 2.0, 2.0):
+        ahead.measured("tokenizer", "step", seconds)
+        assert ahead.remaining("tokenizer", 10) == 90 * 2
+    for _ in range(9):  # but a machine that has become slower does
+        ahead.measured("tokenizer", "step", 3.0)
+    assert ahead.remaining("tokenizer", 10) == 90 * 3
 
 
 def test_the_line_says_that_its_time_is_without_fid(tmp_path, caplog):

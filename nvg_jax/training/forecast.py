@@ -1,7 +1,9 @@
 """How long a whole run still takes: the steps, evaluations and measurements of FID of all parts."""
 
+import collections
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from jax.extend import core
 
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
+
+RECENT = 9  # measurements whose median counts: a moment of other work on the machine does not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +42,15 @@ class Forecast:
 
     def __init__(self, works: Sequence[Work]):
         self._works = list(works)
-        self._seconds: dict[tuple[str, str], float] = {}
+        self._seconds = collections.defaultdict(lambda: collections.deque(maxlen=RECENT))
 
     def measured(self, part: str, kind: str, seconds: float):
-        """Notes the time of one "step", "compilation", "evaluation" or "fid"; the latest counts."""
-        self._seconds[part, kind] = seconds
+        """Notes the time of one "step", "compilation", "evaluation" or "fid"."""
+        self._seconds[part, kind].append(seconds)
+
+    def _time(self, part: str, kind: str) -> float | None:
+        recent = self._seconds[part, kind]
+        return statistics.median(recent) if recent else None
 
     def remaining(self, part: str, step: int) -> float | None:
         """Seconds until the last part ends; None before a step is measured.
@@ -50,28 +58,29 @@ class Forecast:
         FID counts once it has been measured; see `without_fid`.
         """
         ahead = self._ahead(part, step)
-        if not ahead or (part, "step") not in self._seconds:
+        own = self._time(part, "step")
+        if not ahead or own is None:
             return None
         (current, _), total = ahead[0], 0.0
-        compilation = self._seconds.get((part, "compilation"), 0.0)
+        compilation = self._time(part, "compilation") or 0.0
         for work, done in ahead:
-            ratio = work.step_flops / current.step_flops
-            one = self._seconds.get((work.name, "step"), self._seconds[part, "step"] * ratio)
-            evaluation = self._seconds.get((work.name, "evaluation"), work.eval_share * one)
-            fid = self._seconds.get((work.name, "fid"), 0.0)
+            one = self._time(work.name, "step") or own * work.step_flops / current.step_flops
+            evaluation = self._time(work.name, "evaluation")
             evaluations = due(done, work.steps, work.eval_every)
             if work is not current:
                 total += compilation
-            if evaluations and (work.name, "evaluation") not in self._seconds:
+            if evaluations and evaluation is None:
                 total += compilation
-            total += (work.steps - done) * one + evaluations * evaluation
+                evaluation = work.eval_share * one
+            total += (work.steps - done) * one + evaluations * (evaluation or 0.0)
+            fid = self._time(work.name, "fid") or 0.0
             total += due(done, work.steps, work.fid_every) * fid
         return total
 
     def without_fid(self, part: str, step: int) -> bool:
         """Whether a measurement of FID lies ahead whose time is not known yet."""
         return any(
-            due(done, work.steps, work.fid_every) and (work.name, "fid") not in self._seconds
+            due(done, work.steps, work.fid_every) and self._time(work.name, "fid") is None
             for work, done in self._ahead(part, step)
         )
 
