@@ -7,6 +7,7 @@ import copy
 import glob
 import importlib.util
 import io
+import logging
 import os
 import pathlib
 import re
@@ -275,7 +276,10 @@ def test_published_weights_are_fetched_with_the_token_that_is_asked_for(monkeypa
 def test_the_last_cell_trains_on_the_given_folder(monkeypatch):
     from nvg_jax import train
 
-    trained = []
+    trained, log = [], logging.getLogger("nvg_jax")  # which the cell redirects
+    for name in ("handlers", "propagate"):
+        monkeypatch.setattr(log, name, getattr(log, name))
+    monkeypatch.setattr(log, "setLevel", lambda level: None)
     monkeypatch.setattr(train, "train", lambda config, workdir: trained.append((config, workdir)))
     assert run_alone(TRAIN, pictures="flowers") == {"cat": "images"}
     ((config, workdir),) = trained
