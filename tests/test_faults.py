@@ -104,8 +104,9 @@ def test_kills_at_random_moments_change_nothing(trained, tmp_path, part):
 
 @pytest.mark.parametrize("batch,step", [(3, 3), (14, 12)])  # the second: after the last step
 def test_asked_to_end_it_saves_at_once_and_loses_no_step(
-    trained, tmp_path, monkeypatch, batch, step
+    trained, tmp_path, monkeypatch, caplog, batch, step
 ):
+    caplog.set_level("INFO", "nvg_jax")
     handler = signal.getsignal(signal.SIGTERM)
     place, calls = sharding.global_batch, []
 
@@ -124,6 +125,8 @@ def test_asked_to_end_it_saves_at_once_and_loses_no_step(
         signal.signal(signal.SIGTERM, handler)
         preemption._asked.clear()
     assert [progress(tmp_path / part) for part in PARTS] == [step, 0]
+    assert "finished" not in caplog.text
     if step < 12:
         train(tiny_config(), tmp_path)
         assert_same_run(tmp_path, trained)
+        assert caplog.messages[-1].startswith("finished; to draw samples: python -m nvg_jax.sample")

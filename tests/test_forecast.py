@@ -36,10 +36,12 @@ def test_all_parts_evaluations_and_fid_count():
     assert ahead.remaining("tokenizer", 50) == 50 * 2 + 1 * 30 + 200 * 4 + 3 * 5 * 4 + 2 * 60
     ahead.measured("generators", "step", 1.0)
     ahead.measured("generators", "evaluation", 7.0)
-    assert ahead.without_fid("tokenizer", 50) and ahead.without_fid("generators", 199)
-    assert not ahead.without_fid("generators", 200)
+    assert ahead.covers("tokenizer", 50) == "with generators, without FID"
+    assert ahead.covers("generators", 199) == "without FID"
+    assert ahead.covers("generators", 200) == ""
     ahead.measured("generators", "fid", 100.0)
-    assert not ahead.without_fid("tokenizer", 50) and not ahead.without_fid("generators", 100)
+    assert ahead.covers("tokenizer", 50) == "with generators"
+    assert ahead.covers("generators", 100) == ""
     assert ahead.remaining("generators", 100) == 100 * 1 + 2 * 7 + 1 * 100
     assert ahead.remaining("generators", 200) == 0
 

@@ -29,13 +29,13 @@ class Progress:
         self._shown = -float("inf")
 
     def update(
-        self, done: int, details: str = "", remaining: float | None = None, without: str = ""
+        self, done: int, details: str = "", remaining: float | None = None, covers: str = ""
     ):
         """Reports that `done` items are finished, with details such as losses.
 
         Args:
             remaining: the seconds left, if more is known about them than the rate.
-            without: what they leave out.
+            covers: what these seconds are of, if not of this work alone.
         """
         watchdog.reset(slow=True)
         now = time.monotonic()
@@ -48,6 +48,6 @@ class Progress:
         if done > first and now > start:
             rate = (done - first) / (now - start)
             left = (self._total - done) / rate if remaining is None else remaining
-            eta = f"ETA {datetime.timedelta(seconds=round(left))}"
-            parts += [f"{rate:.3g} {self._unit}/s", f"{eta} without {without}" if without else eta]
+            eta = f"ETA {datetime.timedelta(seconds=round(left))} {covers}".rstrip()
+            parts += [f"{rate:.3g} {self._unit}/s", eta]
         logger.info("%s", "  ".join(part for part in parts if part))

@@ -55,7 +55,7 @@ class Forecast:
     def remaining(self, part: str, step: int) -> float | None:
         """Seconds until the last part ends; None before a step is measured.
 
-        FID counts once it has been measured; see `without_fid`.
+        FID counts once it has been measured; see `covers`.
         """
         ahead = self._ahead(part, step)
         own = self._time(part, "step")
@@ -77,12 +77,19 @@ class Forecast:
             total += due(done, work.steps, work.fid_every) * fid
         return total
 
-    def without_fid(self, part: str, step: int) -> bool:
-        """Whether a measurement of FID lies ahead whose time is not known yet."""
-        return any(
+    def covers(self, part: str, step: int) -> str:
+        """What `remaining` is of, such as "with generators, without FID"; empty: of this part.
+
+        FID is left out if a measurement lies ahead whose time is not known yet.
+        """
+        ahead = self._ahead(part, step)
+        said = [f"with {' and '.join(work.name for work, _ in ahead[1:])}"] if ahead[1:] else []
+        if any(
             due(done, work.steps, work.fid_every) and self._time(work.name, "fid") is None
-            for work, done in self._ahead(part, step)
-        )
+            for work, done in ahead
+        ):
+            said.append("without FID")
+        return ", ".join(said)
 
     def _ahead(self, part: str, step: int) -> list[tuple[Work, int]]:
         """(work, steps done) of this part and of those after it."""

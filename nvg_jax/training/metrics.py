@@ -205,7 +205,7 @@ class Reporter:
             step,
             "  ".join(f"{k} {v:.4g}" for k, v in shown.items()),
             self._forecast.remaining(self._part, step),
-            "FID" if self._forecast.without_fid(self._part, step) else "",
+            self._forecast.covers(self._part, step),
         )
         self._beat(step)
         self._window, self._marked = [], time.monotonic()

@@ -1,5 +1,6 @@
 """From parts to their trainers, and their training one after the other."""
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import ml_collections
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER, Part
+from nvg_jax.runtime.processes import is_main
 from nvg_jax.training import forecast, loop, plan, rehearsal
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
@@ -16,6 +18,8 @@ from nvg_jax.training.run import Run
 from nvg_jax.training.tokenizer import TokenizerTrainer
 from nvg_jax.training.trainer import Trainer, shared_trainer
 from nvg_jax.workdir import MAY_CHANGE
+
+logger = logging.getLogger("nvg_jax")
 
 # The section of a part's recipe -> how it is trained.
 TRAINERS: dict[str, type[Trainer]] = {
@@ -73,6 +77,9 @@ def train_parts(run: Run, parts: Sequence[Part]):
     ahead = forecast.forecast(run, trainers)
     for trainer in trainers:
         loop.fit(trainer, run, scores.get(trainer.part), ahead)
+    if BOTH_GENERATORS in parts and is_main():
+        command = f"python -m nvg_jax.sample --workdir={run.workdir} --out=samples/"
+        logger.info("finished; to draw samples: %s", command)
 
 
 def rehearse_parts(run: Run, parts: Sequence[Part], price: float):

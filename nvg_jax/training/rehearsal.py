@@ -104,7 +104,7 @@ def scratch_folder(run: Run) -> Iterator[epath.Path]:
     Raises:
         UserError: the workdir cannot be written, or not all processes see what process 0 writes.
     """
-    folder = run.workdir / FOLDER
+    folder, new = run.workdir / FOLDER, not run.workdir.exists()
     try:
         if is_main():
             folder.rmtree(missing_ok=True)  # left behind by a check that was killed
@@ -124,6 +124,8 @@ def scratch_folder(run: Run) -> Iterator[epath.Path]:
         if is_main():
             with contextlib.suppress(OSError):  # another process may be writing still
                 folder.rmtree(missing_ok=True)
+                if new:
+                    run.workdir.rmdir()
 
 
 def rehearse_part(
