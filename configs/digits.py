@@ -5,7 +5,7 @@
 
 Reaches 25.5 dB PSNR and 91.9% agreement of guided samples with their class (docs/results.md).
 
-`:demo` is the shorter training of `make demo` (three to five minutes, 24.5 dB, 89 to 97%):
+`:demo` is the shorter training of `make demo` (three to five minutes, 24.5 dB, 87 to 97%):
 
     python -m nvg_jax.train --config=configs/digits.py:demo --workdir=runs/demo
 
