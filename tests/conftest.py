@@ -1,7 +1,6 @@
 """Set-up shared by all tests: a quiet CPU, one compilation cache, the parity pack."""
 
 import ctypes
-import functools
 import gc
 import os
 import signal
@@ -43,10 +42,6 @@ install_import_hook([f"nvg_jax.{name}" for name in TYPED], "shapes.checked")
 
 from nvg_jax.cli import FAST_COMPILE  # noqa: E402
 from nvg_jax.runtime import interrupts  # noqa: E402
-from nvg_jax.training import trainer  # noqa: E402
-
-# Files train with the same settings in turn: no trainer is forgotten, whose programs are traced.
-trainer.shared_trainer = functools.cache(trainer.shared_trainer.__wrapped__)
 
 interrupts.listen = lambda: None  # a command called in this process leaves its signals alone
 flags.FLAGS(["tests"])  # Orbax asks for some
