@@ -172,7 +172,7 @@ def test_python_objects_are_passed_over(tmp_path, protocol):
 
 
 AUDITED = []
-sys.addaudithook(lambda event, arguments: AUDITED.append((event, *arguments)))
+sys.addaudithook(lambda event, arguments, seen=AUDITED: seen.append((event, *arguments)))
 
 
 @contextlib.contextmanager
