@@ -50,6 +50,13 @@ def test_a_rehearsal_ticks_what_works_and_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rehearsal_leaves_what_others_write_meanwhile(tmp_path):
+    run = types.SimpleNamespace(workdir=storage_path(tmp_path / "run"))
+    with rehearsal.scratch_folder(run):
+        (tmp_path / "run" / "notes.txt").touch()
+    assert [path.name for path in run.workdir.iterdir()] == ["notes.txt"]
+
+
 def test_an_evaluation_is_timed_with_its_picture(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

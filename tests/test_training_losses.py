@@ -26,10 +26,7 @@ from nvg_jax.tokenizer.losses import LeCam
 from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.registry import make_trainer, pretrained_names
 
-SIZES = TokenizerConfig(  # the smallest with learned splits
-    image_size=(4, 4), latent_size=(2, 2), latent_dim=4, codebook_size=16,
-    base_channels=32, channel_multipliers=(1, 1), blocks_per_level=1,
-)  # fmt: skip
+SIZES = TokenizerConfig(**digits.get_config("runlocal").tokenizer)
 MODEL = models.ModelConfig(SIZES).make_tokenizer()
 LOSSES = tokenizer.TokenizerLossConfig("l1", 0.0, 0.3, 0.5, "small")
 DISCRIMINATOR = tiny_discriminator()
@@ -53,7 +50,7 @@ def state():
     return state.replace(discriminator=state.discriminator.replace(lecam=averages))
 
 
-IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 4, 4, 3)), jnp.float32)
+IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)), jnp.float32)
 KEY = jax.random.key(3)
 
 

@@ -69,10 +69,10 @@ class Forecast:
             evaluations = due(done, work.steps, work.eval_every)
             if work is not current:
                 total += compilation
-            if evaluations and evaluation is None:
-                total += compilation
+            if evaluation is None:
+                total += compilation if evaluations else 0.0
                 evaluation = work.eval_share * one
-            total += (work.steps - done) * one + evaluations * (evaluation or 0.0)
+            total += (work.steps - done) * one + evaluations * evaluation
             fid = self._time(work.name, "fid") or 0.0
             total += due(done, work.steps, work.fid_every) * fid
         return total

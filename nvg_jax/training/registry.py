@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER, Part
-from nvg_jax.runtime.processes import is_main
 from nvg_jax.training import forecast, loop, plan, rehearsal
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
@@ -77,7 +76,7 @@ def train_parts(run: Run, parts: Sequence[Part]):
     ahead = forecast.forecast(run, trainers)
     for trainer in trainers:
         loop.fit(trainer, run, scores.get(trainer.part), ahead)
-    if BOTH_GENERATORS in parts and is_main():
+    if BOTH_GENERATORS in parts:
         command = f"python -m nvg_jax.sample --workdir={run.workdir} --out=samples/"
         logger.info("finished; to draw samples: %s", command)
 

@@ -122,7 +122,8 @@ def scratch_folder(run: Run) -> Iterator[epath.Path]:
         barrier("the rehearsal's folder is no longer needed")
     finally:
         if is_main():
-            with contextlib.suppress(OSError):  # another process may be writing still
+            # Another process may be writing still: then the workdir is not empty, a ValueError.
+            with contextlib.suppress(OSError, ValueError):
                 folder.rmtree(missing_ok=True)
                 if new:
                     run.workdir.rmdir()
