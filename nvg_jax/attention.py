@@ -70,6 +70,5 @@ def padded_length(batch: int, length: int, dtype: DTypeLike, head_dim: int) -> i
 
 def fits_cudnn(dtype: DTypeLike, head_dim: int) -> bool:
     """Whether cuDNN's kernel supports such heads on this platform."""
-    if hardware.platform() != "gpu":
-        return False
-    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return half and head_dim % 8 == 0 and head_dim <= 128 and hardware.is_ampere()

@@ -184,7 +184,7 @@ def define_sampling_flags():
         None,
         DTYPES,
         "Arithmetic of sampling and decoding; by default bfloat16 on TPUs and on GPUs that have "
-        "it, float32 on CPUs.",
+        "it, float32 elsewhere. float16 is for GPUs without bfloat16.",
     )
     for name, spec in Settings.specs().items():
         if spec.per_stage:

@@ -57,7 +57,8 @@ class Pipeline(hub.Storable):
         """
         Args:
             params: {"tokenizer": tree} and, to sample, "content" and "structure".
-            dtype: "float32" or "bfloat16"; None chooses by device, see `from_pretrained`.
+            dtype: "float32", "bfloat16" or "float16"; None chooses by device, see
+                `from_pretrained`.
         """
         if dtype is not None:
             check_dtype(dtype)
@@ -176,10 +177,11 @@ class Pipeline(hub.Storable):
         Args:
             folder: a path or, if no model is there, the name of a model in `bundled` or, if there
                 is no such path, "org/name" on the Hugging Face hub (always: "hf://org/name").
-            dtype: the dtype for sampling and decoding, "float32" or "bfloat16". The default is
-                bfloat16, like the published sampler, on TPUs and on GPUs that support it, and
-                float32 on CPUs. Weights, normalizations, softmax, the integration of the flow, and
-                all of encoding are float32 in either case.
+            dtype: the dtype for sampling and decoding, "float32", "bfloat16" or "float16". The
+                default is bfloat16, like the published sampler, on TPUs and on GPUs that support
+                it, and float32 elsewhere; float16 is for GPUs older than those, such as a T4.
+                Weights, normalizations, softmax, the integration of the flow, and all of encoding
+                are float32 in any case.
 
             revision: on the hub, a branch, a tag or a commit.
 

@@ -27,6 +27,7 @@ done
 mkdir -p "$root/nvg_jax"
 git ls-files --cached --others --exclude-standard -z |
   tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory="$root/nvg_jax"
+git init --quiet "$root/nvg_jax" # as in a clone: launchers pack what git knows
 
 # In a mount namespace of its own, so that nothing stays mounted.
 # shellcheck disable=SC2016

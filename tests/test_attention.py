@@ -142,6 +142,20 @@ def test_sequences_of_odd_length_are_padded_for_cudnn(monkeypatch):
         assert found.shape == exact.shape and relative_error(found, exact) < 1e-5, name
 
 
+def test_cudnn_needs_half_precision_and_an_ampere():
+    """cuDNN's documentation: its attention needs compute capability 8.0; a T4 has 7.5."""
+
+    def fits(name, dtype, head_dim=64):
+        device = jax.sharding.AbstractDevice(name, 40, platform="cpu" if name == "cpu" else "gpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return attention.fits_cudnn(dtype, head_dim)
+
+    assert fits("h100", jnp.bfloat16) and fits("a100", jnp.float16)
+    assert not fits("h100", jnp.float32) and not fits("h100", jnp.float16, 256)
+    assert not fits("t4", jnp.float16) and not fits("cpu", jnp.bfloat16)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_rotation_turns_each_pair_of_channels(monkeypatch, platform):
     """Two heads with the same angles: a quarter turn of the first pair, none of the second."""

@@ -293,17 +293,24 @@ def test_roofline_by_hand():
 
 
 @pytest.mark.parametrize("part", ["generators", "tokenizer"])
-def test_float32_runs_at_half_the_peak_of_a_gpu(part):
+def test_the_peak_depends_on_the_precision(part):
     config, mesh = tiny_config(part=part), sharding.make_mesh(devices=jax.devices()[:1])
 
-    def flops(topology):
-        return lowering.Compiler(config, chips.Target(topology, mesh, CHIP), "train").device.flops
+    def teraflops(name, program="train"):
+        target = chips.Target(f"{name}:1", mesh, (chips.GPUS | chips.TPUS)[name])
+        return lowering.Compiler(config, target, program).device.flops / 1e12
 
-    assert (flops("h100:1"), flops("v5e:1x1")) == (50, 100)
+    # NVIDIA's data sheets: TF32 is half of bfloat16 (989); a T4 has only float32 and float16.
+    assert [teraflops(name) for name in ("h100", "v5e", "t4")] == [494.5, 197, 8.1]
     config.dtype = "bfloat16"
-    assert (flops("h100:1"), flops("v5e:1x1")) == (100, 100)
+    assert [teraflops(name) for name in ("h100", "v5e", "t4")] == [989, 197, 8.1]
     config.tokenizer_training.dtype = "float32"
-    assert flops("h100:1") == (50 if part == "tokenizer" else 100)
+    assert teraflops("h100") == (494.5 if part == "tokenizer" else 989)
+    config.dtype = "float16"
+    assert [teraflops(name, "sample") for name in ("h100", "v5e", "t4")] == [989, 197, 65]
+    config.tokenizer_training.dtype = ""
+    with pytest.raises(UserError, match="must be float32 or bfloat16, got 'float16'"):
+        teraflops("t4")
 
 
 def test_an_output_that_reuses_an_argument_counts_once():
@@ -453,9 +460,9 @@ def test_parts_are_single_programs():
 
 
 def test_an_unknown_dtype_is_refused():
-    config = type("Config", (), {"part": "all", "dtype": "half"})
-    with pytest.raises(UserError, match="dtype must be float32 or bfloat16, got 'half'"):
-        lowering.Compiler(config, None, "train")
+    for program in ("train", "sample"):
+        with pytest.raises(UserError, match="dtype must be float32 or bfloat16.*, got 'half'"):
+            lowering.Compiler(tiny_config(dtype="half"), None, program)
 
 
 def test_the_remat_policy_with_the_shortest_step_that_fits(monkeypatch, caplog):
@@ -554,6 +561,8 @@ def test_the_training_step_for_a_topology(libtpu, tmp_path):
     assert "2xv5e:2x2 (8 devices: data 4 x fsdp 2 x tensor 1)" in slices.stdout
     across = run(args[0], "--topology=2xv5e:2x2", "--config.mesh.fsdp=8")
     assert across.returncode == 2 and "multiple of the number of slices, 2" in across.stderr
+    single = run(args[0], "--topology=v5e:1x1", "--program=sample", "--batch_size=2")
+    assert single.returncode == 0, single.stderr
     missing = run(*args[:1], "--topology=v5e:3x7")
     assert missing.returncode == 2 and "no topology 'v5e:3x7'" in missing.stderr
 

@@ -526,7 +526,10 @@ def test_an_unknown_setting_is_named(pipe):
         (lambda folder: Pipeline.from_pretrained(folder / "nowhere"), "There is no folder"),
         (lambda folder: Pipeline.from_pretrained(folder), "no trained tokenizer"),
         (lambda folder: train(tiny_config(part="everything"), folder), "Unknown part"),
-        (lambda folder: train(tiny_config(dtype="bf16"), folder), "float32 or bfloat16"),
+        (
+            lambda folder: train(tiny_config(dtype="float16"), folder),
+            "dtype must be float32 or bfloat16, got 'float16'",
+        ),
         (lambda folder: train(tiny_config(tokenizer_workdir="x"), folder), "Leave it empty"),
         (lambda folder: train(tiny_config(part="content"), folder), "need a trained tokenizer"),
         (
@@ -602,8 +605,11 @@ def test_the_command_lines_write_pictures_and_metrics(trained, pipe, tmp_path):
     assert 0 <= metrics["class_agreement"] <= 1 and metrics["test_psnr"] > 0
 
 
-def test_bfloat16_samples_and_decodes_but_encodes_in_float32(trained, pipe, images):
-    fast = Pipeline.from_pretrained(trained, dtype="bfloat16")
+@pytest.mark.parametrize("dtype, name", [("bfloat16", "bf16"), ("float16", "f16")])
+def test_half_precision_samples_and_decodes_but_encodes_in_float32(
+    trained, pipe, images, dtype, name
+):
+    fast = Pipeline.from_pretrained(trained, dtype=dtype)
     sequence = pipe.encode(images)
     jax.tree.map(np.testing.assert_array_equal, fast.encode(images), sequence)
     error = np.abs(fast.decode(sequence) - pipe.decode(sequence)).max()
@@ -616,6 +622,6 @@ def test_bfloat16_samples_and_decodes_but_encodes_in_float32(trained, pipe, imag
         text = fast.program.sample.lower(*arguments, plan=plan).as_text()
     width = fast.metadata.model.structure.width
     products = re.findall(rf"dot_general.*tensor<{width}x{4 * width}x(\w+)>\) ->", text)
-    assert products and set(products) == {"bf16"}
-    with pytest.raises(UserError, match="float32 or bfloat16, got 'float16'"):
-        Pipeline.from_pretrained(trained, dtype="float16")
+    assert products and set(products) == {name}
+    with pytest.raises(UserError, match="float32 or bfloat16 or float16, got 'half'"):
+        Pipeline.from_pretrained(trained, dtype="half")

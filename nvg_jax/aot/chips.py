@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import sharding
-from nvg_jax.runtime.hardware import CUBLAS_ONLY
+from nvg_jax.runtime.hardware import CUBLAS_ONLY, GPU_CAPABILITY
 
 GIB = 2**30
 
@@ -26,6 +26,7 @@ class Chip(NamedTuple):
     flops: bfloat16 operations per second, without sparsity. hbm: bytes of main memory.
     hbm_bandwidth: bytes per second. link_bandwidth: bytes per second sent to other chips, over all
     links together. network_bandwidth: the same where a slower network connects the hosts.
+    float32_flops, float16_flops: None is as many as in bfloat16. GPUs multiply float32 in TF32.
     """
 
     flops: float
@@ -33,6 +34,13 @@ class Chip(NamedTuple):
     hbm_bandwidth: float
     link_bandwidth: float
     network_bandwidth: float | None = None
+    float32_flops: float | None = None
+    float16_flops: float | None = None
+
+    def peak(self, dtype: str) -> float:
+        """Operations per second in "float32", "bfloat16" or "float16"."""
+        other = {"float32": self.float32_flops, "float16": self.float16_flops}
+        return other.get(dtype) or self.flops
 
 
 # TPUs: from the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" of
@@ -49,22 +57,23 @@ TPUS = {
 }
 # GPUs: NVIDIA's data sheets for the SXM modules; half of NVLink's bandwidth is the send
 # direction. Network: one adapter per GPU, as in NVIDIA's DGX systems (A100 200 Gbit/s, others 400).
+# The T4, a PCIe card, has neither bfloat16, which XLA computes in float32, nor TF32.
 GPUS = {
-    "a100": Chip(312e12, 80e9, 2039e9, 300e9, 25e9),
-    "h100": Chip(989e12, 80e9, 3352e9, 450e9, 50e9),
-    "h200": Chip(989e12, 141e9, 4800e9, 450e9, 50e9),
-    "b200": Chip(2250e12, 180e9, 8000e9, 900e9, 50e9),
+    "t4": Chip(8.1e12, 16e9, 320e9, 16e9, float16_flops=65e12),
+    "a100": Chip(312e12, 80e9, 2039e9, 300e9, 25e9, float32_flops=156e12),
+    "h100": Chip(989e12, 80e9, 3352e9, 450e9, 50e9, float32_flops=494.5e12),
+    "h200": Chip(989e12, 141e9, 4800e9, 450e9, 50e9, float32_flops=494.5e12),
+    "b200": Chip(2250e12, 180e9, 8000e9, 900e9, 50e9, float32_flops=1125e12),
 }
 
 
 class GpuLayout(NamedTuple):
-    """What XLA needs to know to compile for a GPU: compute capability, multiprocessors, and so on.
+    """What XLA needs to know to compile for a GPU, besides `GPU_CAPABILITY`.
 
     From NVIDIA's tuning guides. shared_memory: bytes per multiprocessor; a block may use 1 KiB
     less. clock: GHz.
     """
 
-    capability: tuple[int, int]
     multiprocessors: int
     units: int
     shared_memory: int
@@ -73,10 +82,11 @@ class GpuLayout(NamedTuple):
 
 
 LAYOUTS = {
-    "a100": GpuLayout((8, 0), 108, 64, 167_936, 40 * 2**20, 1.41),
-    "h100": GpuLayout((9, 0), 132, 128, 233_472, 50 * 2**20, 1.98),
-    "h200": GpuLayout((9, 0), 132, 128, 233_472, 50 * 2**20, 1.98),
-    "b200": GpuLayout((10, 0), 148, 128, 233_472, 126 * 2**20, 1.965),
+    "t4": GpuLayout(40, 64, 65_536, 4 * 2**20, 1.59),
+    "a100": GpuLayout(108, 64, 167_936, 40 * 2**20, 1.41),
+    "h100": GpuLayout(132, 128, 233_472, 50 * 2**20, 1.98),
+    "h200": GpuLayout(132, 128, 233_472, 50 * 2**20, 1.98),
+    "b200": GpuLayout(148, 128, 233_472, 126 * 2**20, 1.965),
 }
 
 
@@ -118,9 +128,7 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         devices = tpu_devices(f"{name}:{shape}", int(slices[1]) if slices else 1)
         # Some chips present several devices.
         per_chip = len(devices) // len(set(map(chip_of, devices)))
-        flops, hbm, hbm_bandwidth, link_bandwidth, _ = TPUS[name]
-        whole = flops, hbm, hbm_bandwidth, link_bandwidth
-        device = Chip(*(number / per_chip for number in whole))
+        device = Chip(*(number / per_chip for number in TPUS[name][:4]))
         return Target(topology, sharding.make_mesh(**mesh, devices=devices), device)
     if name in GPUS and re.fullmatch(r"([1-9]\d*x)?[1-8]", shape):
         hosts, per_host = ([1] + [int(size) for size in shape.split("x")])[-2:]
@@ -152,12 +160,17 @@ def tpu_devices(topology: str, slices: int) -> list:
             "The TPU compiler is not installed. It needs no TPU and about 600 MB: "
             'pip install "jax[tpu]"'
         )
+    # A host has 2 x 2 chips or more, except the host of a single chip, such as Colab's.
+    single = set(topology.partition(":")[2].split("x")) == {"1"}
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
     try:
-        return topologies.get_topology_desc(topology, platform="tpu", num_slices=slices).devices
+        return topologies.get_topology_desc(
+            topology, platform="tpu", num_slices=slices, **bounds
+        ).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         raise UserError(
             f"There is no topology {topology!r} ({str(error).splitlines()[0]}). Valid sizes: "
-            "v5e and v6e from 2x2 to 16x16; v4 and v5p 2x2x1, 2x2x2, 2x2x4, 4x4x4, 8x8x8 and so on."
+            "v5e and v6e 1x1, 2x2 to 16x16; v4 and v5p 2x2x1, 2x2x2, 2x2x4, 4x4x4, 8x8x8 and so on."
         ) from error
 
 
@@ -169,9 +182,9 @@ def gpu_devices(name: str, hosts: int, per_host: int) -> list:
             'pip install "jax[cuda13]"'
         )
     layout, chip = LAYOUTS[name], GPUS[name]
-    major, minor = layout.capability
+    major, minor = str(GPU_CAPABILITY[name]).split(".")
     # Instructions of this generation only, such as Hopper's matrix products.
-    features = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    features = "feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else ""
     config = f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: {major} minor: {minor} {features} }}

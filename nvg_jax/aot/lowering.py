@@ -11,14 +11,15 @@ import ml_collections
 from jax.sharding import Mesh
 
 from nvg_jax.aot import hlo
-from nvg_jax.aot.chips import GPUS, Chip, Target
+from nvg_jax.aot.chips import Chip, Target
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, PARTS, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.training.checks import check_process
+from nvg_jax.sampling.settings import check_dtype
+from nvg_jax.training.checks import check_process, check_recipe
 from nvg_jax.training.generators import sampling_settings
 from nvg_jax.training.registry import make_trainer
 from nvg_jax.training.run import fitted_config
@@ -101,16 +102,19 @@ class Compiler:
         check_process(config)
         self.target, self.program = target, program
         self.part = training_part(config) if program == "train" else None
+        if self.part:
+            check_recipe(config, self.part.section, (self.part,))
+        else:
+            check_dtype(config.dtype)
         self.images, self._num_classes = data_size(config.data)
         self.config = fitted_config(config, self.images)
 
     @property
     def device(self) -> Chip:
-        """A device at this program's precision: GPUs take twice as long for products in TF32."""
+        """A device at this program's precision."""
         recipe = self.config[self.part.section] if self.part else {}
-        device, dtype = self.target.device, recipe.get("dtype") or self.config.dtype
-        slower = dtype == "float32" and self.target.topology.partition(":")[0] in GPUS
-        return device._replace(flops=device.flops / 2) if slower else device
+        device = self.target.device
+        return device._replace(flops=device.peak(recipe.get("dtype") or self.config.dtype))
 
     def lower(self, config: ml_collections.ConfigDict, batch_size: int, mesh: Mesh):
         model = ModelConfig.from_config(config, self._num_classes)

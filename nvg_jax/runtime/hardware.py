@@ -18,6 +18,8 @@ OPTIONS = {
     "jax_numpy_rank_promotion": "allow",
     "jax_numpy_dtype_promotion": "standard",
 }
+# GPUs that programs are compiled for ahead of time, by their names there -> compute capability.
+GPU_CAPABILITY = {"t4": 7.5, "a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}
 # cuBLAS computes all matrix products. XLA's autotuner would choose kernels of its own for some,
 # with which sampling takes a tenth longer (docs/performance.md).
 CUBLAS_ONLY: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
@@ -32,16 +34,24 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def is_ampere() -> bool:
+    """Whether what is being compiled for is an NVIDIA GPU of compute capability 8 or later.
+
+    Those have bfloat16, and cuDNN's attention.
+    """
+    if platform() != "gpu":
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    capability = None if mesh.empty else GPU_CAPABILITY.get(mesh.abstract_device.device_kind)
+    return float(capability or jax.local_devices()[0].compute_capability) >= 8
+
+
 def fast_dtype() -> str:
     """The default dtype for sampling on this machine's devices.
 
-    "bfloat16" on TPUs and on GPUs that support it (compute capability 8 and later), "float32"
-    elsewhere.
+    "bfloat16" on TPUs and on GPUs that support it, "float32" elsewhere.
     """
-    device = jax.local_devices()[0]
-    if device.platform == "gpu":
-        return "bfloat16" if float(device.compute_capability) >= 8 else "float32"
-    return "bfloat16" if device.platform == "tpu" else "float32"
+    return "bfloat16" if platform() == "tpu" or is_ampere() else "float32"
 
 
 def compiler_options() -> dict[str, str | bool] | None:

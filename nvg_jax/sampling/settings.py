@@ -18,14 +18,15 @@ from jaxtyping import Float64
 from nvg_jax.errors import UserError
 from nvg_jax.structure.flow import SOLVERS
 
-DTYPES = ("float32", "bfloat16")  # dtypes for training and sampling
+DTYPES = ("float32", "bfloat16", "float16")  # for sampling
+TRAINING_DTYPES = ("float32", "bfloat16")  # gradients underflow in float16
 MAX_SEED = 2**32 - 1  # largest seed of a random key without 64-bit mode
 
 
-def check_dtype(dtype: str):
+def check_dtype(dtype: str, choices: tuple[str, ...] = DTYPES):
     """Raises UserError unless the computation can be in `dtype`."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}.")
+    if dtype not in choices:
+        raise UserError(f"dtype must be {' or '.join(choices)}, got {dtype!r}.")
 
 
 def top_p_range(start: float, end: float, num_stages: int) -> Float64[np.ndarray, " stages"]:

@@ -13,7 +13,7 @@ from nvg_jax.data.sources import SPLITS, check_name
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import CHOICES, TOKENIZER, Part
 from nvg_jax.runtime import hardware
-from nvg_jax.sampling.settings import check_dtype
+from nvg_jax.sampling.settings import TRAINING_DTYPES, check_dtype
 from nvg_jax.training.ranges import check_ranges
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
@@ -82,8 +82,6 @@ def check_sizes(config: ml_collections.ConfigDict):
 
 def check_process(config: ml_collections.ConfigDict):
     """Raises UserError for invalid settings of a whole process, whatever it trains."""
-    check_dtype(config.dtype)
-    check_dtype(config.tokenizer_training.dtype or config.dtype)
     check_ranges(config)
     steps = tuple(config.profile_steps)
     if steps and (len(steps) != 2 or steps[0] > steps[1]):
@@ -95,6 +93,7 @@ def check_process(config: ml_collections.ConfigDict):
 
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
+    check_dtype(config[name].get("dtype") or config.dtype, TRAINING_DTYPES)
     optimizers.OptimizerConfig(**length.fitted(config[name], 10**6).optimizer)
     if config[name].fid_every:
         check_fid(config, name, parts)
