@@ -1,11 +1,11 @@
-"""Compares bfloat16 with float32: `python -m benchmarks.precision --workdir=runs/digits`.
+"""Compares bfloat16 and float16 with float32: `python -m benchmarks.precision --workdir=runs/digits`.
 
-Draws the same samples twice, with the same noise, and counts the map positions and tokens of each
+Draws the same samples in each, with the same noise, and counts the map positions and tokens of each
 stage that differ. Once a split differs, a sample diverges from there on, so the first stage that
 differs says more than the last. Then both decode the float32 samples and encode their images.
 
 To compare two machines, run with --save=FILE on one, then with --reference=FILE on the other, which
-compares its float32 and bfloat16 samples with the saved ones. By default, GPUs multiply float32
+compares its samples of all dtypes with the saved ones. By default, GPUs multiply float32
 numbers in TF32 (10 bits of mantissa), and TPUs in bfloat16; JAX_DEFAULT_MATMUL_PRECISION=highest
 prevents it.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from nvg_jax.pipeline import Pipeline, SampleOutput
+from nvg_jax.sampling.settings import DTYPES
 from nvg_jax.tokenizer import GranularitySequence
 
 FLAGS = flags.FLAGS
@@ -43,9 +44,8 @@ def compare(pipeline: Pipeline, samples, encoded, classes):
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
-    exact, fast = (
-        Pipeline.from_pretrained(FLAGS.workdir, dtype) for dtype in ("float32", "bfloat16")
-    )
+    pipelines = {dtype: Pipeline.from_pretrained(FLAGS.workdir, dtype) for dtype in DTYPES}
+    exact = pipelines["float32"]
     classes_of = lambda count: np.arange(count) % len(exact.class_names)
     if FLAGS.reference:
         with np.load(FLAGS.reference) as file:
@@ -53,11 +53,11 @@ def main(_):
             samples = SampleOutput(file["images"], sequence)
             encoded = file["encoded_structure"], file["encoded_tokens"]
         classes = classes_of(len(samples.images))
-        pipelines = {"float32": exact, "bfloat16": fast}
     else:
         classes = classes_of(FLAGS.num_samples)
         samples = exact.sample(classes, seed=0)
-        encoded, pipelines = exact.encode(samples.images), {"bfloat16": fast}
+        encoded = exact.encode(samples.images)
+        del pipelines["float32"]
     if FLAGS.save:
         np.savez_compressed(
             FLAGS.save,
