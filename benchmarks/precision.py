@@ -1,4 +1,4 @@
-"""Compares bfloat16 and float16 with float32: `python -m benchmarks.precision --workdir=runs/digits`.
+"""Compares half precision with float32: `python -m benchmarks.precision --workdir=runs/digits`.
 
 Draws the same samples in each, with the same noise, and counts the map positions and tokens of each
 stage that differ. Once a split differs, a sample diverges from there on, so the first stage that

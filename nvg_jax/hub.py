@@ -253,7 +253,9 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
         license: its identifier on the hub, such as "mit".
     """
     sizes, settings, config = metadata.model.tokenizer, metadata.sampling, metadata.config or {}
-    base = config.get("init_from") or "THE MODEL THAT THEY WERE TRAINED ON"
+    base = config.get("init_from") or ""
+    if not base or ("/" in base and not is_remote(base)):  # a folder, which others do not have
+        base = "THE MODEL THAT THEY WERE TRAINED ON"
     pixels = " x ".join(map(str, sizes.image_size))
     classes = metadata.class_names
     listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")

@@ -141,7 +141,7 @@ class RunMetadata:
 
     def without_paths(self) -> "RunMetadata":
         """The metadata without absolute and home paths, for those who do not have them."""
-        is_path = lambda x: isinstance(x, str) and re.match(r"[/~]|\w+://", x)
+        is_path = lambda x: isinstance(x, str) and re.match(r"[/~]|(?!hf:)\w+://", x)
         config = jax.tree.map(lambda x: "" if is_path(x) else x, self.config)
         return self.replace(config=config, tokenizer_workdir=None, base_workdir=None)
 

@@ -284,12 +284,21 @@ def test_an_upload_replaces_the_one_before_and_has_a_card(server, pipe, monkeypa
     assert Pipeline.from_pretrained("org/mine").metadata.step == 1500
 
 
-def test_adapters_are_uploaded_and_opened(server, pipe, monkeypatch):
+@pytest.mark.parametrize(
+    "base, named",
+    [
+        ("fashion_mnist", "fashion_mnist"),
+        ("hf://org/base", "hf://org/base"),
+        ("models/d16", "THE MODEL THAT THEY WERE TRAINED ON"),
+        ("/disk/d16", "THE MODEL THAT THEY WERE TRAINED ON"),
+    ],
+)
+def test_adapters_are_uploaded_and_opened(server, pipe, monkeypatch, base, named):
     monkeypatch.setenv("HF_TOKEN", "good")
     params = {"content": jax.device_get(pipe.params["content"])}
     shapes = jax.eval_shape(lambda key: lora.init(params["content"], 2, key), jax.random.key(0))
     metadata = pipe.metadata.replace(
-        config={"init_from": "fashion_mnist", "lora": {"rank": 2}},
+        config={"init_from": base, "lora": {"rank": 2}},
         base={"content": fingerprint(params["content"])},
         base_workdir="/disk/model",
     )
@@ -298,8 +307,8 @@ def test_adapters_are_uploaded_and_opened(server, pipe, monkeypatch):
     files = server.repositories["org/adapters"]
     assert b"/disk/model" not in files["config.json"]
     card = files["README.md"].decode()
-    opened = '("fashion_mnist")\n    pipe = pipe.load_lora("org/adapters")\n    pipe.sample'
-    assert opened in card and "| adapters | of rank 2, for fashion_mnist |" in card
+    opened = f'("{named}")\n    pipe = pipe.load_lora("org/adapters")\n    pipe.sample'
+    assert opened in card and f"| adapters | of rank 2, for {named} |" in card
     tuned = pipe.load_lora("org/adapters", 0.5).params
     expected = lora.merge(params["content"], adapters.params["content"], 0.5)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(tuned["content"]), expected)
