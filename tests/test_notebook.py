@@ -139,11 +139,14 @@ def test_its_last_line_says_which_device_is_used(machine, capsys):
 
     assert said(smi="550.54.15", kind="Tesla T4").strip() == "Device: Tesla T4"
     assert said() == "Device: cpu (a GPU or TPU is faster: Runtime > Change runtime type)\n"
-    assert re.match(
-        "Device: only the CPU, though there is a GPU, driver 470. .*52", said(smi="470.8")
-    )
-    assert "JAX needs jax[cuda12]" in said(smi="550.5")
-    assert "though there is a TPU. JAX needs jax[tpu]" in said(devices=["/dev/accel0"])
+    only = "Device: only the CPU"
+    again = "choose Runtime > Disconnect and delete runtime, then run this cell again.\n"
+    assert said(smi="470.8") == f"{only}: JAX needs a driver 525 or newer, and this GPU's is 470.\n"
+    there = f"{only}, though there is"
+    assert said(smi="550.5") == f"{there} a GPU, driver 550, for jax[cuda12]: {again}"
+    assert said(devices=["/dev/accel0"]) == f"{there} a TPU, for jax[tpu]: {again}"
+    silent = f"{only}. This machine's GPU does not answer: {again[:-1]} {NO_DRIVER}\n"
+    assert said(smi=NO_DRIVER) == silent
 
 
 def test_it_stops_with_a_sentence(machine):
@@ -247,7 +250,9 @@ def run_alone(cell: str, **settings: str) -> dict:
     return shown
 
 
-def test_published_weights_are_fetched_with_the_token_that_is_asked_for(monkeypatch, tmp_path):
+@pytest.mark.parametrize("token", ["", "of the environment"])
+def test_published_weights_are_fetched_with_a_token(monkeypatch, tmp_path, token):
+    """That of the machine, or, without one, what the user enters."""
     from nvg_jax import hub
     from nvg_jax.jobs import conversion
 
@@ -257,15 +262,16 @@ def test_published_weights_are_fetched_with_the_token_that_is_asked_for(monkeypa
 
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("getpass.getpass", lambda prompt: "secret")
+    used = token or "secret"
     monkeypatch.setattr(hub, "download_published", download)
     monkeypatch.setattr(conversion, "convert", lambda *arguments: calls.append(arguments))
     folder = tmp_path / "authors_nvg_d16.ckpt"
     folder.mkdir()  # a conversion was cut off
     shown = run_alone(HUB, hub_repository="authors/nvg", generator_file="d16.ckpt")
     assert shown == {"golden retriever": "images"}
-    assert calls == [("authors/nvg", "d16.ckpt", "secret"), (folder.name, "ae.ckpt", "d16.ckpt")]
+    assert calls == [("authors/nvg", "d16.ckpt", used), (folder.name, "ae.ckpt", "d16.ckpt")]
     (folder / "config.json").touch()
     run_alone(HUB, hub_repository="authors/nvg", generator_file="d16.ckpt")
     assert len(calls) == 2  # it is there
