@@ -1,8 +1,10 @@
 """The packages of a wheel, which holds configs/ as nvg_jax/configs; see pyproject.toml."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
+found = find_namespace_packages(include=["nvg_jax*", "configs*"], exclude=["*.__pycache__"])
+names = {name: name.replace("configs", "nvg_jax.configs") for name in found if "configs" in name}
 setup(
-    packages=[*find_packages(include=["nvg_jax*"]), "nvg_jax.configs"],
-    package_dir={"nvg_jax.configs": "configs"},
+    packages=[names.get(name, name) for name in found],
+    package_dir={package: name.replace(".", "/") for name, package in names.items()},
 )

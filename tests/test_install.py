@@ -121,6 +121,7 @@ def built(tmp_path_factory):
         script = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
         done = python("-c", script, cwd=source)
         assert done.returncode == 0, done.stderr
+        assert "is absent from" not in done.stderr  # a folder that only newer setuptools leave out
         return next(folder.glob("*.tar.gz" if kind == "sdist" else "*.whl"))
 
     sdist = build("sdist", folder / "clone")

@@ -84,7 +84,8 @@ def test_a_drawing_is_followed_and_its_lines_make_the_same_samples(opened, tmp_p
     # The lines, run where the file lies, write the same pictures.
     monkeypatch.chdir(tmp_path)
     name, url = re.search('href="(.*)" download="(.*)"', links).group(2, 1)
-    (tmp_path / name).write_bytes(urllib.request.urlopen(url).read())
+    with urllib.request.urlopen(url) as file:
+        (tmp_path / name).write_bytes(file.read())
     monkeypatch.setattr(
         "nvg_jax.Pipeline.from_pretrained",
         lambda folder, dtype: {(opened.name, "float32"): opened.pipe}[folder, dtype],
