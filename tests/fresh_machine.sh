@@ -37,16 +37,25 @@ git -C "$root/nvg_jax" -c user.name=test -c user.email=test@localhost commit --q
 # Away from the clone: nothing of it may be found.
 # shellcheck disable=SC2016
 export wheel='
-  rm -rf /tmp/wheel && mkdir /tmp/wheel && cd /tmp/wheel
-  python3 -m venv build && build/bin/pip install --quiet build
-  build/bin/python -m build --outdir=dist /nvg_jax
-  python3 -m venv plain && plain/bin/pip install --quiet dist/*.whl && plain/bin/pip check
-  plain/bin/nvg sample --workdir=fashion_mnist --per_class=1 --out=samples && ls samples/grid.png
-  ! plain/bin/nvg train --config=digits:runlocal --workdir=runs/digits
-  plain/bin/pip install --quiet "$(ls dist/*.whl)[train]" && plain/bin/pip check
+  rm -rf /tmp/wheel
+  mkdir /tmp/wheel
+  cd /tmp/wheel
+  python3 -m venv build
+  build/bin/pip install --quiet build
+  build/bin/python -m build --outdir=dist /nvg_jax >/dev/null
+  python3 -m venv plain
+  plain/bin/pip install --quiet dist/*.whl
+  plain/bin/pip check
+  plain/bin/nvg sample --workdir=fashion_mnist --per_class=1 --out=clothes
+  test -s clothes/grid.png
+  if plain/bin/nvg train --config=digits:runlocal --workdir=runs/digits; then exit 1; fi
+  plain/bin/pip install --quiet "$(ls dist/*.whl)[train]"
+  plain/bin/pip check
   plain/bin/nvg train --config=digits:runlocal --workdir=runs/digits
-  plain/bin/nvg sample --workdir=runs/digits --per_class=1 --out=digits && ls digits/grid.png
-  tar --extract --file=dist/*.tar.gz && cd nvg_jax-*/
+  plain/bin/nvg sample --workdir=runs/digits --per_class=1 --out=digits
+  test -s digits/grid.png
+  tar --extract --file="$(ls dist/*.tar.gz)"
+  cd nvg_jax-*/
   ../plain/bin/pip install --quiet --editable ".[test]"
   ../plain/bin/python -m pytest -q tests/test_hub.py tests/test_flow.py tests/test_parity.py
 '
