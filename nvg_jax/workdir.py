@@ -10,6 +10,7 @@ import json
 import os
 import re
 import reprlib
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -324,7 +325,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             )
         raise UserError(
             f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
-            f"--config=... --workdir={folder}`."
+            f"--config=... --workdir={shlex.quote(os.fspath(folder))}`."
         )
     metadata, params = tokenizer[0], {"tokenizer": tokenizer[1]}
     if generators and metadata.fingerprint is None:

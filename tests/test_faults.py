@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import random
+import shlex
 import signal
 import time
 
@@ -107,6 +108,7 @@ def test_asked_to_end_it_saves_at_once_and_loses_no_step(
     trained, tmp_path, monkeypatch, caplog, batch, step
 ):
     caplog.set_level("INFO", "nvg_jax")
+    folder = tmp_path / "my run"
     handler = signal.getsignal(signal.SIGTERM)
     place, calls = sharding.global_batch, []
 
@@ -120,13 +122,16 @@ def test_asked_to_end_it_saves_at_once_and_loses_no_step(
     try:
         preemption.watch()
         with pytest.raises(preemption.Preempted, match=f"tokenizer: saved at step {step} of 12"):
-            train(tiny_config(), tmp_path)
+            train(tiny_config(), folder)
     finally:
         signal.signal(signal.SIGTERM, handler)
         preemption._asked.clear()
-    assert [progress(tmp_path / part) for part in PARTS] == [step, 0]
+    assert [progress(folder / part) for part in PARTS] == [step, 0]
     assert "finished" not in caplog.text
     if step < 12:
-        train(tiny_config(), tmp_path)
-        assert_same_run(tmp_path, trained)
-        assert caplog.messages[-1].startswith("finished; to draw samples: python -m nvg_jax.sample")
+        train(tiny_config(), folder)
+        assert_same_run(folder, trained)
+        said, _, command = caplog.messages[-1].partition(": ")
+        workdir = f"--workdir={folder}"
+        assert said == "finished; to draw samples"
+        assert shlex.split(command)[1:4] == ["-m", "nvg_jax.sample", workdir]

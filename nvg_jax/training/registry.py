@@ -1,6 +1,8 @@
 """From parts to their trainers, and their training one after the other."""
 
 import logging
+import os
+import shlex
 from collections.abc import Iterable, Sequence
 
 import ml_collections
@@ -77,7 +79,8 @@ def train_parts(run: Run, parts: Sequence[Part]):
     for trainer in trainers:
         loop.fit(trainer, run, scores.get(trainer.part), ahead)
     if BOTH_GENERATORS in parts:
-        command = f"python -m nvg_jax.sample --workdir={run.workdir} --out=samples/"
+        workdir = shlex.quote(os.fspath(run.workdir))
+        command = f"python -m nvg_jax.sample --workdir={workdir} --out=samples/"
         logger.info("finished; to draw samples: %s", command)
 
 
