@@ -71,6 +71,7 @@ def base() -> ml_collections.ConfigDict:
                 base_channels=128,
                 channel_multipliers=(1, 2, 4, 4, 4),
                 blocks_per_level=2,
+                structure="latent",  # the maps; "grid": halves the grid, for all images alike
             ),
             content=transformer(1024, 16),
             structure=transformer(512, 16),

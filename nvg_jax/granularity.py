@@ -60,6 +60,28 @@ def all_stages(finest: Int[Array | np.ndarray, "*batch L"]) -> Int[Array, "*batc
     return jnp.asarray(finest)[..., None, :] >> jnp.arange(stages)[::-1, None]
 
 
+def grid_structure(grid: tuple[int, int]) -> Int32[np.ndarray, "S L"]:
+    """The maps of all stages that halve the blocks of a grid, with the smaller sides as cuts.
+
+    Squares are cut into an upper and a lower half, so of a square grid, every second stage has the
+    square blocks of next-scale prediction. The upper or left half of block j becomes block 2j.
+
+    Args:
+        grid: height and width, powers of two.
+    """
+    rows, columns = np.indices(grid)
+    (height, width), maps = grid, [np.zeros(grid, np.int32)]
+    while height * width > 1:
+        if height >= width:
+            height //= 2
+            half = rows // height % 2
+        else:
+            width //= 2
+            half = columns // width % 2
+        maps.append(2 * maps[-1] + half.astype(np.int32))
+    return np.stack(maps).reshape(len(maps), -1)
+
+
 def cluster_means(
     values: Float[Array, "*batch L D"], maps: Int[Array, "*batch L"], num_clusters: int
 ) -> Float32[Array, "*batch N D"]:

@@ -39,6 +39,11 @@ def check_networks(model: str, params: dict[str, Any], needed: Iterable[str], re
         )
 
 
+def generators_for(tokenizer: TokenizerConfig) -> tuple[str, ...]:
+    """The generators that sampling needs: none draws maps that are fixed."""
+    return GENERATORS if tokenizer.fixed_structure is None else ("content",)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The sizes of a model.
@@ -70,10 +75,13 @@ class ModelConfig:
         Raises:
             UserError: invalid sizes.
         """
+        tokenizer = TokenizerConfig(**sizes["tokenizer"])
         generators = {
-            name: TransformerConfig(**sizes[name]) for name in GENERATORS if sizes.get(name)
+            name: TransformerConfig(**sizes[name])
+            for name in generators_for(tokenizer)
+            if sizes.get(name)
         }
-        return cls(TokenizerConfig(**sizes["tokenizer"]), num_classes, dtype=dtype, **generators)
+        return cls(tokenizer, num_classes, dtype=dtype, **generators)
 
     @classmethod
     def from_config(cls, config: "ml_collections.ConfigDict", num_classes: int) -> "ModelConfig":

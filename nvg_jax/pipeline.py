@@ -17,7 +17,7 @@ from nvg_jax.adapters import Adapters
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.image import to_float
-from nvg_jax.models import check_networks
+from nvg_jax.models import check_networks, generators_for
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.hardware import fast_dtype, name_options
 from nvg_jax.runtime.sharding import local_batch, local_mesh
@@ -108,12 +108,14 @@ class Pipeline(hub.Storable):
 
     @property
     def can_sample(self) -> bool:
-        return all(name in self.params for name in GENERATORS)
+        return all(name in self.params for name in generators_for(self.tokenizer.config))
 
     def check_can_sample(self):
         """Raises UserError if the folder lacks a generator."""
-        remedy = "To sample, train with --config.part=generators (or all), or convert one."
-        check_networks("This folder", self.params, GENERATORS, remedy)
+        needed = generators_for(self.tokenizer.config)
+        part = "content" if "structure" not in needed else "generators (or all)"
+        remedy = f"To sample, train with --config.part={part}, or convert one."
+        check_networks("This folder", self.params, needed, remedy)
 
     def class_id(self, name: int | str) -> int:
         """The id of a class given by its name or, if no class has that name, by its id.
@@ -411,17 +413,27 @@ class Pipeline(hub.Storable):
         region: bool,
     ) -> GranularitySequence:
         config = self.tokenizer.config
-        shape = (count, config.num_stages, config.num_positions)
+        shape, fixed = (count, config.num_stages, config.num_positions), config.fixed_structure
         if prefix is None:
             if token_stages or structure_stages or region:
                 raise UserError(
                     "structure_stages, token_stages and region need a `prefix` sequence."
                 )
-            return GranularitySequence(np.zeros(shape, np.int32), np.zeros(shape, np.int32))
+            zeros = np.zeros(shape, np.int32)
+            maps = zeros if fixed is None else np.broadcast_to(fixed, shape)
+            return GranularitySequence(maps, zeros)
         if region:  # every stage is kept outside of it
             structure_stages = token_stages = config.num_stages
         structure_stages = max(structure_stages, 1)  # sampling always starts from the first map
-        return self._check_sequence(prefix, "prefix", count, structure_stages, token_stages)
+        prefix = self._check_sequence(prefix, "prefix", count, structure_stages, token_stages)
+        if fixed is None:
+            return prefix
+        if (prefix.structure[:, :structure_stages] != fixed[:structure_stages]).any():
+            raise UserError(
+                "This model was trained with tokenizer.structure=grid: it follows no other maps "
+                "than those of the images that it encodes."
+            )
+        return prefix._replace(structure=np.broadcast_to(fixed, shape))
 
     def _check_region(self, region, count: int) -> np.ndarray:
         shape = (count, self.tokenizer.config.num_positions)

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvg_jax.errors import UserError
-from nvg_jax.granularity import cluster_means, num_stages, split, structure_embedding
+from nvg_jax.granularity import (
+    cluster_means,
+    grid_structure,
+    num_stages,
+    split,
+    structure_embedding,
+)
 
 
 def random_hierarchy(rng: np.random.Generator, length: int) -> np.ndarray:
@@ -58,6 +64,22 @@ def test_embedding_of_a_traced_stage_for_each_sample():
     for i, stage in enumerate((3, 1)):
         np.testing.assert_array_equal(embedding[i], structure_embedding(maps[stage], stage, 4))
     np.testing.assert_array_equal(labels_from_embedding(embedding, stages), maps[stages])
+
+
+def test_the_blocks_of_a_grid_are_halved():
+    """Squares into an upper and a lower half, other blocks across their longer side."""
+    square = [
+        ["0000", "0000", "0000", "0000"],
+        ["0000", "0000", "1111", "1111"],
+        ["0011", "0011", "2233", "2233"],
+        ["0022", "1133", "4466", "5577"],
+        ["0145", "2367", "89cd", "abef"],
+    ]
+    wide = [["0000"] * 2, ["0011"] * 2, ["0022", "1133"], ["0145", "2367"]]
+    for grid, drawn in (((4, 4), square), ((2, 4), wide)):
+        expected = [[int(label, 16) for label in "".join(rows)] for rows in drawn]
+        np.testing.assert_array_equal(grid_structure(grid), expected)
+        assert is_even_hierarchy(grid_structure(grid)[None]).all()
 
 
 def test_cluster_means_of_a_drawn_map():

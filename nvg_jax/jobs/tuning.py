@@ -13,7 +13,7 @@ from nvg_jax.evaluation.judges import Judge
 from nvg_jax.evaluation.report import digits, fid
 from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.sampling.generate import flow_evaluations, make_plan
+from nvg_jax.sampling.generate import flow_evaluations
 from nvg_jax.sampling.settings import Settings, text_of
 
 logger = logging.getLogger("nvg_jax")
@@ -58,9 +58,8 @@ def evaluations(pipe: Pipeline, settings: Settings) -> int:
         UserError: settings that this model does not support.
     """
     pipe.metadata.check_settings(settings)
-    config = pipe.tokenizer.config
-    plan = make_plan(settings.expand(config.num_stages, config.codebook_size))
-    return flow_evaluations(plan, config.num_positions)
+    plan, _ = pipe.program.plan(settings)
+    return flow_evaluations(plan, pipe.tokenizer.config.num_positions)
 
 
 def tune(

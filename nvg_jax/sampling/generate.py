@@ -59,7 +59,8 @@ class SampleRequests(NamedTuple):
 class StagePlan(NamedTuple):
     """Where one stage's tokens and its split come from, unless they are kept.
 
-    content: "plain" or "guided"; split: "plain" or "guided" (by the flow), "noise" or "none".
+    content: "plain" or "guided"; split: "plain" or "guided" (by the flow), "noise", "fixed" (in the
+    prefix) or "none".
     solution: of the flow: "new", "restart" (it starts from the last one) or "reuse" (the last one).
     """
 
@@ -84,12 +85,15 @@ class SamplingPlan(NamedTuple):
     region: bool
 
 
-def make_plan(settings: Settings, kept: bool = False, region: bool = False) -> SamplingPlan:
+def make_plan(
+    settings: Settings, kept: bool = False, region: bool = False, fixed: bool = False
+) -> SamplingPlan:
     """The plan for expanded settings.
 
     Args:
         kept: whether maps and tokens of the first stages come from the prefix. How many is traced.
         region: whether only a region is generated in the other stages.
+        fixed: whether the maps of all stages come from the prefix, since the model draws none.
     """
     content_guidance = settings.per_stage("content_guidance")
     structure_guidance = settings.per_stage("structure_guidance")
@@ -102,6 +106,8 @@ def make_plan(settings: Settings, kept: bool = False, region: bool = False) -> S
         solution = "new"
         if stage == count - 1:
             split = "none"
+        elif fixed:
+            split = "fixed"
         elif stage == count - 2:
             split = "noise"  # not learned: either order of a pair is valid
         elif stage not in solves:
@@ -217,6 +223,8 @@ def generate(
 
     def next_maps(stage_plan, canvas, maps, last, x):
         """(maps of the next stage, last solution of the flow)"""
+        if stage_plan.split == "fixed":
+            return x["next_structure"], last
         if stage_plan.split == "noise":
             return draw_split(noise, maps, x, gumbel=False), last
         solution = solve_flow(stage_plan, canvas, maps, last, x)

@@ -15,7 +15,6 @@ from jaxtyping import Float, Float32
 from nvg_jax import granularity
 from nvg_jax.layers import cast_blocks
 from nvg_jax.models import ModelConfig
-from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.hardware import compiler_options
 from nvg_jax.sampling.generate import (
@@ -64,7 +63,7 @@ class SamplingProgram(NamedTuple):
         if kept:
             values["structure_stages"] = np.int32(structure_stages)
             values["token_stages"] = np.int32(token_stages)
-        return make_plan(settings, kept, region), values
+        return make_plan(settings, kept, region, fixed=sizes.fixed_structure is not None), values
 
     def arguments(self, batch_size: int, values: dict[str, Any], mesh: Mesh) -> tuple:
         """The abstract arguments of `sample`, with the batch sharded over a mesh.
@@ -97,7 +96,7 @@ class SamplingProgram(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def sampling_program(model: ModelConfig) -> SamplingProgram:
-    """The sampler of a model with both generators.
+    """The sampler of a model with the generators that it needs.
 
     Models that differ only in their weights therefore share one compilation.
     """
@@ -118,7 +117,7 @@ def sample_batch(
     """Samples a batch of images; see `generate` for the arguments.
 
     Args:
-        params: {"tokenizer", "content", "structure"}.
+        params: {"tokenizer", "content"} and, unless the maps are fixed, "structure".
     """
     networks, decode = bind(params, canvas_scale, model)
     sequence, canvas = generate(networks, requests, values, plan)
@@ -130,9 +129,9 @@ def bind(
 ) -> tuple[Networks, Callable]:
     """The functions the sampler calls: (networks of the loop, canvases (B, L, D) -> images)."""
     tokenizer = model.make_tokenizer()
-    content, structure = model.make_generator("content"), model.make_generator("structure")
+    content = model.make_generator("content")
     length, num_bits = tokenizer.config.num_positions, tokenizer.config.num_stages - 1
-    params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in GENERATORS}}
+    params = {**params, **{m: cast_blocks(params[m], content.dtype) for m in model.generators}}
 
     def logits(canvas, maps, stage, classes):
         stages = jnp.full(classes.shape, stage)
@@ -143,6 +142,7 @@ def bind(
         return apply(missing, method="token_logits")
 
     def flow_velocity(maps, canvas, stage, classes, times):
+        structure = model.make_generator("structure")
         embedding = granularity.structure_embedding(maps, stage, num_bits)
         apply = apply_with(structure, params["structure"])
         condition = apply(embedding, canvas, classes, method="condition")

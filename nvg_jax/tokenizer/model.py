@@ -7,9 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Int32
 
 from nvg_jax import clustering, granularity
 from nvg_jax.errors import UserError
@@ -32,6 +33,7 @@ class TokenizerConfig:
     base_channels: int
     channel_multipliers: tuple[int, ...]
     blocks_per_level: int
+    structure: str = "latent"  # clusters the latent of an image; "grid": halves the grid, for all
 
     def __post_init__(self):
         for field in ("image_size", "latent_size", "channel_multipliers"):
@@ -58,6 +60,8 @@ class TokenizerConfig:
             )
         for width in (self.base_channels, *self.widths):
             group_count(width)
+        if self.structure not in ("latent", "grid"):
+            raise UserError(f"tokenizer.structure must be latent or grid, got {self.structure!r}.")
 
     @property
     def num_positions(self) -> int:
@@ -66,6 +70,11 @@ class TokenizerConfig:
     @property
     def num_stages(self) -> int:
         return granularity.num_stages(self.num_positions)
+
+    @property
+    def fixed_structure(self) -> Int32[np.ndarray, "S L"] | None:
+        """The maps of all images, None if they depend on the image."""
+        return granularity.grid_structure(self.latent_size) if self.structure == "grid" else None
 
     @property
     def num_downsamples(self) -> int:
@@ -105,8 +114,12 @@ class Tokenizer(nn.Module):
         return self.decoder(grid)
 
     def quantize(self, latents: Float[Array, "B L D"], index_backprop: bool = False) -> Quantized:
-        """Clusters latents into structure maps and quantizes them along the maps."""
-        structure = clustering.greedy_hierarchy(latents)
+        """Quantizes latents along their structure maps: of clusters, unless these are fixed."""
+        structure = self.config.fixed_structure
+        if structure is None:
+            structure = clustering.greedy_hierarchy(latents)
+        else:
+            structure = jnp.broadcast_to(structure, (len(latents), *structure.shape))
         return self.quantizer(latents, structure, index_backprop)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Quantized:

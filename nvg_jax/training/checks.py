@@ -55,7 +55,7 @@ def check_config(config: ml_collections.ConfigDict):
                 "Cached sequences have no images for REPA to compare with; turn it off with "
                 "--config.generator_training.repa_weight=0, or train from the images."
             )
-    check_sizes(config)
+    check_sizes(config, parts)
     check_name(config.data.name)
     check_paths(config)
     registry.pretrained_names(parts, config)  # checks the losses
@@ -74,9 +74,15 @@ def check_paths(config: ml_collections.ConfigDict):
             storage.local_path(path, name)
 
 
-def check_sizes(config: ml_collections.ConfigDict):
+def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
     """Raises UserError for invalid sizes, or sampling settings that do not fit them."""
-    sizes = models.ModelConfig.from_config(config, num_classes=0).tokenizer
+    model = models.ModelConfig.from_config(config, num_classes=0)
+    sizes = model.tokenizer
+    if any(name not in model.networks for part in parts for name in part.networks):
+        raise UserError(
+            f"tokenizer.structure={sizes.structure} needs no structure generator: train with "
+            "--config.part=tokenizer, then with --config.part=content."
+        )
     generators.sampling_settings(config).expand(sizes.num_stages, sizes.codebook_size)
 
 

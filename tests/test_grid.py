@@ -1,0 +1,75 @@
+"""A model whose maps halve the grid, for all images alike: it has no structure generator."""
+
+import numpy as np
+import pytest
+from helpers import tiny_config
+from test_end_to_end import weights
+
+from nvg_jax import GranularitySequence, Pipeline, granularity
+from nvg_jax.errors import UserError
+from nvg_jax.jobs import tuning
+from nvg_jax.train import train
+
+
+def grid_config(**changes):
+    config = tiny_config(**changes)
+    config.tokenizer.structure = "grid"
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    for part in ("tokenizer", "content"):
+        train(grid_config(part=part), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(run):
+    return Pipeline.from_pretrained(run)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return granularity.grid_structure((4, 4))
+
+
+def test_every_image_and_every_sample_has_these_maps(pipe, expected, tmp_path):
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3)).astype(np.float32)
+    encoded, out = pipe.encode(images), pipe.sample([1, 2, 3], seed=0)
+    for structure in (encoded.structure, out.sequence.structure):
+        np.testing.assert_array_equal(structure, np.broadcast_to(expected, (3, 5, 16)))
+    np.testing.assert_allclose(pipe.decode(out.sequence), out.images, atol=1e-5)
+    assert len({token.tobytes() for token in out.sequence.tokens}) == 3
+    pipe.save_pretrained(tmp_path / "export")
+    again = Pipeline.from_pretrained(tmp_path / "export")
+    np.testing.assert_array_equal(again.sample([1, 2, 3], seed=0).images, out.images)
+
+
+def test_no_structure_generator_is_trained_or_needed(run, pipe):
+    assert set(weights(run / "content")["params"]) == {"content"}
+    assert set(pipe.params) == {"tokenizer", "content"} and pipe.can_sample
+    assert tuning.candidates(pipe) == []  # no evaluation could be saved
+    with pytest.raises(UserError, match="structure=grid needs no structure generator: train with"):
+        train(grid_config(part="all"), run)
+    with pytest.raises(UserError, match="must be latent or grid, got 'square'"):
+        train(tiny_config(tokenizer={"structure": "square"}), run)
+    with pytest.raises(UserError, match="other sizes than config.tokenizer"):
+        train(tiny_config(part="content"), run)
+
+
+def test_tokens_are_kept_and_a_region_is_sampled(pipe):
+    first = pipe.sample([1, 1], seed=0).sequence
+    kept = pipe.sample([1, 1], seed=1, prefix=first, structure_stages=3, token_stages=3).sequence
+    np.testing.assert_array_equal(kept.tokens[:, :3], first.tokens[:, :3])
+    assert (kept.tokens[:, 3:] != first.tokens[:, 3:]).any()
+    region = np.zeros(16, bool)
+    region[:8] = True  # the upper half
+    edited = pipe.sample([2, 2], seed=1, prefix=first, region=region).sequence
+    np.testing.assert_array_equal(edited.structure, first.structure)
+    np.testing.assert_array_equal(edited.tokens[:, 1:, 8:], first.tokens[:, 1:, 8:])
+    assert (edited.tokens[:, 1:, :8] != first.tokens[:, 1:, :8]).any()
+    other = GranularitySequence(first.structure[:, :, ::-1].copy(), first.tokens)
+    with pytest.raises(UserError, match="tokenizer.structure=grid: it follows no other maps"):
+        pipe.sample([1, 1], prefix=other, structure_stages=2)
