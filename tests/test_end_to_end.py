@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import logging
 import re
 import shutil
 import signal
@@ -399,6 +400,7 @@ def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys):
     def main(_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
+    monkeypatch.setattr(cli, "logger", logging.Logger("own"))  # which `cli.main` sets up
     monkeypatch.setattr(cli.app, "run", lambda start, **_: main(None))
     with pytest.raises(SystemExit) as end:
         cli.main(main)
