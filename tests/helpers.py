@@ -33,7 +33,7 @@ def tiny_config(**changes):
     return config
 
 
-def random_pipeline():
+def random_pipeline(structure: str = "latent"):
     """A tiny model of ten classes with random weights, in which every setting matters."""
     from nvg_jax import Pipeline
     from nvg_jax.models import ModelConfig
@@ -41,6 +41,7 @@ def random_pipeline():
     from nvg_jax.workdir import RunMetadata
 
     config = tiny_config()
+    config.tokenizer.structure = structure
     model = ModelConfig.from_config(config, num_classes=10)
     metadata = RunMetadata(
         model=model,

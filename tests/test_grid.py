@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from helpers import tiny_config
+from helpers import random_pipeline, tiny_config
 from test_end_to_end import weights
 
 from nvg_jax import GranularitySequence, Pipeline, granularity
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import tuning
+from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.train import train
 
 
@@ -19,10 +20,14 @@ def grid_config(**changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """A content generator that was trained for a few steps with a random tokenizer."""
     folder = tmp_path_factory.mktemp("grid")
-    for part in ("tokenizer", "content"):
-        train(grid_config(part=part), folder)
-    return folder
+    pipe = random_pipeline("grid")
+    trained = pipe.metadata.replace(fingerprint=fingerprint(pipe.params["tokenizer"]))
+    Pipeline(trained, {"tokenizer": pipe.params["tokenizer"]}).save_pretrained(folder / "tokenizer")
+    config = grid_config(part="content", tokenizer_workdir=str(folder / "tokenizer"))
+    train(config, folder / "run")
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,9 @@ def test_no_structure_generator_is_trained_or_needed(run, pipe):
         train(grid_config(part="all"), run)
     with pytest.raises(UserError, match="must be latent or grid, got 'square'"):
         train(tiny_config(tokenizer={"structure": "square"}), run)
+    own = str(run.parent / "tokenizer")
     with pytest.raises(UserError, match="other sizes than config.tokenizer"):
-        train(tiny_config(part="content"), run)
+        train(tiny_config(part="content", tokenizer_workdir=own), run.parent / "other")
 
 
 def test_tokens_are_kept_and_a_region_is_sampled(pipe):
