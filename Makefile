@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# In the order of tests/conftest.py, which begins with the files that take longest.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# In the order of tests/conftest.py, which begins with the files that take longest; a worker more
+# than two cores, since some tests wait.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test check lint clean
 

@@ -71,4 +71,4 @@ def padded_length(batch: int, length: int, dtype: DTypeLike, head_dim: int) -> i
 def fits_cudnn(dtype: DTypeLike, head_dim: int) -> bool:
     """Whether cuDNN's kernel supports such heads on this platform."""
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    return half and head_dim % 8 == 0 and head_dim <= 128 and hardware.is_ampere()
+    return half and head_dim % 8 == 0 and head_dim <= 128 and hardware.ampere_or_later()

@@ -34,7 +34,7 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def is_ampere() -> bool:
+def ampere_or_later() -> bool:
     """Whether what is being compiled for is an NVIDIA GPU of compute capability 8 or later.
 
     Those have bfloat16, and cuDNN's attention.
@@ -51,7 +51,7 @@ def fast_dtype() -> str:
 
     "bfloat16" on TPUs and on GPUs that support it, "float32" elsewhere.
     """
-    return "bfloat16" if platform() == "tpu" or is_ampere() else "float32"
+    return "bfloat16" if platform() == "tpu" or ampere_or_later() else "float32"
 
 
 def compiler_options() -> dict[str, str | bool] | None:
