@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -49,16 +50,13 @@ def prepare():
     if not CONTENT.exists():
         for marker in Path("/usr/lib").glob("python3*/EXTERNALLY-MANAGED"):
             marker.unlink()
-        run("python3", "-m", "venv", "/tmp/pip")
-        run("/tmp/pip/bin/pip", "--python=/usr/bin/python3", "install", "--quiet", *COLAB)
+        venv = tempfile.mkdtemp()
+        run("python3", "-m", "venv", venv)
+        run(f"{venv}/bin/pip", "--python=/usr/bin/python3", "install", "--quiet", *COLAB)
         CONTENT.mkdir()
     startup = Path.home() / ".ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True, exist_ok=True)
     (startup / "colab.py").write_text(STARTUP)
-    git = ("git", "-C", SOURCE, "-c", "user.name=test", "-c", "user.email=test@localhost")
-    run("git", "init", "--quiet", SOURCE)
-    run(*git, "add", "--all")
-    run(*git, "commit", "--quiet", "--allow-empty", "--message=The working tree")
     address = re.search('repository = "(.*?)"', FIRST_CELL)[1]
     run("git", "config", "--global", f"url.{SOURCE}.insteadOf", address)
 
@@ -69,7 +67,7 @@ def would_install(*plugins: str) -> str:
     Args:
         plugins: of JAX, that must be among it, and no other.
     """
-    report = Path("/tmp/report.json")
+    report = Path(tempfile.mkdtemp()) / "report.json"
     code = f"""import subprocess
 def dry_run(command, run=subprocess.run, **options):
     if "install" in command:
