@@ -1,8 +1,8 @@
 """Compares half precision with float32: `python -m benchmarks.precision --workdir=runs/digits`.
 
-Draws the same samples in each, with the same noise, and counts the map positions and tokens of each
-stage that differ. Once a split differs, a sample diverges from there on, so the first stage that
-differs says more than the last. Then both decode the float32 samples and encode their images.
+Draws the same samples in every dtype, with the same noise, and counts the map positions and tokens
+of each stage that differ. Once a split differs, a sample diverges from there on, so the first stage
+that differs says more than the last. Then all decode the float32 samples and encode their images.
 
 To compare two machines, run with --save=FILE on one, then with --reference=FILE on the other, which
 compares its samples of all dtypes with the saved ones. By default, GPUs multiply float32

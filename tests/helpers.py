@@ -40,8 +40,7 @@ def random_pipeline(structure: str = "latent"):
     from nvg_jax.sampling.settings import Settings
     from nvg_jax.workdir import RunMetadata
 
-    config = tiny_config()
-    config.tokenizer.structure = structure
+    config = tiny_config(tokenizer={"structure": structure})
     model = ModelConfig.from_config(config, num_classes=10)
     metadata = RunMetadata(
         model=model,

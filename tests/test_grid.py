@@ -11,11 +11,7 @@ from nvg_jax.jobs import tuning
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.train import train
 
-
-def grid_config(**changes):
-    config = tiny_config(**changes)
-    config.tokenizer.structure = "grid"
-    return config
+GRID = {"structure": "grid"}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +21,8 @@ def run(tmp_path_factory):
     pipe = random_pipeline("grid")
     trained = pipe.metadata.replace(fingerprint=fingerprint(pipe.params["tokenizer"]))
     Pipeline(trained, {"tokenizer": pipe.params["tokenizer"]}).save_pretrained(folder / "tokenizer")
-    config = grid_config(part="content", tokenizer_workdir=str(folder / "tokenizer"))
-    train(config, folder / "run")
+    own = str(folder / "tokenizer")
+    train(tiny_config(part="content", tokenizer=GRID, tokenizer_workdir=own), folder / "run")
     return folder / "run"
 
 
@@ -57,7 +53,7 @@ def test_no_structure_generator_is_trained_or_needed(run, pipe):
     assert set(pipe.params) == {"tokenizer", "content"} and pipe.can_sample
     assert tuning.candidates(pipe) == []  # no evaluation could be saved
     with pytest.raises(UserError, match="structure=grid needs no structure generator: train with"):
-        train(grid_config(part="all"), run)
+        train(tiny_config(part="all", tokenizer=GRID), run)
     with pytest.raises(UserError, match="must be latent or grid, got 'square'"):
         train(tiny_config(tokenizer={"structure": "square"}), run)
     own = str(run.parent / "tokenizer")

@@ -182,7 +182,7 @@ def gpu_devices(name: str, hosts: int, per_host: int) -> list:
             'pip install "jax[cuda13]"'
         )
     layout, chip = LAYOUTS[name], GPUS[name]
-    major, minor = str(GPU_CAPABILITY[name]).split(".")
+    major, minor = GPU_CAPABILITY[name].split(".")
     # Instructions of this generation only, such as Hopper's matrix products.
     features = "feature_extension: ACCELERATED_FEATURES" if int(major) >= 9 else ""
     config = f"""

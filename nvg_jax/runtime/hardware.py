@@ -19,7 +19,7 @@ OPTIONS = {
     "jax_numpy_dtype_promotion": "standard",
 }
 # GPUs that programs are compiled for ahead of time, by their names there -> compute capability.
-GPU_CAPABILITY = {"t4": 7.5, "a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}
+GPU_CAPABILITY = {"t4": "7.5", "a100": "8.0", "h100": "9.0", "h200": "9.0", "b200": "10.0"}
 # cuBLAS computes all matrix products. XLA's autotuner would choose kernels of its own for some,
 # with which sampling takes a tenth longer (docs/performance.md).
 CUBLAS_ONLY: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
