@@ -109,9 +109,10 @@ def as_gpus():
 def as_tpu():
     """In a /dev over that of the machine, which this process's mounts hide from others."""
     run(*PIP, "install", "--no-deps", "libtpu==0.0.21.1")
-    for folder in ("/tmp/upper", "/tmp/work"):
-        Path(folder).mkdir(exist_ok=True)
-    layers = "lowerdir=/dev,upperdir=/tmp/upper,workdir=/tmp/work"
+    folder = Path(tempfile.mkdtemp())
+    for name in ("upper", "work"):
+        (folder / name).mkdir()
+    layers = f"lowerdir=/dev,upperdir={folder}/upper,workdir={folder}/work"
     run("mount", "-t", "overlay", "overlay", "-o", layers, "/dev")
     Path("/dev/accel0").touch()
     print(f"TPU: {would_install('libtpu')}\n")
@@ -124,7 +125,7 @@ def as_cpu():
     import nbformat
 
     notebook, start = nbformat.read(NOTEBOOK, as_version=4), time.time()
-    changes = {"upload = False": "upload = True", 'pictures = ""': 'pictures = "/tmp/pictures"'}
+    changes = {"upload = False": "upload = True", 'pictures = ""': 'pictures = "pictures"'}
     changes["image_folder:small"] = "image_folder:small,runlocal"
     for cell in notebook.cells:
         for old, new in changes.items():
@@ -132,11 +133,11 @@ def as_cpu():
     make_pictures = (
         "import numpy, PIL.Image, pathlib\n"
         "for i in range(200):\n"
-        "    path = pathlib.Path(f'/tmp/pictures/{'ab'[i % 2]}/{i}.png')\n"
+        "    path = pathlib.Path(f'pictures/{'ab'[i % 2]}/{i}.png')\n"
         "    path.parent.mkdir(parents=True, exist_ok=True)\n"
         "    PIL.Image.fromarray(numpy.random.randint(0, 255, (64, 64, 3), 'uint8')).save(path)\n"
     )
-    run("python3", "-c", make_pictures)
+    run("python3", "-c", make_pictures, cwd=CONTENT)
 
     def say(cell, cell_index, **_):
         outputs = cell.get("outputs", ())
@@ -163,7 +164,7 @@ def main():
     if SOURCE != Path("/nvg_jax"):
         sys.exit(__doc__)
     prepare()
-    run("rm", "-rf", CONTENT / "nvg_jax_packages", CONTENT / "runs", "/tmp/pictures")
+    run("rm", "-rf", *(CONTENT / name for name in ("nvg_jax_packages", "runs", "pictures")))
     as_gpus()
     as_tpu()
     before = run(*PIP, "freeze"), run(*PIP, "check", check=False)

@@ -37,9 +37,7 @@ git -C "$root/nvg_jax" -c user.name=test -c user.email=test@localhost commit --q
 # Away from the clone: nothing of it may be found.
 # shellcheck disable=SC2016
 export wheel='
-  rm -rf /tmp/wheel
-  mkdir /tmp/wheel
-  cd /tmp/wheel
+  cd "$(mktemp --directory)"
   python3 -m venv build
   build/bin/pip install --quiet build
   build/bin/python -m build --outdir=dist /nvg_jax >/dev/null
