@@ -7,6 +7,8 @@
 
 The geometry is the published one: 16 x 16 latents in nine stages. Sizes are for one CPU core.
 
+`:small` has 32 x 32 pixels and 8 x 8 latents in seven stages; a CPU trains it in hours, not days.
+
 `:runlocal` trains tiny models for a few steps, to test the installation.
 """
 
@@ -14,7 +16,7 @@ from configs import common
 
 
 def get_config(arg: str | None = None):
-    variants = common.choose(arg, ("runlocal",))
+    variants = common.choose(arg, ("small", "runlocal"))
     config = common.base()
     common.without_pretrained(config)
     config.data.update(name="image_folder", data_dir="data/emoji", resize=64, pad=2)
@@ -40,6 +42,20 @@ def get_config(arg: str | None = None):
         length="100000 steps", batch_size=8, log_every=50, eval_every=4000, save_every=250
     )
     config.distillation.update(length="1000 steps", eval_every=1000)
+    if "small" in variants:
+        config.data.update(resize=32, pad=1)
+        config.tokenizer.update(
+            image_size=(32, 32),
+            latent_size=(8, 8),
+            codebook_size=512,
+            channel_multipliers=(1, 2, 2),
+        )
+        config.content = common.transformer(128, 4, head_dim=32)
+        config.structure = common.transformer(96, 3, head_dim=32)
+        config.content.remat = config.structure.remat = "blocks"
+        config.tokenizer_training.update(length="6000 steps", batch_size=16)
+        config.tokenizer_training.optimizer.learning_rate = 2.4e-2
+        config.generator_training.update(length="12000 steps", batch_size=16)
     if "runlocal" in variants:
         common.run_locally(config)
     return config

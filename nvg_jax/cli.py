@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from typing import Any
 
 import absl.logging
@@ -210,10 +211,7 @@ def sampling_settings() -> dict[str, Any]:
     for name, spec in Settings.specs().items():
         value = flags.FLAGS[name].value
         if isinstance(value, list):
-            try:
-                value = spec.parse(",".join(value))
-            except ValueError:
-                raise UserError(f"--{name} takes numbers, got {','.join(value)!r}.") from None
+            value = spec.parse(f"--{name}", ",".join(value))
         if value is not None:
             settings[name] = value
     return settings
@@ -279,7 +277,12 @@ def parse_flags(argv):
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS.config, "keys", None)  # raises if the file cannot be loaded
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
-        if is_unknown_key(error):
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if frame.name == "get_config"]
+        if inside:
+            where = f"{inside[-1].filename}, line {inside[-1].lineno}"
+            text = f"{where}: {type(error).__name__}: {error}"
+        elif is_unknown_key(error):
             text = unknown_key(argv)
         else:
             text = str(error) or type(error).__name__

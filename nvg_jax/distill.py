@@ -23,8 +23,9 @@ from nvg_jax.training.checks import check_process, check_recipe, check_resume
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
+    from nvg_jax.jobs import training
     from nvg_jax.runtime import checkpoint, sharding
-    from nvg_jax.training import distillation, registry, run
+    from nvg_jax.training import distillation, run
 
 FLAGS = flags.FLAGS
 
@@ -69,7 +70,7 @@ def distill(
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
         opened = run.open_run(config, workdir, mesh, teacher=(metadata, params), resume=resume)
-        registry.train_parts(opened, [DISTILLATION])
+        training.train_parts(opened, [DISTILLATION])
     trained = folders.read(
         workdir / DISTILLATION.name,
         lambda m: {"ema_params": {"structure": m.model.abstract_params("structure")}},

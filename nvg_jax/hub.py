@@ -211,6 +211,8 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
     try:
         try:
             yield
+        except errors.HFValidationError as error:
+            raise UserError(f"{name} is not a name of the hub: {error}") from error
         except errors.GatedRepoError as error:
             raise UserError(
                 f"{name} is gated: accept its license on its page of the hub, and give {TOKEN}."

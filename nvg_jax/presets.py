@@ -43,7 +43,7 @@ def load(config: str) -> ml_collections.ConfigDict:
     """The configuration of a preset or file, such as "digits:demo", to change and train with.
 
     Raises:
-        UserError: there is no such preset, file or variant.
+        UserError: there is no such preset, file or variant, or the file refuses it.
     """
     file, *variant = find(config).split(":", 1)
     make_importable(Path(file))
@@ -51,7 +51,10 @@ def load(config: str) -> ml_collections.ConfigDict:
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(*variant)
+    try:
+        return module.get_config(*variant)
+    except ValueError as error:  # the files of configs/ import nothing of nvg_jax
+        raise UserError(str(error)) from error
 
 
 def define_flag(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None):

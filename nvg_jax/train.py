@@ -26,6 +26,7 @@ from nvg_jax.training import checks
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import workdir as folders
+    from nvg_jax.jobs import training
     from nvg_jax.runtime import checkpoint, sharding, storage
     from nvg_jax.training import registry, run
 
@@ -68,9 +69,9 @@ def train(
         names = registry.pretrained_names(parts, config)
         opened = run.open_run(config, workdir, mesh, names, resume=resume)
         if check:
-            registry.rehearse_parts(opened, parts, price)
+            training.rehearse_parts(opened, parts, price)
         else:
-            registry.train_parts(opened, parts)
+            training.train_parts(opened, parts)
 
 
 def check_arguments(

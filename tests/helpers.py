@@ -177,7 +177,7 @@ def python(*arguments, **options) -> subprocess.CompletedProcess:
 IMPORTED = """
 nvg_jax.pipeline nvg_jax.aot.lowering nvg_jax.evaluation.judges nvg_jax.jobs.classification
 nvg_jax.jobs.conversion nvg_jax.jobs.editing nvg_jax.jobs.figures nvg_jax.jobs.reconstruction
-nvg_jax.jobs.scoring nvg_jax.jobs.tuning nvg_jax.training.registry orbax.checkpoint sklearn.datasets
+nvg_jax.jobs.training nvg_jax.jobs.tuning orbax.checkpoint sklearn.datasets
 """.split()
 
 

@@ -6,6 +6,7 @@ The network in these tests is a small function of the pixels; Inception has test
 import logging
 import os
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -200,10 +201,14 @@ def test_a_split_is_every_image_once_and_keeps_the_first_features(monkeypatch, t
         (dict(arr_0=IMAGES / 255), "must be uint8 of shape .* got float64"),
         (dict(arr_0=IMAGES[..., 0]), r"must be uint8 .* got uint8 \(23, 8, 8\)"),
         (dict(arr_0=np.asfortranarray(IMAGES)), "in Fortran order"),
+        (None, "is damaged, incomplete or not an .npz file"),
     ],
 )
 def test_archives_with_other_contents(tmp_path, content, message):
-    np.savez(tmp_path / "x.npz", **content)
+    np.savez(tmp_path / "x.npz", **content or {})
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+            archive.writestr("arr_0.npy", b"no array")
     with pytest.raises(UserError, match=message):
         sets.Archive(tmp_path / "x.npz", 5)
 

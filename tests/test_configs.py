@@ -26,7 +26,7 @@ from nvg_jax.training.registry import pretrained_names
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {
     "digits": ("demo", "runlocal"),
-    "emoji": ("runlocal",),
+    "emoji": ("small", "runlocal"),
     "fashion_mnist": ("fine", "adversarial", "runlocal"),
     "image_folder": ("small", "64", "128", "256", "finetune", "runlocal"),
     "imagenet256": ("d16", "d20", "d24", "runlocal"),

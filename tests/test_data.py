@@ -96,9 +96,10 @@ def test_fashion_mnist_idx_files(tmp_path, monkeypatch):
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0, 10]))
     with pytest.raises(UserError, match="go up to 10"):
         open_source("fashion_mnist", "train", data_dir=str(tmp_path))
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1]))
-    with pytest.raises(UserError, match="train-labels-idx1-ubyte' is not a complete IDX file"):
-        open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+    for content in ([0, 0, 8, 1, 0, 0, 0, 3, 1], [0, 0, 8, 1, 0, 0], []):
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes(content))
+        with pytest.raises(UserError, match="train-labels-idx1-ubyte' is not a complete IDX file"):
+            open_source("fashion_mnist", "train", data_dir=str(tmp_path))
     packed = tmp_path / "train-images-idx3-ubyte.gz"
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"ubyte.gz' cannot be unpacked"):

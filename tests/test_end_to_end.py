@@ -287,15 +287,15 @@ from nvg_jax.runtime import interrupts
 interrupts.listen()  # as `python -m nvg_jax.train`: before any library starts a thread
 
 from nvg_jax.runtime.storage import storage_path
-from nvg_jax.training import registry
+from nvg_jax.jobs import training
 
-train_parts = registry.train_parts
+train_parts = training.train_parts
 
 def train_twice(run, parts):
     train_parts(dataclasses.replace(run, workdir=storage_path("gs://bucket/run")), parts[:1])
     train_parts(run, parts)
 
-registry.train_parts = train_twice
+training.train_parts = train_twice
 runpy.run_module("nvg_jax.train", run_name="__main__", alter_sys=True)
 """
 

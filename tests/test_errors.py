@@ -99,6 +99,13 @@ def test_a_mistake_ends_with_one_line_and_code_2():
     assert (done.returncode, done.stderr) == (2, "error: Give --out.\n")
 
 
+def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text("def get_config():\n    return {}['rate']\n")
+    done = forked("-m", "nvg_jax.train", f"--config={config}", f"--workdir={tmp_path}")
+    assert (done.returncode, done.stderr) == (2, f"error: {config}, line 2: KeyError: 'rate'\n")
+
+
 @pytest.mark.parametrize("platforms", ["cuda", "gpu,cpu", "quantum"])
 def test_a_platform_that_is_not_there_is_a_mistake(platforms):
     done = run("print('never')", JAX_PLATFORMS=platforms)

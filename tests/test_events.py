@@ -98,8 +98,8 @@ sys.modules["tensorflow"] = None  # importing it raises an error
 from etils import epath
 from nvg_jax import distill, train
 from nvg_jax.data import loader, sources
-from nvg_jax.jobs import scoring
-from nvg_jax.training import generators, loop, metrics, registry, tokenizer
+from nvg_jax.jobs import training
+from nvg_jax.training import metrics
 writer = metrics.EventWriter(epath.Path(sys.argv[1]))
 writer.write_scalars(1, {"l1_loss": 1.0})
 """

@@ -244,6 +244,7 @@ def test_what_the_hub_refuses_ends_in_a_sentence(server, exported, monkeypatch):
         ),
         ("org/other", "org/other is no model of nvg_jax: it has no config.json of ours"),
         ("org/empty", "org/empty is no model of nvg_jax"),
+        ("org/a--b", "org/a--b is not a name of the hub: "),
     ):
         with pytest.raises(UserError, match=message):
             Pipeline.from_pretrained(name)

@@ -78,6 +78,8 @@ def test_presets_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     for name in ("cats", "configs/digits.py", "common"):
         with pytest.raises(UserError, match=f"no configuration {name}. .* a preset: digits, emoji"):
             presets.load(f"{name}:demo")
+    with pytest.raises(UserError, match="Unknown variant 'dmo'; choose from demo, runlocal"):
+        presets.load("digits:dmo")
 
 
 def test_a_file_of_ones_own_builds_on_presets(tmp_path, monkeypatch):
@@ -185,7 +187,7 @@ def test_a_wheel_without_extras_samples_and_says_what_else_needs(built, tmp_path
     assert done.stdout == f"{package} (1, 32, 32, 3) digits\n", done.stderr
     config = "--config=digits:demo"
     for command, package, extra in (
-        (["train", config, f"--workdir={tmp_path / 'run'}"], "tensorboard", "train"),
+        (["train", config, f"--workdir={tmp_path / 'run'}"], "sklearn", "train"),
         (["report", "--workdir=x"], "tensorboard", "train"),
         (["app"], "gradio", "app"),
     ):

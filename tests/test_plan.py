@@ -14,6 +14,7 @@ from PIL import Image
 
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
+from nvg_jax.jobs import training
 from nvg_jax.parts import CHOICES, TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
@@ -83,10 +84,10 @@ def test_the_plan_is_kept(opened):
 def test_nothing_is_written_for_a_run_that_is_refused(opened, monkeypatch):
     run, _ = opened
     refused = Mock(side_effect=UserError("other settings"))
-    monkeypatch.setattr(registry.loop, "standing", refused)
+    monkeypatch.setattr(training.loop, "standing", refused)
     monkeypatch.setattr(plan, "announce", None)
     with pytest.raises(UserError, match="other settings"):
-        registry.train_parts(run, [TOKENIZER])
+        training.train_parts(run, [TOKENIZER])
 
 
 def test_a_commit_is_that_of_this_code(tmp_path, monkeypatch):

@@ -65,6 +65,12 @@ def test_a_folder_without_a_training(tmp_path):
         curves.read({"x": str(tmp_path)})
 
 
+def test_settings_that_are_damaged(workdirs, tmp_path):
+    (tmp_path / "a" / "run.json").write_text('{"config": {"seed"')
+    with pytest.raises(UserError, match="run.json is damaged .* training writes it again"):
+        curves.read(workdirs)
+
+
 def test_one_picture_of_all_curves(workdirs, tmp_path):
     runs, _ = curves.read(workdirs)
     curves.draw(runs, epath.Path(tmp_path / "out" / "report.png"))

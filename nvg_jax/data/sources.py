@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, cast
@@ -322,7 +323,7 @@ def _read_idx(folder: pathlib.Path, file: str, dimensions: int) -> np.ndarray:
             "and give their folder as data_dir."
         )
     header = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:header], ">u4").astype(int)
+    shape = np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4").astype(int)
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + np.prod(shape):
         raise UserError(
             f"'{path}' is not a complete IDX file of bytes with {dimensions} dimensions. Download "
@@ -413,7 +414,8 @@ def _list_images(root: pathlib.Path) -> list[str]:
 def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
     """The newest version of a data set that TFDS has prepared in data_dir/NAME/VERSION."""
     root = data_dir / name
-    versions = [path.parent for path in root.glob("*.*.*/dataset_info.json")]
+    folders = [path.parent for path in root.glob("*/dataset_info.json")]
+    versions = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]
     if not versions:
         raise UserError(
             f"'{root}' has no version folder with a data set prepared by TFDS; docs/data.md shows "

@@ -34,6 +34,7 @@ STATISTICS = (
     {"mu": "pool_mean", "sigma": "pool_covariance"},
     {"mu_s": "spatial_mean", "sigma_s": "spatial_covariance"},
 )
+DAMAGE = (zipfile.BadZipFile, EOFError, zlib.error, ValueError)  # what a damaged file raises
 SHUFFLE_SEED = 0
 DECODING_THREADS = 16
 # A split in memory has at most these images, and takes at most these bytes as float32.
@@ -101,16 +102,17 @@ class Archive(ImageSet):
         try:
             with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
-                if "arr_0" not in names:
-                    raise UserError(
-                        f"{path} has the arrays {', '.join(names) or '(none)'}; expected "
-                        'the images as "arr_0", which is what np.savez and `nvg_jax.sample` write.'
-                    )
-                self._checksum = archive.getinfo("arr_0.npy").CRC
-                with archive.open("arr_0.npy") as member:
-                    self.shape, fortran, dtype = read_header(member)
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+                if "arr_0" in names:
+                    self._checksum = archive.getinfo("arr_0.npy").CRC
+                    with archive.open("arr_0.npy") as member:
+                        self.shape, fortran, dtype = read_header(member)
+        except DAMAGE as error:
             raise self._damaged(error) from error
+        if "arr_0" not in names:
+            raise UserError(
+                f"{path} has the arrays {', '.join(names) or '(none)'}; expected the images as "
+                '"arr_0", which is what np.savez and `nvg_jax.sample` write.'
+            )
         if len(self.shape) != 4 or self.shape[-1] != 3 or dtype != np.uint8 or fortran:
             raise UserError(
                 f"The images in {path} must be uint8 of shape (N, H, W, 3), got {dtype} "
@@ -135,7 +137,7 @@ class Archive(ImageSet):
                     content = member.read(count * bytes_per_image)
                     if number in chosen:
                         yield np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
-        except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
+        except DAMAGE as error:
             raise self._damaged(error) from error
 
     def statistics(self) -> dict[str, np.ndarray]:
@@ -144,7 +146,7 @@ class Archive(ImageSet):
             with self.path.open("rb") as file, np.load(file) as archive:
                 pairs = [pair for pair in STATISTICS if all(name in archive for name in pair)]
                 return {pair[n]: archive[n].astype(np.float64) for pair in pairs for n in pair}
-        except (zipfile.BadZipFile, EOFError, zlib.error, ValueError) as error:
+        except DAMAGE as error:
             raise self._damaged(error) from error
 
     def describe(self) -> dict[str, Any]:

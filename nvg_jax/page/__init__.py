@@ -211,10 +211,7 @@ class Page:
         spec, sizes = Settings.specs()[name], self.pipe.tokenizer.config
         value = shown
         if isinstance(shown, str):
-            try:
-                value = spec.parse(shown.replace(" ", ""))
-            except ValueError:
-                raise UserError(f"{LABELS[name]} takes numbers, got {shown!r}.") from None
+            value = spec.parse(LABELS[name], shown.replace(" ", ""))
         spec.expand(LABELS[name], value, sizes.num_stages, sizes.codebook_size)
         return value
 

@@ -64,7 +64,7 @@ class Spec:
     traced: bool = True
     choices: tuple[str, ...] = ()
 
-    def parse(self, text: str):
+    def parse(self, name: str, text: str):
         """Parses a text such as "8", "1,3.5" (one value per stage, or start, end) or "true".
 
         Raises:
@@ -72,13 +72,16 @@ class Spec:
         """
         if self.kind is bool:
             if text not in ("true", "false"):
-                raise UserError(f"Expected true or false, got {text!r}.")
+                raise UserError(f"{name} takes true or false, got {text!r}.")
             return text == "true"
-        if self.kind is tuple:
-            return tuple(int(number) for number in text.split(",") if number)
-        if self.per_stage is None:
-            return self.kind(text)
-        numbers = [float(number) for number in text.split(",")]
+        try:
+            if self.kind is tuple:
+                return tuple(int(number) for number in text.split(",") if number)
+            if self.per_stage is None:
+                return self.kind(text)
+            numbers = [float(number) for number in text.split(",")]
+        except ValueError:
+            raise UserError(f"{name} takes numbers, got {text!r}.") from None
         return tuple(numbers) if len(numbers) > 1 else numbers[0]
 
     def expand(self, name: str, value, num_stages: int, codebook_size: int):
@@ -298,9 +301,7 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
                 f"--sweep takes NAME=VALUE;VALUE, for example content_guidance=1,3.5;1,4.5, with "
                 f"the names {', '.join(specs)}; got {item!r}."
             )
-        try:
-            choices[name] = [specs[name].parse(value) for value in values.split(";")]
-        except ValueError:
-            kind = "true or false" if specs[name].kind is bool else "numbers"
-            raise UserError(f"--sweep: {name} takes {kind}, got {values!r}.") from None
+        choices[name] = [
+            specs[name].parse(f"--sweep: {name}", value) for value in values.split(";")
+        ]
     return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]

@@ -73,7 +73,14 @@ def read_part(folder: epath.Path) -> Curves:
 def read_config(workdir: epath.Path) -> dict[str, Any]:
     """{dotted path: value} of the settings of a run; {} if it does not say them."""
     path = workdir / FILE
-    return dict(leaves(json.loads(path.read_text())["config"])) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return dict(leaves(json.loads(path.read_text())["config"]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Remove it: training writes it again."
+        ) from error
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -46,7 +46,7 @@ class RepaConfig:
     """Representation alignment of the content generator (Yu et al., arXiv 2410.06940).
 
     Projects the hidden states after `block` blocks with an MLP and maximizes their cosine
-    similarity to DINOv2 patch features of the same image; weight=0 disables it.
+    similarity to DINOv2 patch features of the same image.
     """
 
     weight: float
@@ -54,13 +54,13 @@ class RepaConfig:
 
     def check(self, depth: int, grid: tuple[int, int]):
         """Raises UserError if a content generator of these sizes cannot be aligned."""
-        if self.weight and not 1 <= self.block <= depth:
+        if not 1 <= self.block <= depth:
             raise UserError(
                 f"generator_training.repa_block must be one of the content generator's {depth} "
                 f"blocks, 1 .. {depth}, got {self.block}."
             )
         rows, columns = pretrained.DINOV2_GRID
-        if self.weight and grid != (rows, columns):
+        if grid != (rows, columns):
             raise UserError(
                 f"REPA compares with the {rows} x {columns} patches of DINOv2 and "
                 f"needs a latent of that size, not {grid[0]} x {grid[1]}; turn it off with "
@@ -174,11 +174,7 @@ def encode(tokenizer: Tokenizer, params: Params, batch: Batch) -> Quantized:
 
 
 def repa_config(config: ml_collections.ConfigDict) -> RepaConfig | None:
-    """The REPA settings of a config's content generator, None if alignment is off.
-
-    Raises:
-        UserError: a negative weight.
-    """
+    """The REPA settings of a config's content generator, None if alignment is off."""
     recipe = config.generator_training
     repa = RepaConfig(recipe.repa_weight, recipe.repa_block)
     return repa if repa.weight else None

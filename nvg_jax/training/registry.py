@@ -1,17 +1,12 @@
-"""From parts to their trainers, and their training one after the other."""
+"""From parts to their trainers."""
 
-import logging
-import os
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import ml_collections
 from jax.sharding import Mesh
 
-from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER, Part
-from nvg_jax.training import forecast, loop, plan, rehearsal
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
 from nvg_jax.training.length import START, warn_if_too_short
@@ -19,8 +14,6 @@ from nvg_jax.training.run import Run
 from nvg_jax.training.tokenizer import TokenizerTrainer
 from nvg_jax.training.trainer import Trainer, shared_trainer
 from nvg_jax.workdir import MAY_CHANGE
-
-logger = logging.getLogger("nvg_jax")
 
 # The section of a part's recipe -> how it is trained.
 TRAINERS: dict[str, type[Trainer]] = {
@@ -61,35 +54,6 @@ def open_trainer(run: Run, part: Part) -> Trainer:
     trainer = make_trainer(part, run.config, run.model, run.mesh, len(run.train_source))
     warn_if_too_short(part.section, recipe, trainer.steps)
     return trainer
-
-
-def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
-    """The trainer of each part and the step that it goes on from; see `loop.standing`."""
-    return [loop.standing(open_trainer(run, part), run) for part in parts]
-
-
-def train_parts(run: Run, parts: Sequence[Part]):
-    """Trains parts one after the other, each from its latest checkpoint; see `loop.fit`."""
-    # All trainers first, so that no setting of a later part is refused after days of training.
-    trainers = [trainer for trainer, _ in standings(run, parts)]
-    measurements = fid_measurements(run, parts)
-    scores = {part: measurement.score for part, measurement in measurements.items()}
-    plan.announce(run, trainers)
-    ahead = forecast.forecast(run, trainers)
-    for trainer in trainers:
-        loop.fit(trainer, run, scores.get(trainer.part), ahead)
-    if BOTH_GENERATORS in parts:
-        workdir = shlex.quote(os.fspath(run.workdir))
-        command = f"python -m nvg_jax.sample --workdir={workdir} --out=samples/"
-        logger.info("finished; to draw samples: %s", command)
-
-
-def rehearse_parts(run: Run, parts: Sequence[Part], price: float):
-    """Tells whether `train_parts` will work and what it takes; see `rehearsal.rehearse`."""
-    trainers = standings(run, parts)
-    measurements = fid_measurements(run, parts)
-    seconds = {part: measurement.seconds for part, measurement in measurements.items()}
-    rehearsal.rehearse(run, trainers, seconds, price)
 
 
 def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:

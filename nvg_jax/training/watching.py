@@ -75,10 +75,12 @@ class Profiler:
 
     def __init__(self, folder: epath.Path, steps: Sequence[int]):
         self._folder, self._steps, self._traced = folder, tuple(steps), None
+        self._local: tempfile.TemporaryDirectory | None = None
 
     def before(self, step: int):
         if self._steps and step == self._steps[0]:
-            self._traced = tempfile.mkdtemp() if in_bucket(self._folder) else str(self._folder)
+            self._local = tempfile.TemporaryDirectory() if in_bucket(self._folder) else None
+            self._traced = self._local.name if self._local else str(self._folder)
             jax.profiler.start_trace(self._traced)
 
     def after(self, step: int, result):
@@ -91,10 +93,11 @@ class Profiler:
         if not self._traced:
             return
         jax.profiler.stop_trace()
-        if in_bucket(self._folder):
+        if self._local:
             for path in Path(self._traced).rglob("*"):
                 if path.is_file():
                     target = self._folder / path.relative_to(self._traced).as_posix()
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(path.read_bytes())
+            self._local.cleanup()
         self._traced = None

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from etils import epath, epy
 
-from nvg_jax.errors import comes_with
+from nvg_jax.errors import UserError, comes_with
 from nvg_jax.runtime.storage import atomic_write, in_bucket
 
 with epy.lazy_imports(error_callback=comes_with("wandb")):
     import wandb  # pyright: ignore[reportMissingImports]
+    from wandb import errors  # pyright: ignore[reportMissingImports]
 
 
 class WandbWriter:
@@ -23,7 +24,7 @@ class WandbWriter:
     no account.
 
     Raises:
-        UserError: wandb is not installed.
+        UserError: wandb is not installed, or refuses the account or a name.
     """
 
     def __init__(self, project: str, folder: epath.Path, config: dict[str, Any]):
@@ -31,15 +32,19 @@ class WandbWriter:
         if not file.exists():
             with atomic_write(file) as new:
                 new.write(secrets.token_hex(8).encode())
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            group=folder.parent.name,
-            id=file.read_text(),
-            resume="allow",
-            config=config,
-            dir=tempfile.mkdtemp() if in_bucket(folder) else str(folder),
-        )
+        self._local = tempfile.TemporaryDirectory() if in_bucket(folder) else None
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                group=folder.parent.name,
+                id=file.read_text(),
+                resume="allow",
+                config=config,
+                dir=self._local.name if self._local else str(folder),
+            )
+        except errors.UsageError as error:  # no API key, or a name that it refuses
+            raise UserError(f"config.wandb_project: {error}") from error
 
     def begin(self, step: int):
         pass
@@ -52,3 +57,5 @@ class WandbWriter:
 
     def flush(self):
         self._run.finish()
+        if self._local:
+            self._local.cleanup()

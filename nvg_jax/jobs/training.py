@@ -1,0 +1,44 @@
+"""The training of parts, one after the other, and its rehearsal."""
+
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+
+from nvg_jax.jobs.scoring import fid_measurements
+from nvg_jax.parts import BOTH_GENERATORS, Part
+from nvg_jax.training import forecast, loop, plan, rehearsal
+from nvg_jax.training.registry import open_trainer
+from nvg_jax.training.run import Run
+from nvg_jax.training.trainer import Trainer
+
+logger = logging.getLogger("nvg_jax")
+
+
+def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
+    """The trainer of each part and the step that it goes on from; see `loop.standing`."""
+    return [loop.standing(open_trainer(run, part), run) for part in parts]
+
+
+def train_parts(run: Run, parts: Sequence[Part]):
+    """Trains parts one after the other, each from its latest checkpoint; see `loop.fit`."""
+    # All trainers first, so that no setting of a later part is refused after days of training.
+    trainers = [trainer for trainer, _ in standings(run, parts)]
+    measurements = fid_measurements(run, parts)
+    scores = {part: measurement.score for part, measurement in measurements.items()}
+    plan.announce(run, trainers)
+    ahead = forecast.forecast(run, trainers)
+    for trainer in trainers:
+        loop.fit(trainer, run, scores.get(trainer.part), ahead)
+    if BOTH_GENERATORS in parts:
+        workdir = shlex.quote(os.fspath(run.workdir))
+        command = f"python -m nvg_jax.sample --workdir={workdir} --out=samples/"
+        logger.info("finished; to draw samples: %s", command)
+
+
+def rehearse_parts(run: Run, parts: Sequence[Part], price: float):
+    """Tells whether `train_parts` will work and what it takes; see `rehearsal.rehearse`."""
+    trainers = standings(run, parts)
+    measurements = fid_measurements(run, parts)
+    seconds = {part: measurement.seconds for part, measurement in measurements.items()}
+    rehearsal.rehearse(run, trainers, seconds, price)
