@@ -308,29 +308,29 @@ def test_two_processes_stop_on_a_signal_and_one_goes_on(trained, bucket, tmp_pat
     """
     beat = tmp_path / "heartbeat.json"
 
-    def at_step_4():
+    def at_step_6():
         line = json.loads(beat.read_text()) if beat.exists() else {"part": "tokenizer"}
-        return line["part"] == "generators" and line["step"] >= 4
+        return line["part"] == "generators" and line["step"] >= 6
 
     command = [
         sys.executable, "-c", ALSO_IN_A_BUCKET, "--config=configs/digits.py:runlocal",
-        f"--workdir={tmp_path}", "--config.generator_training.eval_every=2",
+        f"--workdir={tmp_path}", "--config.generator_training.eval_every=4",
         f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2",
     ]  # fmt: skip
     start = lambda index: Process([*command, f"--process_id={index}"], env=with_devices(2))
     bucket.fault, bucket.latency = some_requests_fail(0.02), 0.005
     with start(0) as one, start(1) as other:
-        while not at_step_4() and one.poll() is None:
+        while not at_step_6() and one.poll() is None:
             time.sleep(0.02)
         other.send_signal(signal.SIGINT)
         done = finish(one, other)
     assert [process.returncode for process in done] == [75, 130], done
     assert "loss" not in done[1].stderr  # one process tells the progress
     stopped = read_meta(tmp_path / "generators")["step"]
-    assert 4 <= stopped < 12
+    assert 6 <= stopped < 12
     for reason, process in zip(("preempted", "interrupted"), done):
         assert f"{reason}; generators: saved at step {stopped} of 12" in process.stderr
-    assert (tmp_path / "generators" / "pictures_0000002.png").is_file()
+    assert (tmp_path / "generators" / "pictures_0000004.png").is_file()
 
     bucket.fault = lambda method, path: None
     here, there = (

@@ -219,6 +219,6 @@ def global_batch(batch, mesh: Mesh):
 
 def to_host(array) -> np.ndarray:
     """The full value of a global array as a NumPy array, on every process."""
-    if array.is_fully_addressable:
+    if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
