@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import tarfile
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import structure_control
 from nvg_jax.data import emoji, open_source, transforms
 
 NAMES = [
@@ -179,3 +181,32 @@ def test_mistakes_are_named(packages):
     (out / "file").write_text("")
     with pytest.raises(ValueError, match="is not empty"):
         emoji.write_folder(packages, out)
+
+
+# Measuring structure control.
+
+
+def test_maps_agree_up_to_the_names_of_their_clusters():
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 4, (3, 64))
+    assert structure_control.agreement(np.array([2, 0, 3, 1])[maps], maps) == 1
+    halves = np.arange(64)[None] // 32
+    thirds = np.arange(64)[None] // 24  # 24, 24 and 16 positions
+    assert structure_control.agreement(thirds, halves) == (24 + 16) / 64
+
+
+def test_the_overlap_of_silhouettes():
+    squares = np.zeros((2, 8, 8), bool)
+    squares[:, :4, :4] = True
+    moved = np.roll(squares, 2, axis=1)
+    assert structure_control.overlap(squares, moved) == pytest.approx(8 / 24)
+    white = np.ones((1, 8, 8, 3), np.float32)
+    assert not structure_control.colored(white).any()
+
+
+def test_classes_that_share_the_design_or_the_category():
+    pipe = types.SimpleNamespace(class_names=("a x", "a y y", "b x", "b y y", "c x"))
+    asked = structure_control.classes_to_ask(pipe, np.array([0, 0, 3]))
+    assert asked["same class"].tolist() == [0, 0, 3]
+    assert asked["another design"].tolist() == [2, 4, 1]
+    assert asked["another category"].tolist() == [1, 1, 2]

@@ -1,0 +1,190 @@
+"""Does a sample follow the structure of an image? `python -m benchmarks.structure_control`.
+
+For emoji (configs/emoji.py): keeps the maps of the first k stages of held-out pictures, and samples
+the same class, another design of the same category, and another category of the same design. For
+every k, this prints
+
+- maps: the share of positions whose cluster in the last kept map is the same when the sample is
+  encoded again, with the clusters of the two maps matched so that most positions agree;
+- silhouette: intersection over union of the sample's silhouette, which is where it is not white,
+  and the picture's, which is where it is opaque;
+- class: the share of samples that a classifier of the training images takes for the class asked
+  for, beside that of samples without a given structure.
+
+"chance" compares with the next picture instead of the own one, "ceiling" with the picture's
+reconstruction. With --figure, also draws samples with the maps of the pictures in --show.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from scipy.optimize import linear_sum_assignment
+
+from nvg_jax.data import Transform, open_source
+from nvg_jax.data.transforms import decode
+from nvg_jax.evaluation.judges import ClassJudge, fit_classifier
+from nvg_jax.evaluation.sets import load_split
+from nvg_jax.pipeline import Pipeline
+from nvg_jax.tokenizer import GranularitySequence
+from nvg_jax.visualize import labeled_grid, save_png, to_uint8
+
+FLAGS = flags.FLAGS
+ROWS, COLUMNS = (2, 4, 6), 3  # of the figure: kept stages, and samples of every kind of class
+COLORED = 0.1  # the mean distance of a pixel from white, of 2, from which it is not background
+
+
+def agreement(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The share of positions at which maps (B, L) agree, with the best matching of their labels."""
+    shares = []
+    for a, b in zip(found, wanted):
+        counts = np.zeros((a.max() + 1, b.max() + 1), int)
+        np.add.at(counts, (a, b), 1)
+        shares.append(counts[linear_sum_assignment(-counts)].sum() / len(a))
+    return float(np.mean(shares))
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """The mean intersection over union of silhouettes, bool (B, H, W)."""
+    return float(((a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)).mean())
+
+
+def colored(images: np.ndarray) -> np.ndarray:
+    """The silhouettes of samples, bool (B, H, W)."""
+    return (1 - images).mean(-1) > COLORED
+
+
+class Pictures:
+    """Pictures with transparency.
+
+    Attributes:
+        images: float32 (B, H, W, 3) in [-1, 1], on white.
+        silhouettes: bool (B, H, W), where they are opaque.
+        labels: int (B,).
+    """
+
+    def __init__(self, files: list[bytes], labels: list[int], transform: Transform):
+        on = lambda color: np.stack([transform(decode(file, color)) for file in files])
+        self.images, self.labels = on("white"), np.array(labels)
+        self.silhouettes = (self.images - on("black")).mean(-1) < 1
+
+
+def classes_to_ask(pipe: Pipeline, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """{what changes: a class for every picture}; of several, the pictures take turns."""
+    names = [name.split(" ", 1) for name in pipe.class_names]  # design, category
+
+    def others(label: int, same: int) -> list[int]:
+        own = names[label]
+        return [
+            other
+            for other, name in enumerate(names)
+            if name[same] == own[same] and name[1 - same] != own[1 - same]
+        ]
+
+    turn = lambda same: np.array(
+        [others(label, same)[n % len(others(label, same))] for n, label in enumerate(labels)]
+    )
+    return {"same class": labels, "another design": turn(1), "another category": turn(0)}
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
+    pipe = Pipeline.from_pretrained(FLAGS.workdir)
+    config, data = pipe.tokenizer.config, pipe.metadata.config["data"]
+    data = data | {"data_dir": FLAGS.data_dir or data["data_dir"]}
+    transform = Transform(config.image_size, data["resize"])
+    source = open_source(
+        "image_folder", "test", data_dir=data["data_dir"], class_names=pipe.class_names
+    )
+    records = [source[i] for i in np.linspace(0, len(source) - 1, FLAGS.num_images).astype(int)]
+    held_out = [[record[key] for record in records] for key in ("image", "label")]
+    train = load_split(data, "train", config.image_size)
+    judge = fit_classifier(data["name"], train.images, train.labels, len(pipe.class_names))
+    measure(pipe, judge, Pictures(*held_out, transform))
+    if FLAGS.figure:
+        files = [Path(data["data_dir"], file) for file in FLAGS.show]
+        labels = [pipe.class_id(file.parent.name) for file in files]
+        pictures = Pictures([file.read_bytes() for file in files], labels, transform)
+        save_png(FLAGS.figure, draw(pipe, pictures, [file.stem for file in files]))
+
+
+def sample(pipe: Pipeline, labels, sequence: GranularitySequence, stages: int) -> np.ndarray:
+    """Samples (B, H, W, 3) of the labels (B,), with the maps of the first stages of a sequence."""
+    settings = {} if FLAGS.flow_steps is None else {"flow_steps": FLAGS.flow_steps}
+    parts = [slice(i, i + FLAGS.batch_size) for i in range(0, len(labels), FLAGS.batch_size)]
+    return np.concatenate([
+        pipe.sample(
+            labels[part],
+            seed=FLAGS.seed,
+            first_index=part.start,
+            prefix=jax.tree.map(lambda x: x[part], sequence),
+            structure_stages=stages,
+            **settings,
+        ).images
+        for part in parts
+    ])  # fmt: skip
+
+
+def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
+    """Prints the table."""
+    asked = classes_to_ask(pipe, pictures.labels)
+    sequence = pipe.encode(pictures.images)
+    restored = pipe.decode(sequence)
+    again = pipe.encode(restored).structure
+    neighbor = lambda x: np.roll(x, 1, axis=0)
+    shapes = pictures.silhouettes
+    real = np.mean(judge.predict(pictures.images) == pictures.labels)
+    print(f"silhouettes: chance {overlap(neighbor(shapes), shapes):.3f}, ", end="")
+    print(f"ceiling {overlap(colored(restored), shapes):.3f}; class of real pictures: {real:.1%}")
+    print(
+        "| kept stages | class asked for | maps: chance | samples | ceiling | silhouette | class |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for stages in (0, *range(2, pipe.tokenizer.config.num_stages)):
+        last = max(stages - 1, 1)
+        wanted = sequence.structure[:, last]
+        bounds = [agreement(x, wanted) for x in (neighbor(wanted), again[:, last])]
+        for name, labels in asked.items():
+            images = sample(pipe, labels, sequence, stages)
+            maps = agreement(pipe.encode(images).structure[:, last], wanted)
+            named = np.mean(judge.predict(images) == labels)
+            print(
+                f"| {stages} | {name} | {bounds[0]:.1%} | {maps:.1%} | {bounds[1]:.1%} | "
+                f"{overlap(colored(images), shapes):.3f} | {named:.1%} |",
+                flush=True,
+            )
+
+
+def draw(pipe: Pipeline, pictures: Pictures, names: list[str]) -> np.ndarray:
+    """A row for every picture and number of kept stages, two samples for every kind of class."""
+    asked = classes_to_ask(pipe, np.repeat(pictures.labels, COLUMNS))
+    sequence = pipe.encode(pictures.images)
+    columns = ["image"] + [name for name in asked for _ in range(COLUMNS)]
+    rows, tiles = [], []
+    repeated = jax.tree.map(lambda x: np.repeat(x, COLUMNS, axis=0), sequence)
+    for stages in ROWS:
+        found = [sample(pipe, labels, repeated, stages) for labels in asked.values()]
+        for number, name in enumerate(names):
+            own = [images[COLUMNS * number : COLUMNS * (number + 1)] for images in found]
+            tiles.append(to_uint8(np.concatenate([pictures.images[number][None], *own])))
+            rows.append((number, f"{name}, {stages} stages"))
+    order = sorted(range(len(rows)), key=lambda row: rows[row])
+    return labeled_grid([tiles[row] for row in order], [rows[row][1] for row in order], columns)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of a model of emoji.", required=True)
+    flags.DEFINE_string("data_dir", "", "The folder of emoji; by default, that of the training.")
+    flags.DEFINE_integer("num_images", 256, "Held-out pictures, evenly spaced.")
+    flags.DEFINE_integer("batch_size", 64, "Samples at once.")
+    flags.DEFINE_integer("flow_steps", None, "As sample's; by default, the folder's.")
+    flags.DEFINE_string("figure", None, "A picture of samples.")
+    flags.DEFINE_list(
+        "show",
+        "train/twemoji animals and nature/flamingo.png,train/noto animals and nature/cat.png,"
+        "train/fluent travel and places/car.png,train/noto travel and places/house.png",
+        "Pictures of --figure, in the folder of emoji.",
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of the samples.")
+    app.run(main)
