@@ -5,7 +5,6 @@ all work saved (see `runtime.preemption`); 130 ended by Ctrl-C (see `runtime.int
 else is a failure, with its traceback, after which launchers run the command again.
 """
 
-import difflib
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from nvg_jax.errors import UserError, is_failure
+from nvg_jax.errors import UserError, did_you_mean, is_failure
 from nvg_jax.runtime import hardware, interrupts, preemption
 from nvg_jax.sampling.settings import DTYPES, MAX_SEED, Settings
 
@@ -322,11 +321,9 @@ def unknown_key(argv: list[str]) -> str:
         for depth, key in enumerate(path[1:], 1):
             keys = sorted(section) if hasattr(section, "keys") else []
             if key not in keys:
-                near = difflib.get_close_matches(key, keys, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
                 return (
-                    f"There is no {'.'.join(path[: depth + 1])}.{hint} {'.'.join(path[:depth])} "
-                    f"has {', '.join(keys) or 'no keys'}."
+                    f"There is no {'.'.join(path[: depth + 1])}.{did_you_mean(key, keys)} "
+                    f"{'.'.join(path[:depth])} has {', '.join(keys) or 'no keys'}."
                 )
             section = section[key]
     return f"Invalid overrides: {' '.join(overrides)}."

@@ -5,9 +5,10 @@ other exceptions keep their traceback, end with another code, and the command is
 """
 
 import contextlib
+import difflib
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -88,6 +89,17 @@ def is_mistake(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in MISTAKES
     return not is_failure(error) and bool(MISTAKE_TEXT.search(str(error)))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """ " Did you mean 'this'?" of the name that is nearest to a wrong one; "" if none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def listed(names: Sequence[str], count: int = 10) -> str:
+    """The first names, separated by commas."""
+    return ", ".join(names[:count]) + (", ..." if names[count:] else "")
 
 
 @contextlib.contextmanager

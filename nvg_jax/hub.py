@@ -14,7 +14,7 @@ import jax
 from etils import epath, epy
 
 from nvg_jax import workdir
-from nvg_jax.errors import UserError, comes_with
+from nvg_jax.errors import UserError, comes_with, listed
 from nvg_jax.runtime import export
 from nvg_jax.workdir import RunMetadata
 
@@ -260,11 +260,10 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
         base = "THE MODEL THAT THEY WERE TRAINED ON"
     pixels = " x ".join(map(str, sizes.image_size))
     classes = metadata.class_names
-    listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     latent = " x ".join(map(str, sizes.latent_size))
     rows: dict[str, Any] = {
         "images": f"{pixels} pixels",
-        "classes": f"{len(classes)}: {listed}" if classes else None,
+        "classes": f"{len(classes)}: {listed(classes)}" if classes else None,
         "parameters": ", ".join(f"{network} {n / 1e6:.3g}M" for network, n in counts.items()),
         "latent": f"{latent} positions, {sizes.latent_dim} channels, {sizes.codebook_size} codes",
         "data": config.get("data", {}).get("name"),

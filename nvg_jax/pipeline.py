@@ -15,7 +15,7 @@ from PIL import Image
 from nvg_jax import bundled, granularity, hub, workdir
 from nvg_jax.adapters import Adapters
 from nvg_jax.data.transforms import decode
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, listed
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.models import check_networks, generators_for
 from nvg_jax.parts import GENERATORS
@@ -85,7 +85,7 @@ class Pipeline(hub.Storable):
             f"images: {sizes(tokenizer.image_size)} pixels, latents {sizes(tokenizer.latent_size)} "
             f"in {tokenizer.num_stages} stages, {tokenizer.codebook_size:,} codes",
             "parameters: " + ", ".join(f"{name} {counts[name]:,}" for name in networks),
-            f"classes: {len(classes):,} ({', '.join(classes[:5])}{', ...' if classes[5:] else ''})",
+            f"classes: {len(classes):,} ({listed(classes, 5)})",
             f"settings: {self.settings}" if self.can_sample else "no generators: cannot sample",
             f"computes in {self.dtype} on {self._mesh.size} x {jax.local_devices()[0].device_kind}",
         ]
@@ -133,7 +133,7 @@ class Pipeline(hub.Storable):
             return int(name)
         raise UserError(
             f"Unknown class {name!r}: this model has the classes 0 to {count - 1} "
-            f"({', '.join(names[:10])}{', ...' if count > 10 else ''})."
+            f"({listed(names)})."
         )
 
     def class_ids(self, classes: Iterable[int | str]) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 from etils import epy
 
-from nvg_jax.errors import UserError, comes_with, is_failure, reported
+from nvg_jax.errors import UserError, comes_with, is_failure, listed, reported
 from nvg_jax.runtime.storage import local_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
@@ -256,8 +256,7 @@ def check_name(name: str):
 
 
 def _count_classes(class_names: Sequence[str]) -> str:
-    shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
-    return f"{len(class_names)} classes ({shown})"
+    return f"{len(class_names)} classes ({listed(class_names)})"
 
 
 def _digits(split: str) -> Source:
@@ -395,8 +394,8 @@ def _list_images(root: pathlib.Path) -> list[str]:
     files = []
     for name in classes:
         with os.scandir(root / name) as entries:
-            listed = sorted((e.name, _is_folder(e)) for e in entries if e.name[0] != ".")
-        for file, is_folder in listed:
+            found = sorted((e.name, _is_folder(e)) for e in entries if e.name[0] != ".")
+        for file, is_folder in found:
             if is_folder:
                 raise UserError(
                     f"The class folder '{root / name}' has a folder '{file}' inside; images must "
@@ -404,7 +403,7 @@ def _list_images(root: pathlib.Path) -> list[str]:
                     "train and test, or train and val.)"
                 )
             files.append(f"{name}/{file}")
-        if not listed:
+        if not found:
             raise UserError(
                 f"The class folder '{root / name}' has no images; fill it or remove it."
             )

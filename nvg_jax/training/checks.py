@@ -4,13 +4,11 @@ Numbers have their ranges in `ranges.py`; names are checked by the dataclass tha
 are those that become none, and what involves several settings.
 """
 
-import difflib
-
 import ml_collections
 from etils import epy
 
 from nvg_jax.data.sources import SPLITS, check_name
-from nvg_jax.errors import UserError, comes_with
+from nvg_jax.errors import UserError, comes_with, did_you_mean
 from nvg_jax.parts import CHOICES, TOKENIZER, Part
 from nvg_jax.runtime import hardware
 from nvg_jax.sampling.settings import TRAINING_DTYPES, check_dtype
@@ -113,8 +111,7 @@ def check_resume(
     for name in resume.allow_changes:
         if not any(workdir.covers(name, path) for path in settings):
             names = {part for path in settings for part in path.split(".")}
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, names)
             raise UserError(f"--allow_changes: there is no setting {name!r}.{hint}")
     if resume.step is not None and len(parts) > 1:
         raise UserError(
