@@ -11,7 +11,7 @@ every k, this prints
 - class: the share of samples that a classifier of the training images takes for the class asked
   for, beside that of samples without a given structure.
 
-"chance" compares with the next picture instead of the own one, "ceiling" with the picture's
+"chance" is that of a picture of another class instead of a sample, "ceiling" that of the picture's
 reconstruction. With --figure, also draws samples with the maps of the pictures in --show.
 """
 
@@ -132,10 +132,10 @@ def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
     sequence = pipe.encode(pictures.images)
     restored = pipe.decode(sequence)
     again = pipe.encode(restored).structure
-    neighbor = lambda x: np.roll(x, 1, axis=0)
+    other = lambda x: np.roll(x, len(x) // 2, axis=0)  # of another class: they are in its order
     shapes = pictures.silhouettes
     real = np.mean(judge.predict(pictures.images) == pictures.labels)
-    print(f"silhouettes: chance {overlap(neighbor(shapes), shapes):.3f}, ", end="")
+    print(f"silhouettes: chance {overlap(other(shapes), shapes):.3f}, ", end="")
     print(f"ceiling {overlap(colored(restored), shapes):.3f}; class of real pictures: {real:.1%}")
     print(
         "| kept stages | class asked for | maps: chance | samples | ceiling | silhouette | class |"
@@ -144,7 +144,7 @@ def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
     for stages in (0, *range(2, pipe.tokenizer.config.num_stages)):
         last = max(stages - 1, 1)
         wanted = sequence.structure[:, last]
-        bounds = [agreement(x, wanted) for x in (neighbor(wanted), again[:, last])]
+        bounds = [agreement(x, wanted) for x in (other(wanted), again[:, last])]
         for name, labels in asked.items():
             images = sample(pipe, labels, sequence, stages)
             maps = agreement(pipe.encode(images).structure[:, last], wanted)

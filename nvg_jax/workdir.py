@@ -43,7 +43,7 @@ LENGTH = ("length", "batch_size", "num_images")
 FOLLOW = ("warmup_steps", "ema_decay")  # may change with these, which they follow from if -1
 # Metadata that never change, and a section of the config: what the weights fit.
 FIXED = (*SIZES, "teacher", "base", "class_names")
-NEVER_CHANGE = (*FIXED, "lora")
+NEVER_CHANGE = (*FIXED, "lora", "optimizer.name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -588,11 +588,11 @@ def check_resume(
         check_tokenizer(stored, new, folder)
     changes = changed_settings(stored, new, section)
     follow = FOLLOW if any(covers(n, name) for n in LENGTH for name in changes) else ()
+    never = {name for name in changes if any(covers(n, name) for n in NEVER_CHANGE)}
     refused = [
         name
         for name in changes
-        if name.split(".")[0] in NEVER_CHANGE
-        or not any(covers(n, name) for n in (*allow_changes, *follow))
+        if name in never or not any(covers(n, name) for n in (*allow_changes, *follow))
     ]
     if not refused:
         return
@@ -600,9 +600,9 @@ def check_resume(
         f"{name} = {reprlib.repr(changes[name][0])}, now {reprlib.repr(changes[name][1])}"
         for name in refused
     )
-    if any(name.split(".")[0] in NEVER_CHANGE for name in refused):
+    if never:
         advice = (
-            "The weights are of that model. Use the settings it was started with, or another "
+            "Its checkpoints only fit these. Use the settings it was started with, or another "
             "workdir (--config.init_from=... starts from the weights of a model)."
         )
     else:

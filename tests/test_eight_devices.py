@@ -34,7 +34,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.kernels.rotary import Rotary
 from nvg_jax.kernels.tpu_attention import fused_attention
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER
-from nvg_jax.runtime import sharding
+from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.tokenizer.losses import discriminator_loss
 from nvg_jax.training.registry import make_trainer
@@ -445,6 +445,12 @@ def placement() -> dict:
     first = [np.asarray(shard.data)[0, 0] for shard in placed["image"].addressable_shards]
     seen["batch_starts"] = sorted(map(int, first))
 
+    rng = np.random.default_rng(0)
+    many = {str(n): rng.normal(size=(64, 64)).astype(np.float32) for n in range(200)}
+    split = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    sums = checkpoint.describe(jax.device_put(many, split))  # ends, though each is a sum of its own
+    seen["checksums"] = sums == checkpoint.describe(many)
+
     for sizes in ((1, 8, 1), (1, 4, 2), (8, 1, 1)):
         mesh, config = sharding.make_mesh(*sizes), published_tokenizer()
         for name, width in (("content", 1024), ("structure", 512)):
@@ -519,6 +525,7 @@ def test_a_batch_is_split_over_data_and_fsdp(seen):
     assert seen["placement"]["batch"] == {"['image']": [2, 3], "['mask']": [2]}
     # Rows 0, 2, 4 and 6 begin a share; both devices of "tensor" hold the same.
     assert seen["placement"]["batch_starts"] == [0, 0, 6, 6, 12, 12, 18, 18]
+    assert seen["placement"]["checksums"]
     assert seen["placement"]["batch_back"]
 
 

@@ -124,6 +124,37 @@ def test_the_tokenizers_trainer_decays_the_discriminators_biases_too():
     assert (updates["bias"] < 0).all()
 
 
+def test_muon_orthogonalizes_the_updates_of_each_layer_in_blocks():
+    config = optimizer_config(
+        name="muon", learning_rate=1.0, schedule="constant", warmup_steps=0, clip=1e9
+    )
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 256, steps=10))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    blocks = {"linear1": {"kernel": draw(2, 6, 24), "bias": draw(2, 24)}}
+    grads = {"content": {"blocks": {"blocks": blocks}, "head": {"kernel": draw(6, 24)}}}
+    # Along the first singular vectors a hundred times as large.
+    u, s, v = np.linalg.svd(blocks["linear1"]["kernel"], full_matrices=False)
+    s[:, 0] *= 100
+    blocks["linear1"]["kernel"] = jnp.asarray(u * s[:, None] @ v)
+    params = jax.tree.map(jnp.zeros_like, grads)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    found = updates["content"]["blocks"]["blocks"]["linear1"]["kernel"]
+    exact = -0.2 * math.sqrt(24) * u @ v
+    for layer in range(2):
+        values = np.linalg.svd(found[layer], compute_uv=False) / (0.2 * math.sqrt(24))
+        assert values.max() < 1.25 and values[0] / values[-1] < 2  # five steps come this near
+        assert np.corrcoef(found[layer].ravel(), exact[layer].ravel())[0, 1] > 0.95
+    head = updates["content"]["head"]["kernel"]
+    np.testing.assert_array_equal(jnp.sign(head), -jnp.sign(grads["content"]["head"]["kernel"]))
+    np.testing.assert_allclose(jnp.abs(head), jnp.abs(head).max(), rtol=1e-3)  # as Adam's
+
+
+def test_an_unknown_optimizer():
+    with pytest.raises(UserError, match=r"Unknown optimizer 'sgd'; choose one of \('adamw', 'muon"):
+        optimizer_config(name="sgd")
+
+
 def test_gradients_are_clipped_by_their_norm_over_all_parameters():
     # Without momentum and with b2 = 1/2 Adam's second step is g2 / sqrt((g1^2 + 2 g2^2) / 3).
     config = optimizer_config(

@@ -66,6 +66,13 @@ def test_what_follows_from_the_length_may_change_with_it(tmp_path):
         check_resume(stored, new, SECTION, tmp_path, ["length"])
 
 
+def test_the_optimizer_never_changes(tmp_path):
+    new = metadata()
+    new.config["generator_training"]["optimizer"]["name"] = "muon"
+    with pytest.raises(UserError, match="optimizer.name = 'adamw', now 'muon'. Its checkpoints on"):
+        check_resume(metadata(), new, "generator_training", tmp_path, ["optimizer", "name"])
+
+
 def test_the_size_of_the_data_set_may_change_on_purpose(tmp_path):
     with pytest.raises(UserError, match="data.num_images = 100, now 120.* --allow_changes=data"):
         check_resume(metadata(), metadata(120), SECTION, tmp_path)

@@ -105,12 +105,15 @@ def shardings(abstract, mesh: Mesh):
     def sharding(leaf):
         names = leaf.names if is_boxed(leaf) else ()
         spec = spmd.logical_to_mesh_axes(names, RULES) or ()
-        shape = unbox(leaf).shape
-        fits = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, shape)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+
+        def place(x):
+            fits = [
+                axis if axis is not None and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(spec, x.shape)
+            ]
+            return NamedSharding(mesh, PartitionSpec(*fits))
+
+        return jax.tree.map(place, unbox(leaf))  # an optimizer leaves some names without a value
 
     return jax.tree.map(sharding, abstract, is_leaf=is_boxed)
 

@@ -1,16 +1,19 @@
-"""AdamW with the decay mask, the gradient clip and the learning-rate schedules (Appendix)."""
+"""Optimizers, the gradient clip and the learning-rate schedules (Appendix: AdamW)."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float32, Int32
 
 from nvg_jax.errors import UserError
 from nvg_jax.training.state import Params
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine", "constant")
+MUON_RMS = 0.2  # of the entries of an orthogonalized update, as large as those of AdamW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,8 @@ class OptimizerConfig:
     schedule: after a linear warm-up from `warmup_start` of the rate, "linear" is constant until
         `decay_start` (a fraction of all steps) and falls linearly to `final` of it; "cosine" falls
         to `final` along a cosine; "constant" stays.
+    name: "muon" orthogonalizes the updates of the linear layers of blocks (Jordan et al., 2024;
+        scaled as in Liu et al., arXiv 2502.16982), and only these decay.
     ema_warmup: whether the decay starts as (1 + step) / (10 + step), so that the average forgets
         the initial parameters.
     """
@@ -37,8 +42,11 @@ class OptimizerConfig:
     clip: float
     ema_decay: float
     ema_warmup: bool = False
+    name: str = "adamw"
 
     def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"Unknown optimizer {self.name!r}; choose one of {OPTIMIZERS}.")
         if self.schedule not in SCHEDULES:
             raise UserError(
                 f"Unknown learning-rate schedule {self.schedule!r}; choose one of {SCHEDULES}."
@@ -72,15 +80,30 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int, steps: int)
     return optax.join_schedules([ramp, main], [warmup])
 
 
+def dict_keys(path) -> list[str]:
+    return [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+
+
 def decay_mask(params: Params) -> Params:
     """True for every parameter of two or more dimensions, not counting a layer or stage axis."""
 
     def decays(path, leaf):
-        names = [getattr(key, "key", "") for key in path]
+        names = dict_keys(path)
         stacked = "blocks" in names[1:] or any(name.startswith("smooth_") for name in names)
         return leaf.ndim - stacked >= 2
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def block_matrices(params: Params) -> Params:
+    """The axes of every linear layer's kernel (layer, in, out) in blocks, None for all others."""
+
+    def axes(path, _):
+        names = dict_keys(path)
+        inside = "blocks" in names[1:] and names[-1] == "kernel"
+        return optax.contrib.MuonDimensionNumbers(1, 2) if inside else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def every_parameter(params: Params) -> Params:
@@ -91,19 +114,27 @@ def every_parameter(params: Params) -> Params:
 def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule, decay_all: bool = False
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW.
+    """Clip by the global norm, then the optimizer.
 
     Args:
         learning_rate: see `learning_rate_schedule`.
-        decay_all: whether weight decay covers biases and scales too.
+        decay_all: whether AdamW's weight decay covers biases and scales too.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
+    if config.name == "muon":
+        steps = optax.contrib.muon(
+            learning_rate,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=block_matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        steps = optax.adamw(
             learning_rate,
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
             mask=every_parameter if decay_all else decay_mask,
-        ),
-    )
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), steps)
