@@ -93,7 +93,7 @@ def main(_):
     pipe = Pipeline.from_pretrained(FLAGS.workdir)
     config, data = pipe.tokenizer.config, pipe.metadata.config["data"]
     data = data | {"data_dir": FLAGS.data_dir or data["data_dir"]}
-    transform = Transform(config.image_size, data["resize"])
+    transform = pipe.metadata.transform
     source = open_source(
         "image_folder", "test", data_dir=data["data_dir"], class_names=pipe.class_names
     )
@@ -132,7 +132,7 @@ def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
     sequence = pipe.encode(pictures.images)
     restored = pipe.decode(sequence)
     again = pipe.encode(restored).structure
-    other = lambda x: np.roll(x, len(x) // 2, axis=0)  # of another class: they are in its order
+    other = lambda x: np.roll(x, len(x) // 2, axis=0)  # they are sorted by class
     shapes = pictures.silhouettes
     real = np.mean(judge.predict(pictures.images) == pictures.labels)
     print(f"silhouettes: chance {overlap(other(shapes), shapes):.3f}, ", end="")
@@ -157,7 +157,7 @@ def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
 
 
 def draw(pipe: Pipeline, pictures: Pictures, names: list[str]) -> np.ndarray:
-    """A row for every picture and number of kept stages, two samples for every kind of class."""
+    """A row for every picture and number of stages, `COLUMNS` samples of every kind of class."""
     asked = classes_to_ask(pipe, np.repeat(pictures.labels, COLUMNS))
     sequence = pipe.encode(pictures.images)
     columns = ["image"] + [name for name in asked for _ in range(COLUMNS)]

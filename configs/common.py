@@ -101,8 +101,7 @@ def base() -> ml_collections.ConfigDict:
                 batch_size=768,
                 repa_weight=0.5,  # REPA: alignment of the content generator with DINOv2; 0: off
                 repa_block=8,  # aligns the hidden states after this number of blocks
-                optimizer=optimizer
-                | dict(name="adamw"),  # or "muon": fewer steps (docs/training.md)
+                optimizer=optimizer | dict(name="adamw"),  # or "muon" (docs/training.md)
             ),
             distillation=run  # nvg_jax.distill: fewer steps for the structure generator
             | dict(

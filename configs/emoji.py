@@ -56,6 +56,7 @@ def get_config(arg: str | None = None):
         config.tokenizer_training.update(length="6000 steps", batch_size=16)
         config.tokenizer_training.optimizer.learning_rate = 2.4e-2
         config.generator_training.update(length="12000 steps", batch_size=16)
+        config.generator_training.optimizer.learning_rate = 4.8e-2
     if "runlocal" in variants:
         common.run_locally(config)
     return config

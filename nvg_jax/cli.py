@@ -278,7 +278,7 @@ def parse_flags(argv):
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
         frames = traceback.extract_tb(error.__traceback__)
         inside = [frame for frame in frames if frame.name == "get_config"]
-        if inside:
+        if inside:  # but for ValueError and TypeError, whose text ml_collections replaces
             where = f"{inside[-1].filename}, line {inside[-1].lineno}"
             text = f"{where}: {type(error).__name__}: {error}"
         elif is_unknown_key(error):

@@ -43,7 +43,7 @@ def load(config: str) -> ml_collections.ConfigDict:
     """The configuration of a preset or file, such as "digits:demo", to change and train with.
 
     Raises:
-        UserError: there is no such preset, file or variant, or the file refuses it.
+        UserError: there is no such preset, file or variant, or the file raises ValueError.
     """
     file, *variant = find(config).split(":", 1)
     make_importable(Path(file))
@@ -54,7 +54,7 @@ def load(config: str) -> ml_collections.ConfigDict:
     try:
         return module.get_config(*variant)
     except ValueError as error:  # the files of configs/ import nothing of nvg_jax
-        raise UserError(str(error)) from error
+        raise UserError(f"{config}: {error}") from error
 
 
 def define_flag(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None):

@@ -602,8 +602,8 @@ def check_resume(
     )
     if never:
         advice = (
-            "Its checkpoints only fit these. Use the settings it was started with, or another "
-            "workdir (--config.init_from=... starts from the weights of a model)."
+            "Its checkpoints only fit the old values. Use the settings it was started with, or "
+            "another workdir (--config.init_from=... starts from the weights of a model)."
         )
     else:
         names = dict.fromkeys("data" if covers("data", n) else n.split(".")[-1] for n in refused)

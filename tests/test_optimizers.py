@@ -13,7 +13,7 @@ from helpers import optimizer_config, tiny_config
 from nvg_jax import layers, models
 from nvg_jax.errors import UserError
 from nvg_jax.parts import TOKENIZER
-from nvg_jax.runtime.sharding import make_mesh, unbox
+from nvg_jax.runtime.sharding import make_mesh, shardings, unbox
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training.optimizers import (
     decay_mask,
@@ -145,9 +145,25 @@ def test_muon_orthogonalizes_the_updates_of_each_layer_in_blocks():
         values = np.linalg.svd(found[layer], compute_uv=False) / (0.2 * math.sqrt(24))
         assert values.max() < 1.25 and values[0] / values[-1] < 2  # five steps come this near
         assert np.corrcoef(found[layer].ravel(), exact[layer].ravel())[0, 1] > 0.95
+    assert np.linalg.norm(updates["content"]["blocks"]["blocks"]["linear1"]["bias"][0]) > 0
     head = updates["content"]["head"]["kernel"]
     np.testing.assert_array_equal(jnp.sign(head), -jnp.sign(grads["content"]["head"]["kernel"]))
     np.testing.assert_allclose(jnp.abs(head), jnp.abs(head).max(), rtol=1e-3)  # as Adam's
+
+
+def test_only_block_matrices_decay_with_muon_and_its_state_is_sharded_as_they_are():
+    config = optimizer_config(name="muon", learning_rate=0.5, schedule="constant", warmup_steps=0)
+    optimizer = make_optimizer(config, learning_rate_schedule(config, 256, steps=10))
+    boxed = {"structure": jax.eval_shape(init("structure"), jax.random.key(0))}
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), unbox(boxed))
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    for path, change in flatten_dict(updates, sep="/").items():
+        decays = "/blocks/" in path and path.endswith("kernel")
+        np.testing.assert_allclose(change, -0.5 * 0.05 if decays else 0, atol=1e-6, err_msg=path)
+    abstract = jax.eval_shape(optimizer.init, boxed)
+    placed = shardings(abstract, make_mesh(devices=jax.devices()[:1]))
+    assert jax.tree.structure(placed) == jax.tree.structure(state)
 
 
 def test_an_unknown_optimizer():

@@ -39,10 +39,10 @@ def check_config(config: ml_collections.ConfigDict):
             "--config.init_from, its tokenizer as --config.tokenizer_workdir, and "
             "--config.part=generators (or content, structure)."
         )
-    if config.lora.rank and config.generator_training.optimizer.name != "adamw":
+    if config.lora.rank and config.generator_training.optimizer.name == "muon":
         raise UserError(
-            "Adapters (lora.rank) are trained by AdamW: leave "
-            f"generator_training.optimizer.name={config.generator_training.optimizer.name} out."
+            "Adapters (lora.rank) are trained by AdamW: leave generator_training.optimizer.name="
+            "muon out."
         )
     # In a fixed order, so that all processes report the same mistake first.
     for section in dict.fromkeys(part.section for part in CHOICES["all"]):

@@ -24,8 +24,8 @@ class OptimizerConfig:
     schedule: after a linear warm-up from `warmup_start` of the rate, "linear" is constant until
         `decay_start` (a fraction of all steps) and falls linearly to `final` of it; "cosine" falls
         to `final` along a cosine; "constant" stays.
-    name: "muon" orthogonalizes the updates of the linear layers of blocks (Jordan et al., 2024;
-        scaled as in Liu et al., arXiv 2502.16982), and only these decay.
+    name: "muon" orthogonalizes the updates of the linear layers of blocks (Jordan et al., 2024,
+        with its momentum of 0.95; scaled as in Liu et al., arXiv 2502.16982), and only these decay.
     ema_warmup: whether the decay starts as (1 + step) / (10 + step), so that the average forgets
         the initial parameters.
     """

@@ -43,7 +43,7 @@ class WandbWriter:
                 config=config,
                 dir=self._local.name if self._local else str(folder),
             )
-        except errors.UsageError as error:  # no API key, or a name that it refuses
+        except (errors.UsageError, errors.AuthenticationError) as error:
             raise UserError(f"config.wandb_project: {error}") from error
 
     def begin(self, step: int):
