@@ -60,7 +60,8 @@ def pytest_configure(config):
                 entry.unlink()
 
 
-# Files that train the tiny model: in one worker, which compiles it once.
+# Files that train the tiny model: in one worker, which compiles it once; not test_end_to_end, which
+# takes as long as all of them.
 TRAINING = (
     "test_faults",
     "test_bucket",
@@ -69,10 +70,10 @@ TRAINING = (
     "test_initial",
     "test_scoring",
     "test_rehearsal",
-    "test_end_to_end",
 )
 # Files that take longest; first, so that no worker is left alone with one of them at the end.
 LONG = (
+    "test_end_to_end",
     *TRAINING,
     "test_eight_devices",
     "test_launch",  # waits more than it computes
