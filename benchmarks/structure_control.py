@@ -82,9 +82,10 @@ def classes_to_ask(pipe: Pipeline, labels: np.ndarray) -> dict[str, np.ndarray]:
             if name[same] == own[same] and name[1 - same] != own[1 - same]
         ]
 
-    turn = lambda same: np.array(
-        [others(label, same)[n % len(others(label, same))] for n, label in enumerate(labels)]
-    )
+    def turn(same: int) -> np.ndarray:
+        choices = (others(label, same) for label in labels)
+        return np.array([found[n % len(found)] for n, found in enumerate(choices)])
+
     return {"same class": labels, "another design": turn(1), "another category": turn(0)}
 
 
@@ -111,7 +112,6 @@ def main(_):
 
 def sample(pipe: Pipeline, labels, sequence: GranularitySequence, stages: int) -> np.ndarray:
     """Samples (B, H, W, 3) of the labels (B,), with the maps of the first stages of a sequence."""
-    settings = {} if FLAGS.flow_steps is None else {"flow_steps": FLAGS.flow_steps}
     parts = [slice(i, i + FLAGS.batch_size) for i in range(0, len(labels), FLAGS.batch_size)]
     return np.concatenate([
         pipe.sample(
@@ -120,7 +120,7 @@ def sample(pipe: Pipeline, labels, sequence: GranularitySequence, stages: int) -
             first_index=part.start,
             prefix=jax.tree.map(lambda x: x[part], sequence),
             structure_stages=stages,
-            **settings,
+            flow_steps=FLAGS.flow_steps,
         ).images
         for part in parts
     ])  # fmt: skip
@@ -161,16 +161,17 @@ def draw(pipe: Pipeline, pictures: Pictures, names: list[str]) -> np.ndarray:
     asked = classes_to_ask(pipe, np.repeat(pictures.labels, COLUMNS))
     sequence = pipe.encode(pictures.images)
     columns = ["image"] + [name for name in asked for _ in range(COLUMNS)]
-    rows, tiles = [], []
     repeated = jax.tree.map(lambda x: np.repeat(x, COLUMNS, axis=0), sequence)
-    for stages in ROWS:
-        found = [sample(pipe, labels, repeated, stages) for labels in asked.values()]
-        for number, name in enumerate(names):
-            own = [images[COLUMNS * number : COLUMNS * (number + 1)] for images in found]
-            tiles.append(to_uint8(np.concatenate([pictures.images[number][None], *own])))
-            rows.append((number, f"{name}, {stages} stages"))
-    order = sorted(range(len(rows)), key=lambda row: rows[row])
-    return labeled_grid([tiles[row] for row in order], [rows[row][1] for row in order], columns)
+    found = np.array([
+        [sample(pipe, labels, repeated, stages) for labels in asked.values()] for stages in ROWS
+    ])  # fmt: skip
+    rows, tiles = [], []
+    for number, name in enumerate(names):
+        for stages, images in zip(ROWS, found[:, :, COLUMNS * number : COLUMNS * (number + 1)]):
+            own = images.reshape(-1, *images.shape[2:])
+            tiles.append(to_uint8(np.concatenate([pictures.images[number][None], own])))
+            rows.append(f"{name}, {stages} stages")
+    return labeled_grid(tiles, rows, columns)
 
 
 if __name__ == "__main__":

@@ -116,8 +116,9 @@ def check_resume(
     for name in resume.allow_changes:
         if not any(workdir.covers(name, path) for path in settings):
             names = {part for path in settings for part in path.split(".")}
-            hint = did_you_mean(name, names)
-            raise UserError(f"--allow_changes: there is no setting {name!r}.{hint}")
+            raise UserError(
+                f"--allow_changes: there is no setting {name!r}.{did_you_mean(name, names)}"
+            )
     if resume.step is not None and len(parts) > 1:
         raise UserError(
             f"--resume_step is a step of one part, and part={config.part} trains "
