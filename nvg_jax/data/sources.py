@@ -336,9 +336,9 @@ def _read_idx(folder: pathlib.Path, file: str, dimensions: int) -> np.ndarray:
 def _image_folder(split: str, root: pathlib.Path | None) -> Source:
     """A folder with one subfolder of images per class.
 
-    If there are subfolders train and test (or val), each with the class folders inside, they are
-    the splits. Otherwise, a hash of "class/file name" puts a tenth of the files into the test
-    split, so that a file stays in its split when others are added or removed.
+    If there are subfolders train and test (or val), each with class folders inside, they are the
+    splits; test may lack classes. Otherwise, a hash of "class/file name" puts a tenth of the files
+    into the test split, so that a file stays in its split when others are added or removed.
     """
     if not root:
         raise UserError("The data set image_folder needs data_dir, a folder of class folders.")
@@ -347,13 +347,14 @@ def _image_folder(split: str, root: pathlib.Path | None) -> Source:
     held_out = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if (root / "train").is_dir() and held_out:
         class_names = _subfolders(root / "train")
-        fitting = [held for held in held_out if _subfolders(held) == class_names]
+        untrained = lambda held: sorted(set(_subfolders(held)) - set(class_names))
+        fitting = [held for held in held_out if _subfolders(held) and not untrained(held)]
         folder = {"train": root / "train", "test": (fitting or held_out)[0]}[split]
         files = _list_images(folder)
-        if _subfolders(folder) != class_names:
+        if unknown := untrained(folder):
             raise UserError(
-                f"'{folder}' and '{root / 'train'}' must have the same class folders; "
-                f"{sorted(set(class_names) ^ set(_subfolders(folder)))} are in only one of them."
+                f"'{folder}' has the class folders {listed(unknown)}, which '{root / 'train'}' "
+                "does not have. Rename or remove them, or add images of these classes to train."
             )
         return FolderSource(folder, files, class_names)
     files = [file for file in _list_images(root) if _in_test(file) == (split == "test")]
