@@ -50,6 +50,22 @@ def test_a_sample_is_its_two_halves(pipe):
         assert (one[~first] >= 191).all() and (other[first] >= 191).all()  # faded
 
 
+def test_samples_of_other_classes_keep_the_structure(pipe):
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    picture = figures.reuse(pipe, images, ["a", "b"], [3, 5, 3], seed=0)
+    sequence = pipe.encode(images)
+    restored = to_uint8(pipe.decode(sequence))
+    for row in range(2):
+        shown = [tile(picture, 2, 5, row, column) for column in range(5)]
+        np.testing.assert_array_equal(shown[0], to_uint8(images)[row])
+        np.testing.assert_allclose(shown[1].astype(int), restored[row].astype(int), atol=1)
+        for column, label in enumerate((3, 5, 3)):
+            own = jax.tree.map(lambda x: x[row : row + 1], sequence)
+            kept = dict(prefix=own, structure_stages=5, first_index=3 * row + column)
+            alone = to_uint8(pipe.sample([label], **kept).images)[0]
+            np.testing.assert_allclose(shown[2 + column].astype(int), alone.astype(int), atol=1)
+
+
 def test_an_unknown_figure_gets_the_known_ones(tmp_path):
     def run(*args):
         command = ["-m", "nvg_jax.figures", "--workdir=fashion_mnist", f"--out={tmp_path}"]
@@ -57,6 +73,8 @@ def test_an_unknown_figure_gets_the_known_ones(tmp_path):
 
     unknown = run("--figures=sequence,map")
     assert unknown.returncode == 2
-    assert "--figures takes sequence, binary, drawings, stages; got map" in unknown.stderr
+    assert "--figures takes sequence, binary, drawings, stages, reuse; got map" in unknown.stderr
     unused = run("--figures=binary", "--image=cat.png")
-    assert unused.returncode == 2 and "--image is shown by the figure sequence" in unused.stderr
+    assert unused.returncode == 2 and "--image is shown by the figures seq" in unused.stderr
+    missing = run("--figures=reuse")
+    assert missing.returncode == 2 and "takes its structures from --image" in missing.stderr

@@ -49,6 +49,28 @@ def drawings(pipe: Pipeline, classes: Sequence[int], seed: int) -> np.ndarray:
     return labeled_grid(tiles, [name.replace("_", " ") for name in control.DRAWINGS], heads)
 
 
+def reuse(
+    pipe: Pipeline, images: np.ndarray, names: Sequence[str], classes: Sequence[int], seed: int
+) -> np.ndarray:
+    """Samples of every class with all maps of each image: one row per image.
+
+    Args:
+        images: float32 (B, H, W, 3) in [-1, 1].
+        names: of the images.
+    """
+    encoded, count = pipe.encode(images), len(classes)
+    out = pipe.sample(
+        np.tile(classes, len(images)),
+        seed=seed,
+        prefix=GranularitySequence(*(part.repeat(count, axis=0) for part in encoded)),
+        structure_stages=pipe.tokenizer.config.num_stages,
+    )
+    samples = to_uint8(out.images).reshape(len(images), count, *out.images.shape[1:])
+    given = to_uint8(np.stack([images, pipe.decode(encoded)], axis=1))
+    heads = ["image", "restored", *(pipe.class_names[c] for c in classes)]
+    return labeled_grid(np.concatenate([given, samples], axis=1), names, heads)
+
+
 def stages(pipe: Pipeline, class_id: int, columns: int, seed: int) -> np.ndarray:
     """What each stage decides (Figure 8): samples that keep more and more stages of one sample.
 
