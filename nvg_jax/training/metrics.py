@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
@@ -21,7 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from nvg_jax.errors import UserError, reported
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime import heartbeat
-from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.processes import from_main, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.storage import atomic_write, in_bucket
 from nvg_jax.tokenizer import codebook_usage
@@ -238,7 +237,7 @@ class Reporter:
         step = 0
         if is_main() and self._assessed.exists():
             step = int(self._assessed.read_text() or 0)
-        return int(multihost_utils.broadcast_one_to_all(np.array(step)))
+        return int(from_main(step))
 
     def assessed(self, step: int):
         """Notes that the model of this step has been evaluated, for a run that is resumed there."""
