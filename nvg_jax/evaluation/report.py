@@ -29,7 +29,7 @@ from nvg_jax.runtime.processes import (
     gather_rows,
     is_main,
 )
-from nvg_jax.runtime.resumable import own_parts, read_arrays
+from nvg_jax.runtime.resumable import own_parts, read_arrays, write_arrays
 from nvg_jax.runtime.storage import atomic_write, digest, locked
 from nvg_jax.sampling.settings import text_of
 
@@ -152,8 +152,7 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
             parts = folder if free else None
             features = features_of(images, judge, parts, keep)
             if is_main():
-                with atomic_write(file, shared=True) as out:
-                    np.savez(out, **features._asdict())
+                write_arrays(file, features._asdict(), shared=True)
                 if parts:
                     shutil.rmtree(parts, ignore_errors=True)
     barrier("the features of the reference are there")
