@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath, epy
 
 from nvg_jax import workdir
 from nvg_jax.errors import UserError, comes_with, listed
+from nvg_jax.models import parameter_counts
 from nvg_jax.runtime import export
 from nvg_jax.workdir import RunMetadata
 
@@ -69,13 +69,6 @@ class Storable:
     metadata: RunMetadata
     params: dict[str, Any]
 
-    def parameter_counts(self) -> dict[str, int]:
-        """{network: the number of its parameters}."""
-        return {
-            name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for name, tree in self.params.items()
-        }
-
     def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32"):
         """Writes this to a folder for `from_pretrained`; replaces an earlier export.
 
@@ -118,7 +111,7 @@ class Storable:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
-            text = card(name, self.metadata.without_paths(), self.parameter_counts(), license)
+            text = card(name, self.metadata.without_paths(), parameter_counts(self.params), license)
             (Path(folder) / "README.md").write_text(text, encoding="utf-8")
             return upload(name, Path(folder), private, revision)
 

@@ -39,6 +39,11 @@ def check_networks(model: str, params: dict[str, Any], needed: Iterable[str], re
         )
 
 
+def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
+    """{network: the number of its parameters}, which may be abstract."""
+    return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+
+
 def generators_for(tokenizer: TokenizerConfig) -> tuple[str, ...]:
     """The generators that sampling needs: none draws maps that are fixed."""
     return GENERATORS if tokenizer.fixed_structure is None else ("content",)

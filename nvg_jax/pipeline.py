@@ -17,7 +17,7 @@ from nvg_jax.adapters import Adapters
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError, listed
 from nvg_jax.evaluation.image import to_float
-from nvg_jax.models import check_networks, generators_for
+from nvg_jax.models import check_networks, generators_for, parameter_counts
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.hardware import fast_dtype, name_options
 from nvg_jax.runtime.sharding import local_batch, local_mesh
@@ -79,7 +79,7 @@ class Pipeline(hub.Storable):
     def __repr__(self) -> str:
         tokenizer, classes = self.tokenizer.config, self.class_names
         sizes = lambda pair: " x ".join(map(str, pair))
-        counts = self.parameter_counts()
+        counts = parameter_counts(self.params)
         networks = [name for name in self.metadata.model.networks if name in counts]
         lines = [
             f"images: {sizes(tokenizer.image_size)} pixels, latents {sizes(tokenizer.latent_size)} "

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +51,19 @@ def random_pipeline(structure: str = "latent"):
     )
     params = random_like({name: model.abstract_params(name) for name in model.networks}, 0.2)
     return Pipeline(metadata, params)
+
+
+def make_reporter(workdir: Path, part: str, start: int = 0, forecast=None):
+    """The reporter of a training of 9 steps of a part."""
+    from nvg_jax.parts import PARTS
+    from nvg_jax.runtime.storage import storage_path
+    from nvg_jax.training.metrics import Reporter
+
+    config = tiny_config()
+    recipe = config[PARTS[part].section]
+    trainer = types.SimpleNamespace(part=PARTS[part], steps=9, recipe=recipe)
+    run = types.SimpleNamespace(workdir=storage_path(workdir), config=config)
+    return Reporter(trainer, run, start, forecast)
 
 
 def published_tokenizer(**changes):

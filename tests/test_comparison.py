@@ -4,7 +4,6 @@ The network in these tests is a small function of the pixels; Inception has test
 """
 
 import logging
-import os
 import types
 import zipfile
 
@@ -20,7 +19,7 @@ from nvg_jax.evaluation import features, image, judges, report, sets
 from nvg_jax.jobs import classification, editing, reconstruction, sampling_runs
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.runtime import resumable
-from nvg_jax.runtime.storage import lock
+from nvg_jax.runtime.storage import locked
 from nvg_jax.sampling.settings import parse_sweep
 from nvg_jax.tokenizer import GranularitySequence
 
@@ -151,10 +150,9 @@ def test_two_commands_with_one_reference(reference, monkeypatch):
     (parts / "000000.npz").write_bytes(b"of the first")
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_bytes(b"of the first, too")
-    locked = lock(parts)
-    assert report.reference_features(reference, Judge()).count > 0
-    assert [path.name for path in parts.iterdir()] == ["000000.npz"] and temporary.exists()
-    os.close(locked)
+    with locked(parts) as free:
+        assert free and report.reference_features(reference, Judge()).count > 0
+        assert [path.name for path in parts.iterdir()] == ["000000.npz"] and temporary.exists()
 
 
 def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):

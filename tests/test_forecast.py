@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
-from helpers import tiny_config
+from helpers import make_reporter, tiny_config
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax.models import ModelConfig
@@ -15,7 +14,6 @@ from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.training import registry
 from nvg_jax.training.forecast import Forecast, Work, due, flops, step_flops
-from nvg_jax.training.metrics import Reporter
 from nvg_jax.training.tokenizer import TokenizerTrainer
 
 
@@ -59,7 +57,7 @@ def test_a_moment_of_other_work_on_the_machine_changes_no_forecast():
 def test_the_line_says_that_its_time_is_without_fid(tmp_path, caplog):
     caplog.set_level("INFO", "nvg_jax")
     ahead = Forecast([Work("generators", 9, 1.0, eval_every=9, fid_every=5, eval_share=0.0)])
-    reporter = Reporter("generators", epath.Path(tmp_path / "generators"), 0, 9, 2, forecast=ahead)
+    reporter = make_reporter(tmp_path, "generators", forecast=ahead)
     for step in range(1, 5):
         if step == 4:
             ahead.measured("generators", "fid", 0.0)

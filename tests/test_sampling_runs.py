@@ -56,7 +56,8 @@ def interrupted(pipe, out, after):
     folder = out.with_name(out.name + ".parts")
     resumable.open_folder(folder, "*.npz", samples.describe(), "samples")
     for batch, output in samples.sample_all(range(after)):
-        sampling_runs.write_part(folder / f"{batch:06d}.npz", sampling_runs.to_uint8(output.images))
+        images = sampling_runs.to_uint8(output.images)
+        resumable.write_arrays(folder / f"{batch:06d}.npz", {"arr_0": images})
     return folder
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from helpers import CACHE_READ_ONLY, forked, python
+from helpers import CACHE_READ_ONLY, forked, make_reporter, python
 
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.storage import storage_path
-from nvg_jax.training.metrics import Reporter
 
 # The heartbeat.
 
@@ -21,7 +20,7 @@ def test_every_line_of_the_log_replaces_the_heartbeat(tmp_path, monkeypatch):
     read = lambda: json.loads((tmp_path / "run/heartbeat.json").read_text())
     before = time.time()
     (tmp_path / "run/tokenizer").mkdir(parents=True)
-    reporter = Reporter("tokenizer", epath.Path(tmp_path / "run/tokenizer"), 4, 9, batch_size=2)
+    reporter = make_reporter(tmp_path / "run", "tokenizer", start=4)
     assert read() | {"time": 0} == dict(part="tokenizer", start=4, step=4, time=0, steps=9, loss={})
     for step, loss in ((6, 0.5), (8, 0.25)):
         reporter.start_step()

@@ -2,16 +2,15 @@
 
 import collections
 import logging
-import math
 from typing import Any
 
-import jax
 import ml_collections
 
 from nvg_jax.aot import hlo
 from nvg_jax.aot.chips import GIB, Chip, Target
 from nvg_jax.aot.lowering import Compiler, DoesNotFitError
 from nvg_jax.layers import REMAT
+from nvg_jax.models import parameter_counts
 from nvg_jax.runtime.hardware import device_memory
 from nvg_jax.training.length import training_length
 
@@ -85,10 +84,7 @@ def make_report(
         model_flops / devices,
         compiler.device,
     )
-    sizes = {
-        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-        for name, tree in compiled.params.items()
-    }
+    sizes = parameter_counts(compiled.params)
     steps_per_day = 86_400 / times["seconds"]
     whole = {}
     if compiler.part:

@@ -24,10 +24,10 @@ from nvg_jax import pretrained
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
-from nvg_jax.runtime.processes import gather, is_main
-from nvg_jax.runtime.resumable import read_arrays
+from nvg_jax.runtime.processes import from_main, is_main
+from nvg_jax.runtime.resumable import read_arrays, write_arrays
 from nvg_jax.runtime.sharding import local_batch, local_mesh
-from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, make_folder
+from nvg_jax.runtime.storage import digest, fingerprint, make_folder
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from sklearn import svm
@@ -137,8 +137,7 @@ def fit_classifier(data_name: str, images, labels, num_classes: int) -> ClassJud
         return DigitClassifier(images, labels)
     classifier = cached_classifier(images, labels, num_classes)
     # Processes on different machines may have trained to slightly different weights.
-    first = lambda x: gather(np.asarray(x)[None], jax.process_count())[0]
-    return dataclasses.replace(classifier, params=jax.tree.map(first, classifier.params))
+    return dataclasses.replace(classifier, params=jax.tree.map(from_main, classifier.params))
 
 
 # Classifiers. They also take float images in [-1, 1].
@@ -299,9 +298,8 @@ def cached_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int) 
     classifier = train_classifier(images, labels, num_classes)
     if is_main():
         make_folder(file.parent)
-        with atomic_write(file, shared=True) as out:
-            params = traverse_util.flatten_dict(jax.device_get(classifier.params), sep="/")
-            np.savez(out, **cast(dict[str, Any], params | {"gray": classifier.gray}))
+        params = traverse_util.flatten_dict(jax.device_get(classifier.params), sep="/")
+        write_arrays(file, cast(dict[str, Any], params | {"gray": classifier.gray}), shared=True)
     return classifier
 
 

@@ -4,13 +4,11 @@ All processes share the work; its unit is a batch. A command stores the features
 folder, so that a run that was killed resumes where it stopped; during training, nothing is stored.
 """
 
-import contextlib
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,16 @@ from nvg_jax.evaluation.features import METRICS, FeatureSet, Moments, generation
 from nvg_jax.evaluation.judges import Judge
 from nvg_jax.evaluation.sets import Archive, ImageSet
 from nvg_jax.pretrained import ImageFeatures
-from nvg_jax.runtime.processes import barrier, everywhere, gather, gather_rows, is_main
-from nvg_jax.runtime.resumable import own_parts, read_arrays
-from nvg_jax.runtime.storage import atomic_write, digest, lock, make_folder
+from nvg_jax.runtime.processes import (
+    barrier,
+    everywhere,
+    from_all,
+    from_main,
+    gather_rows,
+    is_main,
+)
+from nvg_jax.runtime.resumable import own_parts, read_arrays, write_arrays
+from nvg_jax.runtime.storage import atomic_write, digest, locked
 from nvg_jax.sampling.settings import text_of
 
 logger = logging.getLogger("nvg_jax")
@@ -61,7 +66,7 @@ def measure(
 def fid(images: ImageSet, judge: Judge, reference: FeatureSet) -> float:
     """FID of a set of images, the same on every process, so that all decide alike."""
     results = measure(images, judge, reference, names=("fid",))
-    return float(gather(np.array([results.get("fid", np.nan)]), jax.process_count())[0])
+    return float(from_main(results.get("fid", np.nan)))
 
 
 def features_of(
@@ -113,12 +118,12 @@ def gather_moments(own: Moments) -> Moments:
     """The moments of all processes' features."""
     if jax.process_count() == 1:
         return own
-    width = gather(np.array([np.size(own.mean) if own.count else 0]), jax.process_count()).max()
-    own_row = np.zeros((1, 1 + width + width * width))
+    width = from_all(np.size(own.mean) if own.count else 0).max()
+    own_row = np.zeros(1 + width + width * width)
     if own.count:
-        own_row[0] = np.concatenate([[own.count], own.mean, np.ravel(own.scatter)])
+        own_row[:] = np.concatenate([[own.count], own.mean, np.ravel(own.scatter)])
     total = Moments()
-    for row in gather(own_row, jax.process_count()):
+    for row in from_all(own_row):
         if row[0]:
             mean, scatter = row[1 : 1 + width], row[1 + width :].reshape(width, width)
             total += Moments(int(row[0]), mean, scatter)
@@ -143,34 +148,17 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
         count = int(stored.pop("count"))
         features = FeatureSet(count=count, **stored)
     else:
-        with unless_in_use(folder) as parts:
+        with locked(folder) as free:
+            parts = folder if free else None
             features = features_of(images, judge, parts, keep)
             if is_main():
-                with atomic_write(file, shared=True) as out:
-                    np.savez(out, **features._asdict())
+                write_arrays(file, features._asdict(), shared=True)
                 if parts:
                     shutil.rmtree(parts, ignore_errors=True)
     barrier("the features of the reference are there")
     if isinstance(images, Archive):
         features = features._replace(**images.statistics())
     return features
-
-
-@contextlib.contextmanager
-def unless_in_use(folder: Path) -> Iterator[Path | None]:
-    """A folder, locked by process 0; None if another command has locked it."""
-    descriptor, free = None, True
-    if is_main():
-        make_folder(folder)
-        try:
-            descriptor = lock(folder)
-        except BlockingIOError:
-            free = False
-    try:
-        yield folder if everywhere(free) else None
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 # Files and tables.

@@ -21,7 +21,7 @@ from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
-from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays
+from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays, write_arrays
 from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, storage_path
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings
@@ -272,7 +272,7 @@ def write_array(job: SamplingJob, out: str | os.PathLike):
         for batch, output in job.sample_all(
             own_missing(job.num_batches, lambda batch: [part(batch)])
         ):
-            write_part(part(batch), to_uint8(output.images))
+            write_arrays(part(batch), {"arr_0": to_uint8(output.images)})
         barrier(f"the parts of {out} are there")
         if is_main():
             join_parts(job, part, out, mark)
@@ -288,11 +288,6 @@ def read_mark(path: epath.Path) -> bytes | None:
             return archive.comment
     except zipfile.BadZipFile:
         return None
-
-
-def write_part(path: epath.Path, images: np.ndarray):
-    with atomic_write(path) as file:
-        np.savez(file, images)
 
 
 def read_part(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -5,6 +5,7 @@ and of each leaf; readers verify them and fall back from a damaged checkpoint to
 metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -17,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath, epy
-from jax.experimental import multihost_utils
 
 from nvg_jax.errors import UserError, comes_with, is_damage, is_in_code, is_mistake, reported
 from nvg_jax.runtime import processes, watchdog
-from nvg_jax.runtime.storage import digest, lock, make_folder, storage_path
+from nvg_jax.runtime.storage import digest, locked, storage_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import orbax.checkpoint as ocp
@@ -61,35 +61,22 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self._folder, self._saving = run_folder(folder), None  # the step of a save that has begun
-        self._lock = self._lock_folder()
-        try:
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(locked(self._folder)):
+                raise UserError(
+                    f"Another process is writing to {self._folder}. Wait until it has ended, or "
+                    "choose another folder."
+                )
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, create=True, cleanup_tmp_directories=True
                 ),
             )
-        except BaseException:
-            self._unlock()
-            raise
+            self._lock = stack.pop_all()
         # Orbax must not poll for preemption (github.com/google/orbax/issues/3406): a second caller
         # would desynchronize the counter that `preemption.noticed` relies on.
         self._manager.reached_preemption = lambda step: False
-
-    def _lock_folder(self) -> int | None:
-        descriptor, free = None, True
-        if processes.is_main():
-            make_folder(self._folder)
-            try:
-                descriptor = lock(self._folder)
-            except BlockingIOError:
-                free = False
-        if not multihost_utils.broadcast_one_to_all(np.array(free)):
-            raise UserError(
-                f"Another process is writing to {self._folder}. Wait until it has ended, or choose "
-                "another folder."
-            )
-        return descriptor
 
     @property
     def latest_step(self) -> int | None:
@@ -189,12 +176,7 @@ class Checkpoints:
             self.wait()
             self._manager.close()
         finally:
-            self._unlock()
-
-    def _unlock(self):
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -230,7 +212,7 @@ def read(
     """
     folder = storage_path(folder)
     # Reading waits for all processes, so all must take the same branch.
-    seen = processes.gather(np.array([folder.is_dir()]), jax.process_count())
+    seen = processes.from_all(folder.is_dir())
     if not seen.any():
         return None
     if not seen.all():
@@ -328,10 +310,7 @@ def attempt(
                 failure = error
         mistake = isinstance(failure, OSError) and is_mistake(failure)  # a disk's error
         states = [failure is not None, reason is not None, mistake]
-        if jax.process_count() > 1:
-            gathered = multihost_utils.process_allgather(np.array(states))
-            states = gathered.reshape(-1, 3).any(0)
-        failed, damaged, mistake = states
+        failed, damaged, mistake = np.any(processes.from_all(states), axis=0)
         if not failed:
             break
         if pause is None or mistake:

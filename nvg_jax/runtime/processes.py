@@ -45,16 +45,25 @@ def gather(own: np.ndarray, count: int) -> np.ndarray:
     return gathered.reshape(-1, *own.shape[1:])[:count]
 
 
+def from_all(value) -> np.ndarray:
+    """What every process passes, arrays of one shape, stacked; every process must call it."""
+    return gather(np.asarray(value)[None], jax.process_count())
+
+
+def from_main(value) -> np.ndarray:
+    """The array or number that process 0 passes, on every process; every process must call it."""
+    return from_all(value)[0]
+
+
 def everywhere(holds: bool) -> bool:
     """Whether something holds on every process; every process must call it."""
-    return bool(gather(np.array([holds]), jax.process_count()).all())
+    return bool(from_all(holds).all())
 
 
 def gather_rows(own: list[np.ndarray], count: int) -> np.ndarray:
     """All processes' batches (B, D), concatenated in order; `own` are those of `own_share`."""
     if jax.process_count() == 1:
         return np.concatenate(own)
-    shape = np.array(own[0].shape if own else (0, 0))
-    shape = gather(shape[None], jax.process_count()).max(0)
+    shape = from_all(own[0].shape if own else (0, 0)).max(0)
     stacked = np.stack(own) if own else np.empty((0, *shape), np.float32)
     return gather(stacked, count).reshape(-1, shape[-1])

@@ -135,15 +135,20 @@ def own_parts(
             source = computed if number in missing else compute([number])
             arrays = {k: np.asarray(v) for k, v in next(source)._asdict().items()}
             if folder is not None:
-                with atomic_write(path(number)) as file:
-                    np.savez(file, **arrays)
+                write_arrays(path(number), arrays)
             done += size
             progress.update(done)
         yield number, arrays
 
 
+def write_arrays(path: Path | epath.Path, arrays: dict[str, Any], shared: bool = False):
+    """Writes an .npz for `read_arrays`; `shared` as for `atomic_path`."""
+    with atomic_write(path, shared) as file:
+        np.savez(file, **arrays)
+
+
 def read_arrays(path: Path | epath.Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a part, or None if it is damaged or missing."""
+    """The arrays of an .npz, or None if it is damaged or missing."""
     try:
         with path.open("rb") as file, np.load(file) as archive:
             return dict(archive)

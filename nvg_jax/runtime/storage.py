@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath, epy
 
 from nvg_jax.errors import UserError, comes_with, reported
+from nvg_jax.runtime.processes import from_main, is_main
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow, and only for gs://
     import gcsfs
@@ -185,26 +186,30 @@ def atomic_write(path: Path | epath.Path, shared: bool = False) -> Iterator[Bina
         yield file
 
 
-def lock(folder: Path | epath.Path) -> int | None:
-    """Locks a folder against other processes, until the descriptor is closed or this process ends.
+@contextlib.contextmanager
+def locked(folder: Path | epath.Path) -> Iterator[bool]:
+    """Creates a folder and, inside, locks it against other commands; every process must call it.
 
-    Returns:
-        A file descriptor; None where nothing can be locked: in buckets and on some network disks.
+    Process 0 locks it. In buckets and on some network disks nothing can be locked.
+
+    Yields:
+        Whether no other command has locked it, the same on every process.
 
     Raises:
-        BlockingIOError: another process has locked it.
+        UserError: it cannot be created.
     """
-    if in_bucket(folder):
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None
-    return descriptor
+    free = True
+    with contextlib.ExitStack() as stack:
+        if is_main():
+            make_folder(folder)
+            if not in_bucket(folder):
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    free = not isinstance(error, BlockingIOError)
+        yield bool(from_main(free))
 
 
 def make_folder(folder: Path | epath.Path):

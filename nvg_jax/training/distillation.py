@@ -299,13 +299,10 @@ class DistillationTrainer(Trainer[TrainState]):
             model=self.model,
             sampling=student_settings(run.config),
             teacher=storage.fingerprint(params["structure"]),
-            config=run.config_json(),
-            num_images=len(run.train_source),
             changes=(),
-            resize_filter=run.resize_filter,
-            steps=self.steps,
             step=None,
             fid=None,
+            **self.facts(run),
         )
         place = lambda x, like: jax.device_put(x, like.sharding)
         inputs = {

@@ -320,14 +320,11 @@ class GeneratorTrainer(Trainer[TrainState]):
         metadata = RunMetadata(
             model=self.model.only(*self.part.networks),
             class_names=run.train_source.class_names,
-            num_images=len(run.train_source),
             fingerprint=tokenizer.fingerprint,
             canvas_scale=tokenizer.canvas_scale,
             sampling=sampling_settings(run.config),
             tokenizer_workdir=run.tokenizer_workdir,
-            config=run.config_json(),
-            resize_filter=run.resize_filter,
-            steps=self.steps,
+            **self.facts(run),
         )
         scale = np.asarray(tokenizer.canvas_scale, np.float32)
         inputs = {"tokenizer": params, "canvas_scale": jax.device_put(scale, run.replicated)}

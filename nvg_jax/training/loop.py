@@ -11,7 +11,6 @@ from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
-from nvg_jax.runtime.processes import is_main
 from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.length import START, Origin
 from nvg_jax.training.metrics import Reporter
@@ -19,7 +18,6 @@ from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
 from nvg_jax.training.trainer import Trainer
 from nvg_jax.training.watching import Profiler
-from nvg_jax.training.weights_and_biases import WandbWriter
 from nvg_jax.workdir import (
     RunMetadata,
     changed_settings,
@@ -65,12 +63,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
         stack.callback(preemption.defer_interrupts, False)
         if position is not None:
             batches.set_state(position)
-        wandb = None
-        if run.config.wandb_project and start < steps and is_main():
-            wandb = WandbWriter(run.config.wandb_project, folder, run.config_json())
-        reporter = Reporter(
-            name, folder, start, steps, recipe.batch_size, recipe.max_skipped_steps, forecast, wandb
-        )
+        reporter = Reporter(trainer, run, start, forecast)
         stack.enter_context(contextlib.closing(reporter))
         best = BestModel(run.workdir / f"best_{name}", score, start) if score else None
         assessed = reporter.last_assessed

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2
 from tensorboard.plugins.image import metadata as image_plugin
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
@@ -21,12 +20,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from nvg_jax.errors import UserError, reported
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime import heartbeat
-from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.processes import from_main, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.storage import atomic_write, in_bucket
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.training.forecast import Forecast
+from nvg_jax.training.run import Run
 from nvg_jax.training.state import FAR_ABOVE
+from nvg_jax.training.trainer import Trainer
 from nvg_jax.training.watching import Clock, memory_in_use
 from nvg_jax.training.weights_and_biases import WandbWriter
 from nvg_jax.visualize import png, save_png
@@ -126,21 +127,19 @@ class Reporter:
     `close` writes what is left.
     """
 
-    def __init__(
-        self,
-        part: str,
-        folder: epath.Path,
-        start: int,
-        steps: int,
-        batch_size: int,
-        max_skipped: int = 0,
-        forecast: Forecast | None = None,
-        wandb: WandbWriter | None = None,
-    ):
-        self._writers = [EventWriter(folder), *([wandb] if wandb else [])]
+    def __init__(self, trainer: Trainer, run: Run, start: int, forecast: Forecast | None = None):
+        """
+        Args:
+            start: the step that the training goes on from.
+            forecast: of the whole run, for the time that is left.
+        """
+        part, steps = trainer.part.name, trainer.steps
+        folder, project = run.workdir / part, run.config.wandb_project
+        self._writers: list[EventWriter | WandbWriter] = [EventWriter(folder)]
+        if project and start < steps and is_main():
+            self._writers.append(WandbWriter(project, folder, run.config_json()))
         self._forecast = forecast or Forecast([])
-        self._part, self._folder, self._batch_size = part, folder, batch_size
-        self._max_skipped = max_skipped
+        self._part, self._folder, self._recipe = part, folder, trainer.recipe
         self._start, self._steps, self._losses = start, steps, {}
         self._progress = Progress(part, steps, "steps", interval=0)
         self._window = []  # the metrics of the steps since the last line
@@ -187,7 +186,7 @@ class Reporter:
             UserError: a metric is not finite, or too many steps in a row were left out.
         """
         window = jax.device_get(self._window)
-        check_steps(window, self._part, step, self._max_skipped, checkpoint)
+        check_steps(window, self._part, step, self._recipe.max_skipped_steps, checkpoint)
         scalars = summarize(window)
         rate = len(self._window) / (time.monotonic() - self._window_started)
         if self._warm:
@@ -195,7 +194,7 @@ class Reporter:
         else:  # the first steps include compilation
             self._forecast.measured(self._part, "compilation", len(self._window) / rate)
         self._warm = True
-        scalars["images_per_second"] = rate * self._batch_size
+        scalars["images_per_second"] = rate * self._recipe.batch_size
         scalars["learning_rate"] = learning_rate
         scalars |= self.clock.report() | memory_in_use()
         self._write("write_scalars", step, scalars)
@@ -238,7 +237,7 @@ class Reporter:
         step = 0
         if is_main() and self._assessed.exists():
             step = int(self._assessed.read_text() or 0)
-        return int(multihost_utils.broadcast_one_to_all(np.array(step)))
+        return int(from_main(step))
 
     def assessed(self, step: int):
         """Notes that the model of this step has been evaluated, for a run that is resumed there."""

@@ -16,6 +16,7 @@ import jax
 from clu import parameter_overview
 
 from nvg_jax import bundled
+from nvg_jax.models import parameter_counts
 from nvg_jax.parts import GENERATOR_PARTS
 from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.storage import atomic_write, make_folder
@@ -113,10 +114,7 @@ def describe_data(run: Run) -> list[str]:
 
 def describe_part(run: Run, trainer: Trainer) -> list[str]:
     name, recipe = trainer.part.name, run.config[trainer.part.section]
-    sizes = {
-        network: parameter_overview.count_parameters(tree)
-        for network, tree in trainer.trained(trainer.abstract_state.params).items()
-    }
+    sizes = parameter_counts(trainer.trained(trainer.abstract_state.params))
     what = "parameters in adapters" if run.config.lora.rank else "parameters"
     images = recipe.batch_size * trainer.steps
     optimizer, dtype = trainer.optimizer_config, recipe.get("dtype") or run.config.dtype

@@ -355,14 +355,8 @@ class TokenizerTrainer(Trainer[TokenizerState]):
     # A run.
 
     def open(self, run: Run) -> tuple[Params, RunMetadata]:
-        metadata = RunMetadata(
-            model=self.model.only(),
-            class_names=run.train_source.class_names,
-            num_images=len(run.train_source),
-            config=run.config_json(),
-            resize_filter=run.resize_filter,
-            steps=self.steps,
-        )
+        classes = run.train_source.class_names
+        metadata = RunMetadata(self.model.only(), classes, **self.facts(run))
         return run.frozen(self.abstract_inputs), metadata
 
     def first_state(self, run: Run, inputs: Params) -> TokenizerState:

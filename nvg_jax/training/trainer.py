@@ -261,6 +261,15 @@ class Trainer(abc.ABC, Generic[State]):
             UserError: what the run builds on is missing or does not fit.
         """
 
+    def facts(self, run: Run) -> dict[str, Any]:
+        """What the metadata of every part record of a run."""
+        return dict(
+            config=run.config_json(),
+            resize_filter=run.resize_filter,
+            num_images=self.num_images,
+            steps=self.steps,
+        )
+
     def rehearse(self, run: Run) -> tuple[Params, RunMetadata]:
         """`open` before anything is trained, for a few steps whose results do not count."""
         return self.open(run)
