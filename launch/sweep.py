@@ -31,15 +31,17 @@ import ml_collections
 from absl import flags
 from etils import epy
 
-from nvg_jax import presets
-from nvg_jax.errors import UserError, comes_with
-from nvg_jax.training import checks
-from nvg_jax.workdir import leaves
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package need not be installed, and sweeps import configs
+
+from nvg_jax import presets  # noqa: E402
+from nvg_jax.errors import UserError, comes_with  # noqa: E402
+from nvg_jax.training import checks  # noqa: E402
+from nvg_jax.workdir import leaves  # noqa: E402
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.training import curves
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME_LENGTH = 180  # file systems allow 255, and the scheduler may add to a job name
 
 
@@ -148,8 +150,6 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
     path = Path(file)
     if not path.is_file():
         raise UserError(f"there is no sweep file {file}.")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))  # sweeps import configs
     spec = importlib.util.spec_from_file_location("sweep_definition", path)
     module = importlib.util.module_from_spec(spec)
     try:

@@ -5,6 +5,7 @@ all work saved (see `runtime.preemption`); 130 ended by Ctrl-C (see `runtime.int
 else is a failure, with its traceback, after which launchers run the command again.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -52,6 +53,26 @@ OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED.*(memory|allocat)", re.IGNORECASE
 logger = logging.getLogger("nvg_jax")
 
 
+@contextlib.contextmanager
+def ending_alone():
+    """Ends one of several processes at once if it fails: JAX would let it wait for the others.
+
+    They wait for it in turn, and after five minutes all are killed, with an exit code that says
+    nothing.
+    """
+    try:
+        yield
+    except BaseException as error:
+        ends = isinstance(error, SystemExit)
+        if not jax.distributed.is_initialized() or (ends and error.code != USER_ERROR):
+            raise
+        if not ends:
+            traceback.print_exc()
+        sys.stdout.flush()
+        interrupts.end_now(USER_ERROR if ends else 1)
+
+
+@ending_alone()
 def main(command, set_up=lambda: None, kept: str = ""):
     """Runs a command with logging; --verbosity=1 shows stack traces of user errors.
 

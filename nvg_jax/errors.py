@@ -29,7 +29,8 @@ MISTAKES = {
 # disk is a mistake, though TensorStore calls it RESOURCE_EXHAUSTED, as it calls a busy service.
 FULL_TEXT = re.compile(r"no space left|disk quota exceeded|os_error_code='(28|122)'", re.IGNORECASE)
 MISTAKE_TEXT = re.compile(
-    "no space left|quota|file too large|permission.denied|not permitted|read-only|is a directory",
+    "no space left|quota|file too large|permission.denied|forbidden|not permitted|read-only|"
+    "is a directory",
     re.IGNORECASE,
 )
 FAILURE_TEXT = re.compile(
@@ -42,6 +43,9 @@ FAILURE_TEXT = re.compile(
 def is_failure(error: BaseException) -> bool:
     """Whether a read or write failed for a reason that may pass: a network, a device, memory."""
     if isinstance(error, TimeoutError | ConnectionError | MemoryError):
+        return True
+    status = getattr(error, "code", None)  # of gcsfs's HttpError: 429 is a rate limit
+    if isinstance(status, int) and (status == 429 or status >= 500):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno not in MISTAKES

@@ -41,13 +41,12 @@ def main(_):
     )
     fids = tuning.make_fids(job, judge, reference, FLAGS.seeds)
     best, lines = tuning.tune(points, own, fids)
-    if not is_main():
-        return
     metadata = pipe.metadata.replace(sampling=pipe.settings.updated(best.settings))
     workdir.write_export(FLAGS.out, metadata, pipe.params)
-    print("\n".join(lines))
-    print(f"{own.evaluations / best.evaluations:.1f} times fewer evaluations: {best}")
-    print(f"written: {FLAGS.out}")
+    if is_main():
+        print("\n".join(lines))
+        print(f"{own.evaluations / best.evaluations:.1f} times fewer evaluations: {best}")
+        print(f"written: {FLAGS.out}")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,11 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
                 f"The distillation in {folder} has not finished; run `python -m nvg_jax.distill` "
                 "with the same flags again."
             )
+        if generators:
+            raise UserError(
+                f"The generators in {folder} were trained with the tokenizer in {place}, which is "
+                f"no longer there. Move it back, or copy its folder tokenizer/ into {folder}."
+            )
         raise UserError(
             f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
             f"--config=... --workdir={shlex.quote(os.fspath(folder))}`."

@@ -10,13 +10,14 @@ import pathlib
 import pickle
 import shutil
 import struct
+import sys
 import tracemalloc
 
 import grain
 import numpy as np
 import pytest
 from absl import flags
-from helpers import raising
+from helpers import Process, raising, wait_for
 from PIL import ExifTags, Image
 from reference import resizing
 
@@ -130,6 +131,14 @@ def test_image_folder_with_split_folders(tmp_path):
     save(tmp_path / "val" / "bee" / "0.png", [[0]])
     with pytest.raises(UserError, match="val' has the class folders bee, which .*train' does not"):
         open_source("image_folder", "test", data_dir=str(tmp_path))
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    denied = PermissionError(errno.EACCES, "Permission denied")  # root may list every folder
+    monkeypatch.setattr(os, "scandir", raising(denied))
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
+        open_source("image_folder", "train", data_dir=str(tmp_path))
 
 
 def test_image_folder_classes_are_sorted(tmp_path):
@@ -568,6 +577,33 @@ def test_worker_processes_give_the_same_batches():
     workers.set_state(state)
     assert_equal_batches(take(workers, 3), expected[3:])
     workers.close()
+
+
+WITH_A_WORKER = """
+import multiprocessing
+import sys
+import time
+
+from nvg_jax.data import LoaderOptions, Transform, open_source, train_batches
+
+if __name__ == "__main__":
+    options = LoaderOptions(Transform((8, 8)), 4, num_workers=1)
+    batches = train_batches(open_source("digits", "train"), options, seed=0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    with open(sys.argv[1], "w") as file:
+        print(worker.pid, file=file)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_training_that_is_killed(tmp_path):
+    file = tmp_path / "pid"
+    with Process([sys.executable, "-c", WITH_A_WORKER, str(file)]) as process:
+        wait_for(lambda: file.exists() and file.read_text().endswith("\n"))
+        process.kill()
+        worker = pathlib.Path("/proc", file.read_text().strip(), "cmdline")
+        wait_for(lambda: not worker.exists() or not worker.read_bytes())  # empty: a zombie
 
 
 @pytest.mark.parametrize("count, process_count", [(7, 1), (8, 2), (9, 2), (5, 3), (2, 3)])

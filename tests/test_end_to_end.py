@@ -33,9 +33,10 @@ from PIL import Image
 
 from nvg_jax import GranularitySequence, Pipeline, cli
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation import frechet_distance
+from nvg_jax.evaluation import frechet_distance, sets
 from nvg_jax.evaluation.judges import DigitClassifier
 from nvg_jax.evaluation.sets import Split, load_split
+from nvg_jax.jobs import classification
 from nvg_jax.models import ModelConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
@@ -375,6 +376,11 @@ def test_generators_refuse_another_tokenizer(trained, tmp_path):
         Pipeline.from_pretrained(alone).sample([0])
     with pytest.raises(UserError, match="seed = 0, now 5"):
         train(tiny_config(part="tokenizer", seed=5), trained)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "generators").symlink_to(trained / "generators")
+    with pytest.raises(UserError, match=r"tokenizer in .*moved, which is no longer there. Move it"):
+        Pipeline.from_pretrained(moved)
     other_sizes = tiny_config(part="generators")
     other_sizes.tokenizer.codebook_size = 32
     with pytest.raises(UserError, match="other sizes"):
@@ -591,6 +597,14 @@ def test_mistakes_on_the_command_line_end_in_a_sentence(tmp_path, trained):
         (command("nvg_jax.evaluate", f"--workdir={trained}", "--pad=2"), "flag 'pad'"),
     ):  # fmt: skip
         assert message in output and "Traceback" not in output
+
+
+def test_too_few_held_out_images_are_an_error_before_anything_is_sampled(
+    pipe, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sets.MAX_IMAGES, "test", 3)
+    with pytest.raises(UserError, match="digits has 3 held-out images, .* needs at least 4"):
+        classification.report(pipe, pipe.metadata.config["data"], None, tmp_path)
 
 
 def test_the_command_lines_write_pictures_and_metrics(trained, pipe, tmp_path):

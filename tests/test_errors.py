@@ -5,12 +5,13 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from helpers import forked, python, raising, tiny_config
+from helpers import Process, finish, forked, free_port, python, raising, tiny_config
 
 from nvg_jax import cli
 from nvg_jax.data.sources import ArraySource
@@ -167,6 +168,39 @@ def test_no_home_and_no_cache_folder_is_a_mistake(monkeypatch):
         pretrained.cache_folder()
 
 
+ONE_FAILS = """
+import jax
+
+from nvg_jax import cli
+from nvg_jax.errors import UserError
+from nvg_jax.runtime.processes import barrier
+
+def command(_):
+    barrier("both are there")
+    if jax.process_index():
+        raise {error}
+    barrier("never")
+
+cli.main(command)
+"""
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        ("UserError('the disk is full')", 2, "error: the disk is full"),
+        ("RuntimeError('the client is closed')", 1, "RuntimeError: the client is closed"),
+    ],
+)
+def test_one_of_several_processes_ends_without_the_others(error, code, text):
+    """At its exit, JAX would wait for them, which wait for it, for five minutes."""
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    command = [sys.executable, "-c", ONE_FAILS.format(error=error), address, "--num_processes=2"]
+    with Process([*command, "--process_id=0"]), Process([*command, "--process_id=1"]) as one:
+        (done,) = finish(one)
+    assert done.returncode == code and done.stderr.splitlines()[-1] == text
+
+
 def test_kinds_of_errors():
     full, gone = OSError(errno.ENOSPC, "No space left on device"), TimeoutError("timed out")
     assert is_mistake(full) and not is_failure(full)
@@ -182,6 +216,11 @@ def test_kinds_of_errors():
         "[os_error_code='28'] [source locations='file_util.cc:1']"
     )
     assert is_mistake(disk) and not is_failure(disk)
+    denied = OSError("Forbidden: https://b/o\nx does not have storage.objects.create access")
+    assert is_mistake(denied) and not is_failure(denied)
+    limited = OSError("Quota exceeded for quota metric 'writes'")
+    limited.code = 429  # of gcsfs
+    assert is_failure(limited) and not is_mistake(limited)
     damaged = ValueError("DATA_LOSS: checksum does not match")
     assert not is_failure(damaged) and not is_mistake(damaged)
 

@@ -320,6 +320,15 @@ def test_a_profile_is_one_that_tensorboard_finds(fit, tmp_path, monkeypatch):
     assert b"train" in trace.read_bytes()
 
 
+def test_every_step_that_compiles_may_take_long(fit, monkeypatch):
+    steps, patience = [-1], {}
+    monkeypatch.setattr(Sum, "warming_up", lambda trainer, step: steps.append(step) or step < 3)
+    first = lambda slow=False: patience.setdefault(steps[-1], slow)  # before the step is taken
+    monkeypatch.setattr(loop.watchdog, "reset", first)
+    fit()
+    assert [step for step, slow in patience.items() if slow and step >= 0] == [0, 3]
+
+
 def test_the_log_says_where_the_time_went(fit, tmp_path, monkeypatch, caplog):
     """By a clock that runs only in batches, 1 s, evaluations, 2 s, and saves, 3 s."""
     now = [0.0]

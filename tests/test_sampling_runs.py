@@ -166,6 +166,9 @@ def test_other_settings_are_refused(pipe, whole, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         sampling_runs.write_array(samples_of(pipe, **changes), out)
     assert sorted(path.name for path in parts.iterdir()) == before and not out.exists()
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(UserError, match="folder.npz already exists and was made with other"):
+        sampling_runs.write_array(samples_of(pipe), tmp_path / "folder.npz")
     with pytest.raises(UserError, match="all.npz already exists and was made with other"):
         sampling_runs.write_array(samples_of(pipe, **changes), whole)
 
@@ -252,7 +255,7 @@ def test_a_full_disk_and_missing_rights_end_in_a_sentence(pipe, whole, tmp_path)
     assert out.read_bytes() == whole.read_bytes()
     if os.getuid():  # root may write anywhere
         tmp_path.chmod(0o500)
-        with pytest.raises(PermissionError, match="other.npz.parts"):
+        with pytest.raises(UserError, match="other.npz.parts cannot be created: Permission"):
             sampling_runs.write_array(samples_of(pipe), tmp_path / "other.npz")
         tmp_path.chmod(0o700)
 

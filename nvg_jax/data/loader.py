@@ -13,7 +13,10 @@ that holds them.
 import dataclasses
 import functools
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -323,14 +326,25 @@ def _iterate(
             grain.MultiprocessingOptions(
                 num_workers=options.num_workers, per_worker_buffer_size=options.prefetch
             ),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_follow_parent,
         )
     return iter(loaded.map(note_unreadable))
 
 
-def _ignore_interrupts(worker: int, count: int):
-    """In a worker: Ctrl-C, which all processes receive, is for the one that saves and ends them."""
+def _follow_parent(worker: int, count: int):
+    """In a worker: it ends when the training process does, however that ends, and not before.
+
+    Ctrl-C, which all processes receive, is for the one that saves and ends its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class Source(abc.ABC):
         """The number of images of every class; None if only reading all of them would tell."""
         return None
 
+    def describe(self) -> Any:
+        """What tells its records from those of another version, JSON-serializable."""
+        return [len(self), *(self[index]["name"] for index in (0, len(self) - 1))]
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
@@ -118,6 +122,12 @@ class FolderSource(Source):
     def images_per_class(self) -> tuple[int, ...]:
         counts = collections.Counter(file.split("/")[0] for file in self._files)
         return tuple(counts[name] for name in self.class_names)
+
+    def describe(self) -> str:
+        """A hash of the names and sizes of all files."""
+        with reported(f"{self._root} cannot be read"):
+            sizes = ((file, os.stat(self._root / file).st_size) for file in self._files)
+            return hashlib.sha256(os.fsencode(repr(list(sizes)))).hexdigest()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -216,27 +226,8 @@ def open_source(
     if split not in SPLITS:
         raise UserError(f"There is no split '{split}'; choose one of {', '.join(SPLITS)}.")
     folder = local_path(data_dir, "data_dir") if data_dir else None
-    if name == "digits":
-        if folder:
-            raise UserError(
-                f"The digits come with scikit-learn, not from '{data_dir}'; leave data_dir empty, "
-                "or choose another data set."
-            )
-        source = _digits(split)
-    elif name == "fashion_mnist":
-        source = _fashion_mnist(split, folder or pathlib.Path(FASHION_MNIST_DIR))
-    elif name == "image_folder":
-        source = _image_folder(split, folder)
-    elif name.startswith("tfds:"):
-        source = _tfds(
-            name.removeprefix("tfds:"), split, folder or local_path(TFDS_DIR, "data_dir")
-        )
-    else:
-        if not folder:
-            raise UserError(
-                "The data set sequences needs data_dir, the folder that nvg_jax.encode wrote."
-            )
-        source = SequenceSource(folder, split)
+    with reported(f"{folder or name} cannot be read"):
+        source = _open(name, split, folder)
     if class_names is not None and tuple(class_names) != source.class_names:
         raise UserError(
             f"The model was trained with {_count_classes(class_names)}, but the data set "
@@ -244,6 +235,28 @@ def open_source(
             "was trained with."
         )
     return source
+
+
+def _open(name: str, split: str, folder: pathlib.Path | None) -> Source:
+    if name == "digits":
+        if folder:
+            raise UserError(
+                f"The digits come with scikit-learn, not from '{folder}'; leave data_dir empty, "
+                "or choose another data set."
+            )
+        return _digits(split)
+    if name == "fashion_mnist":
+        return _fashion_mnist(split, folder or pathlib.Path(FASHION_MNIST_DIR))
+    if name == "image_folder":
+        return _image_folder(split, folder)
+    if name.startswith("tfds:"):
+        name, folder = name.removeprefix("tfds:"), folder or local_path(TFDS_DIR, "data_dir")
+        return _tfds(name, split, folder)
+    if not folder:
+        raise UserError(
+            "The data set sequences needs data_dir, the folder that nvg_jax.encode wrote."
+        )
+    return SequenceSource(folder, split)
 
 
 def check_name(name: str):

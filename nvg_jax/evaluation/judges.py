@@ -297,9 +297,13 @@ def cached_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int) 
         return Classifier(num_classes, gray, traverse_util.unflatten_dict(stored, sep="/"))
     classifier = train_classifier(images, labels, num_classes)
     if is_main():
-        make_folder(file.parent)
         params = traverse_util.flatten_dict(jax.device_get(classifier.params), sep="/")
-        write_arrays(file, cast(dict[str, Any], params | {"gray": classifier.gray}), shared=True)
+        arrays = cast(dict[str, Any], params | {"gray": classifier.gray})
+        try:
+            make_folder(file.parent)
+            write_arrays(file, arrays, shared=True)
+        except UserError as error:
+            logger.warning("this classifier is not kept (NVG_CACHE names a folder): %s", error)
     return classifier
 
 

@@ -295,10 +295,9 @@ class Split(ImageSet):
 
     def describe(self) -> dict[str, Any]:
         folder = self._data["data_dir"] and str(local_path(self._data["data_dir"], "data_dir"))
-        first, last = (self.source[index]["name"] for index in (0, len(self.source) - 1))
         return {
             "data": [self._data["name"], folder, self._split],
-            "images": [len(self._order), first, last],
+            "images": [len(self._order), self.source.describe()],
             "size": [*self.image_size, *self._transform.cover, self._transform.resize_filter],
         }
 

@@ -36,6 +36,7 @@ logger = logging.getLogger("nvg_jax")
 
 STAGES_SHOWN = 4  # samples in the picture of the stages
 CLASSES_SHOWN, COLUMNS = 20, 8  # rows and columns in the picture of samples
+MIN_IMAGES = 4  # precision and recall look at the third nearest one
 COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all training images
 
 
@@ -68,6 +69,11 @@ def report(
     warn_if_classes_differ(pipeline, source)
     make_folder(out)
     test = load_split(data, "test", size)
+    if len(test) < MIN_IMAGES:
+        raise UserError(
+            f"{data['name']} has {len(test)} held-out image{'s' if len(test) > 1 else ''}, and an "
+            f"evaluation needs at least {MIN_IMAGES}; add images."
+        )
     restored = Reconstructions(pipeline, test).collect("reconstruction")
     restored = dataclasses.replace(test, images=restored)
     if job:

@@ -286,7 +286,7 @@ def read_mark(path: epath.Path) -> bytes | None:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return archive.comment
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, IsADirectoryError):
         return None
 
 

@@ -73,10 +73,10 @@ def defer(on: bool, also_sigterm: bool = False):
 def end():
     """Ends this command at once and says what is kept."""
     print(f"Interrupted. {kept}".strip(), file=sys.stderr, flush=True)
-    _exit(EXIT_CODE)
+    end_now(EXIT_CODE)
 
 
-def _exit(code: int):
+def end_now(code: int):
     """Ends this process with those that it started, without waiting for any thread."""
     if "multiprocessing" in sys.modules:
         children = sys.modules["multiprocessing"].active_children()
@@ -91,7 +91,7 @@ def end_soon(code: int):
     """Ends this command after `GRACE` seconds, whatever threads of libraries still wait for."""
     global ending
     ending = True
-    timer = threading.Timer(GRACE, _exit, [code])
+    timer = threading.Timer(GRACE, end_now, [code])
     timer.daemon = True
     timer.start()
 

@@ -102,15 +102,15 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             assess(start)
         warming_up = None
         for step in range(start, steps):
-            watchdog.reset(slow=step == start)  # the first step compiles
+            before, warming_up = warming_up, trainer.warming_up(step)
+            compiles = warming_up is not before  # the first step, and the one after the warm-up
+            watchdog.reset(slow=compiles)
             preemption.defer_interrupts(step > start)
             reporter.start_step()
             done = step + 1
             profiler.before(done)
             with clock.timed("data"):
                 batch = sharding.global_batch(next(batches), run.mesh)
-            before, warming_up = warming_up, trainer.warming_up(step)
-            compiles = warming_up is not before  # the first step, and the one after the warm-up
             with (
                 clock.timed("compiling") if compiles else contextlib.nullcontext(),
                 jax.profiler.StepTraceAnnotation("train", step_num=done),

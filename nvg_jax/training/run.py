@@ -156,7 +156,16 @@ class Run:
             images = sharding.to_host(batch["mask"]).sum()
             totals = {name: totals.get(name, 0) + mean * images for name, mean in metrics.items()}
             count += images
+        self.check_readable(count > 0)
         return {name: total / count for name, total in totals.items()}
+
+    def check_readable(self, any_image: bool):
+        """Raises UserError if an evaluation has found no image."""
+        if not any_image:
+            raise UserError(
+                "None of the held-out images to evaluate can be read; repair or replace them. "
+                "data.on_bad=skip leaves out those that are unreadable."
+            )
 
 
 def located(folder: str | os.PathLike) -> str:

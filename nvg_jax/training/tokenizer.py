@@ -374,9 +374,10 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             for name in {"psnr", "lpips"} & out.keys():
                 quality.setdefault(name, []).append(np.asarray(out[name])[mask])
             counts.append(np.asarray(out["code_counts"]))
-            if not shown:
+            if not shown and mask.any():
                 pair = sharding.to_host(batch["image"]), np.asarray(out["restored"])
                 shown = [images[mask][:PICTURE_IMAGES] for images in pair]
+        run.check_readable(bool(shown))
         metrics = {name: np.concatenate(parts).mean() for name, parts in quality.items()}
         return metrics | codebook_usage(np.sum(counts, axis=0)), reconstruction_grid(*shown)
 
