@@ -20,7 +20,7 @@ from nvg_jax import cli, presets
 from nvg_jax.aot.chips import find_target, hide_accelerators
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import GENERATORS
-from nvg_jax.runtime.storage import atomic_write, make_folder, storage_path
+from nvg_jax.runtime.storage import make_folder, storage_path, write_file
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.aot import batch, lowering
@@ -53,8 +53,7 @@ def main(_):
         report = reports.make_report(compiler, batch_size)
     print(reports.format_report(report))
     if file:
-        with atomic_write(file) as out:
-            out.write(json.dumps(report, indent=1).encode() + b"\n")
+        write_file(file, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

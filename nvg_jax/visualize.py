@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from nvg_jax.runtime.storage import atomic_write, storage_path
+from nvg_jax.runtime.storage import storage_path, write_file
 
 MIN_TILE = 64  # smaller tiles are enlarged by an integer factor to about this many pixels
 GAP = 2  # pixels between tiles
@@ -166,5 +166,4 @@ def png(image: np.ndarray, **texts: str) -> bytes:
 
 def save_png(path: str | os.PathLike, image: np.ndarray, **texts: str):
     """Writes a uint8 image (H, W, 3) to a PNG file, atomically; `texts` as of `png`."""
-    with atomic_write(storage_path(path)) as file:
-        file.write(png(image, **texts))
+    write_file(storage_path(path), png(image, **texts))

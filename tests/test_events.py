@@ -60,7 +60,7 @@ def test_a_failure_to_write_ends_no_training(tmp_path, monkeypatch, caplog, in_b
     writer = metrics.EventWriter(epath.Path(tmp_path))
     monkeypatch.setattr(writer, "_in_bucket", in_bucket)
     with monkeypatch.context() as broken:
-        broken.setattr(metrics, "atomic_write", Mock(side_effect=RuntimeError("503")))
+        broken.setattr(metrics, "write_file", Mock(side_effect=RuntimeError("503")))
         broken.setattr(metrics, "reported", Mock(side_effect=OSError(errno.EIO, "stale")))
         writer.write_scalars(0, {"l1_loss": 1.0})
         writer.flush()

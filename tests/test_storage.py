@@ -7,7 +7,14 @@ import pytest
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint
-from nvg_jax.runtime.storage import atomic_path, atomic_write, in_bucket, local_path, storage_path
+from nvg_jax.runtime.storage import (
+    atomic_path,
+    atomic_write,
+    in_bucket,
+    local_path,
+    storage_path,
+    write_file,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +97,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
             other.write(b"other")
         file.write(b"new")
     assert path.read_bytes() == b"new"
+    write_file(path, "é")
+    assert path.read_bytes() == b"\xc3\xa9"
     with pytest.raises(UserError, match="x cannot be written: No such file"):
         with atomic_write(tmp_path / "missing" / "x"):
             pass

@@ -30,7 +30,7 @@ from nvg_jax.runtime.processes import (
     is_main,
 )
 from nvg_jax.runtime.resumable import own_parts, read_arrays, write_arrays
-from nvg_jax.runtime.storage import atomic_write, digest, locked
+from nvg_jax.runtime.storage import digest, locked, write_file
 from nvg_jax.sampling.settings import text_of
 
 logger = logging.getLogger("nvg_jax")
@@ -215,8 +215,7 @@ def sweep(
 
 
 def write_results(path: epath.Path, results: dict[str, Any] | list[dict[str, Any]]):
-    with atomic_write(path) as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
+    write_file(path, json.dumps(results, indent=1) + "\n")
 
 
 def warn_if_sizes_differ(images: ImageSet, reference: ImageSet):

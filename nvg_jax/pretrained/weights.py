@@ -30,7 +30,7 @@ from nvg_jax.pretrained.networks import (
     Lpips,
     VisionTransformer,
 )
-from nvg_jax.runtime.storage import atomic_write, fingerprint, local_path, make_folder
+from nvg_jax.runtime.storage import fingerprint, local_path, make_folder, write_file
 from nvg_jax.torch_interop.checkpoint_files import check_tensors, listed, read_state_dict
 
 
@@ -151,8 +151,7 @@ def convert(
     make_folder(path.parent)
     flat = {key: np.ascontiguousarray(x) for key, x in flatten_dict(params, sep="/").items()}
     checksum = fingerprint(unflatten_dict(flat, sep="/"))
-    with atomic_write(path, shared=True) as file:
-        file.write(save(flat, {"checksum": checksum}))
+    write_file(path, save(flat, {"checksum": checksum}), shared=True)
     return path
 
 

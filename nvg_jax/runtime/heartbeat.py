@@ -8,7 +8,7 @@ import time
 from etils import epath
 
 from nvg_jax.runtime.processes import is_main
-from nvg_jax.runtime.storage import atomic_write
+from nvg_jax.runtime.storage import write_file
 
 FILE = "heartbeat.json"
 VARIABLE = "NVG_HEARTBEAT"  # names a file on this machine, which launch/restart.sh reads
@@ -31,7 +31,6 @@ def beat(workdir: epath.Path, part: str, start: int, step: int, **more):
         places.append(epath.Path(os.environ[VARIABLE]))
     for place in places:
         try:
-            with atomic_write(place) as file:
-                file.write(text.encode() + b"\n")
+            write_file(place, text + "\n")
         except Exception as error:  # libraries for buckets raise errors of many kinds
             logger.warning("%s cannot be written: %s", place, error)

@@ -19,7 +19,7 @@ from nvg_jax.errors import UserError, is_failure
 from nvg_jax.runtime import preemption
 from nvg_jax.runtime.processes import barrier, everywhere, is_main, own_share
 from nvg_jax.runtime.progress import Progress
-from nvg_jax.runtime.storage import atomic_write, make_folder
+from nvg_jax.runtime.storage import atomic_write, make_folder, write_file
 
 SETTINGS_FILE = "settings.json"
 
@@ -65,8 +65,7 @@ def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, 
         )
     elif is_main():
         make_folder(folder)
-        with atomic_write(path) as file:
-            file.write(json.dumps(description).encode())
+        write_file(path, json.dumps(description))
     barrier(f"{path} is there")
     if not everywhere(path.exists()):
         raise UserError(

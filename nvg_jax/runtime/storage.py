@@ -186,6 +186,12 @@ def atomic_write(path: Path | epath.Path, shared: bool = False) -> Iterator[Bina
         yield file
 
 
+def write_file(path: Path | epath.Path, content: str | bytes, shared: bool = False):
+    """Writes a whole file, text as UTF-8; see `atomic_path`."""
+    with atomic_write(path, shared) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 @contextlib.contextmanager
 def locked(folder: Path | epath.Path) -> Iterator[bool]:
     """Creates a folder and, inside, locks it against other commands; every process must call it.
@@ -263,8 +269,7 @@ def sealed(content: dict[str, Any]) -> str:
 
 def write_json(path: Path | epath.Path, content: dict[str, Any]):
     """Writes JSON together with its checksum, atomically."""
-    with atomic_write(path) as file:
-        file.write(sealed(content).encode())
+    write_file(path, sealed(content))
 
 
 def read_json(path: Path | epath.Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from tensorboard.util import tensor_util
 
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import PARTS
-from nvg_jax.runtime.storage import atomic_write, local_file, make_folder, storage_path
+from nvg_jax.runtime.storage import local_file, make_folder, storage_path, write_file
 from nvg_jax.training.plan import FILE
 from nvg_jax.workdir import leaves
 
@@ -174,5 +174,4 @@ def draw(runs: Mapping[str, dict[str, Curves]], path: epath.Path):
     content = io.BytesIO()
     canvas.savefig(content, format="png", dpi=120)
     make_folder(path.parent)
-    with atomic_write(path) as file:
-        file.write(content.getvalue())
+    write_file(path, content.getvalue())

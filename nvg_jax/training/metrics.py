@@ -22,7 +22,7 @@ from nvg_jax.parts import PARTS
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import from_main, is_main
 from nvg_jax.runtime.progress import Progress
-from nvg_jax.runtime.storage import atomic_write, in_bucket
+from nvg_jax.runtime.storage import in_bucket, write_file
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.run import Run
@@ -91,8 +91,7 @@ class EventWriter:
         try:
             if self._in_bucket:
                 path = path.with_name(f"{path.name}.{self._flushes:06d}")
-                with atomic_write(path) as file:
-                    file.write(self._buffer.getvalue())
+                write_file(path, self._buffer.getvalue())
             else:
                 with reported(f"{path} cannot be written"):
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,8 +241,7 @@ class Reporter:
     def assessed(self, step: int):
         """Notes that the model of this step has been evaluated, for a run that is resumed there."""
         if is_main():
-            with atomic_write(self._assessed) as file:
-                file.write(str(step).encode())
+            write_file(self._assessed, str(step))
 
     def goodput(self, step: int):
         """Logs where the time went, and the memory of the devices."""

@@ -19,7 +19,7 @@ from nvg_jax import bundled
 from nvg_jax.models import parameter_counts
 from nvg_jax.parts import GENERATOR_PARTS
 from nvg_jax.runtime.processes import is_main
-from nvg_jax.runtime.storage import atomic_write, make_folder
+from nvg_jax.runtime.storage import make_folder, write_file
 from nvg_jax.training.metrics import EventWriter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
@@ -47,8 +47,7 @@ def announce(run: Run, trainers: Sequence[Trainer]):
         return
     text = json.dumps({"config": run.config_json(), **provenance()}, indent=1)
     make_folder(run.workdir)
-    with atomic_write(run.workdir / FILE) as file:
-        file.write(text.encode() + b"\n")
+    write_file(run.workdir / FILE, text + "\n")
     writer = EventWriter(run.workdir)
     texts = {"config": f"```json\n{text}\n```"}
     for trainer in trainers:

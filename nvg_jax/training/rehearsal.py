@@ -18,7 +18,7 @@ from nvg_jax.parts import TOKENIZER, Part
 from nvg_jax.runtime import checkpoint, sharding, watchdog
 from nvg_jax.runtime.hardware import device_memory
 from nvg_jax.runtime.processes import barrier, everywhere, is_main
-from nvg_jax.runtime.storage import atomic_write, make_folder
+from nvg_jax.runtime.storage import make_folder, write_file
 from nvg_jax.training import plan
 from nvg_jax.training.forecast import due
 from nvg_jax.training.run import Run
@@ -109,8 +109,7 @@ def scratch_folder(run: Run) -> Iterator[epath.Path]:
         if is_main():
             folder.rmtree(missing_ok=True)  # left behind by a check that was killed
             make_folder(folder)
-            with atomic_write(folder / "shared") as file:
-                file.write(b"1")
+            write_file(folder / "shared", "1")
         barrier("the rehearsal's folder is there")
         # Before any checkpoint: reading one waits for all processes.
         if not everywhere((folder / "shared").exists()):

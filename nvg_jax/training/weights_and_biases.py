@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath, epy
 
 from nvg_jax.errors import UserError, comes_with
-from nvg_jax.runtime.storage import atomic_write, in_bucket
+from nvg_jax.runtime.storage import in_bucket, write_file
 
 with epy.lazy_imports(error_callback=comes_with("wandb")):
     import wandb  # pyright: ignore[reportMissingImports]
@@ -30,8 +30,7 @@ class WandbWriter:
     def __init__(self, project: str, folder: epath.Path, config: dict[str, Any]):
         name, file = f"{folder.parent.name}/{folder.name}", folder / "wandb_id.txt"
         if not file.exists():
-            with atomic_write(file) as new:
-                new.write(secrets.token_hex(8).encode())
+            write_file(file, secrets.token_hex(8))
         self._local = tempfile.TemporaryDirectory() if in_bucket(folder) else None
         try:
             self._run = wandb.init(
