@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,7 +49,7 @@ def announce(run: Run, trainers: Sequence[Trainer]):
         return
     text = json.dumps({"config": run.config_json(), **provenance()}, indent=1)
     make_folder(run.workdir)
-    write_file(run.workdir / FILE, text + "\n")
+    write_file(run.workdir / FILE, text + "\n", shared=True)  # parts may train side by side
     writer = EventWriter(run.workdir)
     texts = {"config": f"```json\n{text}\n```"}
     for trainer in trainers:
@@ -89,7 +91,7 @@ def describe(run: Run, trainers: Sequence[Trainer]) -> list[str]:
         f"devices: {', '.join(f'{n} x {kind}' for kind, n in devices.items())} (mesh: {mesh}) of "
         f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}",
         *(line for trainer in trainers for line in describe_part(run, trainer)),
-        f"results: {run.workdir} (tensorboard --logdir {run.workdir})",
+        f"results: {run.workdir} (tensorboard --logdir {shlex.quote(os.fspath(run.workdir))})",
     ]
 
 
