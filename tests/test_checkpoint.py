@@ -246,9 +246,10 @@ def test_a_read_that_fails_is_repeated_and_is_no_damage(two, monkeypatch):
     assert pauses == [1, 2, 4]
 
 
-def test_a_read_that_fails_for_minutes_is_a_failure(two, monkeypatch):
-    pauses = failing(monkeypatch, [DENIED] * 100)
-    with pytest.raises(ValueError, match="PERMISSION_DENIED") as raised:
+@pytest.mark.parametrize("denied", [DENIED, OSError("Forbidden: PERMISSION_DENIED")])
+def test_a_read_that_fails_for_minutes_is_a_failure(two, monkeypatch, denied):
+    pauses = failing(monkeypatch, [denied] * 100)
+    with pytest.raises(type(denied), match="PERMISSION_DENIED") as raised:
         restore(two)
     assert not isinstance(raised.value, UserError)  # so the process is started again
     assert 60 < sum(pauses) < 600

@@ -308,14 +308,18 @@ def attempt(
                 reason = error
             else:
                 failure = error
-        mistake = isinstance(failure, OSError) and is_mistake(failure)  # a disk's error
+        of_disk = isinstance(failure, OSError) and failure.errno is not None
+        mistake = of_disk and is_mistake(failure)
         states = [failure is not None, reason is not None, mistake]
         failed, damaged, mistake = np.any(processes.from_all(states), axis=0)
         if not failed:
             break
         if pause is None or mistake:
+            failure = failure or RuntimeError(f"Another process cannot read {folder}/{step}.")
+            if not mistake:
+                raise failure
             with reported(f"The checkpoint of step {step} in {folder} cannot be read"):
-                raise failure or RuntimeError(f"Another process cannot read {folder}/{step}.")
+                raise failure
         why = short(failure) if failure else "another process cannot read it"
         logger.warning("Step %d in %s: %s; reading again in %d s", step, folder, why, pause)
         watchdog.reset(slow=True)
