@@ -48,8 +48,8 @@ def spread(images: np.ndarray, labels: np.ndarray) -> float:
     images, distances = to_float(images), []
     for label in np.unique(labels):
         own = images[labels == label].reshape((labels == label).sum(), -1)
-        half = len(own) // 2
-        distances.append(np.linalg.norm(own[:half] - own[half : 2 * half], axis=1).mean())
+        if half := len(own) // 2:
+            distances.append(np.linalg.norm(own[:half] - own[half : 2 * half], axis=1).mean())
     return float(np.mean(distances))
 
 

@@ -46,12 +46,12 @@ def agreement(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """The mean intersection over union of silhouettes, bool (B, H, W)."""
-    return float(((a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)).mean())
+    """The mean intersection over union of silhouettes, bool (..., H, W)."""
+    return float(((a & b).sum((-2, -1)) / np.maximum((a | b).sum((-2, -1)), 1)).mean())
 
 
 def colored(images: np.ndarray) -> np.ndarray:
-    """The silhouettes of samples, bool (B, H, W)."""
+    """The silhouettes of samples, bool (..., H, W)."""
     return (1 - images).mean(-1) > COLORED
 
 
@@ -184,7 +184,7 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "show",
         "train/twemoji animals and nature/flamingo.png,train/noto animals and nature/cat.png,"
-        "train/fluent travel and places/car.png,train/noto travel and places/house.png",
+        "train/noto transport-ground/car.png,train/noto place-building/house.png",
         "Pictures of --figure, in the folder of emoji.",
     )
     flags.DEFINE_integer("seed", 0, "Seed of the samples.")

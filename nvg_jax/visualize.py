@@ -126,7 +126,8 @@ def labeled_grid(
 ) -> np.ndarray:
     """Tiles in rows and columns, with a label before each row and one above each column.
 
-    A label shared by neighboring columns is written once.
+    A label shared by neighboring columns is written once. One that is wider than its columns is
+    broken at its spaces.
 
     Args:
         tiles: uint8 (R, C, H, W, 3), or nested lists of tiles.
@@ -139,19 +140,22 @@ def labeled_grid(
     font_size = max(FONT_SIZE, int(tile_height) // 10)
     font = ImageFont.load_default(font_size)
     left = GAP * 4 + max(int(np.ceil(font.getlength(text))) for text in rows)
-    top = font_size * 3 // 2 if any(columns) else 0
+    heads = []  # (the middle of its columns, what is written above them)
+    for text, group in itertools.groupby(enumerate(columns), lambda column: column[1]):
+        numbers = [number for number, _ in group]
+        if font.getlength(text) > len(numbers) * tile_width:
+            text = text.replace(" ", "\n")
+        heads.append((left + (np.mean(numbers) + 0.5) * tile_width - GAP / 2, text))
+    lines = 1 + max(text.count("\n") for _, text in heads)
+    top = font_size * (2 * lines + 1) // 2 if any(columns) else 0
     picture = Image.new("RGB", (left + width, top + height), "white")
     picture.paste(Image.fromarray(grid), (left, top))
     draw = ImageDraw.Draw(picture)
     for row, text in enumerate(rows):
         middle = top + (row + 0.5) * tile_height - GAP / 2
         draw.text((left - 3 * GAP, middle), text, "black", font, anchor="rm")
-    start = 0
-    for text, group in itertools.groupby(columns):
-        count = len(list(group))
-        middle = left + (start + count / 2) * tile_width - GAP / 2
-        draw.text((middle, top / 2), text, "black", font, anchor="mm")
-        start += count
+    for middle, text in heads:
+        draw.text((middle, top / 2), text, "black", font, anchor="mm", align="center", spacing=0)
     return np.asarray(picture)
 
 

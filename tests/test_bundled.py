@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, forked, random_pipeline, tiny_config
 from PIL import Image
 
+from benchmarks import structure_control
 from nvg_jax import Pipeline, bundled, evaluate, workdir
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
@@ -38,6 +39,23 @@ def test_the_bundled_model_draws_the_class_that_is_asked_for():
     assert np.abs(finished.astype(int) - to_uint8(samples[0][:4])).mean() < 2
 
 
+def test_emoji_follow_the_outline_of_a_picture_in_another_class():
+    pipe = Pipeline.from_pretrained("emoji")
+    files = [ROOT / "docs/control/emoji" / f"{name}.png" for name in ("flamingo", "house")]
+    given = pipe.encode(np.stack([pipe.prepare(editing.read_picture(file)) for file in files]))
+    prefix = jax.tree.map(lambda x: x.repeat(4, axis=0), given)
+    stages = pipe.tokenizer.config.num_stages
+    images = pipe.sample(["fluent heart"] * 8, prefix=prefix, structure_stages=stages).images
+    drawn = structure_control.colored(images).reshape(2, 4, 32, 32)
+    opaque = np.stack(
+        [np.asarray(Image.open(file).resize((32, 32)))[..., 3] > 127 for file in files]
+    )
+    own, other = (structure_control.overlap(drawn, x[:, None]) for x in (opaque, opaque[::-1]))
+    assert own > other + 0.1
+    red, green, blue = images[structure_control.colored(images)].mean(0)
+    assert red > blue > green  # a heart's
+
+
 def test_a_local_change_reaches_far_pixels_and_pasting_restores_them():
     pipe = Pipeline.from_pretrained("fashion_mnist")
     boot = pipe.prepare(editing.read_picture(ROOT / "docs" / "control" / "boot.png"))
@@ -58,7 +76,7 @@ def test_a_local_change_reaches_far_pixels_and_pasting_restores_them():
 def test_what_is_bundled_is_listed_with_its_license_and_is_small():
     listed = Pipeline.bundled()
     assert set(listed) == {path.parent.name for path in bundled.FOLDER.glob("*/config.json")}
-    assert "MIT license" in listed["fashion_mnist"]
+    assert "MIT license" in listed["fashion_mnist"] and "CC-BY 4.0" in listed["emoji"]
     assert sum(path.stat().st_size for path in bundled.FOLDER.rglob("*")) < 10e6
 
 

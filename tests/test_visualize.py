@@ -102,6 +102,13 @@ def test_a_grid_with_texts():
     # "right" is written once, in the middle of its two columns.
     assert heads[:, :64].any() and heads[:, 120:140].any() and not heads[:, 180:].any()
     labeled_grid([[tile(RED)]], [""], [""])
+    # A head that is too wide for its column has a line for each word.
+    broken = labeled_grid(tiles, ["one", "a longer one"], ["left", "head of words", "right"])
+    added = broken.shape[0] - picture.shape[0]
+    np.testing.assert_array_equal(broken[-height:, -width:], grid)
+    lines = (broken[: top + added, left + 66 : left + 130] < 128).all(-1).any(1)
+    assert added > top and np.diff(lines.astype(int)).clip(0).sum() == 3
+    assert not (broken[: top + added, left + 60 : left + 66] < 128).all(-1).any()
 
 
 def test_what_a_mask_covers_is_tinted():

@@ -33,6 +33,10 @@ MODELS = {
         "32 x 32 pixels, ten classes of clothing; configs/fashion_mnist.py",
         "Fashion-MNIST, Copyright (c) 2017 Zalando SE, MIT license",
     ),
+    "emoji": BundledModel(
+        "32 x 32 pixels, emoji of 292 classes; configs/emoji.py:small",
+        "Noto Emoji by Google, Apache 2.0; Twemoji, CC-BY 4.0; Fluent Emoji by Microsoft, MIT",
+    ),
     "emoji_tokenizer": BundledModel(
         "64 x 64 pixels, the tokenizer alone: encodes and reconstructs emoji; configs/emoji.py",
         "Noto Emoji by Google, Apache 2.0; Twemoji, CC-BY 4.0; Fluent Emoji by Microsoft, MIT",
