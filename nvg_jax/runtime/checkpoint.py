@@ -308,8 +308,8 @@ def attempt(
                 reason = error
             else:
                 failure = error
-        of_disk = isinstance(failure, OSError) and failure.errno is not None
-        mistake = of_disk and is_mistake(failure)
+        # A disk's error; of a bucket's, permissions may yet change.
+        mistake = isinstance(failure, OSError) and bool(failure.errno) and is_mistake(failure)
         states = [failure is not None, reason is not None, mistake]
         failed, damaged, mistake = np.any(processes.from_all(states), axis=0)
         if not failed:
