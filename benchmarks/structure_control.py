@@ -183,7 +183,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("figure", None, "A picture of samples.")
     flags.DEFINE_list(
         "show",
-        "train/twemoji animals and nature/flamingo.png,train/noto animals and nature/cat.png,"
+        "train/noto animal-bird/flamingo.png,train/noto cat-face/smiley_cat.png,"
         "train/noto transport-ground/car.png,train/noto place-building/house.png",
         "Pictures of --figure, in the folder of emoji.",
     )

@@ -133,6 +133,15 @@ def test_image_folder_with_split_folders(tmp_path):
         open_source("image_folder", "test", data_dir=str(tmp_path))
 
 
+def test_other_pictures_of_the_same_names_are_another_data_set(tmp_path):
+    make_folder(tmp_path, 40)
+    describe = lambda: open_source("image_folder", "train", data_dir=str(tmp_path)).describe()
+    before = describe()
+    assert describe() == before
+    save(tmp_path / "ant" / "20.png", np.arange(64).reshape(8, 8))
+    assert describe() != before
+
+
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
     make_folder(tmp_path)
     denied = PermissionError(errno.EACCES, "Permission denied")  # root may list every folder

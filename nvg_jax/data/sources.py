@@ -8,6 +8,7 @@ source without images: it holds the granularity sequences that a tokenizer made 
 import abc
 import collections
 import errno
+import functools
 import gzip
 import hashlib
 import os
@@ -21,7 +22,7 @@ import numpy as np
 from etils import epy
 
 from nvg_jax.errors import UserError, comes_with, is_failure, listed, reported
-from nvg_jax.runtime.storage import local_path
+from nvg_jax.runtime.storage import digest, local_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import tensorflow_datasets as tfds
@@ -123,11 +124,14 @@ class FolderSource(Source):
         counts = collections.Counter(file.split("/")[0] for file in self._files)
         return tuple(counts[name] for name in self.class_names)
 
+    @functools.cached_property
+    def _digest(self) -> str:
+        with reported(f"{self._root} cannot be read"):
+            return digest({file: os.stat(self._root / file).st_size for file in self._files})
+
     def describe(self) -> str:
         """A hash of the names and sizes of all files."""
-        with reported(f"{self._root} cannot be read"):
-            sizes = ((file, os.stat(self._root / file).st_size) for file in self._files)
-            return hashlib.sha256(os.fsencode(repr(list(sizes)))).hexdigest()
+        return self._digest
 
     def __len__(self) -> int:
         return len(self._files)
@@ -380,8 +384,8 @@ def _image_folder(split: str, root: pathlib.Path | None) -> Source:
 
 
 def _in_test(file: str) -> bool:
-    digest = hashlib.sha256(os.fsencode(file)).digest()  # names need not be UTF-8
-    return int.from_bytes(digest[:8], "big") < FOLDER_TEST_FRACTION * 2**64
+    sha = hashlib.sha256(os.fsencode(file)).digest()  # names need not be UTF-8
+    return int.from_bytes(sha[:8], "big") < FOLDER_TEST_FRACTION * 2**64
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:
