@@ -297,15 +297,10 @@ def parse_flags(argv):
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS.config, "keys", None)  # raises if the file cannot be loaded
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
-        frames = traceback.extract_tb(error.__traceback__)
-        inside = [frame for frame in frames if frame.name == "get_config"]
-        if inside:  # but for ValueError and TypeError, whose text ml_collections replaces
-            where = f"{inside[-1].filename}, line {inside[-1].lineno}"
-            text = f"{where}: {type(error).__name__}: {error}"
-        elif is_unknown_key(error):
-            text = unknown_key(argv)
-        else:
-            text = str(error) or type(error).__name__
+        text = mistake_in_config(error)
+        if not text:
+            text = unknown_key(argv) if is_unknown_key(error) else str(error)
+        text = text or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if "Traceback" in text or isinstance(error, OSError):  # the reason comes last
             message = lines[-1].split("Error: ", 1)[-1]
@@ -326,6 +321,24 @@ def parse_flags(argv):
     if not flags.FLAGS["verbosity"].present:  # absl's verbosity; Orbax and Grain log through absl
         absl.logging.set_verbosity(absl.logging.WARNING)
     return rest
+
+
+def mistake_in_config(error: BaseException | None) -> str:
+    """The place and text of an error that a config file raised by mistake; "" for others.
+
+    absl and ml_collections raise other errors in its place. A config file raises ValueError on
+    purpose, for example for an unknown variant.
+    """
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if frame.name == "get_config"]
+        if inside:
+            if isinstance(error, ValueError) and (frames[-1].line or "").startswith("raise"):
+                return ""
+            place = f"{inside[-1].filename}, line {inside[-1].lineno}"
+            return f"{place}: {type(error).__name__}: {error}"
+        error = error.__context__
+    return ""
 
 
 def is_unknown_key(error: Exception) -> bool:

@@ -96,8 +96,11 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """ " Did you mean 'this'?" of the name that is nearest to a wrong one; "" if none is near."""
-    near = difflib.get_close_matches(name, names, n=1)
+    """ " Did you mean 'this'?" of a name like a wrong one, or that contains it; "" if none does."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1) or [
+        each for each in names if name.lower() in each.lower()
+    ]
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

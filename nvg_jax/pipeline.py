@@ -15,7 +15,7 @@ from PIL import Image
 from nvg_jax import bundled, granularity, hub, workdir
 from nvg_jax.adapters import Adapters
 from nvg_jax.data.transforms import decode
-from nvg_jax.errors import UserError, listed
+from nvg_jax.errors import UserError, did_you_mean, listed
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.models import check_networks, generators_for, parameter_counts
 from nvg_jax.parts import GENERATORS
@@ -132,8 +132,8 @@ class Pipeline(hub.Storable):
         if is_integer(name) and 0 <= name < count:
             return int(name)
         raise UserError(
-            f"Unknown class {name!r}: this model has the classes 0 to {count - 1} "
-            f"({listed(names)})."
+            f"Unknown class {name!r}.{did_you_mean(str(name), names)} This model has the classes 0 "
+            f"to {count - 1} ({listed(names)})."
         )
 
     def class_ids(self, classes: Iterable[int | str]) -> list[int]:

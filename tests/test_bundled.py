@@ -157,6 +157,13 @@ def test_classes_that_may_be_names_or_ids_are_refused(numbered, classes):
         numbered.class_ids(classes)
 
 
+@pytest.mark.parametrize("wrong, right", [("Dres", "Dress"), ("boot", "Ankle boot"), ("cat", "")])
+def test_an_unknown_class_is_answered_by_a_name_like_it(wrong, right):
+    with pytest.raises(UserError, match=f"Unknown class '{wrong}'") as error:
+        Pipeline.from_pretrained("fashion_mnist").class_id(wrong)
+    assert (f"Did you mean '{right}'?" in str(error.value)) == bool(right)
+
+
 def test_names_and_ids_that_agree_may_be_mixed():
     assert random_pipeline().class_ids(["3", "7", 5]) == [3, 7, 5]  # digits are called 0 .. 9
     pipe = Pipeline.from_pretrained("fashion_mnist")

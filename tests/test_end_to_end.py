@@ -431,7 +431,7 @@ def moved(array, index, value):
     "call, message",
     [
         (lambda pipe: pipe.sample([10]), "Unknown class 10"),
-        (lambda pipe: pipe.sample(["cat"]), "Unknown class 'cat'"),
+        (lambda pipe: pipe.sample(["cat"]), r"Unknown class 'cat'\. This model has the classes 0"),
         (lambda pipe: pipe.sample([1.0]), "Unknown class 1.0"),
         (lambda pipe: pipe.sample([True]), "Unknown class True"),
         (lambda pipe: pipe.sample([]), "at least one class"),
