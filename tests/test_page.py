@@ -12,7 +12,7 @@ import urllib.request
 import numpy as np
 import pytest
 from etils import epy
-from helpers import random_pipeline
+from helpers import TIMEOUT, random_pipeline
 from PIL import ExifTags, Image
 
 from nvg_jax.errors import UserError
@@ -243,7 +243,7 @@ def tab(opened):
         with sync_api.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
             tab = browser.new_page(viewport=dict(width=390, height=844))
-            tab.set_default_timeout(60_000)
+            tab.set_default_timeout(TIMEOUT * 1000)
             tab.goto(url)
             yield tab
             browser.close()
@@ -340,3 +340,15 @@ def test_a_visit_with_a_phone(opened, tab, tmp_path):
     assert tab.locator("#files a").all_inner_texts() == ["picture.png", "mask.png"]
     # The largest part of the page fits the phone.
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_a_page_that_stays_open_keeps_a_limited_number_of_programs(opened, monkeypatch):
+    monkeypatch.setattr(page, "PROGRAMS", 1)
+    count = opened.pipe.program.sample._cache_size
+    keep = lambda: page.Kept()
+    for steps in ("1", "3"):
+        opened._compiled.add(steps)  # as if there were others
+        settings = [*DEFAULTS[:5], steps, *DEFAULTS[6:]]
+        waiting, *_ = results(opened, keep, settings=settings)
+        assert "compiles" in waiting and count() == 1
+    assert len(opened._compiled) == 1

@@ -27,6 +27,7 @@ from nvg_jax.sampling.settings import MAX_SEED, Settings, text_of
 from nvg_jax.visualize import marked, png, save_png, to_uint8
 
 SAMPLES = 4  # made at once; fixed, since every batch size compiles a new program
+PROGRAMS = 20  # kept: one for each combination of settings, of some 30 MB with the bundled models
 SEEN = 2  # the stage that is shown first: its four regions can be told apart
 COLORS = {"black": "#000000", "white": "#ffffff", "red": "#dc2828", "green": "#28a03c"}
 COLORS |= {"blue": "#325adc", "yellow": "#f0c828"}
@@ -287,6 +288,9 @@ class Page:
             new = plan not in self._compiled
             note = "The first time, it compiles, which takes up to a minute on a CPU." * new
             yield f'<p role="status">Sampling. {note}</p>', *rest
+            if new and len(self._compiled) >= PROGRAMS:
+                self.pipe.program.sample.clear_cache()
+                self._compiled.clear()
             out = job.sample(0)
         except UserError as error:
             yield failed(str(error)), *rest
