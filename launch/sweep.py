@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, and sweeps i
 from nvg_jax import presets  # noqa: E402
 from nvg_jax.errors import UserError, comes_with  # noqa: E402
 from nvg_jax.training import checks  # noqa: E402
-from nvg_jax.workdir import leaves  # noqa: E402
+from nvg_jax.training.changes import leaves  # noqa: E402
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.training import curves

@@ -4,8 +4,8 @@ import dataclasses
 import os
 from typing import Any
 
-from nvg_jax import bundled, hub, workdir
-from nvg_jax.workdir import RunMetadata
+from nvg_jax import hub, workdir
+from nvg_jax.metadata import RunMetadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,4 +27,4 @@ class Adapters(hub.Storable):
         Raises:
             UserError: there are no adapters, or the hub does not give them.
         """
-        return cls(*workdir.read_adapters(bundled.find(folder, revision)))
+        return cls(*workdir.read_adapters(folder, revision))

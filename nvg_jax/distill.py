@@ -22,10 +22,10 @@ from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training.checks import check_process, check_recipe, check_resume
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
-    from nvg_jax import workdir as folders
+    from nvg_jax import metadata
     from nvg_jax.jobs import training
     from nvg_jax.runtime import checkpoint, sharding
-    from nvg_jax.training import distillation, run
+    from nvg_jax.training import changes, distillation, run
 
 FLAGS = flags.FLAGS
 
@@ -56,28 +56,28 @@ def distill(
             f"lora.rank={config.lora.rank} is of `train`; a student is trained with all its "
             "weights. Leave it out."
         )
-    resume = folders.Resume(tuple(allow_changes), resume_step)
+    resume = changes.Resume(tuple(allow_changes), resume_step)
     check_resume(config, (DISTILLATION,), resume)
     workdir = checkpoint.run_folder(workdir)
-    folders.check_export(workdir)
-    if folders.holds_model(workdir) and not (workdir / DISTILLATION.name).exists():
+    metadata.check_export(workdir)
+    if metadata.holds_model(workdir) and not (workdir / DISTILLATION.name).exists():
         raise UserError(
             f"{workdir} holds a model already, which its student would replace; give another "
             "--workdir."
         )
-    metadata, params = distillation.read_teacher(teacher)
-    config = distillation.with_teacher(config, metadata)
+    model = distillation.read_teacher(teacher)
+    config = distillation.with_teacher(config, model[0])
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        opened = run.open_run(config, workdir, mesh, teacher=(metadata, params), resume=resume)
+        opened = run.open_run(config, workdir, mesh, teacher=model, resume=resume)
         training.train_parts(opened, [DISTILLATION])
-    trained = folders.read(
+    trained = metadata.read_checkpoint(
         workdir / DISTILLATION.name,
         lambda m: {"ema_params": {"structure": m.model.abstract_params("structure")}},
     )
     assert trained is not None  # `fit` saved its last step
     student, state = trained
-    folders.write_export(workdir, student, params | state["ema_params"])
+    metadata.write_export(workdir, student, model[1] | state["ema_params"])
 
 
 def main(_):

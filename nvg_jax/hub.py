@@ -12,11 +12,10 @@ from typing import Any
 
 from etils import epath, epy
 
-from nvg_jax import workdir
 from nvg_jax.errors import UserError, comes_with, listed
+from nvg_jax.metadata import RunMetadata, write_export
 from nvg_jax.models import parameter_counts
 from nvg_jax.runtime import export
-from nvg_jax.workdir import RunMetadata
 
 with epy.lazy_imports(error_callback=comes_with("hub")):
     import huggingface_hub
@@ -81,7 +80,7 @@ class Storable:
         Raises:
             UserError: the folder is a training run's, or the weights do not fit the dtype.
         """
-        workdir.write_export(folder, self.metadata.without_paths(), self.params, dtype)
+        write_export(folder, self.metadata.without_paths(), self.params, dtype)
 
     def push_to_hub(
         self,

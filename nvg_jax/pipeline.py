@@ -17,6 +17,7 @@ from nvg_jax.adapters import Adapters
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError, did_you_mean, listed
 from nvg_jax.evaluation.image import to_float
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import check_networks, generators_for, parameter_counts
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.hardware import fast_dtype, name_options
@@ -26,7 +27,6 @@ from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import MAX_SEED, check_dtype
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
-from nvg_jax.workdir import RunMetadata
 
 
 class SampleOutput(NamedTuple):
@@ -191,7 +191,7 @@ class Pipeline(hub.Storable):
             UserError: the folder does not exist or holds no model, its parts do not belong
                 together, the hub does not give the model, or the dtype is invalid.
         """
-        return cls(*bundled.read_model(folder, revision), dtype)
+        return cls(*workdir.read_model(folder, revision), dtype)
 
     @staticmethod
     def bundled() -> dict[str, str]:

@@ -25,10 +25,10 @@ from nvg_jax.runtime import preemption, watchdog
 from nvg_jax.training import checks
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
-    from nvg_jax import workdir as folders
+    from nvg_jax import metadata
     from nvg_jax.jobs import training
     from nvg_jax.runtime import checkpoint, sharding, storage
-    from nvg_jax.training import registry, run
+    from nvg_jax.training import changes, registry, run
 
 FLAGS = flags.FLAGS
 
@@ -57,7 +57,7 @@ def train(
         Preempted: SIGTERM arrived; the state is saved.
         Interrupted: a KeyboardInterrupt; Ctrl-C or a notebook's stop button did the same.
     """
-    resume = folders.Resume(tuple(allow_changes), resume_step)
+    resume = changes.Resume(tuple(allow_changes), resume_step)
     workdir = check_arguments(config, workdir, resume)
     check_workdir(workdir)
     parts = CHOICES[config.part]
@@ -75,7 +75,7 @@ def train(
 
 
 def check_arguments(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume: "folders.Resume"
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, resume: "changes.Resume"
 ) -> epath.Path:
     """The folder to train in; raises UserError for arguments that cannot work."""
     checks.check_config(config)
@@ -84,7 +84,7 @@ def check_arguments(
 
 
 def check_workdir(workdir: epath.Path):
-    if folders.read_export_metadata(workdir):
+    if metadata.read_export_metadata(workdir):
         raise UserError(
             f"{workdir} holds an exported model, which would hide the one that is trained there; "
             "give another --workdir, and this folder as --config.init_from or tokenizer_workdir."
@@ -106,7 +106,7 @@ def main(_):
 
 def set_up():
     if FLAGS.check_only:
-        resume = folders.Resume(tuple(FLAGS.allow_changes), FLAGS.resume_step)
+        resume = changes.Resume(tuple(FLAGS.allow_changes), FLAGS.resume_step)
         workdir = check_arguments(FLAGS.config, FLAGS.workdir, resume)
         if not storage.in_bucket(workdir):  # this machine may have no access to the bucket
             check_workdir(workdir)

@@ -16,7 +16,7 @@ from nvg_jax.runtime.processes import is_main
 from nvg_jax.runtime.storage import storage_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):
-    from nvg_jax import pipeline, workdir
+    from nvg_jax import metadata, pipeline
     from nvg_jax.evaluation import judges, report, sets
     from nvg_jax.jobs import sampling_runs, tuning
 
@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
-    workdir.check_export(storage_path(FLAGS.out))
+    metadata.check_export(storage_path(FLAGS.out))
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
     pipe.check_can_sample()
     points = tuning.candidates(pipe)
@@ -41,8 +41,8 @@ def main(_):
     )
     fids = tuning.make_fids(job, judge, reference, FLAGS.seeds)
     best, lines = tuning.tune(points, own, fids)
-    metadata = pipe.metadata.replace(sampling=pipe.settings.updated(best.settings))
-    workdir.write_export(FLAGS.out, metadata, pipe.params)
+    tuned = pipe.metadata.replace(sampling=pipe.settings.updated(best.settings))
+    metadata.write_export(FLAGS.out, tuned, pipe.params)
     if is_main():
         print("\n".join(lines))
         print(f"{own.evaluations / best.evaluations:.1f} times fewer evaluations: {best}")

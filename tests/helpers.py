@@ -37,9 +37,9 @@ def tiny_config(**changes):
 def random_pipeline(structure: str = "latent"):
     """A tiny model of ten classes with random weights, in which every setting matters."""
     from nvg_jax import Pipeline
+    from nvg_jax.metadata import RunMetadata
     from nvg_jax.models import ModelConfig
     from nvg_jax.sampling.settings import Settings
-    from nvg_jax.workdir import RunMetadata
 
     config = tiny_config(tokenizer={"structure": structure})
     model = ModelConfig.from_config(config, num_classes=10)

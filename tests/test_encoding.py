@@ -21,13 +21,13 @@ from nvg_jax.data import (
 )
 from nvg_jax.errors import UserError
 from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import CONTENT
 from nvg_jax.runtime import sharding, storage
 from nvg_jax.tokenizer import Tokenizer, TokenizerConfig
 from nvg_jax.training import generators as steps
 from nvg_jax.training.registry import make_trainer
-from nvg_jax.workdir import RunMetadata
 
 SIZES = TokenizerConfig(**tiny_config().tokenizer)  # L = 16 of 8 x 8 pixels
 TRAIN, TEST = 10, 5  # images

@@ -37,6 +37,7 @@ from nvg_jax.evaluation import frechet_distance, sets
 from nvg_jax.evaluation.judges import DigitClassifier
 from nvg_jax.evaluation.sets import Split, load_split
 from nvg_jax.jobs import classification
+from nvg_jax.metadata import RunMetadata, read_export_metadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
@@ -44,7 +45,6 @@ from nvg_jax.train import train
 from nvg_jax.training import tokenizer
 from nvg_jax.training.loop import BestModel
 from nvg_jax.visualize import to_uint8
-from nvg_jax.workdir import RunMetadata, read_export_metadata
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from helpers import TIMEOUT, fork, tiny_config
 
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.train import train
-from nvg_jax.workdir import MAY_CHANGE
+from nvg_jax.training.changes import MAY_CHANGE
 
 KILLS = int(os.environ.get("NVG_JAX_TEST_KILLS", "2"))  # of each part
 pytestmark = pytest.mark.slow

@@ -1,6 +1,7 @@
 """The layers of the package: who may import whom, read from the source."""
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import sys
@@ -15,7 +16,12 @@ LEVELS = (
     ("granularity", "clustering", "attention", "layers"),
     ("tokenizer", "structure", "content", "pretrained"),
     ("models",),
-    ("sampling", "evaluation", "workdir", "hub", "bundled", "adapters"),
+    ("sampling", "evaluation"),
+    ("metadata",),
+    ("hub",),
+    ("bundled",),
+    ("workdir",),
+    ("adapters",),
     ("pipeline",),
     ("training", "jobs"),
     ("aot", "cli", "page"),
@@ -90,6 +96,12 @@ def test_imports_go_one_way(path):
         assert level(other) <= level(own), f"{other} is above {own}"
         if other != own:
             assert not {own, other} <= set(LEVELS[-1]), f"{own} and {other} are both commands"
+
+
+def test_no_module_imports_itself_through_others():
+    """Not even late."""
+    graph = {module_name(path): imported(path) & MODULES for path in INSIDE}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_the_package_knows_no_preset_no_launcher_and_no_test():

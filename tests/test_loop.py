@@ -15,15 +15,17 @@ from ml_collections import ConfigDict
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata, read_export_metadata, read_metadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import loop, weights_and_biases
+from nvg_jax.training.changes import NEWEST, Resume
 from nvg_jax.training.length import START, training_length
+from nvg_jax.training.resume import standing
 from nvg_jax.training.watching import memory_in_use
-from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_export_metadata, read_metadata
 
 STEPS = 6
 
@@ -138,7 +140,7 @@ def fit(tmp_path, monkeypatch):
             config_json=config.to_dict,
         )
         monkeypatch.setattr("jax.random.fold_in", lambda key, data: key)
-        trainer, fit.start = loop.standing(trainer, run)
+        trainer, fit.start = standing(trainer, run)
         fit.steps = trainer.steps
         loop.fit(trainer, run, score)
         return trainer.evaluated

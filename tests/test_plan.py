@@ -84,7 +84,7 @@ def test_the_plan_is_kept(opened):
 def test_nothing_is_written_for_a_run_that_is_refused(opened, monkeypatch):
     run, _ = opened
     refused = Mock(side_effect=UserError("other settings"))
-    monkeypatch.setattr(training.loop, "standing", refused)
+    monkeypatch.setattr(training.resume, "standing", refused)
     monkeypatch.setattr(plan, "announce", None)
     with pytest.raises(UserError, match="other settings"):
         training.train_parts(run, [TOKENIZER])

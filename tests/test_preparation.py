@@ -10,7 +10,7 @@ from etils import epath
 from helpers import raising, random_pipeline, tiny_config
 from PIL import Image
 
-from nvg_jax import cli, workdir
+from nvg_jax import cli
 from nvg_jax.data import SequenceSource, Transform, open_source
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
@@ -18,12 +18,14 @@ from nvg_jax.evaluation.image import from_float
 from nvg_jax.evaluation.sets import Split
 from nvg_jax.jobs import editing, scoring
 from nvg_jax.jobs.encoding import encode_data_set
+from nvg_jax.metadata import RunMetadata, read_model_metadata
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling.settings import Settings
+from nvg_jax.training import changes
 from nvg_jax.training.run import choose_resize_filter, open_run
-from nvg_jax.workdir import RunMetadata, read_model_metadata
 
 DIGITS = {"name": "digits", "data_dir": "", "resize": 9, "pad": 0}
 PHOTO = np.random.default_rng(0).integers(0, 256, (31, 22, 3), dtype=np.uint8)
@@ -104,7 +106,7 @@ def test_prepare_refuses_what_is_no_image(published, image):
 def test_a_run_resizes_as_configured_or_as_what_it_builds_on(folder, tmp_path):
     source = open_source("digits", "train")
     choose = lambda **settings: choose_resize_filter(
-        tiny_config(**settings), workdir.storage.storage_path(tmp_path), source
+        tiny_config(**settings), storage_path(tmp_path), source
     )
     assert choose() == "lanczos"
     assert choose(tokenizer_workdir=str(folder)) == "published"
@@ -113,7 +115,7 @@ def test_a_run_resizes_as_configured_or_as_what_it_builds_on(folder, tmp_path):
     assert choose(init_from=str(folder), data=dict(resize_filter="lanczos")) == "lanczos"
     assert read_model_metadata(tmp_path) is None
     config = tiny_config(tokenizer_workdir=str(folder))
-    run = open_run(config, workdir.storage.storage_path(tmp_path), sharding.make_mesh())
+    run = open_run(config, storage_path(tmp_path), sharding.make_mesh())
     assert run.loader_options(16).transform.resize_filter == "published"
 
 
@@ -168,7 +170,7 @@ def test_a_run_resumes_with_its_own_filter_only(published, tmp_path):
     old = old.replace(model=old.model.only())
     new = old.replace(resize_filter="published")
     with pytest.raises(UserError, match="data.resize_filter = 'lanczos', now 'published'"):
-        workdir.check_resume(old, new, "tokenizer_training", tmp_path)
+        changes.check_resume(old, new, "tokenizer_training", tmp_path)
 
 
 def test_evaluation_and_editing_prepare_as_the_model_was_trained(published, tmp_path):

@@ -12,15 +12,16 @@ from test_end_to_end import weights
 
 from nvg_jax.data import LoaderOptions, Transform, open_source, train_batches
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import CHOICES, TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.train import train
 from nvg_jax.training import checks, registry
+from nvg_jax.training.changes import Resume, check_resume
 from nvg_jax.training.length import Origin, step_of, training_length
 from nvg_jax.training.metrics import check_steps, summarize
 from nvg_jax.training.state import FAR_ABOVE, NORMS, Skipping
-from nvg_jax.workdir import Resume, RunMetadata, check_resume
 
 SECTION = "tokenizer_training"
 

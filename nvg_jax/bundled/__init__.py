@@ -6,14 +6,14 @@ Each is an export of float16 weights in a folder of its name. The samples that t
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
-from nvg_jax import hub, workdir
+from nvg_jax import hub
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import holds_model
 from nvg_jax.runtime.storage import storage_path
-from nvg_jax.workdir import RunMetadata
 
 FOLDER = Path(__file__).parent
 
@@ -60,20 +60,9 @@ def find(folder: str | os.PathLike, revision: str | None = None) -> epath.Path:
     if hub.is_remote(name) or (hub.model_name(name) and not storage_path(name).exists()):
         return epath.Path(hub.download(name, revision))
     name, place = name.rstrip("/"), storage_path(folder)
-    if name not in MODELS or workdir.holds_model(place):
+    if name not in MODELS or holds_model(place):
         return place
     place = epath.Path(FOLDER / name)
-    if not workdir.holds_model(place):
+    if not holds_model(place):
         raise UserError(f"The installation lacks {place}; install nvg_jax again.")
     return place
-
-
-def read_model(
-    folder: str | os.PathLike, revision: str | None = None
-) -> tuple[RunMetadata, dict[str, Any]]:
-    """(metadata, parameters) of a workdir, an export, or a model that `find` finds elsewhere.
-
-    Raises:
-        UserError: there is no such model, or its parts do not belong together.
-    """
-    return workdir.read_model(find(folder, revision))

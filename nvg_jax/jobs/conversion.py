@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from nvg_jax import hub
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline
@@ -21,7 +22,6 @@ from nvg_jax.runtime import export
 from nvg_jax.runtime.storage import atomic_path, fingerprint, local_path, make_folder, storage_path
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.torch_interop import checkpoint_files, weight_names
-from nvg_jax.workdir import RunMetadata
 
 HEADER = "nvg_jax"  # the key of the metadata in a safetensors header
 

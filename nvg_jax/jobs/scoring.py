@@ -13,12 +13,12 @@ from nvg_jax.evaluation.report import features_of, fid, reference_features
 from nvg_jax.evaluation.sets import ImageSet, Split, load_split, open_reference
 from nvg_jax.jobs.reconstruction import Reconstructions
 from nvg_jax.jobs.sampling_runs import SamplingJob
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import own_share
 from nvg_jax.runtime.sharding import local_mesh
 from nvg_jax.training.run import Run
-from nvg_jax.workdir import RunMetadata
 
 
 class FidMeasurement(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.parts import BOTH_GENERATORS, Part
-from nvg_jax.training import forecast, loop, plan, rehearsal
+from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
@@ -16,8 +16,8 @@ logger = logging.getLogger("nvg_jax")
 
 
 def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
-    """The trainer of each part and the step that it goes on from; see `loop.standing`."""
-    return [loop.standing(open_trainer(run, part), run) for part in parts]
+    """The trainer of each part and the step that it goes on from; see `resume.standing`."""
+    return [resume.standing(open_trainer(run, part), run) for part in parts]
 
 
 def train_parts(run: Run, parts: Sequence[Part]):

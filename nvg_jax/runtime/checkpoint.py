@@ -2,7 +2,7 @@
 
 Orbax silently restores flipped bits. Every checkpoint therefore holds a checksum of its metadata
 and of each leaf; readers verify them and fall back from a damaged checkpoint to the one before. The
-metadata is any JSON; its keys are defined in `workdir.RunMetadata`.
+metadata is any JSON; its keys are defined in `metadata.RunMetadata`.
 """
 
 import contextlib

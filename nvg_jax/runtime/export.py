@@ -5,7 +5,7 @@ The weights are in `model.safetensors` or, above `MAX_FILE` bytes, in
 `model-00001-of-00003.safetensors` and so on, with `model.safetensors.index.json`, which says where
 each tensor is. Where a folder already holds a model, the names of the new files also have a
 fingerprint of the weights, `model-1a2b3c4d.safetensors`. The metadata is any JSON; its keys are
-defined in `workdir.RunMetadata`.
+defined in `metadata.RunMetadata`.
 """
 
 import contextlib

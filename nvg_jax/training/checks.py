@@ -15,10 +15,10 @@ from nvg_jax.sampling.settings import TRAINING_DTYPES, check_dtype
 from nvg_jax.training.ranges import check_ranges
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
-    from nvg_jax import hub, models, workdir
+    from nvg_jax import hub, models
     from nvg_jax.evaluation import judges
     from nvg_jax.runtime import storage
-    from nvg_jax.training import generators, initial, length, optimizers, registry
+    from nvg_jax.training import changes, generators, initial, length, optimizers, registry
 
 
 def check_config(config: ml_collections.ConfigDict):
@@ -109,12 +109,12 @@ def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part
 
 
 def check_resume(
-    config: ml_collections.ConfigDict, parts: tuple[Part, ...], resume: "workdir.Resume"
+    config: ml_collections.ConfigDict, parts: tuple[Part, ...], resume: "changes.Resume"
 ):
     """Raises UserError for names of settings that do not exist, or a step of an unnamed part."""
-    settings = [path for path, _ in workdir.leaves(config.to_dict())]
+    settings = [path for path, _ in changes.leaves(config.to_dict())]
     for name in resume.allow_changes:
-        if not any(workdir.covers(name, path) for path in settings):
+        if not any(changes.covers(name, path) for path in settings):
             names = {part for path in settings for part in path.split(".")}
             raise UserError(
                 f"--allow_changes: there is no setting {name!r}.{did_you_mean(name, names)}"

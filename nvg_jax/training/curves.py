@@ -14,8 +14,8 @@ from tensorboard.util import tensor_util
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime.storage import local_file, make_folder, storage_path, write_file
+from nvg_jax.training.changes import leaves
 from nvg_jax.training.plan import FILE
-from nvg_jax.workdir import leaves
 
 with epy.lazy_imports(error_callback=comes_with("report")):
     from matplotlib import figure  # pyright: ignore[reportMissingImports]

@@ -16,10 +16,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int, Int32, PRNGKeyArray
 
-from nvg_jax import bundled, granularity
+from nvg_jax import granularity, workdir
 from nvg_jax.data import SequenceSource
 from nvg_jax.data.sources import default_class_names
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import check_networks, init_generator
 from nvg_jax.parts import GENERATORS, Part
 from nvg_jax.runtime import sharding, storage
@@ -34,7 +35,6 @@ from nvg_jax.training.initial import with_params
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, TrainState
 from nvg_jax.training.trainer import Batch, Trainer
-from nvg_jax.workdir import RunMetadata
 
 # (z (N, L, K), time () or (N,), structure embedding (N, L, K), canvas (N, L, D), stage (N,)) ->
 # (N, L, K); and (noise (N, L, K), structure embedding, canvas, stage) -> (N, L, K).
@@ -351,7 +351,7 @@ def read_teacher(folder: str) -> tuple[RunMetadata, Params]:
     Raises:
         UserError: there is no model, or it cannot sample.
     """
-    metadata, params = bundled.read_model(folder)
+    metadata, params = workdir.read_model(folder)
     check_networks(
         f"--teacher={folder}", params, GENERATORS, "Distillation needs a model that can sample."
     )

@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from nvg_jax import bundled, granularity, lora, pretrained, workdir
+from nvg_jax import granularity, lora, pretrained, workdir
 from nvg_jax.content.losses import alignment_loss, content_losses
 from nvg_jax.content.model import RepaProjector
 from nvg_jax.data import SequenceSource
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import Generator, ModelConfig, init_generator, init_tokenizer
 from nvg_jax.parts import GENERATORS, Part
 from nvg_jax.runtime import sharding
@@ -36,7 +37,6 @@ from nvg_jax.training.initial import fit_model, start_from, with_params
 from nvg_jax.training.run import Run, located
 from nvg_jax.training.state import Params, TrainState
 from nvg_jax.training.trainer import Batch, Trainer
-from nvg_jax.workdir import RunMetadata
 
 REPA_KEY = 1  # folded into a generator's key for the initial projector
 
@@ -332,7 +332,7 @@ class GeneratorTrainer(Trainer[TrainState]):
         if not self.rank:
             return inputs, metadata
         folder = located(run.config.init_from)
-        base = bundled.read_model(folder)
+        base = workdir.read_model(folder)
         workdir.check_tokenizer(base[0], tokenizer, f"init_from={folder}")
         classes = metadata.class_names
         inputs["base"] = fit_model(folder, base, self.abstract_inputs["base"], classes)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nvg_jax import bundled
+from nvg_jax import workdir
 from nvg_jax.errors import UserError
 from nvg_jax.lora import CLASS_TABLE, class_table
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import check_networks
 from nvg_jax.runtime.sharding import to_host
 from nvg_jax.training.state import Params, TrainState
-from nvg_jax.workdir import RunMetadata
 
 State = TypeVar("State", bound=TrainState)
 
@@ -37,7 +37,7 @@ def start_from(folder: str, initial: dict[str, Any], class_names: Sequence[str])
     Raises:
         UserError: the model lacks a network, or an array has another size; the message names it.
     """
-    return fit_model(folder, bundled.read_model(folder), initial, class_names)
+    return fit_model(folder, workdir.read_model(folder), initial, class_names)
 
 
 def fit_model(
@@ -46,7 +46,7 @@ def fit_model(
     initial: dict[str, Any],
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """`start_from` with what `bundled.read_model` read; shapes with shardings are enough to fit."""
+    """`start_from` with what `workdir.read_model` read; shapes with shardings are enough to fit."""
     metadata, params = model
     check_networks(f"init_from={folder}", params, initial, REMEDY)
     weights = {
@@ -68,7 +68,7 @@ def check_model(folder: str, sizes: dict[str, Any]):
         sizes: {"tokenizer" or a generator: its abstract parameters}.
     """
     try:
-        _, params = bundled.read_model(folder)
+        _, params = workdir.read_model(folder)
     except UserError as error:
         raise UserError(f"init_from={folder}: {error}") from error
     check_networks(f"init_from={folder}", params, sizes, REMEDY)

@@ -18,6 +18,7 @@ import jax
 from clu import parameter_overview
 
 from nvg_jax import bundled
+from nvg_jax.metadata import read_model_metadata
 from nvg_jax.models import parameter_counts
 from nvg_jax.parts import GENERATOR_PARTS
 from nvg_jax.runtime.processes import is_main
@@ -25,7 +26,6 @@ from nvg_jax.runtime.storage import make_folder, write_file
 from nvg_jax.training.metrics import EventWriter
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
-from nvg_jax.workdir import read_model_metadata
 
 logger = logging.getLogger("nvg_jax")
 FILE = "run.json"

@@ -7,13 +7,13 @@ from jax.sharding import Mesh
 
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER, Part
+from nvg_jax.training.changes import MAY_CHANGE
 from nvg_jax.training.distillation import DistillationTrainer
 from nvg_jax.training.generators import GeneratorTrainer
 from nvg_jax.training.length import START, warn_if_too_short
 from nvg_jax.training.run import Run
 from nvg_jax.training.tokenizer import TokenizerTrainer
 from nvg_jax.training.trainer import Trainer, shared_trainer
-from nvg_jax.workdir import MAY_CHANGE
 
 # The section of a part's recipe -> how it is trained.
 TRAINERS: dict[str, type[Trainer]] = {

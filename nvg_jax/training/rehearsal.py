@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.parts import TOKENIZER, Part
 from nvg_jax.runtime import checkpoint, sharding, watchdog
 from nvg_jax.runtime.hardware import device_memory
@@ -23,7 +24,6 @@ from nvg_jax.training import plan
 from nvg_jax.training.forecast import due
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
-from nvg_jax.workdir import RunMetadata
 
 STEPS = 5  # timed
 FOLDER = "rehearsal"  # in the workdir, while it lasts

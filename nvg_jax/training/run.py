@@ -25,12 +25,13 @@ from nvg_jax.data import (
     train_batches,
 )
 from nvg_jax.errors import UserError, comes_with
+from nvg_jax.metadata import RunMetadata, read_model_metadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime import preemption, sharding, watchdog
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import length
-from nvg_jax.workdir import NEWEST, Resume, RunMetadata, read_model_metadata
+from nvg_jax.training.changes import NEWEST, Resume
 
 logger = logging.getLogger("nvg_jax")
 

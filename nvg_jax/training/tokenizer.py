@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 
 from nvg_jax import pretrained
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import init_tokenizer
 from nvg_jax.parts import Part
 from nvg_jax.runtime import sharding
@@ -39,7 +40,6 @@ from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, TrainState
 from nvg_jax.training.trainer import Batch, Trainer
 from nvg_jax.visualize import reconstruction_grid
-from nvg_jax.workdir import RunMetadata
 
 DISCRIMINATORS = ("dino", "small")
 DISCRIMINATOR_KEY = 1  # folded into the key of the initial state

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from nvg_jax import pretrained
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import Part
 from nvg_jax.pipeline import Pipeline
@@ -23,7 +24,6 @@ from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule,
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import Params, Skipping, TrainState
 from nvg_jax.visualize import class_grid
-from nvg_jax.workdir import RunMetadata
 
 PICTURE_CLASSES, PICTURE_PER_CLASS = 10, 4  # samples in the picture of an evaluation
 

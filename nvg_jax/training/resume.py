@@ -1,0 +1,134 @@
+"""How a run goes on from a checkpoint."""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata, read_metadata
+from nvg_jax.runtime import checkpoint
+from nvg_jax.training.changes import changed_settings, check_resume
+from nvg_jax.training.length import START, Origin
+from nvg_jax.training.run import Run
+from nvg_jax.training.state import TrainState
+from nvg_jax.training.trainer import Trainer
+
+logger = logging.getLogger("nvg_jax")
+
+
+def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
+    """Where `fit` will go on: (the trainer with its schedule restated, the step).
+
+    It reads only metadata: what a later part refuses is refused before an earlier one is trained.
+
+    Raises:
+        UserError: as `resume`, or there is no checkpoint to go back to.
+    """
+    folder, section = run.workdir / trainer.part.name, trainer.part.section
+    if read_metadata(folder) is None:
+        if run.resume.step is not None:
+            raise UserError(
+                f"--resume_step={run.resume.step}: there is no checkpoint in {folder}. Correct "
+                "--workdir, or leave the flag out to start a new run."
+            )
+        return trainer, 0
+    _, new = trainer.open(run)
+    step = step_to_go_back_to(trainer, run, new)
+    stored = read_metadata(folder, step)
+    if stored is None:  # `resume` says which steps there are
+        return trainer, 0
+    check_resume(stored, new, section, folder, run.resume.allow_changes)
+    trainer, new = continued(trainer, run, stored, new, step)
+    assert stored.step is not None  # it was read
+    return trainer, stored.step
+
+
+def step_to_go_back_to(trainer: Trainer, run: Run, new: RunMetadata) -> int | None:
+    """`run.resume.step`, or None if the run went back there already."""
+    name, step = trainer.part.name, run.resume.step
+    latest = read_metadata(run.workdir / name) if step is not None else None
+    if step is None or latest is None or not latest.went_back_to(step):
+        return step
+    if changed_settings(latest, new, trainer.part.section):
+        return step
+    logger.info("%s: this run went back to step %d already", name, step)
+    return None  # it was interrupted afterwards
+
+
+def continued(
+    trainer: Trainer, run: Run, stored: RunMetadata, new: RunMetadata, step: int | None
+) -> tuple[Trainer, RunMetadata]:
+    """How a run goes on from a checkpoint: (trainer, its schedule restated; `new` with history).
+
+    Args:
+        stored: the metadata of the checkpoint.
+        step: see `step_to_go_back_to`.
+
+    Raises:
+        UserError: there is nothing left to train.
+    """
+    section, start, changes = trainer.part.section, stored.step, stored.changes
+    assert start is not None  # it was read
+    settings = changed_settings(stored, new, section)
+    if settings or step is not None:
+        change = {
+            "step": start,
+            "images": stored.images_seen(section, start),
+            "settings": {k: [*v] for k, v in settings.items()},
+        }
+        changes = (*changes, change)
+    origin = Origin(changes[-1]["step"], changes[-1]["images"]) if changes else START
+    if origin != trainer.origin:
+        trainer = trainer.restated(origin)
+    if settings and trainer.steps <= start and not trainer.steps == start == stored.steps:
+        raise UserError(
+            f"{section}.length = {trainer.recipe.length!r} is {trainer.steps} steps, and the "
+            f"checkpoint in {run.workdir / trainer.part.name} is of step {start}. Give a longer "
+            "one, or go back with --resume_step."
+        )
+    return trainer, new.replace(changes=changes, steps=trainer.steps)
+
+
+def resume(
+    trainer: Trainer, run: Run, new: RunMetadata, checkpoints: checkpoint.Checkpoints
+) -> tuple[Trainer, Any, RunMetadata, Any, int]:
+    """Restores the checkpoint to go on from, and records what changed since it was written.
+
+    The data go on after the images seen before, in the order of the new settings.
+
+    Args:
+        new: the metadata of the run without its history.
+
+    Returns:
+        (trainer with its schedule restated, state, metadata, data position, step); the position is
+        None at the trainer's `origin`.
+
+    Raises:
+        UserError: settings changed that are not allowed to, or there is nothing left to train.
+    """
+    name, section = trainer.part.name, trainer.part.section
+    step = step_to_go_back_to(trainer, run, new)
+
+    def abstract_of(content: dict[str, Any]) -> TrainState:
+        stored = RunMetadata.from_json(content)
+        check_resume(stored, new, section, run.workdir / name, run.resume.allow_changes)
+        return trainer.stored_state(stored)
+
+    state, content, position = checkpoints.restore(abstract_of, step)
+    stored = RunMetadata.from_json(content)
+    assert stored.step is not None  # it was read
+    trainer, metadata = continued(trainer, run, stored, new, step)
+    if metadata.changes != stored.changes:
+        position = None
+    if settings := changed_settings(stored, new, section):
+        logger.info(
+            "%s: changed at step %d, after %d images: %s. The optimizer's state is kept, and the "
+            "learning rate goes on at %.3g.",
+            name,
+            stored.step,
+            metadata.changes[-1]["images"],
+            "; ".join(f"{key} from {old!r} to {now!r}" for key, (old, now) in settings.items()),
+            np.asarray(trainer.learning_rate(stored.step)).item(),
+        )
+    return trainer, trainer.resumed(state), metadata, position, stored.step
