@@ -49,20 +49,26 @@ def main():
     try:
         options, extra = parse_arguments(sys.argv[1:])
         commands = sweep_commands(options, extra)
+        if not options.submit:
+            print("\n".join(map(shlex.join, commands)))
+            return
+        run_all(commands)
+        # Those that only check leave no curves to compare.
+        if options.launcher == "local" and not {"--check", "--check_only"}.intersection(extra):
+            print(comparison(commands))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if not options.submit:
-        print("\n".join(map(shlex.join, commands)))
-        return
+
+
+def run_all(commands: Sequence[Sequence[str]]):
+    """Runs commands one after another; ends with the exit code of the first that fails."""
     for number, command in enumerate(commands, 1):
         print(f"run {number} of {len(commands)}: {shlex.join(command)}", flush=True)
         code = run(command)
         if code:
             print(f"error: run {number} ended with exit code {code}", file=sys.stderr)
             sys.exit(code if code > 0 else 128 - code)
-    if options.launcher == "local":
-        print(comparison(commands))
 
 
 def comparison(commands: Sequence[Sequence[str]]) -> str:
@@ -121,9 +127,9 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
             if unknown := every.keys() - known:
                 near = difflib.get_close_matches(min(unknown), known, 1, 0)[0]
                 raise UserError(f"there is no setting {min(unknown)}; did you mean {near}?")
-            for key in every:
-                if any(argument.startswith(f"--config.{key}=") for argument in extra):
-                    raise UserError(f"do not set {key} after --: the sweep sets it.")
+            for flag in ("config", "workdir", *(f"config.{key}" for key in every)):
+                if any(re.match(f"--?{re.escape(flag)}(=|$)", argument) for argument in extra):
+                    raise UserError(f"do not set --{flag} after --: the sweep sets it.")
             arguments = [f"--config.{key}={as_text(value)}" for key, value in every.items()]
             config = parse_config(config_name, arguments + list(extra))
             checks.check_config(config)

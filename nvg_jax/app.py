@@ -37,7 +37,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "fashion_mnist", cli.MODEL)
     flags.DEFINE_enum("dtype", None, DTYPES, "Arithmetic; by default what the devices do best.")
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets others in.")
-    flags.DEFINE_integer("port", 7860, "Port to listen on.", 0, 65535)
+    flags.DEFINE_integer("port", 7860, "Port to listen on.", 1, 65535)
     flags.DEFINE_integer("max_waiting", 20, "Requests that may wait.", lower_bound=1)
     flags.DEFINE_boolean(
         "write_opening", False, "Write opening.png, with which the page opens, and serve nothing."

@@ -61,6 +61,11 @@ def check_flags(judge: str):
             "--judge=classifier compares with the images of its data set, and reconstructions too; "
             "leave out --reference, --sweep and --reconstruction, or choose --judge=inception."
         )
+    if FLAGS.reconstruction and (FLAGS.reference or FLAGS.sweep):
+        raise UserError(
+            "--reconstruction compares with the data set's own images and takes no settings; leave "
+            "out --reference and --sweep."
+        )
     if FLAGS.sweep and not FLAGS.reference:
         raise UserError("--sweep needs --reference (train, test or an .npz file).")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -214,8 +215,8 @@ class Pipeline(hub.Storable):
         Raises:
             UserError: there are no adapters, or they were trained on another model.
         """
-        if not np.isfinite(scale):
-            raise UserError(f"The scale of adapters must be a finite number, got {scale}.")
+        if not isinstance(scale, numbers.Real) or not np.isfinite(scale):
+            raise UserError(f"The scale of adapters must be a finite number, got {scale!r}.")
         adapters = Adapters.from_pretrained(folder, revision=revision)
         generators = jax.device_get({k: self.params[k] for k in GENERATORS if k in self.params})
         added = workdir.add_adapters(
@@ -398,6 +399,7 @@ class Pipeline(hub.Storable):
     def _randomness(self, seed: int, first_index: int, count: int):
         """(structure noise, keys of the tokens) of `count` samples."""
         check_integer("seed", seed, 0, MAX_SEED)
+        check_integer("count", count, 1, MAX_SEED)
         check_integer("first_index", first_index, 0, MAX_SEED - count)
         keys = sample_keys(seed, first_index + np.arange(count))
         noise_keys, keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
@@ -487,15 +489,21 @@ class Pipeline(hub.Storable):
                 f"{name} must be a GranularitySequence, (structure, tokens), got "
                 f"{type(sequence).__name__}."
             )
-        structure, tokens = (np.asarray(part) for part in sequence)
-        config = self.tokenizer.config
-        for field, part in (("structure", structure), ("tokens", tokens)):
-            expected = (count or len(structure), config.num_stages, config.num_positions)
+        config, batch, parts = self.tokenizer.config, count or "batch", []
+        for field, part in zip(GranularitySequence._fields, sequence):
+            try:
+                part = np.asarray(part)
+            except ValueError:  # a ragged list
+                part = np.array(None)
+            count = count or len(np.atleast_1d(part))
+            expected = (count, config.num_stages, config.num_positions)
             if part.shape != expected or 0 in expected or part.dtype.kind not in "iu":
                 raise UserError(
-                    f"{name}.{field} must be integers of shape ({count or 'batch'}, "
-                    f"{expected[1]}, {expected[2]}), got {part.dtype} {part.shape}."
+                    f"{name}.{field} must be integers of shape ({batch}, {expected[1]}, "
+                    f"{expected[2]}), got {part.dtype} {part.shape}."
                 )
+            parts.append(part)
+        structure, tokens = parts
         granularity.check_structure(structure[:, :structure_stages])
         granularity.check_tokens(
             structure[:, :token_stages], tokens[:, :token_stages], config.codebook_size

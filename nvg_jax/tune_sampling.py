@@ -18,7 +18,7 @@ from nvg_jax.runtime.storage import storage_path
 with epy.lazy_imports(error_callback=comes_with("train")):
     from nvg_jax import metadata, pipeline
     from nvg_jax.evaluation import judges, report, sets
-    from nvg_jax.jobs import sampling_runs, tuning
+    from nvg_jax.jobs import classification, sampling_runs, tuning
 
 FLAGS = flags.FLAGS
 
@@ -32,7 +32,9 @@ def main(_):
     if not points:
         raise UserError("This model's own settings are already the cheapest that can be tried.")
     data = cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter)
-    train = sets.load_split(data, "train", pipe.tokenizer.config.image_size)
+    size = pipe.tokenizer.config.image_size
+    classification.check_classes(pipe, sets.Split(data, "train", size).source)
+    train = sets.load_split(data, "train", size)
     count = pipe.metadata.model.num_classes
     judge = judges.fit_classifier(data["name"], train.images, train.labels, count)
     reference = report.features_of(train, judge, keep=0)

@@ -3,6 +3,7 @@
 The network in these tests is a small function of the pixels; Inception has tests of its own.
 """
 
+import contextlib
 import logging
 import types
 import zipfile
@@ -329,6 +330,21 @@ def test_classes_with_other_names_are_named(caplog):
         "2 classes have other names in the data than in the model, the first 'eel' and 'dog'"
         in (caplog.text)
     )
+    caplog.clear()
+    classification.warn_if_classes_differ(model({"seed": 0}), data("cat", "dog", "eel", "fox"))
+    assert "1 classes have other names" in caplog.text
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_data_of_another_number_of_classes_are_refused(classes):
+    model = types.SimpleNamespace(
+        class_names=tuple("abc"),
+        metadata=types.SimpleNamespace(model=types.SimpleNamespace(num_classes=3), config={}),
+    )
+    source = types.SimpleNamespace(num_classes=classes, class_names=tuple("abc")[:classes])
+    refused = pytest.raises(UserError, match="has 3 classes and the data set has 2; give the data")
+    with refused if classes == 2 else contextlib.nullcontext():
+        classification.check_classes(model, source)
 
 
 def test_reconstruction(monkeypatch, tmp_path):

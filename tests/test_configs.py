@@ -260,6 +260,10 @@ def test_an_fid_that_cannot_be_measured_is_refused_at_once(changes, message):
     [
         (dict(data=dict(name="cats")), "There is no data set 'cats'; choose digits"),
         (dict(tokenizer_training=dict(reconstruction="l3")), "reconstruction must be one of l1"),
+        (dict(data=dict(on_bad="skp")), "on_bad must be 'error' or 'skip', not 'skp'"),
+        (dict(data=dict(resize_filter="bicubic")), "data.resize_filter must be one of lanczos"),
+        (dict(data=dict(resize=4)), "cannot be cropped"),
+        (dict(generator_training=dict(repa_weight=0.5, repa_block=40)), "repa_block must be one"),
         (
             dict(
                 generator_training=dict(fid_every=4),

@@ -228,6 +228,10 @@ def test_pasting_keeps_far_pixels_and_all_of_the_mask():
     found = control.paste(original, edited, mask, feather=2)
     np.testing.assert_allclose(found[0, 4, :, 0], [0, 0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0])
     assert (control.paste(original, edited, mask, 0)[0, ..., 0] == mask).all()
+    with pytest.raises(
+        UserError, match=r"size of both images, \(9, 9\) and \(9, 9\), got \(8, 9\)"
+    ):
+        control.paste(original, edited, mask[1:], 0)
 
 
 def test_noise_between_two_seeds_keeps_its_length():
@@ -238,6 +242,8 @@ def test_noise_between_two_seeds_keeps_its_length():
     lengths = sorted(map(np.linalg.norm, (start, end)))
     assert 0.98 * lengths[0] < np.linalg.norm(middle) < 1.02 * lengths[1]
     np.testing.assert_allclose(control.between(start, 2 * start, 0.5), 1.5 * start)
+    with pytest.raises(UserError, match=r"same shape, got \(16, 4\) and \(16, 3\)"):
+        control.between(start, end[:, 1:], 0.5)
 
 
 # Files and the command.

@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import structure_control
 from nvg_jax.data import emoji, open_source, transforms
+from nvg_jax.errors import UserError
 
 NAMES = [
     {
@@ -185,6 +186,16 @@ def test_mistakes_are_named(packages):
         emoji.write_folder(packages, out)
     write_archive(packages / f"{FLUENT}.tgz", {"package/readme": b""})
     with pytest.raises(ValueError, match="has no pictures in package/assets/"):
+        emoji.write_folder(packages, out)
+    archive = next(packages.glob("emoji-datasource-google-*.tgz"))
+    content = archive.read_bytes()
+    for damaged in (b"no archive", content[: len(content) // 2]):
+        archive.write_bytes(damaged)
+        with pytest.raises(UserError, match="google.*is damaged or incomplete"):
+            emoji.write_folder(packages, out)
+    pictures = {"package/img/google/64/1f600.png": b""}
+    write_archive(archive, pictures)
+    with pytest.raises(UserError, match="google.* has no package/emoji.json"):
         emoji.write_folder(packages, out)
     assert not out.exists()
     out.mkdir()

@@ -1,5 +1,6 @@
 """Cached sequences: what is in them, damage, kills, several processes, training from them."""
 
+import shutil
 import signal
 
 import flax.linen as nn
@@ -77,6 +78,25 @@ def whole(pipeline, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches") / "whole"
     encode_data_set(pipeline, folder, data, crops=8, batch_size=BATCH)
     return folder
+
+
+def test_a_tokenizer_encodes_data_of_other_classes(pipeline, data, tmp_path):
+    names = ("x", "y", "z")
+    trained = pipeline.metadata.replace(model=ModelConfig(SIZES, 3), class_names=names, config={})
+    encode_data_set(
+        Pipeline(trained.replace(config={"data": data}), pipeline.params), tmp_path, data
+    )
+    assert open_source("sequences", "train", data_dir=str(tmp_path)).class_names == ("ant", "bee")
+
+
+def test_a_cache_of_other_pictures_is_not_continued(pipeline, data, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(data["data_dir"], images)
+    encode_data_set(pipeline, out, data | {"data_dir": str(images)})
+    first = next((images / "train/bee").iterdir())
+    first.rename(first.with_name("new.png"))  # as many as before
+    with pytest.raises(UserError, match="made with records = "):
+        encode_data_set(pipeline, out, data | {"data_dir": str(images)})
 
 
 def contents(folder):

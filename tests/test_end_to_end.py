@@ -9,12 +9,14 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from bucket import some_requests_fail
+from etils import epath
 from helpers import (
     Process,
     finish,
@@ -39,6 +41,7 @@ from nvg_jax.evaluation.sets import Split, load_split
 from nvg_jax.jobs import classification
 from nvg_jax.metadata import RunMetadata, read_export_metadata
 from nvg_jax.models import ModelConfig
+from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.train import train
@@ -99,10 +102,12 @@ def test_the_best_model_by_fid_is_kept_beside_the_latest(trained):
 
 
 def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
-    metadata, params = (
-        RunMetadata(ModelConfig.from_config(tiny_config(), 1).only(), ("a",)),
-        {"x": np.ones(3)},
+    config = tiny_config()
+    metadata = RunMetadata(
+        ModelConfig.from_config(config, 1).only(), ("a",), config=config.to_dict()
     )
+    run = types.SimpleNamespace(workdir=epath.Path(tmp_path), config_json=config.to_dict)
+    folder, params = tmp_path / "best_tokenizer", {"x": np.ones(3)}
     values = iter([5.0, 7.0, 3.0, 4.0, 3.0, 9.0])
     score = lambda metadata, params: next(values)
     kept = []  # what only a model that is kept needs
@@ -110,18 +115,24 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     def update(best, step):
         return best.update(step, metadata, params, lambda: kept.append(step) or metadata)
 
-    best = BestModel(tmp_path, score, start=0)
+    best = BestModel(run, TOKENIZER, score, start=0)
     assert [update(best, step) for step in (10, 20, 30)] == [(5.0, 5.0), (7.0, 5.0), (3.0, 3.0)]
-    resumed = BestModel(tmp_path, score, start=30)
+    resumed = BestModel(run, TOKENIZER, score, start=30)
     assert update(resumed, 40) == (4.0, 3.0)
     assert update(resumed, 50) == (3.0, 3.0)
     assert kept == [10, 30]
-    stored = read_export_metadata(tmp_path)
+    stored = read_export_metadata(folder)
     assert (stored.step, stored.fid) == (30, 3.0)
+    # Neither does a FID of another number of images, nor of another judge, compete with it.
+    for path in ("tokenizer_training.fid_samples", "evaluation.judge"):
+        other = tiny_config()
+        other.update_from_flattened_dict({path: 20 if "samples" in path else "inception"})
+        changed = types.SimpleNamespace(workdir=run.workdir, config_json=other.to_dict)
+        assert BestModel(changed, TOKENIZER, score, start=50).fid == float("inf")
     # A new training in the same workdir does not compete with the one before.
-    anew = BestModel(tmp_path, score, start=0)
+    anew = BestModel(run, TOKENIZER, score, start=0)
     assert update(anew, 10) == (9.0, 9.0)
-    assert read_export_metadata(tmp_path).step == 10
+    assert read_export_metadata(folder).step == 10
 
 
 def test_canvas_scales_are_one_over_the_deviation_of_the_canvases(trained, pipe):
@@ -441,6 +452,11 @@ def moved(array, index, value):
         (lambda pipe: pipe.sample(b"12"), "list of class ids or names, got b'12'"),
         (lambda pipe: pipe.sample(jax.numpy.array([0, 10])), "Unknown class 10"),
         (lambda pipe: pipe.decode(5), "sequence must be a GranularitySequence, .* got int"),
+        (lambda pipe: pipe.decode((5, 6)), r"structure must be integers of shape \(batch, 5, 16\)"),
+        (lambda pipe: pipe.decode(([[1], [1, 2]], [1])), "structure must be integers of shape"),
+        (lambda pipe: pipe.structure_noise(0, "a"), "count must be a whole number"),
+        (lambda pipe: pipe.load_lora("there", "1"), "must be a finite number, got '1'"),
+        (lambda pipe: pipe.sample([0], structure_solves=([0],)), "must be a tuple of stages"),
         (lambda pipe: pipe.sample([0], seed=1.5), "seed must be a whole number in 0 .. 4294967295"),
         (lambda pipe: pipe.sample([0], seed=2**70), "seed must be a whole number .* got 11805"),
         (lambda pipe: pipe.sample([0], seed=-1), "seed must be a whole number .* got -1"),

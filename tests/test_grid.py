@@ -7,7 +7,7 @@ from test_end_to_end import weights
 
 from nvg_jax import GranularitySequence, Pipeline, granularity
 from nvg_jax.errors import UserError
-from nvg_jax.jobs import tuning
+from nvg_jax.jobs import conversion, tuning
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.train import train
 
@@ -48,10 +48,12 @@ def test_every_image_and_every_sample_has_these_maps(pipe, expected, tmp_path):
     np.testing.assert_array_equal(again.sample([1, 2, 3], seed=0).images, out.images)
 
 
-def test_no_structure_generator_is_trained_or_needed(run, pipe):
+def test_no_structure_generator_is_trained_or_needed(run, pipe, tmp_path):
     assert set(weights(run / "content")["params"]) == {"content"}
     assert set(pipe.params) == {"tokenizer", "content"} and pipe.can_sample
     assert tuning.candidates(pipe) == []  # no evaluation could be saved
+    with pytest.raises(UserError, match="structure=grid, which the published layout does not know"):
+        conversion.to_safetensors(run, tmp_path / "published")
     with pytest.raises(UserError, match="structure=grid needs no structure generator: train with"):
         train(tiny_config(part="all", tokenizer=GRID), run)
     with pytest.raises(UserError, match="must be latent or grid, got 'square'"):

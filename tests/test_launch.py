@@ -1117,7 +1117,8 @@ def get_sweep():
     [
         ("configs/nothere.py", [], ["configs/nothere.py"]),
         ("configs/digits.py:huge", [], ["huge", "runlocal"]),
-        ("configs/digits.py", ["--config.seed=4"], ["do not set seed after --"]),
+        ("configs/digits.py", ["--config.seed=4"], ["do not set --config.seed after --"]),
+        ("configs/digits.py", ["--workdir=there"], ["do not set --workdir after --"]),
         ("configs/digits.py", ["--config.sed=4"], ["sed", "seed"]),
     ],
 )
@@ -1184,6 +1185,20 @@ def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
     )
     assert (tmp_path / "jobs").read_text() == "--job-name=seed=3\n--job-name=seed=4\n"
     assert result.returncode == 3 and "run 2 ended with exit code 3" in result.stderr
+
+
+@pytest.mark.parametrize("extra, code", [([], 2), (["--", "--check"], 0)])
+def test_a_sweep_without_curves_ends_without_a_traceback(tmp_path, extra, code):
+    text = "CONFIG = 'configs/digits.py'\ndef get_sweep():\n    return [{'seed': 3}]\n"
+    (tmp_path / "mine.py").write_text(text)
+    result = run(  # `true` in the place of Python trains nothing
+        [sys.executable, LAUNCH / "sweep.py", f"--sweep={tmp_path}/mine.py", "--submit"]
+        + [f"--workdir={tmp_path}/runs", *extra],
+        env=os.environ | {"PYTHON": "true"},
+    )
+    assert result.returncode == code, result.stderr
+    said = f"error: {tmp_path}/runs/seed=3 holds no training with curves; give its --workdir.\n"
+    assert result.stderr == (said if code else "")
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/sweeps/[!_]*.py")), ids=lambda f: f.stem)

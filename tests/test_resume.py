@@ -15,6 +15,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import CHOICES, TOKENIZER
+from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.train import train
 from nvg_jax.training import checks, registry
@@ -78,6 +79,23 @@ def test_the_size_of_the_data_set_may_change_on_purpose(tmp_path):
     with pytest.raises(UserError, match="data.num_images = 100, now 120.* --allow_changes=data"):
         check_resume(metadata(), metadata(120), SECTION, tmp_path)
     check_resume(metadata(), metadata(120), SECTION, tmp_path, ["data"])
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_generators_were_trained_with_stays_as_it_is(trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for part, step in (("all", None), ("tokenizer", None), ("tokenizer", 8)):
+        config = tiny_config(part=part)
+        config.tokenizer_training.length = "16 steps"
+        with pytest.raises(UserError, match="generators was trained with the tokenizer in .*move"):
+            train(config, workdir, ["length"], step)
+    # Its last steps are repeated if their checkpoint is damaged: the generators fit again.
+    metadata = workdir / "tokenizer" / "12" / "meta" / "metadata"
+    metadata.write_text(metadata.read_text()[:-2])
+    train(tiny_config(), workdir)
+    assert (workdir / "tokenizer" / "damaged_12").exists()
+    assert Pipeline.from_pretrained(workdir).weights == Pipeline.from_pretrained(trained).weights
 
 
 def test_the_sizes_of_the_weights_never_change(tmp_path):

@@ -136,7 +136,8 @@ def read_package(packages: Path, design: str) -> tuple[dict[tuple[int, ...], byt
     """The picture files of a design by code points, and the entries of emoji.json if it has one.
 
     Raises:
-        UserError: there is not exactly one archive of the package, or it holds no pictures.
+        UserError: there is not exactly one archive of the package, or it is damaged or holds other
+            files.
     """
     pattern, folder = PACKAGES[design]
     archives = sorted(packages.glob(pattern))
@@ -146,17 +147,22 @@ def read_package(packages: Path, design: str) -> tuple[dict[tuple[int, ...], byt
             "`npm pack` fetches it (the docstring of nvg_jax.data.emoji has the command)."
         )
     pictures, entries = {}, []
-    with tarfile.open(archives[0]) as archive:
-        for member in archive:
-            path, file = Path(member.name), archive.extractfile(member)
-            if file is None:  # a folder
-                continue
-            if member.name == NAMES:
-                entries = json.load(file)
-            elif member.name.startswith(folder) and path.suffix in (".png", ".webp"):
-                pictures[code_points(path.stem)] = file.read()
+    try:
+        with reported(f"{archives[0]} cannot be read"), tarfile.open(archives[0]) as archive:
+            for member in archive:
+                path, file = Path(member.name), archive.extractfile(member)
+                if file is None:  # a folder
+                    continue
+                if member.name == NAMES:
+                    entries = json.load(file)
+                elif member.name.startswith(folder) and path.suffix in (".png", ".webp"):
+                    pictures[code_points(path.stem)] = file.read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{archives[0]} is damaged or incomplete; fetch it again.") from error
     if not pictures:
         raise UserError(f"{archives[0]} has no pictures in {folder}; fetch another version.")
+    if design == "noto" and not entries:
+        raise UserError(f"{archives[0]} has no {NAMES}; fetch another version.")
     return pictures, entries
 
 

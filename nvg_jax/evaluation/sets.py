@@ -20,7 +20,7 @@ from PIL import Image
 from nvg_jax.data import SequenceSource, Transform, open_source
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.data.transforms import decode
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, reported
 from nvg_jax.evaluation.image import from_float
 from nvg_jax.runtime import watchdog
 from nvg_jax.runtime.processes import gather, own_share
@@ -100,7 +100,11 @@ class Archive(ImageSet):
         if not self.path.is_file():
             raise UserError(f"There is no file {path}.")
         try:
-            with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            with (
+                reported(f"{path} cannot be read"),
+                self.path.open("rb") as file,
+                zipfile.ZipFile(file) as archive,
+            ):
                 names = [name.removesuffix(".npy") for name in archive.namelist()]
                 if "arr_0" in names:
                     self._checksum = archive.getinfo("arr_0.npy").CRC

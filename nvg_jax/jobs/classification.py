@@ -1,6 +1,7 @@
 """A model in the eyes of a classifier of its data set: class agreement, copying, FID, rFID."""
 
 import dataclasses
+import itertools
 import logging
 import time
 from typing import Any
@@ -61,12 +62,7 @@ def report(
     size = pipeline.tokenizer.config.image_size
     source = Split(data, "train", size).source
     num_classes = source.num_classes
-    if num_classes != pipeline.metadata.model.num_classes:
-        raise UserError(
-            f"The model has {pipeline.metadata.model.num_classes} classes and the data set "
-            f"{data['name']!r} has {num_classes}; evaluate on the data it was trained on."
-        )
-    warn_if_classes_differ(pipeline, source)
+    check_classes(pipeline, source)
     make_folder(out)
     test = load_split(data, "test", size)
     if len(test) < MIN_IMAGES:
@@ -103,12 +99,24 @@ def report(
     return results
 
 
+def check_classes(pipeline: Pipeline, source: Source):
+    """Raises UserError unless the data have as many classes as the model; warns of other names."""
+    count = pipeline.metadata.model.num_classes
+    if source.num_classes != count:
+        raise UserError(
+            f"The model has {count} classes and the data set has {source.num_classes}; give the "
+            "data that it was trained on."
+        )
+    warn_if_classes_differ(pipeline, source)
+
+
 def warn_if_classes_differ(pipeline: Pipeline, source: Source):
     """Warns if the classes of the data have other names than the model's, in another order maybe.
 
     Converted weights know only the number of their classes.
     """
-    pairs = zip(source.class_names, pipeline.class_names)
+    names = source.class_names, pipeline.class_names
+    pairs = itertools.zip_longest(*names, fillvalue="(no class)")
     differing = [pair for pair in pairs if pair[0] != pair[1]]
     if pipeline.metadata.config and differing:
         logger.warning(

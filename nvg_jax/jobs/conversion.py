@@ -188,6 +188,11 @@ def to_safetensors(workdir: str | os.PathLike, out: str | os.PathLike):
         name: flatten_dict(jax.device_get(tree), sep="/") for name, tree in pipeline.params.items()
     }
     generators = [name for name in GENERATORS if name in params]
+    if pipeline.tokenizer.config.fixed_structure is not None:
+        raise UserError(
+            f"{workdir} has tokenizer.structure=grid, which the published layout does not know. "
+            "Export it without --to_safetensors."
+        )
     if len(generators) == 1:
         raise UserError(
             f"{workdir} has only the {generators[0]} generator, and the published layout holds "

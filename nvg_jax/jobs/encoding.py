@@ -53,7 +53,7 @@ def encode_data_set(
         The metadata (see `sequences.finish`) on process 0, {} on the others.
 
     Raises:
-        UserError: the data has no images or other classes, `out` holds something else or cannot be
+        UserError: the data has no images, `out` holds something else or cannot be
             written, or an image is unreadable (on_bad="error").
     """
     out = local_path(out, "out")
@@ -87,12 +87,9 @@ def plan_encoding(
         )
     if crops < 1:
         raise UserError(f"crops must be at least 1, got {crops}.")
-    # Converted weights know at most the number of their classes; then the names come from the data.
-    class_names = pipeline.class_names if metadata.config else None
+    # A tokenizer knows no classes: their names come from the data.
     sources = {
-        split: open_source(
-            data["name"], split, data_dir=data["data_dir"] or None, class_names=class_names
-        )
+        split: open_source(data["name"], split, data_dir=data["data_dir"] or None)
         for split in SPLITS
     }
     if isinstance(sources["train"], SequenceSource):
@@ -107,6 +104,7 @@ def plan_encoding(
         "crops": crops,
         "seed": seed,
         "images": {split: len(source) for split, source in sources.items()},
+        "records": {split: source.describe() for split, source in sources.items()},
         "shard_size": sequences.SHARD_SIZE,
     }
 

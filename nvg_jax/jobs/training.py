@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from nvg_jax.jobs.scoring import fid_measurements
-from nvg_jax.parts import BOTH_GENERATORS, Part
+from nvg_jax.parts import BOTH_GENERATORS, TOKENIZER, Part
 from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
 from nvg_jax.training.run import Run
@@ -16,8 +16,17 @@ logger = logging.getLogger("nvg_jax")
 
 
 def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
-    """The trainer of each part and the step that it goes on from; see `resume.standing`."""
-    return [resume.standing(open_trainer(run, part), run) for part in parts]
+    """The trainer of each part and the step that it goes on from; see `resume.standing`.
+
+    Generators cannot be read while their tokenizer is unfinished, for example since its last
+    checkpoint is damaged: what they were trained with is checked when it is their turn.
+    """
+    found = []
+    for part in parts:
+        trainer = open_trainer(run, part)
+        waits = any(t.part == TOKENIZER and start < t.steps for t, start in found)
+        found.append((trainer, 0) if waits else resume.standing(trainer, run))
+    return found
 
 
 def train_parts(run: Run, parts: Sequence[Part]):

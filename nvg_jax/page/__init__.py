@@ -553,5 +553,5 @@ def serve(blocks: gr.Blocks, host: str, port: int) -> str:
             raise
         raise UserError(
             f"The page cannot listen on port {port} of {host}; another program, perhaps another "
-            "page, may use it. Give another --port."
+            "page, may use it, or this machine has no such address. Give another --port or --host."
         ) from error

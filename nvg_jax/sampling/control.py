@@ -207,14 +207,23 @@ def ready_made(name: str, size: int = 256) -> Int32[np.ndarray, "{size} {size}"]
 def paste(
     original: Float[np.ndarray, "*#batch H W 3"],
     edited: Float[np.ndarray, "*#batch H W 3"],
-    mask: Bool[np.ndarray, "H W"],
+    mask: Bool[np.ndarray, "..."],
     feather: int,
 ) -> Float32[np.ndarray, "*#batch H W 3"]:
     """The edited image inside a mask, the original outside, blended over `feather` pixels.
 
     Args:
-        mask: all pixels in it come from the edited image.
+        mask: of shape (H, W); all pixels in it come from the edited image.
+
+    Raises:
+        UserError: the mask has another size than the images.
     """
+    if np.shape(mask) != np.shape(edited)[-3:-1] or np.shape(mask) != np.shape(original)[-3:-1]:
+        sizes = np.shape(original)[-3:-1], np.shape(edited)[-3:-1]
+        raise UserError(
+            f"The mask must have the size of both images, {sizes[0]} and {sizes[1]}, got "
+            f"{np.shape(mask)}."
+        )
     weight = np.asarray(mask, np.float32)
     grown = np.asarray(mask, bool)
     for step in range(1, feather + 1):
@@ -226,13 +235,20 @@ def paste(
 
 
 def between(
-    start: Float[np.ndarray, "*noise"], end: Float[np.ndarray, "*noise"], share: float
+    start: Float[np.ndarray, "*noise"], end: Float[np.ndarray, "..."], share: float
 ) -> Float[np.ndarray, "*noise"]:
-    """Spherical interpolation of two noise arrays: `start` at 0, `end` at 1.
+    """Spherical interpolation of two noise arrays of one shape: `start` at 0, `end` at 1.
 
     Unlike a weighted mean, it keeps the norm that the sampler expects. `Pipeline.structure_noise`
     gives the noise of a seed.
+
+    Raises:
+        UserError: the arrays have different shapes.
     """
+    if np.shape(start) != np.shape(end):
+        raise UserError(
+            f"Both noises must have the same shape, got {np.shape(start)} and {np.shape(end)}."
+        )
     lengths = np.linalg.norm(start), np.linalg.norm(end)
     angle = np.arccos(np.clip(np.vdot(start, end) / (lengths[0] * lengths[1]), -1, 1))
     if np.sin(angle) < 1e-6:

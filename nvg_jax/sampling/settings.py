@@ -101,7 +101,8 @@ class Spec:
                 raise outside
             return value
         if self.kind is tuple:
-            if not isinstance(value, tuple) or not set(range(num_stages - 2)).issuperset(value):
+            stages = range(num_stages - 2)
+            if not isinstance(value, tuple) or any(x not in stages for x in value):
                 raise outside
             return tuple(sorted(set(value)))
         try:

@@ -16,6 +16,7 @@ from nvg_jax.training.ranges import check_ranges
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import hub, models
+    from nvg_jax.data import loader, transforms
     from nvg_jax.evaluation import judges
     from nvg_jax.runtime import storage
     from nvg_jax.training import changes, generators, initial, length, optimizers, registry
@@ -87,6 +88,17 @@ def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
             "--config.part=tokenizer, then with --config.part=content."
         )
     generators.sampling_settings(config).expand(sizes.num_stages, sizes.codebook_size)
+    if any("content" in part.networks for part in parts) and (
+        repa := generators.repa_config(config)
+    ):
+        repa.check(model.generators["content"].depth, sizes.latent_size)
+    data = config.data
+    if data.name != "sequences":  # they are prepared already
+        resize_filter = data.resize_filter or transforms.RESIZE_FILTERS[0]
+        transform = transforms.Transform(
+            sizes.image_size, data.resize or None, data.pad, resize_filter
+        )
+        loader.LoaderOptions(transform, process_batch_size=1, on_bad=data.on_bad)
 
 
 def check_process(config: ml_collections.ConfigDict):

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from nvg_jax.metadata import RunMetadata, read_export_metadata, write_export
+from nvg_jax.parts import Part
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
 from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.metrics import Reporter
@@ -56,7 +56,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             batches.set_state(position)
         reporter = Reporter(trainer, run, start, forecast)
         stack.enter_context(contextlib.closing(reporter))
-        best = BestModel(run.workdir / f"best_{name}", score, start) if score else None
+        best = BestModel(run, trainer.part, score, start) if score else None
         assessed = reporter.last_assessed
         if assessed > start:  # an abandoned step, or an earlier training's
             reporter.assessed(0)
@@ -142,15 +142,17 @@ class BestModel:
     """Keeps the model with the lowest FID during a training, as an export in its own folder.
 
     Args:
-        start: the step that the training goes on from; a model of a later one is ignored, since
-            that step was abandoned or belongs to an earlier training.
+        start: the step that the training goes on from. A model of a later one is ignored, since
+            that step was abandoned or belongs to an earlier training; so is one whose FID was
+            measured in another way.
     """
 
-    def __init__(self, folder: epath.Path, score: Score, start: int):
-        self._folder, self._score = folder, score
-        stored = read_export_metadata(folder) if start else None
+    def __init__(self, run: Run, part: Part, score: Score, start: int):
+        self._folder, self._score = run.workdir / f"best_{part.name}", score
+        stored = read_export_metadata(self._folder) if start else None
         self.fid = float("inf")
-        if stored:
+        way = lambda config: (config["evaluation"], config[part.section]["fid_samples"])
+        if stored and way(stored.config) == way(run.config_json()):
             assert stored.fid is not None and stored.step is not None  # `update` exports both
             self.fid = stored.fid if stored.step <= start else self.fid
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata, read_metadata
+from nvg_jax.parts import GENERATOR_PARTS, TOKENIZER
 from nvg_jax.runtime import checkpoint
 from nvg_jax.training.changes import changed_settings, check_resume
 from nvg_jax.training.length import START, Origin
@@ -41,7 +42,26 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
     check_resume(stored, new, section, folder, run.resume.allow_changes)
     trainer, new = continued(trainer, run, stored, new, step)
     assert stored.step is not None  # it was read
+    if trainer.part == TOKENIZER and new.changes != stored.changes and stored.step < trainer.steps:
+        check_unused(run)
     return trainer, stored.step
+
+
+def check_unused(run: Run):
+    """Raises UserError if generators in the workdir were trained with its tokenizer.
+
+    With other settings, it would become another one, which they do not fit.
+    """
+    tokenizer = read_metadata(run.workdir / TOKENIZER.name)
+    assert tokenizer is not None  # it goes on
+    for part in GENERATOR_PARTS:
+        stored = read_metadata(run.workdir / part.name)
+        if stored and tokenizer.fingerprint in (None, stored.fingerprint):
+            raise UserError(
+                f"{run.workdir / part.name} was trained with the tokenizer in {run.workdir} and "
+                "would not fit it after more training. Train another tokenizer in another "
+                "--workdir, or move that folder away."
+            )
 
 
 def step_to_go_back_to(trainer: Trainer, run: Run, new: RunMetadata) -> int | None:
