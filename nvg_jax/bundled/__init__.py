@@ -1,7 +1,7 @@
 """Models that come with the package, so that sampling works right after installation.
 
-Each is an export of float16 weights in a folder of its name. The samples that the page of
-`fashion_mnist` opens with were made by `python -m nvg_jax.app --write_opening`.
+Each is an export of float16 weights in a folder of its name. The samples with which the page of a
+model opens were made by `python -m nvg_jax.app --workdir=NAME --write_opening`.
 """
 
 import os
