@@ -44,7 +44,7 @@ def test_what_it_takes_from_the_package_exists():
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("nvg_jax"):
             exec(ast.unparse(node), objects)
-    objects |= {name: objects["Pipeline"] for name in ("pipe", "imagenet", "mine")}
+    objects |= {name: objects["Pipeline"] for name in ("pipe", "emoji", "imagenet", "mine")}
     called = []
     for node in ast.walk(ast.parse(code)):
         match node:
@@ -234,7 +234,7 @@ def test_it_runs_and_shows_what_its_copy_shows(tmp_path):
     sizes = [size(base64.b64decode(picture)) for picture in data]
     folder = RENDER["PAGE"].with_suffix("")
     assert sizes == [size((folder / f"{n}.png").read_bytes()) for n in range(len(sizes))]
-    assert len(sizes) == 6 and max(np.ravel(sizes)) < 1400
+    assert len(sizes) == 7 and max(np.ravel(sizes)) < 1400
 
 
 def run_alone(cell: str, **settings: str) -> dict:
