@@ -242,6 +242,14 @@ def test_a_distilled_model_keeps_its_steps(base, run):
     tuned.metadata.check_settings(tuned.settings)
 
 
+def test_a_distilled_structure_generator_gets_no_adapters(base, tmp_path):
+    pipe = base[1]
+    student = Pipeline(pipe.metadata.replace(teacher="a fingerprint"), pipe.params)
+    student.save_pretrained(tmp_path / "student")
+    with pytest.raises(UserError, match="was distilled, .*--config.part=content"):
+        train(config_for(tmp_path / "student"), tmp_path / "run")
+
+
 def test_other_classes_start_from_the_mean_of_the_base_models(base):
     pipe = base[1]
     params = jax.device_get({name: pipe.params[name] for name in models.GENERATORS})

@@ -334,6 +334,12 @@ class GeneratorTrainer(Trainer[TrainState]):
         folder = located(run.config.init_from)
         base = workdir.read_model(folder)
         workdir.check_tokenizer(base[0], tokenizer, f"init_from={folder}")
+        if base[0].teacher and "structure" in self.generators:
+            raise UserError(
+                f"The structure generator of init_from={folder} was distilled, and adapters would "
+                "be trained as for one that takes many steps. Train them on its teacher, or those "
+                "of the content generator alone (--config.part=content)."
+            )
         classes = metadata.class_names
         inputs["base"] = fit_model(folder, base, self.abstract_inputs["base"], classes)
         marks = {name: fingerprint(base[1][name]) for name in self.generators}
