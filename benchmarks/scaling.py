@@ -1,8 +1,8 @@
 """Held-out loss over training FLOPs: `python -m benchmarks.scaling --workdir=RUN --workdir=RUN`.
 
-For runs of generators of several sizes: prints, for every part, the parameters, the FLOPs of its
-matrix products, and the last held-out loss of the averaged weights, and draws the losses of all
-evaluations. The FLOPs are those of training on cached sequences, without the tokenizer's encoder.
+For generators of several sizes, each trained alone (part=separate): prints the parameters, the
+FLOPs of the matrix products, and the last held-out loss of the averaged weights, and draws the
+losses of all evaluations. The FLOPs are those of training on cached sequences, without the encoder.
 Evaluations before half of the shortest run are left out: averages still hold the first weights.
 """
 
@@ -16,7 +16,7 @@ from matplotlib import figure
 
 from nvg_jax.metadata import read_metadata
 from nvg_jax.models import parameter_counts
-from nvg_jax.parts import GENERATOR_PARTS, Part
+from nvg_jax.parts import CONTENT, STRUCTURE, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import curves, forecast, registry
@@ -25,19 +25,19 @@ FLAGS = flags.FLAGS
 
 
 class Curve(NamedTuple):
-    """The training of a network: its parameters, FLOPs of a step, and {step: held-out loss}."""
+    """The training of a generator: its parameters, FLOPs of a step, and {step: held-out loss}."""
 
     parameters: int
     step_flops: float
     losses: dict[int, float]
 
 
-def read_curve(workdir: str, part: Part) -> dict[str, Curve]:
-    """{network: its curve} of a part of a run; {} if it was not trained."""
+def read_curve(workdir: str, part: Part) -> Curve | None:
+    """The curve of a generator that was trained alone; None if there is none."""
     folder = storage_path(workdir) / part.name
     metadata = read_metadata(folder)
     if metadata is None:
-        return {}
+        return None
     config = ml_collections.ConfigDict(metadata.config)
     trainer = registry.make_trainer(
         part, config, metadata.model, sharding.make_mesh(), metadata.num_images
@@ -46,44 +46,38 @@ def read_curve(workdir: str, part: Part) -> dict[str, Curve]:
     batch = {"label": trainer.abstract_batch["label"]}
     for name, columns in (("structure", length), ("tokens", 2 * length - 1)):
         batch[name] = jax.ShapeDtypeStruct((trainer.recipe.batch_size, columns), jnp.int32)
-    program = trainer.jit_train_step.trace(
-        trainer.abstract_state,
-        trainer.abstract_inputs,
-        batch,
-        trainer.abstract_key,
-        warming_up=False,
-    )
-    flops = forecast.flops(program.jaxpr.jaxpr)
-    counts = parameter_counts(trainer.trained(trainer.abstract_state.params))
-    tags = curves.read_part(folder)
-    return {name: Curve(counts[name], flops, tags[f"test_{name}/loss"]) for name in counts}
+    program = trainer.trace(batch=batch)
+    (name,) = part.networks
+    parameters = parameter_counts(trainer.trained(trainer.abstract_state.params))[name]
+    losses = curves.read_part(folder)[f"test_{name}/loss"]
+    return Curve(parameters, forecast.flops(program.jaxpr.jaxpr), losses)
 
 
 def main(_):
-    found = {}  # network -> workdir -> curve
-    for workdir in FLAGS.workdir:
-        for part in GENERATOR_PARTS:
-            for network, curve in read_curve(workdir, part).items():
-                found.setdefault(network, {})[workdir] = curve
-    canvas = figure.Figure(figsize=(4.5 * len(found), 3.4), layout="constrained")
-    axes = canvas.subplots(1, len(found), squeeze=False)[0]
-    print(
-        "| network | run | parameters | FLOPs of a step | steps | training FLOPs | held-out loss |"
-    )
+    generators = {}  # name -> workdir -> curve
+    for part in (CONTENT, STRUCTURE):
+        read = {workdir: read_curve(workdir, part) for workdir in FLAGS.workdir}
+        if runs := {workdir: curve for workdir, curve in read.items() if curve}:
+            generators[part.name] = runs
+    if not generators:
+        raise app.UsageError("No generator was trained alone in these folders (part=separate).")
+    canvas = figure.Figure(figsize=(4.5 * len(generators), 3.4), layout="constrained")
+    axes = canvas.subplots(1, len(generators), squeeze=False)[0]
+    print("| generator | run | parameters | FLOPs of a step | steps | FLOPs | held-out loss |")
     print("|---|---|---|---|---|---|---|")
-    for axis, (network, runs) in zip(axes, found.items()):
+    for axis, (name, runs) in zip(axes, generators.items()):
         first = min(max(curve.losses) for curve in runs.values()) / 2
         for workdir, curve in runs.items():
             steps = [step for step in sorted(curve.losses) if step >= first]
             total = steps[-1] * curve.step_flops
             print(
-                f"| {network} | {workdir} | {curve.parameters:,} | {curve.step_flops:.3g} "
+                f"| {name} | {workdir} | {curve.parameters:,} | {curve.step_flops:.3g} "
                 f"| {steps[-1]:,} | {total:.3g} | {curve.losses[steps[-1]]:.3f} |"
             )
             flops = [step * curve.step_flops for step in steps]
             label = f"{curve.parameters / 1e6:.2f} million parameters"
             axis.plot(flops, [curve.losses[step] for step in steps], "o-", label=label)
-        axis.set(title=network, xlabel="training FLOPs", ylabel="held-out loss", xscale="log")
+        axis.set(title=name, xlabel="training FLOPs", ylabel="held-out loss", xscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize="small")
     canvas.savefig(FLAGS.out, dpi=120)

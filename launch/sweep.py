@@ -9,8 +9,8 @@ Run it from the repository. A sweep is a Python file that defines CONFIG, a pres
 its variant if any; get_sweep(), which returns a list of dictionaries of overrides such as
 {"content.depth": 8}; and optionally FIXED, a dictionary of overrides that all runs share. Every run
 has its own folder below --workdir, named after its overrides, and resumes when it is submitted
-again. The arguments after `--` are passed to every run. At the end of local runs, a table compares
-them, the best one first.
+again. The arguments after `--` are passed to every run, and may set only what the sweep does not.
+At the end of local runs, a table compares them, the best one first.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def main():
             return
         run_all(commands)
         # Those that only check leave no curves to compare.
-        if options.launcher == "local" and not {"--check", "--check_only"}.intersection(extra):
+        checks_only = any(re.match("--?check(_only)?(=|$)", argument) for argument in extra)
+        if options.launcher == "local" and not checks_only:
             print(comparison(commands))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

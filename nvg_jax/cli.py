@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import absl.logging
@@ -297,10 +298,9 @@ def parse_flags(argv):
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS.config, "keys", None)  # raises if the file cannot be loaded
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
-        text = mistake_in_config(error)
-        if not text:
-            text = unknown_key(argv) if is_unknown_key(error) else str(error)
-        text = text or type(error).__name__
+        if mistake := mistake_in_config(error):
+            exit_with_error(" ".join(mistake.split()))
+        text = unknown_key(argv) if is_unknown_key(error) else str(error) or type(error).__name__
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if "Traceback" in text or isinstance(error, OSError):  # the reason comes last
             message = lines[-1].split("Error: ", 1)[-1]
@@ -331,13 +331,15 @@ def mistake_in_config(error: BaseException | None) -> str:
     """
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        inside = [frame for frame in frames if frame.name == "get_config"]
+        inside = [frame for frame in frames if frame.name in ("get_config", "<module>")]
         if inside:
-            if isinstance(error, ValueError) and (frames[-1].line or "").startswith("raise"):
+            beside = Path(frames[-1].filename).parent == Path(inside[-1].filename).parent
+            raised = beside and (frames[-1].line or "").startswith("raise")
+            if isinstance(error, ValueError) and raised:
                 return ""
             place = f"{inside[-1].filename}, line {inside[-1].lineno}"
             return f"{place}: {type(error).__name__}: {error}"
-        error = error.__context__
+        error = error.__cause__ or error.__context__
     return ""
 
 

@@ -65,11 +65,11 @@ def distill(
             f"{workdir} holds a model already, which its student would replace; give another "
             "--workdir."
         )
-    model = distillation.read_teacher(teacher)
-    config = distillation.with_teacher(config, model[0])
+    of_teacher, params = distillation.read_teacher(teacher)
+    config = distillation.with_teacher(config, of_teacher)
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        opened = run.open_run(config, workdir, mesh, teacher=model, resume=resume)
+        opened = run.open_run(config, workdir, mesh, teacher=(of_teacher, params), resume=resume)
         training.train_parts(opened, [DISTILLATION])
     trained = metadata.read_checkpoint(
         workdir / DISTILLATION.name,
@@ -77,7 +77,7 @@ def distill(
     )
     assert trained is not None  # `fit` saved its last step
     student, state = trained
-    metadata.write_export(workdir, student, model[1] | state["ema_params"])
+    metadata.write_export(workdir, student, params | state["ema_params"])
 
 
 def main(_):

@@ -96,11 +96,10 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """ " Did you mean 'this'?" of a name like a wrong one, or that contains it; "" if none does."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=1) or [
-        each for each in names if name.lower() in each.lower()
-    ]
+    """ " Did you mean 'this'?" of the nearest name, or the shortest that contains it; or ""."""
+    names = sorted(names, key=lambda each: (len(each), each))
+    within = [each for each in names if name and name.lower() in each.lower()]
+    near = difflib.get_close_matches(name, names, n=1) or within
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

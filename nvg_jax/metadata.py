@@ -264,7 +264,7 @@ def write_export(
     params: dict[str, Any],
     dtype: str = "float32",
 ):
-    """Writes a model to a folder for `read_model`; an earlier export stays until it is complete.
+    """Writes a model for `workdir.read_model`; an earlier export stays until it is complete.
 
     Args:
         params: the weights, on this host or replicated on its devices.

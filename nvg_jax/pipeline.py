@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
@@ -132,9 +131,10 @@ class Pipeline(hub.Storable):
             name = int(digits) if digits.isdecimal() else name
         if is_integer(name) and 0 <= name < count:
             return int(name)
+        hint = did_you_mean(name, names) if isinstance(name, str) else ""
         raise UserError(
-            f"Unknown class {name!r}.{did_you_mean(str(name), names)} This model has the classes 0 "
-            f"to {count - 1} ({listed(names)})."
+            f"Unknown class {name!r}.{hint} This model has the classes 0 to {count - 1} "
+            f"({listed(names)})."
         )
 
     def class_ids(self, classes: Iterable[int | str]) -> list[int]:
@@ -215,7 +215,7 @@ class Pipeline(hub.Storable):
         Raises:
             UserError: there are no adapters, or they were trained on another model.
         """
-        if not isinstance(scale, numbers.Real) or not np.isfinite(scale):
+        if np.ndim(scale) or np.asarray(scale).dtype.kind not in "iuf" or not np.isfinite(scale):
             raise UserError(f"The scale of adapters must be a finite number, got {scale!r}.")
         adapters = Adapters.from_pretrained(folder, revision=revision)
         generators = jax.device_get({k: self.params[k] for k in GENERATORS if k in self.params})
@@ -489,7 +489,8 @@ class Pipeline(hub.Storable):
                 f"{name} must be a GranularitySequence, (structure, tokens), got "
                 f"{type(sequence).__name__}."
             )
-        config, batch, parts = self.tokenizer.config, count or "batch", []
+        config = self.tokenizer.config
+        batch, parts = count or "batch", []
         for field, part in zip(GranularitySequence._fields, sequence):
             try:
                 part = np.asarray(part)

@@ -10,11 +10,7 @@ from etils import epath
 
 from nvg_jax import bundled, lora
 from nvg_jax.errors import UserError
-from nvg_jax.metadata import (
-    RunMetadata,
-    read_checkpoint,
-    read_metadata,
-)
+from nvg_jax.metadata import RunMetadata, read_checkpoint, read_metadata
 from nvg_jax.parts import DISTILLATION, GENERATOR_PARTS, GENERATORS, TOKENIZER
 from nvg_jax.runtime import export, storage
 

@@ -332,11 +332,11 @@ def test_classes_with_other_names_are_named(caplog):
     )
     caplog.clear()
     classification.warn_if_classes_differ(model({"seed": 0}), data("cat", "dog", "eel", "fox"))
-    assert "1 classes have other names" in caplog.text
+    assert "the first 'fox' and '(no class)'" in caplog.text
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_data_of_another_number_of_classes_are_refused(classes):
+def test_an_evaluation_needs_data_with_the_number_of_classes_of_the_model(classes):
     model = types.SimpleNamespace(
         class_names=tuple("abc"),
         metadata=types.SimpleNamespace(model=types.SimpleNamespace(num_classes=3), config={}),

@@ -82,7 +82,7 @@ def whole(pipeline, data, tmp_path_factory):
 
 def test_a_tokenizer_encodes_data_of_other_classes(pipeline, data, tmp_path):
     names = ("x", "y", "z")
-    trained = pipeline.metadata.replace(model=ModelConfig(SIZES, 3), class_names=names, config={})
+    trained = pipeline.metadata.replace(model=ModelConfig(SIZES, 3), class_names=names)
     encode_data_set(
         Pipeline(trained.replace(config={"data": data}), pipeline.params), tmp_path, data
     )
@@ -95,7 +95,7 @@ def test_a_cache_of_other_pictures_is_not_continued(pipeline, data, tmp_path):
     encode_data_set(pipeline, out, data | {"data_dir": str(images)})
     first = next((images / "train/bee").iterdir())
     first.rename(first.with_name("new.png"))  # as many as before
-    with pytest.raises(UserError, match="made with records = "):
+    with pytest.raises(UserError, match="of other pictures: the data set has changed since"):
         encode_data_set(pipeline, out, data | {"data_dir": str(images)})
 
 

@@ -107,6 +107,7 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
         ModelConfig.from_config(config, 1).only(), ("a",), config=config.to_dict()
     )
     run = types.SimpleNamespace(workdir=epath.Path(tmp_path), config_json=config.to_dict)
+    trainer = types.SimpleNamespace(part=TOKENIZER, num_images=None)
     folder, params = tmp_path / "best_tokenizer", {"x": np.ones(3)}
     values = iter([5.0, 7.0, 3.0, 4.0, 3.0, 9.0])
     score = lambda metadata, params: next(values)
@@ -115,22 +116,26 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     def update(best, step):
         return best.update(step, metadata, params, lambda: kept.append(step) or metadata)
 
-    best = BestModel(run, TOKENIZER, score, start=0)
+    best = BestModel(run, trainer, score, start=0)
     assert [update(best, step) for step in (10, 20, 30)] == [(5.0, 5.0), (7.0, 5.0), (3.0, 3.0)]
-    resumed = BestModel(run, TOKENIZER, score, start=30)
+    resumed = BestModel(run, trainer, score, start=30)
     assert update(resumed, 40) == (4.0, 3.0)
     assert update(resumed, 50) == (3.0, 3.0)
     assert kept == [10, 30]
     stored = read_export_metadata(folder)
     assert (stored.step, stored.fid) == (30, 3.0)
-    # Neither does a FID of another number of images, nor of another judge, compete with it.
-    for path in ("tokenizer_training.fid_samples", "evaluation.judge"):
+    # A FID of another number of images, by another judge or of other data does not compete.
+    for path, value in (
+        ("tokenizer_training.fid_samples", 20),
+        ("evaluation.judge", "inception"),
+        ("data.resize", 9),
+    ):
         other = tiny_config()
-        other.update_from_flattened_dict({path: 20 if "samples" in path else "inception"})
+        other.update_from_flattened_dict({path: value})
         changed = types.SimpleNamespace(workdir=run.workdir, config_json=other.to_dict)
-        assert BestModel(changed, TOKENIZER, score, start=50).fid == float("inf")
+        assert BestModel(changed, trainer, score, start=50).fid == float("inf")
     # A new training in the same workdir does not compete with the one before.
-    anew = BestModel(run, TOKENIZER, score, start=0)
+    anew = BestModel(run, trainer, score, start=0)
     assert update(anew, 10) == (9.0, 9.0)
     assert read_export_metadata(folder).step == 10
 

@@ -103,16 +103,20 @@ def test_a_mistake_ends_with_one_line_and_code_2():
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("return {}['rate']", ", line 2: KeyError: 'rate'"),
-        ("return int('many')", ", line 2: ValueError: invalid literal"),  # these two are replaced
-        ("return 'a' + 1", ", line 2: TypeError: can only concatenate"),  # by ml_collections
+        ("def get_config(): return {}['rate']", "KeyError: 'rate'"),
+        # ml_collections raises others in the place of these.
+        ("def get_config(): return int('many')", "ValueError: invalid literal"),
+        ("def get_config(): return 'a' + 1", "TypeError: can only concatenate"),
+        ("def get_config(): return json.loads('')", "JSONDecodeError: Expecting value"),
+        ("def get_config(): return open('absent')", "FileNotFoundError: [Errno 2] No such file"),
+        ("{}['rate']", "KeyError: 'rate'"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, line, said):
     config = tmp_path / "mine.py"
-    config.write_text(f"def get_config():\n    {line}\n")
+    config.write_text(f"import json\n{line}\n")
     done = forked("-m", "nvg_jax.train", f"--config={config}", f"--workdir={tmp_path}")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {config}{said}")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {config}, line 2: {said}")
     assert done.stderr.count("\n") == 1
 
 

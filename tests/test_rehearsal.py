@@ -12,7 +12,9 @@ from helpers import tiny_config
 from ml_collections import ConfigDict
 
 from nvg_jax.errors import UserError
+from nvg_jax.jobs.encoding import encode_data_set
 from nvg_jax.parts import CHOICES
+from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import checkpoint, sharding
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.train import train
@@ -48,6 +50,16 @@ def test_a_rehearsal_ticks_what_works_and_leaves_nothing(tmp_path, capsys):
     assert re.search(r"✓ generators: a measurement of FID takes [\d.]+ s", text)
     assert re.search(r"the whole run: [\d.e-]+ h on \d+ devices?, .* at 3 an hour", text)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rehearsal_on_cached_sequences(trained, tmp_path, capsys):
+    pipe = Pipeline.from_pretrained(trained)
+    encode_data_set(pipe, tmp_path / "cache", pipe.metadata.config["data"])
+    config = tiny_config(part="generators", tokenizer_workdir=str(trained))
+    config.data.update(name="sequences", data_dir=str(tmp_path / "cache"))
+    train(config, tmp_path / "run", check=True)
+    assert "✓ generators: a step of 16 images takes" in capsys.readouterr().out
 
 
 def test_a_rehearsal_leaves_what_others_write_meanwhile(tmp_path):

@@ -75,6 +75,16 @@ def test_the_optimizer_never_changes(tmp_path):
         check_resume(metadata(), new, "generator_training", tmp_path, ["optimizer", "name"])
 
 
+def test_a_student_goes_on_only_with_the_sampling_that_its_teacher_recommended(tmp_path):
+    old = metadata().replace(teacher="a fingerprint")
+    new = RunMetadata.from_json(old.to_json())
+    new.config["sampling"]["solver"] = "heun"
+    with pytest.raises(UserError, match="sampling.solver = 'euler', now 'heun'"):
+        check_resume(old, new, "distillation", tmp_path)
+    old, new = (content.replace(teacher=None) for content in (old, new))
+    check_resume(old, new, "generator_training", tmp_path)  # of the samples of an evaluation
+
+
 def test_the_size_of_the_data_set_may_change_on_purpose(tmp_path):
     with pytest.raises(UserError, match="data.num_images = 100, now 120.* --allow_changes=data"):
         check_resume(metadata(), metadata(120), SECTION, tmp_path)

@@ -136,8 +136,8 @@ def read_package(packages: Path, design: str) -> tuple[dict[tuple[int, ...], byt
     """The picture files of a design by code points, and the entries of emoji.json if it has one.
 
     Raises:
-        UserError: there is not exactly one archive of the package, or it is damaged or holds other
-            files.
+        UserError: there is not exactly one archive of the package, or it is damaged or lacks the
+            pictures or their names.
     """
     pattern, folder = PACKAGES[design]
     archives = sorted(packages.glob(pattern))

@@ -139,6 +139,11 @@ def begin(folder: Path, settings: dict[str, Any]):
         return
     for key, value in settings.items():
         if stored.get(key) != value:
+            if key == "records":  # digests
+                raise UserError(
+                    f"{folder} holds sequences of other pictures: the data set has changed since. "
+                    "Encode it to another folder."
+                )
             raise UserError(
                 f"{folder} holds sequences made with {key} = {stored.get(key)}, and cannot be "
                 f"resumed with {value}. Use the same settings, or another folder."

@@ -53,8 +53,8 @@ def encode_data_set(
         The metadata (see `sequences.finish`) on process 0, {} on the others.
 
     Raises:
-        UserError: the data has no images, `out` holds something else or cannot be
-            written, or an image is unreadable (on_bad="error").
+        UserError: the data has no images, `out` holds something else or cannot be written, or an
+            image is unreadable (on_bad="error").
     """
     out = local_path(out, "out")
     sources, settings = plan_encoding(pipeline, data, crops, seed)

@@ -5,7 +5,9 @@ import os
 import shlex
 from collections.abc import Sequence
 
+from nvg_jax.errors import UserError
 from nvg_jax.jobs.scoring import fid_measurements
+from nvg_jax.metadata import read_metadata
 from nvg_jax.parts import BOTH_GENERATORS, TOKENIZER, Part
 from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
@@ -18,15 +20,27 @@ logger = logging.getLogger("nvg_jax")
 def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
     """The trainer of each part and the step that it goes on from; see `resume.standing`.
 
-    Generators cannot be read while their tokenizer is unfinished, for example since its last
-    checkpoint is damaged: what they were trained with is checked when it is their turn.
+    Generators whose tokenizer has yet to finish, perhaps since its last checkpoint is damaged, are
+    checked when it is their turn.
+
+    Raises:
+        UserError: as `resume.standing`, or there are generators and no tokenizer.
     """
-    found = []
+    result = []
     for part in parts:
         trainer = open_trainer(run, part)
-        waits = any(t.part == TOKENIZER and start < t.steps for t, start in found)
-        found.append((trainer, 0) if waits else resume.standing(trainer, run))
-    return found
+        tokenizer, done = result[0] if result else (trainer, trainer.steps)
+        stored = read_metadata(run.workdir / part.name)
+        if stored is None or tokenizer.part != TOKENIZER or done == tokenizer.steps:
+            result.append(resume.standing(trainer, run))
+        elif done:
+            result.append((trainer, stored.step))
+        else:
+            raise UserError(
+                f"{run.workdir / part.name} was trained with a tokenizer that {run.workdir} lacks. "
+                f"Restore its folder {TOKENIZER.name}/, or move that folder away."
+            )
+    return result
 
 
 def train_parts(run: Run, parts: Sequence[Part]):

@@ -216,13 +216,13 @@ def paste(
         mask: of shape (H, W); all pixels in it come from the edited image.
 
     Raises:
-        UserError: the mask has another size than the images.
+        UserError: the images and the mask have different sizes.
     """
-    if np.shape(mask) != np.shape(edited)[-3:-1] or np.shape(mask) != np.shape(original)[-3:-1]:
-        sizes = np.shape(original)[-3:-1], np.shape(edited)[-3:-1]
+    sizes = np.shape(original)[-3:-1], np.shape(edited)[-3:-1], np.shape(mask)
+    if len(set(sizes)) > 1:
         raise UserError(
-            f"The mask must have the size of both images, {sizes[0]} and {sizes[1]}, got "
-            f"{np.shape(mask)}."
+            f"The images and the mask must have the same size, got {sizes[0]}, {sizes[1]} and "
+            f"{sizes[2]}."
         )
     weight = np.asarray(mask, np.float32)
     grown = np.asarray(mask, bool)

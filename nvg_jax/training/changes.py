@@ -60,6 +60,8 @@ def changed_settings(
         config = content["config"]
         values = {name: content[name] for name in FIXED}
         values |= {name: config[name] for name in ("seed", "dtype", "class_dropout", "lora")}
+        if metadata.teacher:  # what a student learns depends on how its teacher samples
+            values["sampling"] = config["sampling"]
         values |= {f"data.{name}": content[name] for name in ("num_images", "resize_filter")}
         for name in ("data", section):
             values[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}

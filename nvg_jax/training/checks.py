@@ -79,7 +79,7 @@ def check_paths(config: ml_collections.ConfigDict):
 
 
 def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
-    """Raises UserError for invalid sizes, or sampling settings that do not fit them."""
+    """Raises UserError for invalid sizes, or settings that do not fit them or the data's."""
     model = models.ModelConfig.from_config(config, num_classes=0)
     sizes = model.tokenizer
     if any(name not in model.networks for part in parts for name in part.networks):
@@ -93,12 +93,11 @@ def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
     ):
         repa.check(model.generators["content"].depth, sizes.latent_size)
     data = config.data
-    if data.name != "sequences":  # they are prepared already
-        resize_filter = data.resize_filter or transforms.RESIZE_FILTERS[0]
-        transform = transforms.Transform(
-            sizes.image_size, data.resize or None, data.pad, resize_filter
-        )
-        loader.LoaderOptions(transform, process_batch_size=1, on_bad=data.on_bad)
+    resize = None if data.name == "sequences" else data.resize or None  # they are prepared already
+    transform = transforms.Transform(
+        sizes.image_size, resize, data.pad, data.resize_filter or "lanczos"
+    )
+    loader.LoaderOptions(transform, process_batch_size=1, on_bad=data.on_bad)
 
 
 def check_process(config: ml_collections.ConfigDict):

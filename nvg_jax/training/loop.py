@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from nvg_jax.metadata import RunMetadata, read_export_metadata, write_export
-from nvg_jax.parts import Part
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
 from nvg_jax.training.forecast import Forecast
 from nvg_jax.training.metrics import Reporter
@@ -56,7 +55,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             batches.set_state(position)
         reporter = Reporter(trainer, run, start, forecast)
         stack.enter_context(contextlib.closing(reporter))
-        best = BestModel(run, trainer.part, score, start) if score else None
+        best = BestModel(run, trainer, score, start) if score else None
         assessed = reporter.last_assessed
         if assessed > start:  # an abandoned step, or an earlier training's
             reporter.assessed(0)
@@ -147,14 +146,23 @@ class BestModel:
             measured in another way.
     """
 
-    def __init__(self, run: Run, part: Part, score: Score, start: int):
-        self._folder, self._score = run.workdir / f"best_{part.name}", score
-        stored = read_export_metadata(self._folder) if start else None
+    def __init__(self, run: Run, trainer: Trainer, score: Score, start: int):
+        self._folder, self._score = run.workdir / f"best_{trainer.part.name}", score
         self.fid = float("inf")
-        way = lambda config: (config["evaluation"], config[part.section]["fid_samples"])
-        if stored and way(stored.config) == way(run.config_json()):
-            assert stored.fid is not None and stored.step is not None  # `update` exports both
-            self.fid = stored.fid if stored.step <= start else self.fid
+        stored = read_export_metadata(self._folder) if start else None
+        if stored is None:
+            return
+
+        def way(config: dict[str, Any], num_images: int | None):
+            data = {name: config["data"][name] for name in ("name", "resize", "pad")}
+            samples = config[trainer.part.section]["fid_samples"]
+            return config["evaluation"], config["sampling"], data, num_images, samples
+
+        assert stored.config is not None
+        same = way(stored.config, stored.num_images) == way(run.config_json(), trainer.num_images)
+        assert stored.fid is not None and stored.step is not None  # `update` exports both
+        if same and stored.step <= start:
+            self.fid = stored.fid
 
     def update(
         self,

@@ -139,10 +139,14 @@ def rehearse_part(
     recipe, (inputs, metadata) = run.config[trainer.part.section], opened
     # A warm-up has a program of its own: {whether it is in the warm-up: number of steps}.
     counts = collections.Counter(map(trainer.warming_up, range(begin, trainer.steps)))
+    seed = run.config.seed + trainer.DATA_SEED
+    with contextlib.closing(run.train_batches(recipe.batch_size, seed)) as batches:
+        batch, reading = time_data(batches, run.config.data)
+    place = lambda: sharding.global_batch(batch, run.mesh)
     watchdog.reset(slow=True)
     start = time.monotonic()
     programs = {
-        trainer.warming_up(step): trainer.trace(step).lower().compile()
+        trainer.warming_up(step): trainer.trace(step, place()).lower().compile()
         for step in (begin, trainer.steps - 1)[-len(counts) :]
     }
     compiling = time.monotonic() - start
@@ -151,9 +155,6 @@ def rehearse_part(
     watchdog.reset(slow=True)
     state = trainer.jit_init_state(jax.random.fold_in(run.key, trainer.INIT_KEY), inputs)
     key = jax.random.fold_in(run.key, trainer.STEP_KEY)
-    seed = run.config.seed + trainer.DATA_SEED
-    with contextlib.closing(run.train_batches(recipe.batch_size, seed)) as batches:
-        batch, reading = time_data(batches, run.config.data)
     steps = stepping = 0.0
     for warming_up, program in programs.items():
         watchdog.reset(slow=True)
@@ -161,7 +162,7 @@ def rehearse_part(
             if number == 1:  # the first step also loads the program
                 jax.block_until_ready(state)
                 start = time.monotonic()
-            state, _ = program(state, inputs, sharding.global_batch(batch, run.mesh), key)
+            state, _ = program(state, inputs, place(), key)
         jax.block_until_ready(state)
         stepping = (time.monotonic() - start) / STEPS
         steps += counts[warming_up] * max(stepping, reading)

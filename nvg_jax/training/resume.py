@@ -21,10 +21,11 @@ logger = logging.getLogger("nvg_jax")
 def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
     """Where `fit` will go on: (the trainer with its schedule restated, the step).
 
-    It reads only metadata: what a later part refuses is refused before an earlier one is trained.
+    It reads no state: what a later part refuses is refused before an earlier one is trained.
 
     Raises:
-        UserError: as `resume`, or there is no checkpoint to go back to.
+        UserError: as `resume`; there is no checkpoint to go back to; or the tokenizer would be
+            changed under generators.
     """
     folder, section = run.workdir / trainer.part.name, trainer.part.section
     if read_metadata(folder) is None:
@@ -50,7 +51,7 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
 def check_unused(run: Run):
     """Raises UserError if generators in the workdir were trained with its tokenizer.
 
-    With other settings, it would become another one, which they do not fit.
+    More training with a change would make it another one, which they do not fit.
     """
     tokenizer = read_metadata(run.workdir / TOKENIZER.name)
     assert tokenizer is not None  # it goes on
@@ -59,8 +60,9 @@ def check_unused(run: Run):
         if stored and tokenizer.fingerprint in (None, stored.fingerprint):
             raise UserError(
                 f"{run.workdir / part.name} was trained with the tokenizer in {run.workdir} and "
-                "would not fit it after more training. Train another tokenizer in another "
-                "--workdir, or move that folder away."
+                "would not fit it after more training. To keep this tokenizer, train with "
+                "--config.part=generators; for another one, give another --workdir, or move that "
+                "folder away."
             )
 
 

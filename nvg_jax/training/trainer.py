@@ -45,8 +45,8 @@ class Trainer(abc.ABC, Generic[State]):
         steps: the length of the training.
         learning_rate: step -> rate.
         abstract_state, abstract_inputs, abstract_batch, abstract_key: the abstract arguments of
-            `train_step` with their shardings. They are those of the arrays of a run to the last
-            detail, so that what is traced with them is not traced again.
+            `train_step` with their shardings, the batch of images. They are those of the arrays of
+            a run to the last detail, so that what is traced with them is not traced again.
         jit_init_state, jit_train_step, jit_eval_step: the methods of these names, compiled;
             `jit_train_step` donates the state.
     """
@@ -224,12 +224,12 @@ class Trainer(abc.ABC, Generic[State]):
         """Whether `step` is in the IBQ warm-up."""
         return False
 
-    def trace(self, step: int = 0) -> jax.stages.Traced:
-        """The program of a step at the configured batch size, without any data."""
+    def trace(self, step: int = 0, batch: Batch | None = None) -> jax.stages.Traced:
+        """The program of a step for such a batch, by default one of images."""
         return self.jit_train_step.trace(
             self.abstract_state,
             self.abstract_inputs,
-            self.abstract_batch,
+            batch or self.abstract_batch,
             self.abstract_key,
             warming_up=self.warming_up(step),
         )
