@@ -1,4 +1,4 @@
-"""The metadata of a model, and the folders that hold one.
+"""The metadata of a model, and the folders that hold one; writes exports, below `hub`.
 
 A training run's workdir has a folder of checkpoints for each trained part (`PARTS`). An export is
 what `runtime.export` writes: bundled and converted models, the best of a training, a student.
@@ -200,12 +200,12 @@ def check_keys(kind: type, content: Mapping[str, Any]):
 
 
 def read_checkpoint(
-    folder: str | os.PathLike, part: Callable[[RunMetadata], Any], last: int | None = None
+    folder: str | os.PathLike, wanted: Callable[[RunMetadata], Any], last: int | None = None
 ) -> tuple[RunMetadata, Any] | None:
     """The metadata and part of the state of a folder's newest undamaged checkpoint.
 
     Args:
-        part: metadata -> abstract tree of the leaves to read.
+        wanted: metadata -> abstract tree of the leaves to read.
         last: ignores checkpoints of later steps.
 
     Returns:
@@ -214,7 +214,7 @@ def read_checkpoint(
     Raises:
         UserError: all checkpoints are damaged, or hold other leaves.
     """
-    stored = checkpoint.read(folder, lambda content: part(RunMetadata.from_json(content)), last)
+    stored = checkpoint.read(folder, lambda content: wanted(RunMetadata.from_json(content)), last)
     return stored and (RunMetadata.from_json(stored[0]), stored[1])
 
 
@@ -249,12 +249,12 @@ def read_model_metadata(folder: str | os.PathLike) -> RunMetadata | None:
 
 def holds_model(folder: epath.Path) -> bool:
     """Whether this is the folder of an export or of a training run."""
-    return (folder / export.CONFIG).is_file() or any((folder / part).is_dir() for part in PARTS)
+    return (folder / export.CONFIG).is_file() or any((folder / name).is_dir() for name in PARTS)
 
 
 def check_export(folder: epath.Path):
     """Raises UserError for a training run's folder, whose checkpoints an export would hide."""
-    if any((folder / part).is_dir() for part in PARTS if part != DISTILLATION.name):
+    if any((folder / name).is_dir() for name in PARTS if name != DISTILLATION.name):
         raise UserError(f"{folder} holds a training run; export to another folder.")
 
 

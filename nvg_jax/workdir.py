@@ -1,4 +1,4 @@
-"""The model in a folder: what a training run, an export or a bundled model holds to sample from."""
+"""Reads the model in a folder: of a training run, an export, a bundled model or one of the hub."""
 
 import dataclasses
 import functools
@@ -141,6 +141,36 @@ def read_averages(folder: epath.Path, name: str) -> tuple[RunMetadata, Any]:
     return stored[0], stored[1]["ema_params"][name]
 
 
+def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
+    """The tokenizer of a workdir, of an exported or converted folder, or of a bundled model.
+
+    Returns:
+        (metadata, raw parameters), or None if the folder holds no tokenizer.
+
+    Raises:
+        UserError: all its checkpoints are damaged.
+    """
+    folder = bundled.find(folder)
+    stored, key = read_export(folder, "tokenizer"), "tokenizer"
+    if stored is None:
+        abstract = lambda metadata: {"params": metadata.model.abstract_params("tokenizer")}
+        stored, key = read_checkpoint(folder / TOKENIZER.name, abstract), "params"
+    if stored is None:
+        return None
+    metadata, params = stored
+    return metadata.replace(model=metadata.model.only(), teacher=None), params[key]
+
+
+def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: str | os.PathLike):
+    """Raises UserError if the generator in `folder` was trained with another tokenizer."""
+    if generator.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"The generator in {folder} was trained with another tokenizer (weights "
+            f"{generator.fingerprint}) than this model's ({tokenizer.fingerprint}). Train it "
+            "again with this tokenizer, or restore its own tokenizer."
+        )
+
+
 # Adapters.
 
 
@@ -202,33 +232,3 @@ def add_adapters(
         for name in GENERATORS
         if name in params
     }
-
-
-def read_tokenizer(folder: str | os.PathLike) -> tuple[RunMetadata, Any] | None:
-    """The tokenizer of a workdir, of an exported or converted folder, or of a bundled model.
-
-    Returns:
-        (metadata, raw parameters), or None if the folder holds no tokenizer.
-
-    Raises:
-        UserError: all its checkpoints are damaged.
-    """
-    folder = bundled.find(folder)
-    stored, key = read_export(folder, "tokenizer"), "tokenizer"
-    if stored is None:
-        abstract = lambda metadata: {"params": metadata.model.abstract_params("tokenizer")}
-        stored, key = read_checkpoint(folder / TOKENIZER.name, abstract), "params"
-    if stored is None:
-        return None
-    metadata, params = stored
-    return metadata.replace(model=metadata.model.only(), teacher=None), params[key]
-
-
-def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: str | os.PathLike):
-    """Raises UserError if the generator in `folder` was trained with another tokenizer."""
-    if generator.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"The generator in {folder} was trained with another tokenizer (weights "
-            f"{generator.fingerprint}) than this model's ({tokenizer.fingerprint}). Train it "
-            "again with this tokenizer, or restore its own tokenizer."
-        )

@@ -23,7 +23,8 @@ LEVELS = (
     ("workdir",),
     ("adapters",),
     ("pipeline",),
-    ("training", "jobs"),
+    ("training",),
+    ("jobs",),
     ("aot", "cli", "page"),
     ("train", "distill", "encode", "convert", "compile", "report")
     + ("sample", "evaluate", "figures", "tune_sampling", "app"),

@@ -170,7 +170,7 @@ def test_a_run_resumes_with_its_own_filter_only(published, tmp_path):
     old = old.replace(model=old.model.only())
     new = old.replace(resize_filter="published")
     with pytest.raises(UserError, match="data.resize_filter = 'lanczos', now 'published'"):
-        changes.check_resume(old, new, "tokenizer_training", tmp_path)
+        changes.check_changes(old, new, "tokenizer_training", tmp_path)
 
 
 def test_evaluation_and_editing_prepare_as_the_model_was_trained(published, tmp_path):

@@ -19,7 +19,7 @@ from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.train import train
 from nvg_jax.training import checks, registry
-from nvg_jax.training.changes import Resume, check_resume
+from nvg_jax.training.changes import Resume, check_changes
 from nvg_jax.training.length import Origin, step_of, training_length
 from nvg_jax.training.metrics import check_steps, summarize
 from nvg_jax.training.state import FAR_ABOVE, NORMS, Skipping
@@ -42,7 +42,7 @@ def test_the_refusal_names_every_setting_that_changed_and_how_to_allow_it(tmp_pa
     stored = metadata(length="150 steps", optimizer=dict(learning_rate=1e-3))
     new = metadata(length="300 steps", optimizer=dict(learning_rate=5e-4))
     with pytest.raises(UserError) as error:
-        check_resume(stored, new, SECTION, tmp_path)
+        check_changes(stored, new, SECTION, tmp_path)
     for text in (
         "tokenizer_training.length = '150 steps', now '300 steps'",
         "tokenizer_training.optimizer.learning_rate = 0.001, now 0.0005",
@@ -50,29 +50,29 @@ def test_the_refusal_names_every_setting_that_changed_and_how_to_allow_it(tmp_pa
     ):
         assert text in str(error.value)
     with pytest.raises(UserError, match=r"rate = .* --allow_changes=length,learning_rate\.$"):
-        check_resume(stored, new, SECTION, tmp_path, ["length"])
+        check_changes(stored, new, SECTION, tmp_path, ["length"])
     for allowed in (["length", "learning_rate"], [SECTION], ["length", "optimizer"]):
-        check_resume(stored, new, SECTION, tmp_path, allowed)
+        check_changes(stored, new, SECTION, tmp_path, allowed)
     with pytest.raises(UserError, match="learning_rate = "):
-        check_resume(stored, new, SECTION, tmp_path, ["length", "rate", "content"])
+        check_changes(stored, new, SECTION, tmp_path, ["length", "rate", "content"])
 
 
 def test_what_follows_from_the_length_may_change_with_it(tmp_path):
     stored = metadata(length="150 steps", optimizer=dict(warmup_steps=7, ema_decay=0.8))
     new = metadata(length="300 steps", optimizer=dict(warmup_steps=15, ema_decay=0.9))
     with pytest.raises(UserError, match=r"length = '150 steps', now '300 steps'\. .*=length\.$"):
-        check_resume(stored, new, SECTION, tmp_path)
-    check_resume(stored, new, SECTION, tmp_path, ["length"])
+        check_changes(stored, new, SECTION, tmp_path)
+    check_changes(stored, new, SECTION, tmp_path, ["length"])
     new = metadata(length="150 steps", optimizer=dict(warmup_steps=15, ema_decay=0.8))
     with pytest.raises(UserError, match="warmup_steps = 7, now 15"):
-        check_resume(stored, new, SECTION, tmp_path, ["length"])
+        check_changes(stored, new, SECTION, tmp_path, ["length"])
 
 
 def test_the_optimizer_never_changes(tmp_path):
     new = metadata()
     new.config["generator_training"]["optimizer"]["name"] = "muon"
     with pytest.raises(UserError, match="optimizer.name = 'adamw', now 'muon'. Its checkp"):
-        check_resume(metadata(), new, "generator_training", tmp_path, ["optimizer", "name"])
+        check_changes(metadata(), new, "generator_training", tmp_path, ["optimizer", "name"])
 
 
 def test_a_student_goes_on_only_with_the_sampling_that_its_teacher_recommended(tmp_path):
@@ -80,15 +80,15 @@ def test_a_student_goes_on_only_with_the_sampling_that_its_teacher_recommended(t
     new = RunMetadata.from_json(old.to_json())
     new.config["sampling"]["solver"] = "heun"
     with pytest.raises(UserError, match="sampling.solver = 'euler', now 'heun'"):
-        check_resume(old, new, "distillation", tmp_path)
+        check_changes(old, new, "distillation", tmp_path)
     old, new = (content.replace(teacher=None) for content in (old, new))
-    check_resume(old, new, "generator_training", tmp_path)  # of the samples of an evaluation
+    check_changes(old, new, "generator_training", tmp_path)  # of the samples of an evaluation
 
 
 def test_the_size_of_the_data_set_may_change_on_purpose(tmp_path):
     with pytest.raises(UserError, match="data.num_images = 100, now 120.* --allow_changes=data"):
-        check_resume(metadata(), metadata(120), SECTION, tmp_path)
-    check_resume(metadata(), metadata(120), SECTION, tmp_path, ["data"])
+        check_changes(metadata(), metadata(120), SECTION, tmp_path)
+    check_changes(metadata(), metadata(120), SECTION, tmp_path, ["data"])
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_the_sizes_of_the_weights_never_change(tmp_path):
     sizes = dataclasses.replace(new.model.tokenizer, codebook_size=32)
     new = new.replace(model=dataclasses.replace(new.model, tokenizer=sizes))
     with pytest.raises(UserError, match="tokenizer.codebook_size = 16, now 32. .*another workdir"):
-        check_resume(metadata(), new, SECTION, tmp_path, ["tokenizer", "codebook_size"])
+        check_changes(metadata(), new, SECTION, tmp_path, ["tokenizer", "codebook_size"])
 
 
 @pytest.mark.parametrize(

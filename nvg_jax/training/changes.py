@@ -84,7 +84,7 @@ def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def check_resume(
+def check_changes(
     stored: RunMetadata,
     new: RunMetadata,
     section: str,

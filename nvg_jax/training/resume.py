@@ -9,7 +9,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata, read_metadata
 from nvg_jax.parts import GENERATOR_PARTS, TOKENIZER
 from nvg_jax.runtime import checkpoint
-from nvg_jax.training.changes import changed_settings, check_resume
+from nvg_jax.training.changes import changed_settings, check_changes
 from nvg_jax.training.length import START, Origin
 from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
@@ -40,7 +40,7 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
     stored = read_metadata(folder, step)
     if stored is None:  # `resume` says which steps there are
         return trainer, 0
-    check_resume(stored, new, section, folder, run.resume.allow_changes)
+    check_changes(stored, new, section, folder, run.resume.allow_changes)
     trainer, new = continued(trainer, run, stored, new, step)
     assert stored.step is not None  # it was read
     if trainer.part == TOKENIZER and new.changes != stored.changes and stored.step < trainer.steps:
@@ -134,7 +134,7 @@ def resume(
 
     def abstract_of(content: dict[str, Any]) -> TrainState:
         stored = RunMetadata.from_json(content)
-        check_resume(stored, new, section, run.workdir / name, run.resume.allow_changes)
+        check_changes(stored, new, section, run.workdir / name, run.resume.allow_changes)
         return trainer.stored_state(stored)
 
     state, content, position = checkpoints.restore(abstract_of, step)
