@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import app, flags, logging
-from matplotlib import figure
+from matplotlib import figure, ticker
 
 from nvg_jax.metadata import read_metadata
 from nvg_jax.models import parameter_counts
@@ -78,6 +78,7 @@ def main(_):
             label = f"{curve.parameters / 1e6:.2f} million parameters"
             axis.plot(flops, [curve.losses[step] for step in steps], "o-", label=label)
         axis.set(title=name, xlabel="training FLOPs", ylabel="held-out loss", xscale="log")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize="small")
     canvas.savefig(FLAGS.out, dpi=120)
