@@ -106,7 +106,8 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     metadata = RunMetadata(
         ModelConfig.from_config(config, 1).only(), ("a",), config=config.to_dict()
     )
-    run = types.SimpleNamespace(workdir=epath.Path(tmp_path), config_json=config.to_dict)
+    as_json = lambda config: json.loads(json.dumps(config.to_dict()))
+    run = types.SimpleNamespace(workdir=epath.Path(tmp_path), config_json=lambda: as_json(config))
     trainer = types.SimpleNamespace(part=TOKENIZER, num_images=None)
     folder, params = tmp_path / "best_tokenizer", {"x": np.ones(3)}
     values = iter([5.0, 7.0, 3.0, 4.0, 3.0, 9.0])
@@ -132,7 +133,9 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
     ):
         other = tiny_config()
         other.update_from_flattened_dict({path: value})
-        changed = types.SimpleNamespace(workdir=run.workdir, config_json=other.to_dict)
+        changed = types.SimpleNamespace(
+            workdir=run.workdir, config_json=lambda other=other: as_json(other)
+        )
         assert BestModel(changed, trainer, score, start=50).fid == float("inf")
     # A new training in the same workdir does not compete with the one before.
     anew = BestModel(run, trainer, score, start=0)

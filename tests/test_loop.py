@@ -1,5 +1,6 @@
 """The training loop with a model of one number: what it evaluates, and when."""
 
+import json
 import logging
 import os
 import shutil
@@ -57,7 +58,7 @@ class Batches:
 class Sum:
     """Trains the sum of its batches; its FID is 10 minus the sum."""
 
-    part, STEP_KEY, DATA_SEED = TOKENIZER, 0, 0
+    part, STEP_KEY, DATA_SEED, num_images = TOKENIZER, 0, 0, None
     abstract_state = {"sum": np.zeros((1, 1), np.float32)}
 
     def __init__(self, recipe, origin=START):
@@ -137,7 +138,7 @@ def fit(tmp_path, monkeypatch):
             key=0,
             train_batches=Batches,
             resume=resume,
-            config_json=config.to_dict,
+            config_json=lambda: json.loads(json.dumps(config.to_dict())),
         )
         monkeypatch.setattr("jax.random.fold_in", lambda key, data: key)
         trainer, fit.start = standing(trainer, run)
