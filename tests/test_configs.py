@@ -13,7 +13,7 @@ from helpers import forked, optimizer_config
 from configs import common
 from nvg_jax import Pipeline, cli, layers, models
 from nvg_jax.errors import UserError
-from nvg_jax.parts import BOTH_GENERATORS
+from nvg_jax.parts import BOTH_GENERATORS, CONTENT
 from nvg_jax.runtime.sharding import unbox
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
@@ -226,7 +226,7 @@ def test_the_losses_that_need_other_networks():
     published = tokenizer.loss_config(load("imagenet256"))
     assert (published.perceptual_weight, published.adversarial_weight) == (1.0, 0.1)
     assert published.pretrained == ("lpips", "dino")
-    repa = generators.repa_config(load("imagenet256"))
+    repa = generators.repa_config(load("imagenet256"), CONTENT)
     assert (repa.weight, repa.block) == (0.5, 8)
     for name, arg in EVERY:
         if name != "imagenet256" or "runlocal" in (arg or ""):

@@ -30,8 +30,9 @@ def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
     for part in parts:
         trainer = open_trainer(run, part)
         tokenizer, done = result[0] if result else (trainer, trainer.steps)
-        stored = read_metadata(run.workdir / part.name)
-        if stored is None or tokenizer.part != TOKENIZER or done == tokenizer.steps:
+        waits = tokenizer.part == TOKENIZER and done < tokenizer.steps
+        stored = read_metadata(run.workdir / part.name) if waits else None
+        if stored is None:
             result.append(resume.standing(trainer, run))
         elif done:
             result.append((trainer, stored.step))

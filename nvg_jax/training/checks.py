@@ -88,10 +88,9 @@ def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
             "--config.part=tokenizer, then with --config.part=content."
         )
     generators.sampling_settings(config).expand(sizes.num_stages, sizes.codebook_size)
-    if any("content" in part.networks for part in parts) and (
-        repa := generators.repa_config(config)
-    ):
-        repa.check(model.generators["content"].depth, sizes.latent_size)
+    for part in parts:
+        if repa := generators.repa_config(config, part):
+            repa.check(model.generators["content"].depth, sizes.latent_size)
     data = config.data
     resize = None if data.name == "sequences" else data.resize or None  # they are prepared already
     transform = transforms.Transform(

@@ -173,8 +173,10 @@ def encode(tokenizer: Tokenizer, params: Params, batch: Batch) -> Quantized:
 # The trainer.
 
 
-def repa_config(config: ml_collections.ConfigDict) -> RepaConfig | None:
-    """The REPA settings of a config's content generator, None if alignment is off."""
+def repa_config(config: ml_collections.ConfigDict, part: Part) -> RepaConfig | None:
+    """The REPA settings of a part's content generator, None if it trains none or without REPA."""
+    if "content" not in part.networks:
+        return None
     recipe = config.generator_training
     repa = RepaConfig(recipe.repa_weight, recipe.repa_block)
     return repa if repa.weight else None
@@ -196,12 +198,12 @@ class GeneratorTrainer(Trainer[TrainState]):
 
     @classmethod
     def pretrained(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
-        return ("dinov2",) if "content" in part.networks and repa_config(config) else ()
+        return ("dinov2",) if repa_config(config, part) else ()
 
     def make_networks(self):
         check_heads(self.model, self.part.networks, self.mesh)
         self.rank = self.config.lora.rank
-        self.repa = repa_config(self.config) if "content" in self.part.networks else None
+        self.repa = repa_config(self.config, self.part)
         if self.repa:
             self.repa.check(
                 self.model.generators["content"].depth, self.model.tokenizer.latent_size

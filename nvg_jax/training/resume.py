@@ -28,7 +28,8 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
             changed under generators.
     """
     folder, section = run.workdir / trainer.part.name, trainer.part.section
-    if read_metadata(folder) is None:
+    latest = read_metadata(folder)
+    if latest is None:
         if run.resume.step is not None:
             raise UserError(
                 f"--resume_step={run.resume.step}: there is no checkpoint in {folder}. Correct "
@@ -44,17 +45,15 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
     trainer, new = continued(trainer, run, stored, new, step)
     assert stored.step is not None  # it was read
     if trainer.part == TOKENIZER and new.changes != stored.changes and stored.step < trainer.steps:
-        check_unused(run)
+        check_unused(run, latest)
     return trainer, stored.step
 
 
-def check_unused(run: Run):
+def check_unused(run: Run, tokenizer: RunMetadata):
     """Raises UserError if generators in the workdir were trained with its tokenizer.
 
     More training with a change would make it another one, which they do not fit.
     """
-    tokenizer = read_metadata(run.workdir / TOKENIZER.name)
-    assert tokenizer is not None  # it goes on
     for part in GENERATOR_PARTS:
         stored = read_metadata(run.workdir / part.name)
         if stored and tokenizer.fingerprint in (None, stored.fingerprint):
