@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package need not be installed, and sweeps import configs
 
 from nvg_jax import presets  # noqa: E402
+from nvg_jax.cli import mistake_in_config  # noqa: E402
 from nvg_jax.errors import UserError, comes_with  # noqa: E402
 from nvg_jax.training import checks  # noqa: E402
 from nvg_jax.training.changes import leaves  # noqa: E402
@@ -81,10 +82,16 @@ def comparison(commands: Sequence[Sequence[str]]) -> str:
 
 def run(command: Sequence[str]) -> int:
     """Runs a command, forwards Ctrl-C and SIGTERM to it as SIGTERM, and returns its exit code."""
-    process = subprocess.Popen(command, cwd=ROOT)
+    process, received = subprocess.Popen(command, cwd=ROOT), []
+
+    def stop(number, _):
+        received.append(number)
+        process.terminate()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: process.terminate())
-    return process.wait()
+        signal.signal(number, stop)
+    code = process.wait()
+    return code or (128 + received[0] if received else 0)  # it may have been at its end
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -182,7 +189,8 @@ def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.C
             values(argv)
             return values.config
     except Exception as error:  # a wrong flag, or anything that the user's config file raises
-        message = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        message = mistake_in_config(error) or str(error) or type(error).__name__
+        message = message.strip().splitlines()[-1].strip()
         arguments = shlex.join([f"--config={config_name}", *overrides])
         raise UserError(f"{arguments}: {message}") from error
 

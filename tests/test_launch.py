@@ -1117,12 +1117,15 @@ def get_sweep():
     [
         ("configs/nothere.py", [], ["configs/nothere.py"]),
         ("configs/digits.py:huge", [], ["huge", "runlocal"]),
+        ("{folder}/broken.py", [], ["broken.py, line 2: NameError: name 'missing'"]),
         ("configs/digits.py", ["--config.seed=4"], ["do not set --config.seed after --"]),
         ("configs/digits.py", ["--workdir=there"], ["do not set --workdir after --"]),
         ("configs/digits.py", ["--config.sed=4"], ["sed", "seed"]),
     ],
 )
 def test_sweep_with_an_invalid_configuration(tmp_path, config, extra, words):
+    (tmp_path / "broken.py").write_text("def get_config():\n    return missing\n")
+    config = config.format(folder=tmp_path)
     text = f"CONFIG = {config!r}\ndef get_sweep():\n    return [{{'seed': 3}}]\n"
     result = sweep("--", *extra, text=text, folder=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
@@ -1185,6 +1188,26 @@ def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
     )
     assert (tmp_path / "jobs").read_text() == "--job-name=seed=3\n--job-name=seed=4\n"
     assert result.returncode == 3 and "run 2 ended with exit code 3" in result.stderr
+
+
+def test_a_sweep_that_is_stopped_starts_no_other_run(tmp_path):
+    """Not even if the run was at its end and succeeded."""
+    program(
+        tmp_path / "bin/sbatch",
+        f'trap "exit 0" TERM; echo "$1" >>{tmp_path}/jobs; while true; do sleep 0.05; done',
+    )
+    text = "CONFIG = 'configs/digits.py'\ndef get_sweep():\n    return [{'seed': 3}, {'seed': 4}]\n"
+    (tmp_path / "mine.py").write_text(text)
+    with Process(
+        [sys.executable, LAUNCH / "sweep.py", f"--sweep={tmp_path}/mine.py", "--workdir=/shared"]
+        + ["--launcher=slurm", "--submit"],
+        env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+    ) as process:
+        wait_for((tmp_path / "jobs").exists)
+        process.send_signal(signal.SIGINT)
+        (result,) = finish(process)
+    assert result.returncode == 130 and "run 1 ended with exit code 130" in result.stderr
+    assert (tmp_path / "jobs").read_text() == "--job-name=seed=3\n"
 
 
 @pytest.mark.parametrize("extra, code", [([], 2), (["--", "--check"], 0)])

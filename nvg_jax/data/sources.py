@@ -468,7 +468,7 @@ def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
     if builder.name == "imagenet2012" and len(names) == 1000:
         # TFDS names these classes by WordNet ID.
         names = default_class_names(len(names))
-    return TfdsSource(records, names, f"{name} {available[0]}")
+    return TfdsSource(records, names, f"{builder.info.full_name} {available[0]}")
 
 
 def default_class_names(count: int) -> tuple[str, ...]:
