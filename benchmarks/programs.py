@@ -87,7 +87,7 @@ def training(config, mesh):
         state = trainer.jit_init_state(jax.random.key(0), inputs)
         arguments = (inputs, examples, jax.random.key(0))
         step = trainer.jit_train_step.lower(
-            state, *arguments, warming_up=trainer.warming_up(0)
+            state, *arguments, index_backprop=trainer.index_backprop(0)
         ).compile()
 
     def run():

@@ -92,7 +92,7 @@ def base() -> ml_collections.ConfigDict:
                 discriminator="dino",  # or "small": for small images, needs no pretrained weights
                 discriminator_weight_decay=5e-4,  # decays all its parameters
                 discriminator_sees_generator_loss=False,  # True: as in the published code
-                index_backprop_epochs=1.0,  # IBQ warm-up: gradients through the choice of the token
+                index_backprop_epochs=1.0,  # the first, with gradients through the token choice
                 optimizer=tokenizer_optimizer,
             ),
             generator_training=run

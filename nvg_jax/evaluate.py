@@ -47,18 +47,19 @@ def check_flags(judge: str):
         raise UserError("Give either --samples=FILE.npz, or --workdir of a model.")
     if FLAGS.samples and not FLAGS.reference:
         raise UserError("--samples needs --reference=FILE.npz to compare with.")
-    if FLAGS.samples and (FLAGS.reconstruction or FLAGS.sweep or judge == "classifier"):
+    fitted = judge in judges.FITTED
+    if FLAGS.samples and (FLAGS.reconstruction or FLAGS.sweep or fitted):
         raise UserError(
             "--reconstruction, --sweep and --judge=classifier need a model; give --workdir."
         )
-    if judge != "classifier" and not (FLAGS.reference or FLAGS.reconstruction):
+    if not fitted and not (FLAGS.reference or FLAGS.reconstruction):
         raise UserError(
             f"--judge={judge} needs --reference (train, test or an .npz file) for samples, or "
             "--reconstruction."
         )
-    if judge == "classifier" and (FLAGS.reference or FLAGS.sweep or FLAGS.reconstruction):
+    if fitted and (FLAGS.reference or FLAGS.sweep or FLAGS.reconstruction):
         raise UserError(
-            "--judge=classifier compares with the images of its data set, and reconstructions too; "
+            f"--judge={judge} compares with the images of its data set, and reconstructions too; "
             "leave out --reference, --sweep and --reconstruction, or choose --judge=inception."
         )
     if FLAGS.reconstruction and (FLAGS.reference or FLAGS.sweep):
@@ -92,7 +93,8 @@ def evaluate_samples(judge: str):
 def evaluate_model(judge: str, settings):
     """(results, table) for a model."""
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
-    needs_data = FLAGS.reconstruction or judge == "classifier" or FLAGS.reference in SPLITS
+    fitted = judge in judges.FITTED
+    needs_data = FLAGS.reconstruction or fitted or FLAGS.reference in SPLITS
     data = (
         cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter) if needs_data else None
     )
@@ -102,7 +104,7 @@ def evaluate_model(judge: str, settings):
         images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
         results = reconstruction.report(pipe, images, out, judge)
         return results, results and reconstruction.table(results)
-    if judge == "classifier":
+    if fitted:
         assert data is not None
         job = sampling_job(pipe, settings) if pipe.can_sample else None
         results = classification.report(pipe, data, job, out)

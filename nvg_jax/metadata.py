@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from nvg_jax import lora
-from nvg_jax.data.transforms import Transform
+from nvg_jax.data.transforms import DEFAULT_FILTER, Transform
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
@@ -73,7 +73,7 @@ class RunMetadata:
     changes: tuple[dict[str, Any], ...] = ()
     fid: float | None = None
     sources: dict[str, Any] | None = None
-    resize_filter: str = "lanczos"
+    resize_filter: str = DEFAULT_FILTER
     step: int | None = None
 
     def images_seen(self, section: str, step: int) -> int:

@@ -120,7 +120,7 @@ def train_on(mesh, parts, starts: dict[str, TrainState]) -> dict[str, dict]:
 
     def steps(trainer, state, inputs):
         step = trainer.jit_train_step.lower(
-            state, inputs, taken[0], key, warming_up=False
+            state, inputs, taken[0], key, index_backprop=False
         ).compile()
         metrics = []
         for number, batch in enumerate(taken):

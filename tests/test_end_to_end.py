@@ -242,19 +242,19 @@ def test_an_export_is_the_same_model(pipe, tmp_path, images):
     np.testing.assert_array_equal(again.sample([5]).images, pipe.sample([5]).images)
 
 
-WARM_UP = 8  # steps of the tokenizer's 12
+FIRST = 8  # of the tokenizer's 12 steps, with index_backprop
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "generators"])
 def test_a_resumed_run_is_the_uninterrupted_run(trained, tmp_path, monkeypatch, stage):
-    """The tokenizer's with a discriminator, and a warm-up that ends within the run."""
-    warming_up, warm = tokenizer.TokenizerTrainer.warming_up, []
+    """The tokenizer's with a discriminator, and index_backprop that ends within the run."""
+    index_backprop, used = tokenizer.TokenizerTrainer.index_backprop, []
 
     def watched(trainer, step):
-        warm.append(warming_up(trainer, step))
-        return warm[-1]
+        used.append(index_backprop(trainer, step))
+        return used[-1]
 
-    monkeypatch.setattr(tokenizer.TokenizerTrainer, "warming_up", watched)
+    monkeypatch.setattr(tokenizer.TokenizerTrainer, "index_backprop", watched)
     monkeypatch.setattr(
         tokenizer.TokenizerLossConfig,
         "make_discriminator",
@@ -265,11 +265,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(trained, tmp_path, monkeypatch, 
         (tmp_path / "tokenizer").symlink_to(trained / "tokenizer")
     else:
         config.tokenizer_training.update(
-            adversarial_weight=0.1, discriminator="small", index_backprop_epochs=WARM_UP * 16 / 1497
+            adversarial_weight=0.1, discriminator="small", index_backprop_epochs=FIRST * 16 / 1497
         )
         whole = tmp_path / "whole"
         train(config, whole)
-    place, calls, before = sharding.global_batch, [], len(warm)
+    place, calls, before = sharding.global_batch, [], len(used)
 
     def interrupt(batch, mesh):
         calls.append(1)
@@ -283,7 +283,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(trained, tmp_path, monkeypatch, 
     train(config, tmp_path)
     if stage == "tokenizer":
         # Six steps and the start of the seventh, then from the checkpoint of the fourth on.
-        assert warm[before:] == [True] * 7 + [step < WARM_UP for step in range(4, 12)]
+        assert used[before:] == [True] * 7 + [step < FIRST for step in range(4, 12)]
         moved = jax.tree.map(
             lambda a, b: bool((a != b).any()), weights(whole / stage, 8), weights(whole / stage)
         )

@@ -103,7 +103,7 @@ def test_a_training_does_not_trace_its_step_again(monkeypatch):
         batch = sharding.global_batch({"image": images, "label": labels}, mesh)
         key = jax.device_put(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))
         key = jax.random.fold_in(key, trainer.STEP_KEY)
-        trainer.jit_train_step.trace(state, {}, batch, key, warming_up=False)
+        trainer.jit_train_step.trace(state, {}, batch, key, index_backprop=False)
     assert len(traced) == 1
 
 

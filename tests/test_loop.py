@@ -85,10 +85,10 @@ class Sum:
         self.__init__(self.recipe, origin)
         return self
 
-    def warming_up(self, step):
+    def index_backprop(self, step):
         return False
 
-    def jit_train_step(self, state, inputs, batch, key, warming_up):
+    def jit_train_step(self, state, inputs, batch, key, index_backprop):
         state = {"sum": state["sum"] + np.asarray(batch["image"])}
         return state, {"sum_loss": state["sum"][0, 0]}
 
@@ -325,7 +325,7 @@ def test_a_profile_is_one_that_tensorboard_finds(fit, tmp_path, monkeypatch):
 
 def test_every_step_that_compiles_may_take_long(fit, monkeypatch):
     steps, patience = [-1], {}
-    monkeypatch.setattr(Sum, "warming_up", lambda trainer, step: steps.append(step) or step < 3)
+    monkeypatch.setattr(Sum, "index_backprop", lambda trainer, step: steps.append(step) or step < 3)
     first = lambda slow=False: patience.setdefault(steps[-1], slow)  # before the step is taken
     monkeypatch.setattr(loop.watchdog, "reset", first)
     fit()

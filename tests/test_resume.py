@@ -141,7 +141,7 @@ def test_epochs_count_the_images_that_were_seen():
     # left: 350 batches of 20.
     assert training_length("10 epochs", 1000, 20, Origin(300, 3000)) == 650
     assert training_length("400 steps", 1000, 20, Origin(300, 3000)) == 400
-    # A warm-up of one epoch was over at step 100, whatever the batch is now.
+    # The first epoch was over at step 100, whatever the batch is now.
     assert step_of(1.0, 1000, 20, Origin(300, 3000)) <= 300
 
 
@@ -235,12 +235,14 @@ def test_a_step_that_is_left_out_changes_only_its_number():
         trainer = trainer.restated(Origin(4, 64))
         state = trainer.jit_init_state(jax.random.key(0), {})
         state, metrics = trainer.jit_train_step(
-            state, {}, batch, jax.random.key(1), warming_up=False
+            state, {}, batch, jax.random.key(1), index_backprop=False
         )
         assert not metrics["skipped"] and state.step == 1
         before = jax.tree.map(np.asarray, state)
         bad = batch | {"image": np.full_like(images, np.nan)}
-        state, metrics = trainer.jit_train_step(state, {}, bad, jax.random.key(1), warming_up=False)
+        state, metrics = trainer.jit_train_step(
+            state, {}, bad, jax.random.key(1), index_backprop=False
+        )
     assert metrics["skipped"] and metrics["skipped_in_a_row"] == 1 and state.step == 2
     kept = state.replace(step=before.step, skipping=before.skipping)
     jax.tree.map(np.testing.assert_array_equal, kept, before)

@@ -431,7 +431,7 @@ def test_the_published_presets_train_with_every_loss(part, expected, networks):
         model = models.ModelConfig.from_config(config, num_classes=1000)
         trainer = make_trainer(part, config, model, mesh, num_images=100)
         state, metrics = jax.eval_shape(
-            functools.partial(trainer.jit_train_step, warming_up=True),
+            functools.partial(trainer.jit_train_step, index_backprop=True),
             trainer.abstract_state,
             trainer.abstract_inputs,
             trainer.abstract_batch,

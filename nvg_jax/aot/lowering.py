@@ -67,7 +67,8 @@ def lower_training(
 ):
     """The training step of `config.part` -> (lowered, {network: abstract parameters}).
 
-    A tokenizer with a warm-up is lowered in its warm-up form, the larger program.
+    A tokenizer is lowered as in its first steps, with `index_backprop` if it has any: the larger
+    program.
     """
     part, config = training_part(config), config.copy_and_resolve_references()
     config[part.section].batch_size = batch_size

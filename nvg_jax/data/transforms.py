@@ -12,6 +12,7 @@ from nvg_jax.data import lanczos4
 from nvg_jax.errors import UserError, is_failure
 
 RESIZE_FILTERS = ("lanczos", "published")
+DEFAULT_FILTER = "lanczos"
 LONG = 16  # an image this many times as long as its crop is not resized whole
 
 
@@ -103,7 +104,7 @@ class Transform:
     image_size: tuple[int, int]
     resize: int | None = None
     pad: int = 0
-    resize_filter: str = "lanczos"
+    resize_filter: str = DEFAULT_FILTER
 
     def __post_init__(self):
         if self.resize_filter not in RESIZE_FILTERS:

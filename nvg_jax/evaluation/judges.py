@@ -35,6 +35,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 logger = logging.getLogger("nvg_jax")
 
 JUDGES = ("inception", "classifier")  # the choices of --judge and config.evaluation.judge
+FITTED = ("classifier",)  # those that are fitted to the data set, and compare with its images
 DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
 BATCH_SIZE = 128
@@ -118,7 +119,7 @@ def make_judge(
     Raises:
         UserError: its weights are missing; the message says how to import them.
     """
-    if name == "classifier":
+    if name in FITTED:
         assert fit is not None
         return fit()
     assert name == "inception", name

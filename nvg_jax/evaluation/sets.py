@@ -19,7 +19,7 @@ from PIL import Image
 
 from nvg_jax.data import SequenceSource, Transform, open_source
 from nvg_jax.data.sources import SPLITS
-from nvg_jax.data.transforms import decode
+from nvg_jax.data.transforms import DEFAULT_FILTER, decode
 from nvg_jax.errors import UserError, reported
 from nvg_jax.evaluation.image import from_float
 from nvg_jax.runtime import watchdog
@@ -203,8 +203,8 @@ class Split(ImageSet):
     Unreadable images are left out, with a warning, if data["on_bad"] is "skip".
 
     Args:
-        data: "name", "data_dir", "resize" and optionally "resize_filter" ("lanczos" if it is empty)
-            and "on_bad", as in a config's `data`.
+        data: "name", "data_dir", "resize" and perhaps "resize_filter" and "on_bad", as in a
+            config's `data`.
         split: "train" or "test".
         count: only the first images of that order; None is all.
 
@@ -230,7 +230,7 @@ class Split(ImageSet):
         self._transform = Transform(
             image_size,
             data["resize"] or None,
-            resize_filter=data.get("resize_filter") or "lanczos",
+            resize_filter=data.get("resize_filter") or DEFAULT_FILTER,
         )
         self.image_size, self.batch_size = image_size, batch_size
         order = np.random.default_rng(SHUFFLE_SEED).permutation(len(self.source))

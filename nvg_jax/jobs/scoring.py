@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from nvg_jax.evaluation.features import FeatureSet
-from nvg_jax.evaluation.judges import Judge, fit_classifier, make_judge
+from nvg_jax.evaluation.judges import FITTED, Judge, fit_classifier, make_judge
 from nvg_jax.evaluation.report import features_of, fid, reference_features
 from nvg_jax.evaluation.sets import ImageSet, Split, load_split, open_reference
 from nvg_jax.jobs.reconstruction import Reconstructions
@@ -88,7 +88,7 @@ def fid_measurements(run: Run, parts: Sequence[Part]) -> dict[Part, FidMeasureme
                 reference = features_of(originals, judge, keep=0)
                 images = functools.partial(Reconstructions, originals=originals)
             else:
-                if judge_name == "classifier":
+                if judge_name in FITTED:
                     reference = features_of(train(), judge, keep=0)
                 else:
                     real = open_reference(config.evaluation.reference, batch_size, size, data)

@@ -124,7 +124,7 @@ class Quantizer(nn.Module):
     ) -> Quantized:
         """Quantizes latents along structure maps.
 
-        `index_backprop` (the IBQ warm-up) backpropagates through the choice of the token, one-hot +
+        `index_backprop` (of IBQ) backpropagates through the choice of the token, one-hot +
         soft - stop_gradient(soft) with soft = softmax(-squared distances), and through the residual
         that earlier stages leave. The values are the same either way.
         """

@@ -93,9 +93,8 @@ def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
             repa.check(model.generators["content"].depth, sizes.latent_size)
     data = config.data
     resize = None if data.name == "sequences" else data.resize or None  # they are prepared already
-    transform = transforms.Transform(
-        sizes.image_size, resize, data.pad, data.resize_filter or "lanczos"
-    )
+    resize_filter = data.resize_filter or transforms.DEFAULT_FILTER
+    transform = transforms.Transform(sizes.image_size, resize, data.pad, resize_filter)
     loader.LoaderOptions(transform, process_batch_size=1, on_bad=data.on_bad)
 
 
@@ -158,8 +157,8 @@ def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, .
             "part=generators."
         )
     reference = config.evaluation.reference
-    if judge == "classifier" and reference != "train":
-        raise UserError("evaluation.judge=classifier compares with evaluation.reference=train.")
+    if judge in judges.FITTED and reference != "train":
+        raise UserError(f"evaluation.judge={judge} compares with evaluation.reference=train.")
     if reference not in SPLITS and not reference.endswith(".npz"):
         raise UserError(
             f"evaluation.reference must be train, test or an .npz file, got {reference!r}."

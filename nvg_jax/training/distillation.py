@@ -224,7 +224,7 @@ class DistillationTrainer(Trainer[TrainState]):
         batch: Batch,
         key: PRNGKeyArray,
         *,
-        warming_up: bool = False,
+        index_backprop: bool = False,
     ) -> tuple[TrainState, dict[str, Array]]:
         """One step of the student on a batch: the input of `generators.encode`, and "label".
 

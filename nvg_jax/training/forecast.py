@@ -117,7 +117,7 @@ def forecast(run: Run, trainers: Sequence[Trainer]) -> Forecast:
 
 
 def step_flops(trainer: Trainer) -> float:
-    """The FLOPs of all matrix products and convolutions of the last step: a warm-up is short."""
+    """The FLOPs of all matrix products and convolutions of the last step, as nearly all are."""
     return flops(trainer.trace(trainer.steps - 1).jaxpr.jaxpr)
 
 

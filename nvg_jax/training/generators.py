@@ -247,7 +247,7 @@ class GeneratorTrainer(Trainer[TrainState]):
         batch: Batch,
         key: PRNGKeyArray,
         *,
-        warming_up: bool = False,
+        index_backprop: bool = False,
     ) -> tuple[TrainState, dict[str, Array]]:
         """One step of every generator.
 

@@ -90,10 +90,10 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             if start == steps:
                 metadata = trainer.finish(run, state, metadata)
             assess(start)
-        warming_up = None
+        index_backprop = None
         for step in range(start, steps):
-            before, warming_up = warming_up, trainer.warming_up(step)
-            compiles = warming_up is not before  # the first step, and the one after the warm-up
+            before, index_backprop = index_backprop, trainer.index_backprop(step)
+            compiles = index_backprop is not before  # two programs at most
             watchdog.reset(slow=compiles)
             preemption.defer_interrupts(step > start)
             reporter.start_step()
@@ -106,7 +106,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
                 jax.profiler.StepTraceAnnotation("train", step_num=done),
             ):
                 state, metrics = trainer.jit_train_step(
-                    state, inputs, batch, key, warming_up=warming_up
+                    state, inputs, batch, key, index_backprop=index_backprop
                 )
             profiler.after(done, metrics)
             reporter.add(metrics)

@@ -137,8 +137,8 @@ def rehearse_part(
 ) -> tuple[Cost, list[str]]:
     """Compiles a part and takes a few steps: (what it will cost from `begin` on, lines of text)."""
     recipe, (inputs, metadata) = run.config[trainer.part.section], opened
-    # A warm-up has a program of its own: {whether it is in the warm-up: number of steps}.
-    counts = collections.Counter(map(trainer.warming_up, range(begin, trainer.steps)))
+    # Steps with `index_backprop` have a program of their own: {whether with it: number of steps}.
+    counts = collections.Counter(map(trainer.index_backprop, range(begin, trainer.steps)))
     seed = run.config.seed + trainer.DATA_SEED
     with contextlib.closing(run.train_batches(recipe.batch_size, seed)) as batches:
         batch, reading = time_data(batches, run.config.data)
@@ -146,7 +146,7 @@ def rehearse_part(
     watchdog.reset(slow=True)
     start = time.monotonic()
     programs = {
-        trainer.warming_up(step): trainer.trace(step, place()).lower().compile()
+        trainer.index_backprop(step): trainer.trace(step, place()).lower().compile()
         for step in (begin, trainer.steps - 1)[-len(counts) :]
     }
     compiling = time.monotonic() - start
@@ -156,7 +156,7 @@ def rehearse_part(
     state = trainer.jit_init_state(jax.random.fold_in(run.key, trainer.INIT_KEY), inputs)
     key = jax.random.fold_in(run.key, trainer.STEP_KEY)
     steps = stepping = 0.0
-    for warming_up, program in programs.items():
+    for index_backprop, program in programs.items():
         watchdog.reset(slow=True)
         for number in range(1 + STEPS):
             if number == 1:  # the first step also loads the program
@@ -165,7 +165,7 @@ def rehearse_part(
             state, _ = program(state, inputs, place(), key)
         jax.block_until_ready(state)
         stepping = (time.monotonic() - start) / STEPS
-        steps += counts[warming_up] * max(stepping, reading)
+        steps += counts[index_backprop] * max(stepping, reading)
     lines.append(
         f"a step of {recipe.batch_size:,} images takes {stepping:.3g} s and its data {reading:.3g}"
         " s" + (", so the steps wait for the data" if reading > stepping else "")

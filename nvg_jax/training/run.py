@@ -24,6 +24,7 @@ from nvg_jax.data import (
     open_source,
     train_batches,
 )
+from nvg_jax.data.transforms import DEFAULT_FILTER
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.metadata import RunMetadata, read_model_metadata
 from nvg_jax.models import ModelConfig
@@ -249,4 +250,4 @@ def choose_resize_filter(
         stored = read_model_metadata(bundled.find(folder)) if folder else None
         if stored:
             return stored.resize_filter
-    return "lanczos"
+    return DEFAULT_FILTER

@@ -276,7 +276,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         batch: Batch,
         key: PRNGKeyArray,
         *,
-        warming_up: bool = False,
+        index_backprop: bool = False,
     ) -> tuple[TokenizerState, dict[str, Array]]:
         """One step of the tokenizer and its discriminator from one shared forward pass."""
         losses = functools.partial(loss_terms, self.modules)
@@ -289,7 +289,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             inputs,
             batch["image"],
             jax.random.fold_in(key, state.step),
-            warming_up,
+            index_backprop,
         )
         metrics["grad_norm"] = optax.tree.norm(grads)
         state = self.update(state, grads)
@@ -334,7 +334,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             "code_counts": code_counts(counted, size + 1)[:, :size],
         }
 
-    def warming_up(self, step: int) -> bool:
+    def index_backprop(self, step: int) -> bool:
         epochs, batch_size = self.recipe.index_backprop_epochs, self.recipe.batch_size
         return step < step_of(epochs, self.num_images, batch_size, self.origin)
 

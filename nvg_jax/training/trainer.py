@@ -110,7 +110,7 @@ class Trainer(abc.ABC, Generic[State]):
         self.jit_train_step = jax.jit(
             self.skipping_step if skips else self.train_step,
             donate_argnums=0,
-            static_argnames="warming_up",
+            static_argnames="index_backprop",
             out_shardings=(jax.tree.map(lambda x: x.sharding, self.abstract_state), replicated),
         )
         self.jit_eval_step = jax.jit(self.eval_step, out_shardings=replicated)
@@ -148,13 +148,13 @@ class Trainer(abc.ABC, Generic[State]):
         batch: Batch,
         key: PRNGKeyArray,
         *,
-        warming_up: bool = False,
+        index_backprop: bool = False,
     ) -> tuple[State, dict[str, Array]]:
         """One step.
 
         Args:
             key: the run's key for steps; the step number is folded in.
-            warming_up: whether this is a step of the IBQ warm-up (a tokenizer's).
+            index_backprop: see `Quantizer`; of a tokenizer only.
         """
 
     def init_skipping_state(self, key: PRNGKeyArray, inputs: Params) -> State:
@@ -176,14 +176,14 @@ class Trainer(abc.ABC, Generic[State]):
         batch: Batch,
         key: PRNGKeyArray,
         *,
-        warming_up: bool = False,
+        index_backprop: bool = False,
     ) -> tuple[State, dict[str, Array]]:
         """`train_step`, or only the next step number if its gradients are not finite or too large.
 
         The metrics also have "skipped", 1 if the step was left out, and "skipped_in_a_row".
         """
         assert state.skipping is not None
-        taken, metrics = self.train_step(state, inputs, batch, key, warming_up=warming_up)
+        taken, metrics = self.train_step(state, inputs, batch, key, index_backprop=index_backprop)
         skipping, left_out = state.skipping.update(metrics)
         state = jax.tree.map(lambda old, new: jnp.where(left_out, old, new), state, taken)
         counts = {"skipped": left_out.astype(jnp.int32), "skipped_in_a_row": skipping.in_a_row}
@@ -220,8 +220,8 @@ class Trainer(abc.ABC, Generic[State]):
         decay = self.optimizer_config.average_decay(state.step)
         return state.update(grads, self.optimizer, decay)
 
-    def warming_up(self, step: int) -> bool:
-        """Whether `step` is in the IBQ warm-up."""
+    def index_backprop(self, step: int) -> bool:
+        """Whether `step` is one of the first, in which a tokenizer has `index_backprop`."""
         return False
 
     def trace(self, step: int = 0, batch: Batch | None = None) -> jax.stages.Traced:
@@ -231,7 +231,7 @@ class Trainer(abc.ABC, Generic[State]):
             self.abstract_inputs,
             batch or self.abstract_batch,
             self.abstract_key,
-            warming_up=self.warming_up(step),
+            index_backprop=self.index_backprop(step),
         )
 
     @property
