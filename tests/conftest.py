@@ -152,14 +152,25 @@ def exported(pipe, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A finished run of every part that measured FID and kept all checkpoints; to be left as is."""
+    """A finished run of every part that measured FID and kept all checkpoints; to be left as is.
+
+    One for all workers.
+    """
+    from filelock import FileLock
+
     from nvg_jax.train import train
 
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
     config = tiny_config()
     for training in (config.tokenizer_training, config.generator_training):
         training.update(fid_every=8, fid_samples=50, keep=3)
-    folder = tmp_path_factory.mktemp("trained")
-    train(config, folder)
+    folder, done = shared / "trained", shared / "trained.done"
+    with FileLock(shared / "trained.lock"):
+        if not done.exists():
+            train(config, folder)
+            done.touch()
     return folder
 
 
