@@ -14,7 +14,12 @@ Signatures show shapes with jaxtyping: `Float[Array, "B L D"]`, and "*batch" for
 import os
 import sys
 
-from nvg_jax.runtime import interrupts
+if os.name == "nt":
+    raise ImportError(
+        "nvg_jax runs on Linux and macOS; on Windows, use it in WSL 2 (wsl --install)."
+    )
+
+from nvg_jax.runtime import interrupts  # noqa: E402
 
 if sys.argv[:1] == ["-m"]:  # `python -m nvg_jax.COMMAND`: Ctrl-C may come during the imports
     interrupts.listen()

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.metadata
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -141,3 +142,9 @@ def test_nothing_needs_torch():
                 continue
             allowed = {"torch"} if path.name == "against_torch.py" else set()
             assert not outside(path) & {"torch", "torchvision"} - allowed, path
+
+
+def test_windows_is_told_where_it_runs():
+    code = "import os; os.name = 'nt'\nimport nvg_jax"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "ImportError: nvg_jax runs on Linux and macOS" in done.stderr
