@@ -178,16 +178,23 @@ class Trainer(abc.ABC, Generic[State]):
         *,
         index_backprop: bool = False,
     ) -> tuple[State, dict[str, Array]]:
-        """`train_step`, or only the next step number if its gradients are not finite or too large.
+        """`train_step`, or only its counts if its gradients are not finite or too large.
+
+        They all go on, so that the optimizer's learning rate is that of the step.
 
         The metrics also have "skipped", 1 if the step was left out, and "skipped_in_a_row".
         """
         assert state.skipping is not None
         taken, metrics = self.train_step(state, inputs, batch, key, index_backprop=index_backprop)
         skipping, left_out = state.skipping.update(metrics)
-        state = jax.tree.map(lambda old, new: jnp.where(left_out, old, new), state, taken)
+
+        def choose(old, new):
+            is_count = jnp.issubdtype(new.dtype, jnp.integer)
+            return new if is_count else jnp.where(left_out, old, new)
+
+        state = jax.tree.map(choose, state, taken)
         counts = {"skipped": left_out.astype(jnp.int32), "skipped_in_a_row": skipping.in_a_row}
-        return state.replace(step=taken.step, skipping=skipping), metrics | counts
+        return state.replace(skipping=skipping), metrics | counts
 
     def stored_state(self, metadata: RunMetadata) -> State:
         """The abstract state in a checkpoint of this part, whose run may not have left out steps.
