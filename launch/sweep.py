@@ -15,7 +15,6 @@ At the end of local runs, a table compares them, the best one first.
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import re
@@ -36,7 +35,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed, and sweeps i
 
 from nvg_jax import presets  # noqa: E402
 from nvg_jax.cli import mistake_in_config  # noqa: E402
-from nvg_jax.errors import UserError, comes_with  # noqa: E402
+from nvg_jax.errors import UserError, comes_with, did_you_mean  # noqa: E402
 from nvg_jax.training import checks  # noqa: E402
 from nvg_jax.training.changes import leaves  # noqa: E402
 
@@ -114,7 +113,15 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry_run", action="store_true", help="print the commands (default)")
     mode.add_argument("--submit", action="store_true", help="run the commands, one after another")
-    return parser.parse_args(arguments), extra
+    options = parser.parse_args(arguments)
+    for name in ("sweep", "workdir"):  # as of an unset variable
+        if not getattr(options, name):
+            raise UserError(f"--{name} is empty: give a value.")
+    try:
+        shlex.split(options.launcher_args)
+    except ValueError as error:
+        raise UserError(f"--launcher_args={options.launcher_args}: {error}.") from error
+    return options, extra
 
 
 def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[list[str]]:
@@ -125,6 +132,10 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
     """
     config_name, fixed, sweep = load_sweep(options.sweep)
     known = dict(leaves(parse_config(config_name, []).to_dict()))
+    for argument in extra:
+        key = re.match(r"--?config\.([\w.]+)", argument)
+        if key and not any(f"{name}.".startswith(f"{key[1]}.") for name in known):
+            raise UserError(f"there is no setting {key[1]}.{did_you_mean(key[1], known)}")
     commands, names = [], {}
     for number, overrides in enumerate(sweep, 1):
         where = f"run {number} of {options.sweep}"
@@ -133,8 +144,8 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
                 raise UserError(f"{min(both)} is also in FIXED; set it in one place only.")
             every = dict(sorted({**fixed, **overrides}.items()))
             if unknown := every.keys() - known:
-                near = difflib.get_close_matches(min(unknown), known, 1, 0)[0]
-                raise UserError(f"there is no setting {min(unknown)}; did you mean {near}?")
+                name = min(unknown)
+                raise UserError(f"there is no setting {name}.{did_you_mean(name, known)}")
             for flag in ("config", "workdir", *(f"config.{key}" for key in every)):
                 if any(re.match(f"--?{re.escape(flag)}(=|$)", argument) for argument in extra):
                     raise UserError(f"do not set --{flag} after --: the sweep sets it.")
@@ -175,7 +186,13 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
         isinstance(sweep, list) and sweep and all(isinstance(entry, Mapping) for entry in sweep)
     ):
         raise UserError(f"get_sweep() of {file} must return a list of dictionaries, not {sweep!r}.")
-    return config_name, getattr(module, "FIXED", {}), sweep
+    fixed = getattr(module, "FIXED", {})
+    if not isinstance(fixed, Mapping):
+        raise UserError(f"FIXED of {file} must be a dictionary, not {fixed!r}.")
+    for entry in (fixed, *sweep):
+        if wrong := [key for key in entry if not isinstance(key, str)]:
+            raise UserError(f"{file}: the key {wrong[0]!r} is not the name of a setting.")
+    return config_name, fixed, sweep
 
 
 def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.ConfigDict:
@@ -196,7 +213,8 @@ def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.C
 
 
 def as_text(value: Any) -> str:
-    """A value in the form that config_flags parses."""
+    """A value, perhaps of NumPy, in the form that config_flags parses."""
+    value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, str) else repr(value)
 
 
@@ -206,9 +224,10 @@ def run_name(overrides: Mapping[str, Any]) -> str:
     for key, value in sorted(overrides.items()):
         text = "-".join(map(as_text, value)) if isinstance(value, tuple) else as_text(value)
         parts.append(f"{key}={text}")
-    name = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", ",".join(parts)) or "base"
-    if len(name) > NAME_LENGTH:
-        name = f"{name[: NAME_LENGTH - 9]}-{short_hash(name)}"
+    text = ",".join(parts) or "base"
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", text)
+    if name != text or len(name) > NAME_LENGTH:
+        name = f"{name[: NAME_LENGTH - 9]}-{short_hash(text)}"
     return name
 
 

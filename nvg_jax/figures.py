@@ -33,6 +33,8 @@ def main(_):
         raise UserError(f"--figures takes {', '.join(ALL_FIGURES)}; got {', '.join(unknown)}.")
     if FLAGS.image and not {"sequence", "reuse"} & set(FLAGS.figures):
         raise UserError("--image is shown by the figures sequence and reuse; add one to --figures.")
+    if "" in FLAGS.image:
+        raise UserError(f"--image has an empty name: {','.join(FLAGS.image)}")
     if "reuse" in FLAGS.figures and not FLAGS.image:
         raise UserError("The figure reuse takes its structures from --image=FILE,...; give some.")
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)

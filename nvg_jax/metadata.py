@@ -108,13 +108,15 @@ class RunMetadata:
                 f"structure_guidance must be 1, got {settings.structure_guidance}."
             )
         own = self.sampling
-        known = [n for n in range(1, own.flow_steps + 1) if own.flow_steps % n == 0]
+        assert self.config is not None  # a distilled generator was trained here
+        recipe = self.config["distillation"]
+        steps = recipe["flow_steps"]  # the model may recommend fewer
+        known = [n for n in range(1, steps + 1) if steps % n == 0]
         times = lambda x: (x.solver, x.flow_shift, x.flow_restart)
         same = times(settings) == times(own)
-        assert self.config is not None  # a distilled generator was trained here
-        if self.config["distillation"]["reflow"] and not (same and settings.flow_steps in known):
+        if recipe["reflow"] and not (same and settings.flow_steps in known):
             raise UserError(
-                f"This model's structure generator was distilled for {own.flow_steps} steps and "
+                f"This model's structure generator was distilled for {steps} steps and "
                 f"knows no other times: give solver={own.solver!r}, flow_shift={own.flow_shift:g}, "
                 f"flow_restart={own.flow_restart:g} and "
                 f"flow_steps={' or '.join(map(str, known))}; got {settings.solver!r}, "

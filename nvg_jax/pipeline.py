@@ -146,7 +146,8 @@ class Pipeline(hub.Storable):
             UserError: there is no such class, or strings that mean other classes as names than as
                 ids.
         """
-        given = [np.asarray(c).item() if np.shape(c) == () else c for c in classes]
+        given: list[Any] = list(classes)
+        given = [c.item() if getattr(c, "ndim", None) == 0 else c for c in given]  # of NumPy or JAX
         ids = [self.class_id(c) for c in given]
         texts = [c for c in given if isinstance(c, str) and not c.startswith("id:")]
         as_names: dict[Any, int] = {
@@ -156,7 +157,12 @@ class Pipeline(hub.Storable):
             c: int(c) for c in texts if c.isdecimal() and int(c) < len(self.class_names)
         }
         readings = [found for found in (as_names, as_ids) if found.keys() == set(texts)]
-        if not readings or readings[0] != readings[-1]:
+        if not readings:
+            raise UserError(
+                f"The classes {', '.join(texts)} are names and ids; write id:3 for the class with "
+                "the id 3."
+            )
+        if readings[0] != readings[-1]:
             raise UserError(
                 f"The classes {', '.join(texts)} can be read as names and as ids, which mean other "
                 "classes. Write id:3 for the class with the id 3."
@@ -242,8 +248,11 @@ class Pipeline(hub.Storable):
         Raises:
             UserError: an image of another shape or type.
         """
-        if not isinstance(image, Image.Image):
-            image = np.asarray(image)
+        if isinstance(image, Image.Image):
+            if 0 in image.size:
+                raise UserError(f"An image to prepare has no pixels: its size is {image.size}.")
+        else:
+            image = as_array(image)
             gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
             if image.dtype != np.uint8 or not gray_or_rgb or 0 in image.shape:
                 raise UserError(
@@ -441,7 +450,7 @@ class Pipeline(hub.Storable):
         shape = (count, self.tokenizer.config.num_positions)
         if region is None:
             return np.zeros(shape, bool)
-        region = np.asarray(region)
+        region = as_array(region)
         if region.dtype != bool or region.shape not in (shape, shape[1:]):
             raise UserError(
                 f"region must be bool of shape ({shape[1]},) or {shape}, True where to sample; got "
@@ -466,12 +475,12 @@ class Pipeline(hub.Storable):
         return jax.tree.map(lambda x: x[:count], jax.device_get(out))
 
     def _check_images(self, images) -> jax.Array:
-        images = np.asarray(images)
+        images = as_array(images)
         expected = (*self.tokenizer.config.image_size, 3)
         if images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
             raise UserError(
                 f"Images must have the shape (batch, {', '.join(map(str, expected))}), got "
-                f"{images.shape}."
+                f"{images.shape}. `prepare` makes a picture of any size fit."
             )
         return jnp.asarray(to_float(images, slack=1e-6))
 
@@ -492,10 +501,7 @@ class Pipeline(hub.Storable):
         config = self.tokenizer.config
         batch, parts = count or "batch", []
         for field, part in zip(GranularitySequence._fields, sequence):
-            try:
-                part = np.asarray(part)
-            except ValueError:  # a ragged list
-                part = np.array(None)
+            part = as_array(part)
             count = count or len(np.atleast_1d(part))
             expected = (count, config.num_stages, config.num_positions)
             if part.shape != expected or 0 in expected or part.dtype.kind not in "iu":
@@ -532,6 +538,14 @@ def check_integer(name: str, value, low: int, high: int):
     """Raises UserError if a value is not an integer in low .. high."""
     if not is_integer(value) or not low <= value <= high:
         raise UserError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
+
+
+def as_array(values) -> np.ndarray:
+    """Values as an array; a list of lists of different lengths as one of shape ()."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.array(None)
 
 
 def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:

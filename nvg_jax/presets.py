@@ -4,6 +4,7 @@ In a clone they are files of configs/; a wheel has them in nvg_jax/configs/.
 """
 
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
@@ -47,14 +48,24 @@ def load(config: str) -> ml_collections.ConfigDict:
     """
     file, *variant = find(config).split(":", 1)
     make_importable(Path(file))
+    try:
+        return execute(file).get_config(*variant)
+    except ValueError as error:  # the files of configs/ import nothing of nvg_jax
+        raise UserError(f"{config}: {error}") from error
+
+
+def base() -> ml_collections.ConfigDict:
+    """Every setting with its published value: base() of configs/common.py."""
+    return execute(FOLDER / "common.py").base()
+
+
+def execute(file: str | os.PathLike) -> types.ModuleType:
+    """The module in a file of configurations."""
     spec = importlib.util.spec_from_file_location("config", file)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    try:
-        return module.get_config(*variant)
-    except ValueError as error:  # the files of configs/ import nothing of nvg_jax
-        raise UserError(f"{config}: {error}") from error
+    return module
 
 
 def define_flag(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None):
@@ -72,7 +83,12 @@ def define_flag(values: flags.FlagValues = flags.FLAGS, argv: list[str] | None =
     def parse_config(argument: str):
         config = find(argument)
         make_importable(Path(config.split(":")[0]))
-        return parse(config)
+        value = parse(config)
+        if value is None or type(value) is dict:  # an error in the file is of another type
+            raise UserError(
+                f"get_config in {config} must return a ConfigDict, not {type(value).__name__}."
+            )
+        return value
 
     parser.parse = parse_config
 

@@ -13,7 +13,7 @@ from etils import epy
 from nvg_jax import cli
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.runtime.processes import is_main
-from nvg_jax.runtime.storage import storage_path
+from nvg_jax.runtime.storage import make_folder, storage_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):
     from nvg_jax import metadata, pipeline
@@ -24,7 +24,9 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
-    metadata.check_export(storage_path(FLAGS.out))
+    out = storage_path(FLAGS.out)
+    metadata.check_export(out)
+    make_folder(out)  # fails now, not after the measurements
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
     pipe.check_can_sample()
     points = tuning.candidates(pipe)
@@ -44,10 +46,11 @@ def main(_):
     fids = tuning.make_fids(job, judge, reference, FLAGS.seeds)
     best, lines = tuning.tune(points, own, fids)
     tuned = pipe.metadata.replace(sampling=pipe.settings.updated(best.settings))
-    metadata.write_export(FLAGS.out, tuned, pipe.params)
     if is_main():
         print("\n".join(lines))
         print(f"{own.evaluations / best.evaluations:.1f} times fewer evaluations: {best}")
+    metadata.write_export(out, tuned, pipe.params)
+    if is_main():
         print(f"written: {FLAGS.out}")
 
 

@@ -1,8 +1,10 @@
 """Grids of images with labels as uint8 arrays (H, W, 3), and PNG files."""
 
+import contextlib
 import io
 import itertools
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +16,9 @@ from nvg_jax.runtime.storage import storage_path, write_file
 MIN_TILE = 64  # smaller tiles are enlarged by an integer factor to about this many pixels
 GAP = 2  # pixels between tiles
 FONT_SIZE = 12  # at least; a tenth of a large tile
+# For letters outside ASCII, if a system has them: on Linux, macOS, and of Chinese or Japanese.
+FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc")
+UNUSED = "\U000ffffd"  # no font has it, so it is drawn as the box of missing letters
 
 
 def to_uint8(images) -> np.ndarray:
@@ -121,6 +126,27 @@ def marked(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask[..., None], tinted, image)
 
 
+def label_font(texts: Sequence[str], size: int):
+    """(a font, the texts in its letters): one of the system for letters that Pillow's lacks.
+
+    Letters that no font has lose their accents, or become question marks.
+    """
+    letters = {letter for text in texts for letter in text if not letter.isascii()}
+    fonts = [ImageFont.load_default(size)]
+    for name in FONTS if letters else ():
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+
+    def lacking(font) -> set[str]:
+        box = bytes(font.getmask(UNUSED))
+        return {letter for letter in letters if bytes(font.getmask(letter)) == box}
+
+    font = min(fonts, key=lambda font: len(lacking(font)))
+    plain = lambda letter: unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    table = {ord(letter): plain(letter) or "?" for letter in lacking(font)}
+    return font, [text.translate(table) for text in texts]
+
+
 def labeled_grid(
     tiles, rows: Sequence[str], columns: Sequence[str], tile: int = MIN_TILE
 ) -> np.ndarray:
@@ -138,7 +164,8 @@ def labeled_grid(
     height, width, _ = grid.shape
     tile_height, tile_width = ((x + GAP) / len(n) for x, n in ((height, rows), (width, columns)))
     font_size = max(FONT_SIZE, int(tile_height) // 10)
-    font = ImageFont.load_default(font_size)
+    font, texts = label_font([*rows, *columns], font_size)
+    rows, columns = texts[: len(rows)], texts[len(rows) :]
     left = GAP * 4 + max(int(np.ceil(font.getlength(text))) for text in rows)
     heads = []  # (the middle of its columns, what is written above them)
     for text, group in itertools.groupby(enumerate(columns), lambda column: column[1]):

@@ -63,8 +63,8 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"There is no folder {folder}. Give the --workdir of a training run, a folder that "
-            "was exported or converted, or the name of a bundled model, such as fashion_mnist."
+            f"There is no folder {folder}. Give the --workdir of a training run, a folder that was "
+            f"exported or converted, or a bundled model: {', '.join(bundled.MODELS)}."
         )
     generators = trained_generators(folder)
     for place in (folder, *(m.tokenizer_workdir or folder for _, m in generators.values())):
@@ -80,7 +80,8 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         if generators:
             raise UserError(
                 f"The generators in {folder} were trained with the tokenizer in {place}, which is "
-                f"no longer there. Move it back, or copy its folder tokenizer/ into {folder}."
+                "no longer there. Move it back. (If it was a training's, a copy of its folder "
+                f"tokenizer/ in {folder} will do.)"
             )
         raise UserError(
             f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
@@ -99,8 +100,15 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         check_tokenizer(part_metadata, metadata, part_folder)
         part_metadata, params[name] = read_averages(part_folder, name)
         if part_metadata.base:
-            assert part_metadata.base_workdir is not None  # only an export has no paths
-            base, weights = read_base(part_metadata.base_workdir)
+            place = part_metadata.base_workdir
+            assert place is not None  # only an export has no paths
+            if not bundled.find(place).is_dir():
+                raise UserError(
+                    f"The adapters in {part_folder} are for the model in {place}, which is no "
+                    "longer there. Move it back, or open it where it is and add them with "
+                    "Pipeline.load_lora."
+                )
+            base, weights = read_base(place)
             added = add_adapters(base, weights, part_metadata, {name: params[name]}, part_folder)
             params[name] = added[name]
         sizes = {name: part_metadata.model.generators[name]}

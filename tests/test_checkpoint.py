@@ -18,7 +18,7 @@ from orbax.checkpoint import multihost
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, processes
-from nvg_jax.runtime.checkpoint import Checkpoints, checksum, read
+from nvg_jax.runtime.checkpoint import Checkpoints, check_step, checksum, read
 from nvg_jax.runtime.storage import storage_path
 
 # After an error Orbax leaves coroutines behind, which Python warns about.
@@ -176,7 +176,7 @@ def test_going_back_renames_what_came_later(tmp_path):
     folder = tmp_path / "run"
     save(folder, 1, 2, 3)
     with pytest.raises(UserError, match="no checkpoint of step 5 in .*; it has those of 1, 2, 3"):
-        restore(folder, step=5)
+        check_step(folder, 5)
     state, position, step = restore(folder, step=2)
     assert step == 2 and position == {"next_index": 20} and same(state, make_state(2))
     assert (folder / "abandoned_3").is_dir() and read_meta(folder)["step"] == 2

@@ -324,7 +324,7 @@ def test_every_number_has_a_range_without_nan_and_infinity():
         ),
         ("distillation.fid_samples", 1, "fid_samples must be 2 or more, got 1"),
         ("tokenizer.image_size", (64, 0), "image_size must be 1 or more, got .64, 0."),
-        ("tokenizer.image_size", ("64x64",), "separated by commas .64,64.; got '64x64'"),
+        ("tokenizer.image_size", ("64x64",), "takes numbers, such as 64,64; got '64x64'"),
         ("tokenizer.image_size", (64,), "image_size is a height and a width, such as 64,64; got"),
     ],
 )

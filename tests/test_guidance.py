@@ -133,7 +133,7 @@ def test_one_value_a_stage_is_taken_as_it_is():
         ({"top_k": float("nan")}, "top_k takes finite numbers"),
         ({"temperature": "warm"}, "temperature takes finite numbers, got 'warm'"),
         ({"flow_steps": 2.5}, "flow_steps must be a whole number"),
-        ({"flow_steps": 0}, "flow_steps must be a whole number of 1 or more, got 0"),
+        ({"flow_steps": 0}, "flow_steps must be a whole number from 1 to 10000, got 0"),
         ({"top_k": (1, 2, 3)}, r"top_k takes a number, a \(start, end\) pair or 5 values"),
         ({"top_p": ()}, r"top_p takes .* got \(\)"),
         ({"content_guidance": (1,) * 6}, "content_guidance takes .* 5 values"),

@@ -126,11 +126,18 @@ class FolderSource(Source):
 
     @functools.cached_property
     def _digest(self) -> str:
-        with reported(f"{self._root} cannot be read"):
-            return digest({file: os.stat(self._root / file).st_size for file in self._files})
+        return digest({file: self._size(file) for file in self._files})
+
+    def _size(self, file: str) -> int:
+        path = self._root / file
+        try:
+            with reported(f"{path} cannot be read"):
+                return os.stat(path).st_size
+        except UserError:  # a link to nowhere; what is to be read of it says so
+            return -1
 
     def describe(self) -> str:
-        """A hash of the names and sizes of all files."""
+        """A hash of the names and sizes of all files, -1 of those that cannot be read."""
         return self._digest
 
     def __len__(self) -> int:
@@ -358,7 +365,10 @@ def _image_folder(split: str, root: pathlib.Path | None) -> Source:
     into the test split, so that a file stays in its split when others are added or removed.
     """
     if not root:
-        raise UserError("The data set image_folder needs data_dir, a folder of class folders.")
+        raise UserError(
+            "The data set image_folder needs data_dir, a folder of class folders: give --data_dir "
+            "(in training --config.data.data_dir)."
+        )
     if not root.is_dir():
         raise UserError(f"The data_dir '{root}' is not a folder.")
     held_out = [root / name for name in ("test", "val") if (root / name).is_dir()]

@@ -70,18 +70,15 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint
         UserError: it is neither, or a picture with one color or too many.
     """
     config = pipeline.tokenizer.config
-    height, width = config.image_size
     if isinstance(drawing, str) and drawing in control.DRAWINGS:
-        regions = control.ready_made(drawing, min(height, width))
+        regions = ready_made(drawing, config.image_size)
     elif not storage_path(drawing).is_file():
         raise UserError(
             f"--structure_map must be a file or one of {', '.join(control.DRAWINGS)}, got "
             f"{str(drawing)!r}."
         )
     else:
-        pixels = Image.fromarray(read_picture(drawing)).resize(
-            (width, height), Image.Resampling.NEAREST
-        )
+        pixels = resized(Image.fromarray(read_picture(drawing)), config.image_size)
         colors = np.asarray(pixels).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
         count = len(np.unique(colors))
         if count > MAX_REGIONS:
@@ -92,6 +89,18 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint
         regions = colors
     structure, stages = control.structure_of_drawing(regions, config.latent_size)
     return Constraint(GranularitySequence(structure, np.zeros_like(structure)), stages, 0)
+
+
+def ready_made(name: str, size: tuple[int, int]) -> np.ndarray:
+    """A drawing of `control.DRAWINGS` in an image's size: int32 (H, W)."""
+    square = Image.fromarray(control.ready_made(name, min(size)).astype(np.uint8))
+    return np.asarray(resized(square, size)).astype(np.int32)
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture in an image's size (H, W), with its own colors alone."""
+    height, width = size
+    return picture.resize((width, height), Image.Resampling.NEAREST)
 
 
 def edit_region(
@@ -116,7 +125,13 @@ def edit_region(
     if mask is None:
         raise UserError("--edit needs --mask, a PNG that is white where the image may change.")
     pixels = read_picture(image)
-    inside = pipeline.prepare(read_picture(mask, pixels.shape[:2], "black")).mean(-1) > 0
+    marked = read_picture(mask, pixels.shape[:2], "black")
+    inside = pipeline.prepare(marked).mean(-1) > 0
+    if marked.any() and not inside.any():
+        raise UserError(
+            "What the mask marks is outside of the middle of the picture, which is all that the "
+            "model sees. Crop the picture and its mask around it."
+        )
     original = pipeline.prepare(pixels)
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
     sequence = GranularitySequence(*(part[0] for part in pipeline.encode(original[None])))

@@ -312,6 +312,11 @@ def join_parts(job: SamplingJob, part, out: epath.Path, mark: bytes):
                 member.write(images.tobytes())
 
 
+def in_file_name(name: str) -> str:
+    """A class name as a part of a file name, which may have 255 bytes."""
+    return re.sub(UNFIT, "_", name).encode()[:200].decode(errors="ignore")
+
+
 def write_pictures(job: SamplingJob, out: str | os.PathLike, columns: int):
     """Writes a PNG per sample, grid.png and, for the first batch, stages.png into a folder.
 
@@ -321,7 +326,7 @@ def write_pictures(job: SamplingJob, out: str | os.PathLike, columns: int):
     """
     out, classes = storage_path(out), np.repeat(job.classes, job.per_class)
     names = [job.pipeline.class_names[label] for label in classes]
-    pictures = [out / f"{i:06d}_{re.sub(UNFIT, '_', name)}.png" for i, name in enumerate(names)]
+    pictures = [out / f"{i:06d}_{in_file_name(name)}.png" for i, name in enumerate(names)]
     stages = out / "stages.png"
     files = lambda batch: [pictures[i] for i in job.indices(batch)] + [stages] * (batch == 0)
     open_folder(out, "[0-9]*_*.png", job.describe(), "samples")

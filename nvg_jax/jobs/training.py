@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nvg_jax.errors import UserError
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.metadata import read_metadata
-from nvg_jax.parts import BOTH_GENERATORS, TOKENIZER, Part
+from nvg_jax.parts import BOTH_GENERATORS, GENERATOR_PARTS, TOKENIZER, Part
 from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
 from nvg_jax.training.run import Run
@@ -26,6 +26,7 @@ def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
     Raises:
         UserError: as `resume.standing`, or there are generators and no tokenizer.
     """
+    check_generators(run, parts)
     result = []
     for part in parts:
         trainer = open_trainer(run, part)
@@ -42,6 +43,22 @@ def standings(run: Run, parts: Sequence[Part]) -> list[tuple[Trainer, int]]:
                 f"Restore its folder {TOKENIZER.name}/, or move that folder away."
             )
     return result
+
+
+def check_generators(run: Run, parts: Sequence[Part]):
+    """Raises UserError if a generator to train would be the second one of its kind in the workdir.
+
+    No command could open that.
+    """
+    for other in GENERATOR_PARTS:
+        for part in parts:
+            shared = set(part.networks) & set(other.networks)
+            if part != other and shared and read_metadata(run.workdir / other.name):
+                raise UserError(
+                    f"{run.workdir} holds a trained {min(shared)} generator in {other.name}/, and "
+                    f"part={run.config.part} would train another one in {part.name}/. Go on with "
+                    f"--config.part={other.name}, give another --workdir, or move that folder away."
+                )
 
 
 def train_parts(run: Run, parts: Sequence[Part]):

@@ -144,15 +144,21 @@ class Page:
         kept = self._kept(editing.follow_drawing, {"drawing.png": drawing})
         return kept._replace(shown={"your drawing": drawing} | self._last_map(kept))
 
-    def picture(self, painting: dict[str, Any] | None, maps: float, tokens: float) -> Kept:
+    def picture(
+        self, painting: dict[str, Any] | None, maps: float | None, tokens: float | None
+    ) -> Kept:
         picture = picture_in(painting)
+        if maps is None or tokens is None:
+            raise UserError("Say how many maps and tokens to keep.")
         if tokens > maps:
             raise UserError("Tokens need their maps: keep at least as many maps as tokens.")
         kept = self._kept(editing.keep_stages, {"picture.png": picture}, int(maps), int(tokens))
         return kept._replace(shown={"your picture": picture} | self._last_map(kept))
 
-    def edit(self, painting: dict[str, Any] | None, start: float, paste: bool) -> Kept:
+    def edit(self, painting: dict[str, Any] | None, start: float | None, paste: bool) -> Kept:
         picture = picture_in(painting)
+        if start is None:
+            raise UserError("Say from which stage on to sample.")
         _, part = painted_part(painting, "Paint over the part of the picture that is to change.")
         mask = np.repeat(255 * part[..., None].astype(np.uint8), 3, axis=-1)
         files = {"picture.png": picture, "mask.png": mask}
@@ -191,11 +197,9 @@ class Page:
         return value, value, ""
 
     def ready_made(self, name: str) -> dict[str, str]:
-        height, width = self.pipe.tokenizer.config.image_size
+        size = self.pipe.tokenizer.config.image_size
         colors = np.array([ImageColor.getrgb(color) for color in COLORS.values()], np.uint8)
-        drawing = Image.fromarray(colors[control.ready_made(name, min(height, width))])
-        drawing = drawing.resize((width, height), Image.Resampling.NEAREST)
-        return {"painted": url_of(np.asarray(drawing))}
+        return {"painted": url_of(colors[editing.ready_made(name, size)])}
 
     # Sampling.
 

@@ -113,15 +113,10 @@ class Checkpoints:
             (state, metadata with "step", data position).
 
         Raises:
-            UserError: all checkpoints are damaged, they hold a state of other sizes, or there is
-                none of `step`.
+            UserError: all checkpoints are damaged, or they hold a state of other sizes.
         """
         steps = sorted(self._manager.all_steps())
-        if step is not None and step not in steps:
-            raise UserError(
-                f"There is no checkpoint of step {step} in {self._folder}; it has those of "
-                f"{', '.join(map(str, steps))}."
-            )
+        assert step is None or step in steps  # see `check_step`
         later = [] if step is None else [s for s in steps if s > step]
         latest, damaged = newest(
             self._manager, self._folder, abstract_of, ocp.args.StandardRestore, step
@@ -191,6 +186,16 @@ class Checkpoints:
 
 
 # Reading.
+
+
+def check_step(folder: epath.Path, step: int):
+    """Raises UserError if a folder of checkpoints has none of this step."""
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    if step not in steps:
+        raise UserError(
+            f"There is no checkpoint of step {step} in {folder}; it has those of "
+            f"{', '.join(map(str, sorted(steps)))}."
+        )
 
 
 def read(

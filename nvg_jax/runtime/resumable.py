@@ -47,6 +47,8 @@ def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, 
                 f"{path}, which says how the {noun} there were made, is damaged ({error}). Give "
                 "another --out, or delete that folder to start over."
             ) from error
+        if not isinstance(stored, dict) or not stored.keys() & description.keys():
+            raise UserError(f"{path} is of another program. Give another --out.")
         differ = [
             f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
             for name, value in description.items()

@@ -21,7 +21,10 @@ def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> Bool[np.nd
     Raises:
         UserError: another shape or type, or a mask that covers no position or all of them.
     """
-    mask = np.asarray(mask)
+    try:
+        mask = np.asarray(mask)
+    except ValueError:  # a ragged list
+        mask = np.array(None)
     height, width = latent_size
     if mask.ndim != 2 or mask.dtype != bool or mask.shape[0] % height or mask.shape[1] % width:
         raise UserError(

@@ -20,6 +20,7 @@ from nvg_jax.structure.flow import SOLVERS
 
 DTYPES = ("float32", "bfloat16", "float16")  # for sampling
 TRAINING_DTYPES = ("float32", "bfloat16")  # gradients underflow in float16
+MAX_STEPS = 10_000  # of a flow; a hundred are as good as any
 MAX_SEED = 2**32 - 1  # largest seed of a random key without 64-bit mode
 
 
@@ -109,7 +110,7 @@ class Spec:
             values = np.asarray(value)
         except ValueError:  # a ragged list
             values = np.array(None)
-        if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        if values.dtype.kind not in "iuf" or not (abs(values) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} takes finite numbers, got {value!r}.")
         if self.per_stage is None and values.ndim:
             raise UserError(f"{name} takes one number for all stages, got {value!r}.")
@@ -183,8 +184,8 @@ class Settings:
         25,
         "Steps of the structure flow for each split.",
         kind=int,
-        allowed="a whole number of 1 or more",
-        valid=lambda x, codebook_size: (x == np.round(x)) & (x >= 1),
+        allowed=f"a whole number from 1 to {MAX_STEPS}",
+        valid=lambda x, codebook_size: (x == np.round(x)) & (x >= 1) & (x <= MAX_STEPS),
         traced=False,
     )
     solver: str = setting(

@@ -13,6 +13,7 @@ from nvg_jax.parts import CHOICES, TOKENIZER, Part
 from nvg_jax.runtime import hardware
 from nvg_jax.sampling.settings import TRAINING_DTYPES, check_dtype
 from nvg_jax.training.ranges import check_ranges
+from nvg_jax.training.schema import check_schema
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import hub, models
@@ -24,6 +25,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 
 def check_config(config: ml_collections.ConfigDict):
     """Raises UserError for an invalid config, before any data is read or anything is compiled."""
+    check_process(config)
     if config.part not in CHOICES:
         raise UserError(f"Unknown part {config.part!r}; choose one of {', '.join(CHOICES)}.")
     parts = CHOICES[config.part]
@@ -33,7 +35,6 @@ def check_config(config: ml_collections.ConfigDict):
             f"part={config.part} trains a tokenizer in --workdir, but tokenizer_workdir names "
             "another one. Leave it empty, or train with part=generators."
         )
-    check_process(config)
     if config.lora.rank and (trains_tokenizer or not config.init_from):
         raise UserError(
             "lora.rank trains adapters of another model's generators: give that model as "
@@ -100,6 +101,7 @@ def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
 
 def check_process(config: ml_collections.ConfigDict):
     """Raises UserError for invalid settings of a whole process, whatever it trains."""
+    check_schema(config)
     check_ranges(config)
     steps = tuple(config.profile_steps)
     if steps and (len(steps) != 2 or steps[0] > steps[1]):

@@ -109,8 +109,7 @@ def check_ranges(config, ranges: dict[str, Any] = RANGES, path: str = ""):
         if isinstance(allowed, dict):
             check_ranges(value, allowed, f"{path}{name}.")
         elif any(isinstance(number, str) for number in np.atleast_1d(value).tolist()):
-            raise UserError(
-                f"{path}{name} takes numbers, separated by commas (64,64); got {','.join(value)!r}."
-            )
+            given = value if isinstance(value, str) else ",".join(map(str, value))
+            raise UserError(f"{path}{name} takes numbers, such as 64,64; got {given!r}.")
         elif any(number not in allowed for number in np.atleast_1d(value).tolist()):
             raise UserError(f"{path}{name} must be {allowed}, got {value}.")

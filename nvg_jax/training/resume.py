@@ -38,12 +38,12 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
         return trainer, 0
     _, new = trainer.open(run)
     step = step_to_go_back_to(trainer, run, new)
+    if step is not None:
+        checkpoint.check_step(folder, step)
     stored = read_metadata(folder, step)
-    if stored is None:  # `resume` says which steps there are
-        return trainer, 0
+    assert stored is not None and stored.step is not None  # or all are damaged, which it says
     check_changes(stored, new, section, folder, run.resume.allow_changes)
     trainer, new = continued(trainer, run, stored, new, step)
-    assert stored.step is not None  # it was read
     if trainer.part == TOKENIZER and new.changes != stored.changes and stored.step < trainer.steps:
         check_unused(run, latest)
     return trainer, stored.step
