@@ -155,12 +155,17 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         settings = dict(leaves(config.to_dict()))
-        name = run_name({key: settings[key] for key in overrides})
+        own = {key: settings[key] for key in overrides}
+        name = run_name(own)
         if name in names:
+            other, same = names[name][0], names[name][1] == own
             raise UserError(
-                f"{where} is {name}, the same as run {names[name]}; remove one of them."
+                f"{where} is {name}, the same as run {other}; remove one of them."
+                if same
+                else f"{where} would have the folder of run {other}, {name}: their values differ "
+                "only in signs that its name lacks. Put them into two sweeps."
             )
-        names[name] = number
+        names[name] = number, own
         commands.append(
             launcher_command(options, name)
             + ["--", f"--config={config_name}", f"--workdir={options.workdir.rstrip('/')}/{name}"]
@@ -224,10 +229,9 @@ def run_name(overrides: Mapping[str, Any]) -> str:
     for key, value in sorted(overrides.items()):
         text = "-".join(map(as_text, value)) if isinstance(value, tuple) else as_text(value)
         parts.append(f"{key}={text}")
-    text = ",".join(parts) or "base"
-    name = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", text)
-    if name != text or len(name) > NAME_LENGTH:
-        name = f"{name[: NAME_LENGTH - 9]}-{short_hash(text)}"
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", ",".join(parts)) or "base"
+    if len(name) > NAME_LENGTH:
+        name = f"{name[: NAME_LENGTH - 9]}-{short_hash(name)}"
     return name
 
 

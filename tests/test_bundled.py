@@ -153,9 +153,11 @@ def test_a_list_of_classes_has_one_meaning(numbered, classes, expected):
     assert numbered.class_ids(classes) == expected
 
 
-@pytest.mark.parametrize("classes", [["1", "2"], ["0", "10"]])
-def test_classes_that_may_be_names_or_ids_are_refused(numbered, classes):
-    with pytest.raises(UserError, match=f"classes {', '.join(classes)} can be read as names and"):
+@pytest.mark.parametrize(
+    "classes, said", [(["1", "2"], "can be read as names and ids"), (["0", "10"], "are names and")]
+)
+def test_classes_that_may_be_names_or_ids_are_refused(numbered, classes, said):
+    with pytest.raises(UserError, match=f"classes {', '.join(classes)} {said}"):
         numbered.class_ids(classes)
 
 

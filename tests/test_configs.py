@@ -333,6 +333,49 @@ def test_ranges(path, value, message):
         check_config(with_value(path.split("."), value))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("config.tokenizer_training.lenght = '2 steps'", "tokenizer_training.lenght. Did you mean"),
+        ("config.data.augment = True", "There is no setting data.augment."),
+        ("config.content.widht = 3", "There is no setting content.widht. Did you mean 'width'"),
+        ("config.seed = None", "seed must be a whole number, got None"),
+        ("config.keep = 3", "There is no setting keep"),
+        ("config.tokenizer_training.keep = 2.5", "keep must be a whole number, got 2.5"),
+        ("config.tokenizer_training.keep = True", "keep must be a whole number, got True"),
+        ("config.generator_training.optimizer.clip = None", "clip must be a number, got None"),
+        ("config.generator_training.optimizer.clip = '1'", "clip must be a number, got '1'"),
+        ("config.tokenizer.image_size = None", "image_size must be numbers, such as"),
+        ("config.part = 3", "part must be text, got 3"),
+        ("config.fast_compile = 1", "fast_compile must be True or False, got 1"),
+        ("config.mesh = dict(data=1)", "has no mesh.fsdp: begin it with base"),
+        ("config.lora = 4", "lora must be a section, as in configs/common.py, not int"),
+        ("del config.data.on_bad", "has no data.on_bad"),
+        ("config = config.to_dict()", "The config must be a ConfigDict, as in .*, not dict"),
+    ],
+)
+def test_a_config_file_has_settings_that_exist_and_of_their_kinds(change, message):
+    """Overrides are checked by ml_collections; what a file sets is not."""
+    config = load("digits", "runlocal")
+    names = {"config": config}
+    with config.ignore_type():
+        exec(change, names)
+    with pytest.raises(UserError, match=message):
+        check_config(names["config"])
+
+
+@pytest.mark.parametrize("returned", ["None", "{'part': 'all'}"])
+def test_a_config_file_returns_a_config(tmp_path, returned):
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    return {returned}\n")
+    for override in ([], ["--config.seed=3"]):
+        done = forked(
+            *("-m", "nvg_jax.train", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"),
+            *override,
+        )
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert "mine.py must return a ConfigDict, not" in done.stderr
+
+
 def test_flags_of_xla_are_set_once(monkeypatch):
     """Their text is part of the key of the compilation cache: twice is another program."""
     monkeypatch.setenv("XLA_FLAGS", " --xla_a=1  --xla_b=2 ")

@@ -311,6 +311,22 @@ def test_what_is_transparent_in_a_mask_is_not_white(pipe, files, tmp_path):
     assert (given.region.reshape(4, 4) == [0, 0, 1, 1]).all()
 
 
+def test_what_a_mask_marks_beside_the_crop_is_not_nothing(pipe, tmp_path):
+    pixels = np.zeros((8, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    pixels[:, :4] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="outside of the middle of the picture"):
+        editing.edit_region(pipe, tmp_path / "image.png", tmp_path / "mask.png", 0, None)
+
+
+def test_a_ready_made_drawing_has_the_shape_of_the_images():
+    wide = editing.ready_made("left_right", (8, 64))
+    assert wide.shape == (8, 64) and wide.dtype == np.int32
+    assert len(np.unique(wide[:, :32])) == len(np.unique(wide[:, 32:])) == 1
+    assert wide[0, 0] != wide[0, -1]
+
+
 def test_wrong_use_ends_in_a_sentence(pipe, files):
     image, mask = files / "image.png", files / "mask.png"
     for call, message in (
@@ -325,6 +341,12 @@ def test_wrong_use_ends_in_a_sentence(pipe, files):
         (lambda: pipe.sample([1], region=np.ones(16, bool)), "need a `prefix`"),
         (lambda: pipe.sample([1], region=np.ones(15, bool)), r"bool of shape \(16,\)"),
         (lambda: pipe.sample([1], region=np.ones(16)), "got float64"),
+        (lambda: pipe.sample([1], region=[[True], [False, True]]), r"region must be .* got object"),
+        (lambda: pipe.encode([np.zeros((8, 8, 3)), np.zeros((9, 8, 3))]), "makes a picture of any"),
+        (lambda: pipe.prepare([[1, 2], [3]]), "An image to prepare must be"),
+        (lambda: pipe.prepare(Image.new("RGB", (0, 5))), "has no pixels"),
+        (lambda: pipe.sample([1], content_guidance=1e39), "content_guidance takes finite numbers"),
+        (lambda: pipe.sample([1], flow_steps=2**40), "flow_steps must be a whole number from 1 to"),
         (lambda: sampling_runs.SamplingJob(pipe, [1], 2, 2, -1, {}), "seed must be .*, got -1"),
         (lambda: sampling_runs.SamplingJob(pipe, [1], 1, 1, 0, {}, walk_to=3), "walk needs two"),
         (lambda: sampling_runs.SamplingJob(pipe, [1], 2, 2, 0, {}, walk_to=-3), "walk_to must be"),

@@ -140,6 +140,9 @@ def test_other_pictures_of_the_same_names_are_another_data_set(tmp_path):
     assert describe() == before
     save(tmp_path / "ant" / "20.png", np.arange(64).reshape(8, 8))
     assert describe() != before
+    (tmp_path / "ant" / "20.png").unlink()
+    (tmp_path / "ant" / "20.png").symlink_to(tmp_path / "nowhere")  # readers name it, or skip it
+    assert describe() != before
 
 
 def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):

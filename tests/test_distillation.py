@@ -199,9 +199,12 @@ def test_the_student_is_a_whole_model_with_its_own_recommended_steps(teacher, st
 def test_a_student_is_sampled_at_the_times_that_it_knows():
     own = Settings(flow_steps=4, structure_guidance=1.0)
     config = tiny_config().to_dict()
+    config["distillation"]["flow_steps"] = 4
     metadata = random_pipeline().metadata.replace(teacher="other", sampling=own, config=config)
     for steps in (1, 2, 4):
         metadata.check_settings(own.updated({"flow_steps": steps}))
+    fewer = metadata.replace(sampling=own.updated({"flow_steps": 1}))  # as tune_sampling found
+    fewer.check_settings(own)
     for change in ({"flow_steps": 3}, {"flow_steps": 8}, {"solver": "heun"}, {"flow_shift": 1.0}):
         with pytest.raises(UserError, match="flow_steps=1 or 2 or 4; got"):
             metadata.check_settings(own.updated(change))

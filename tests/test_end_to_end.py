@@ -381,6 +381,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_term(tmp_pat
         train(config, tmp_path)
 
 
+def test_a_second_generator_and_a_missing_step_are_refused_before_anything(trained):
+    """Nothing in the folder changes."""
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    with pytest.raises(UserError, match="holds a trained content generator in generators/"):
+        train(tiny_config(part="content"), trained)
+    with pytest.raises(UserError, match="no checkpoint of step 5 in .*; it has those of 4, 8, 12"):
+        train(tiny_config(part="tokenizer"), trained, resume_step=5)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
 def test_generators_refuse_another_tokenizer(trained, tmp_path):
     train(tiny_config(part="tokenizer", seed=1), tmp_path)
     (tmp_path / "generators").symlink_to(trained / "generators")

@@ -1087,8 +1087,8 @@ def get_sweep():
     "overrides, words",
     [
         ("[{'content.dept': 8}]", ["run 1", "content.dept", "content.depth"]),
-        ("[{'learning_rate': 1.0}]", ["learning_rate", "did you mean"]),
-        ("[{}, {'content': 8}]", ["run 2", "did you mean content."]),
+        ("[{'learning_rate': 1.0}]", ["learning_rate", "Did you mean"]),
+        ("[{}, {'content': 8}]", ["run 2", "Did you mean 'content."]),
         ("[{'content.depth': 8.0}]", ["content.depth", "int", "8.0"]),
         ("[{'content.depth': True}]", ["content.depth", "int", "True"]),
         ("[{'seed': 1}, {'seed': 2}, {'seed': 1}]", ["run 3", "seed=1", "run 1"]),
@@ -1096,6 +1096,11 @@ def get_sweep():
         ("[]", ["list of dictionaries"]),
         ("{'seed': 1}", ["list of dictionaries"]),
         ("[{'part': 'content'}]", ["part", "FIXED"]),
+        (
+            "[{'data.data_dir': '/a/b'}, {'data.data_dir': '/a_b'}]",
+            ["run 2", "would have the folder of run 1, data.data_dir=_a_b"],
+        ),
+        ("[{1: 2}]", ["the key 1 is not the name of a setting"]),
         ("1 / 0", ["ZeroDivisionError"]),
     ],
 )
@@ -1120,7 +1125,7 @@ def get_sweep():
         ("{folder}/broken.py", [], ["broken.py, line 2: NameError: name 'missing'"]),
         ("configs/digits.py", ["--config.seed=4"], ["do not set --config.seed after --"]),
         ("configs/digits.py", ["--workdir=there"], ["do not set --workdir after --"]),
-        ("configs/digits.py", ["--config.sed=4"], ["sed", "seed"]),
+        ("configs/digits.py", ["--config.sed=4"], ["no setting sed. Did you mean 'seed'?"]),
     ],
 )
 def test_sweep_with_an_invalid_configuration(tmp_path, config, extra, words):
@@ -1131,6 +1136,34 @@ def test_sweep_with_an_invalid_configuration(tmp_path, config, extra, words):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_values_of_numpy(tmp_path):
+    text = """
+import numpy as np
+CONFIG = "configs/digits.py"
+def get_sweep():
+    rate = "generator_training.optimizer.learning_rate"
+    return [{rate: value} for value in np.logspace(-4, -3, 2)]
+"""
+    result = sweep(text=text, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "learning_rate=0.0001" in result.stdout and "float64" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--workdir="], "--workdir is empty"),
+        (["--launcher_args=--time='1"], "--launcher_args=--time='1: No closing quotation"),
+        (["FIXED = None"], "FIXED of .* must be a dictionary, not None"),
+    ],
+)
+def test_a_sweep_with_wrong_arguments(tmp_path, arguments, words):
+    fixed = [text for text in arguments if text[0] != "-"]
+    text = "CONFIG = 'digits'\ndef get_sweep():\n    return [{'seed': 3}]\n" + "".join(fixed)
+    result = sweep(*set(arguments) - set(fixed), text=text, folder=tmp_path)
+    assert result.returncode == 2 and re.search(words, result.stderr), result.stderr
 
 
 def test_a_sweep_may_name_a_preset(tmp_path):

@@ -184,6 +184,10 @@ def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
     # Settings given by hand that are those of the folder are the same settings.
     same = dict(flow_steps=2, top_p=0.5)
     assert samples_of(pipe, settings=same).describe() == samples_of(pipe).describe()
+    for content in ("[]", '{"editor.fontSize": 12}'):
+        (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(UserError, match="settings.json is of another program. Give another"):
+            sampling_runs.write_pictures(samples_of(pipe), tmp_path, 2)
     (parts / "settings.json").unlink()
     with pytest.raises(UserError, match="no settings.json that says how they were made"):
         sampling_runs.write_array(samples_of(pipe), out)
@@ -191,6 +195,13 @@ def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
     with pytest.raises(UserError, match="or not by this command"):
         sampling_runs.write_array(samples_of(pipe), out)
     assert out.read_bytes() == b"something else"
+
+
+def test_a_class_of_a_long_name_has_a_file():
+    name = "\u82b1" * 90  # 270 bytes
+    cut = sampling_runs.in_file_name(name)
+    assert name.startswith(cut) and len(cut.encode()) <= 200 < len(cut.encode()) + 3
+    assert sampling_runs.in_file_name("a/b cat") == "a_b_cat"
 
 
 def test_the_weights_are_hashed_once(monkeypatch):

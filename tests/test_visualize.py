@@ -4,9 +4,11 @@ import numpy as np
 from PIL import Image
 
 from nvg_jax.visualize import (
+    FONTS,
     GAP,
     class_grid,
     image_grid,
+    label_font,
     labeled_grid,
     marked,
     reconstruction_grid,
@@ -109,6 +111,16 @@ def test_a_grid_with_texts():
     lines = (broken[: top + added, left + 66 : left + 130] < 128).all(-1).any(1)
     assert added > top and np.diff(lines.astype(int)).clip(0).sum() == 3
     assert not (broken[: top + added, left + 60 : left + 66] < 128).all(-1).any()
+
+
+def test_letters_of_all_languages_are_drawn_or_replaced(monkeypatch):
+    for fonts in (FONTS, ()):  # without one of the system, too
+        monkeypatch.setattr("nvg_jax.visualize.FONTS", fonts)
+        font, (plain, umlaut, other) = label_font(["cat", "Bl\u00fcte", "\U00012345"], 12)
+        assert plain == "cat" and umlaut in ("Bl\u00fcte", "Blute") and other == "?"
+        box = bytes(font.getmask("\U000ffffd"))
+        assert all(bytes(font.getmask(letter)) != box for letter in umlaut)
+    assert umlaut == "Blute"  # Pillow's own font has ASCII alone
 
 
 def test_what_a_mask_covers_is_tinted():
