@@ -85,6 +85,8 @@ while (($#)); do
     shift
 done
 [[ $name ]] || fail "give --name=NAME; see $0 --help"
+[[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+    fail "--name must be at most 63 lower-case letters, digits and dashes, beginning with a letter, not '$name'"
 [[ $zone ]] || fail "give --zone=ZONE; see $0 --help"
 
 queued=(gcloud compute tpus queued-resources)

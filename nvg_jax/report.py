@@ -6,13 +6,14 @@ the curves into one PNG. Workdirs may be in buckets. Needs the extras `train` an
 """
 
 import logging
+from pathlib import Path
 
 import jax
 from absl import flags
 from etils import epy
 
 from nvg_jax import cli
-from nvg_jax.errors import comes_with
+from nvg_jax.errors import UserError, comes_with
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.runtime import storage
@@ -23,6 +24,8 @@ logger = logging.getLogger("nvg_jax")
 
 
 def main(_):
+    if Path(FLAGS.out).suffix != ".png":
+        raise UserError(f"--out={FLAGS.out} must end in .png: the picture is a PNG.")
     runs, configs = curves.read({name: name for name in FLAGS.workdir})
     print(curves.tables(runs, configs))
     curves.draw(runs, storage.storage_path(FLAGS.out))

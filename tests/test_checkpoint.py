@@ -18,7 +18,7 @@ from orbax.checkpoint import multihost
 
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, processes
-from nvg_jax.runtime.checkpoint import Checkpoints, check_step, checksum, read
+from nvg_jax.runtime.checkpoint import Checkpoints, check_step, checksum, read, short
 from nvg_jax.runtime.storage import storage_path
 
 # After an error Orbax leaves coroutines behind, which Python warns about.
@@ -170,6 +170,11 @@ def test_truncated_missing_and_broken_files_give_the_one_before(two, tmp_path, c
         assert restore(copy)[2] == 2
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert any("The checkpoint of step 2" in r.getMessage() for r in warnings)
+
+
+def test_a_long_message_ends_with_its_reason():
+    message = f"INTERNAL: {'x' * 400} No space left on device [source locations]. More"
+    assert short(OSError(message)).endswith("x: No space left") and len(short(message)) < 330
 
 
 def test_going_back_renames_what_came_later(tmp_path):

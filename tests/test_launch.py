@@ -127,6 +127,7 @@ def test_help_tells_how_to_call_it(script):
         (["tpu_vm.sh"], {}, "run, logs or delete"),
         (["tpu_vm.sh", "run", "--zone=z", "--type=v5p-8", *MINIMAL], {}, "--name"),
         (["tpu_vm.sh", "run", "--name=n", "--type=v5p-8", *MINIMAL], {}, "--zone"),
+        (["tpu_vm.sh", "run", "--name=a b", "--zone=z", *MINIMAL], {}, "not 'a b'"),
         (["tpu_vm.sh", "run", "--name=n", "--zone=z", *MINIMAL], {}, "--type"),
         (["tpu_vm.sh", "run", "--name=n", "--zone=z", "--type=v9-8", *MINIMAL], {}, "v9-8"),
         (["tpu_vm.sh", *TPU, "--", "--config=c", "--workdir=runs/x"], {}, "gs://"),

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath, epy
 
-from nvg_jax.errors import UserError, comes_with, is_damage, is_in_code, is_mistake, reported
+from nvg_jax.errors import (
+    MISTAKE_TEXT,
+    UserError,
+    comes_with,
+    is_damage,
+    is_in_code,
+    is_mistake,
+    reported,
+)
 from nvg_jax.runtime import processes, watchdog
 from nvg_jax.runtime.storage import digest, locked, storage_path
 
@@ -148,8 +156,8 @@ class Checkpoints:
                 raise
             raise UserError(
                 f"A checkpoint could not be written to {self._folder} "
-                f"({short(error)}). Earlier checkpoints are intact; free some space or fix the "
-                "permissions, then run the same command again to resume from the last one."
+                f"({short(error)}). Earlier ones are intact, if there are any; free some space or "
+                "fix the permissions, then run the same command again to go on from the last one."
             ) from error
 
     def wait(self):
@@ -335,9 +343,13 @@ def attempt(
 
 
 def short(error: Exception | str) -> str:
-    """The first sentence of an error message; the storage library's messages span pages."""
+    """The first sentence of an error message; the storage library's messages span pages.
+
+    And the reason, if it is one that only the user can mend.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0][:300]
+    text, reason = lines[0].split(". ")[0][:300], MISTAKE_TEXT.search(str(error))
+    return text if reason is None or reason[0] in text else f"{text}: {reason[0]}"
 
 
 # Checksums.
