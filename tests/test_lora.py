@@ -233,7 +233,7 @@ def test_a_distilled_model_keeps_its_steps(base, run):
     distilled = pipe.metadata.replace(
         teacher="a fingerprint",
         sampling=Settings(flow_steps=2),
-        config={"distillation": {"reflow": True}},
+        config={"distillation": {"reflow": True, "flow_steps": 2}},
     )
     tuned = Pipeline(distilled, pipe.params).load_lora(run)
     assert (
