@@ -121,7 +121,7 @@ def main(_):
                     file.write(json.dumps(known[of(result)]) + "\n")
         print(row([known[of(result)] for result in rows]), flush=True)
     if FLAGS.figure:
-        draw(list(known.values()), FLAGS.figure)
+        draw([json.loads(line) for line in out.read_text().splitlines()], FLAGS.figure)
 
 
 def row(results: list[dict]) -> str:
@@ -143,28 +143,34 @@ def row(results: list[dict]) -> str:
 
 
 def draw(results: list[dict], path: str):
-    """Plots FID against the evaluations for an image, a curve for what differs beside the steps."""
+    """Plots FID against the evaluations for an image, a curve for what differs beside the steps.
+
+    Results of several models have curves of their own.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    curves = {}
+    figure, axis = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    curves, folders = {}, {result["workdir"] for result in results}
     for result in results:
-        others = [f"{name} {value}" for name, value in result["point"] if name != "flow_steps"]
-        curve = curves.setdefault(", ".join(others), {})
+        label = [Path(result["workdir"]).name] if len(folders) > 1 else []
+        label += [
+            f"{name} {value}" for name, value in result["point"] if name != "flow_steps" and value
+        ]
+        curve = curves.setdefault(", ".join(label), {})
         curve.setdefault(result["evaluations"], []).append(result["fid"])
     for label, curve in curves.items():
         counts = sorted(curve)
         values = [curve[count] for count in counts]
-        line = axis.plot(counts, np.mean(values, axis=1), "o-", ms=3, label=label)
-        low, high = np.min(values, axis=1), np.max(values, axis=1)
-        axis.fill_between(counts, low, high, color=line[0].get_color(), alpha=0.15, lw=0)
+        mean = np.mean(values, axis=1)
+        reach = mean - np.min(values, axis=1), np.max(values, axis=1) - mean
+        axis.errorbar(counts, mean, reach, fmt="o-", ms=3, capsize=2, lw=1, label=label)
     axis.set(
         xscale="log", xlabel="evaluations of the structure generator for an image", title="FID"
     )
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100)
 
 
@@ -193,7 +199,7 @@ def measure_point(pipe, point, seed, classes, judge, reference) -> dict[str, flo
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
     flags.DEFINE_string("out", None, "File of results, a JSON object a line.", required=True)
-    flags.DEFINE_string("figure", None, "A picture of the results.")
+    flags.DEFINE_string("figure", None, "A picture of all results in the file, of any model.")
     flags.DEFINE_string("sweep", "flow_steps=1;2;4;8;25", "As evaluate's --sweep.")
     flags.DEFINE_integer("seeds", 2, "Seeds of every point.")
     flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.")
