@@ -154,7 +154,7 @@ def test_a_list_of_classes_has_one_meaning(numbered, classes, expected):
 
 
 @pytest.mark.parametrize(
-    "classes, said", [(["1", "2"], "can be read as names and ids"), (["0", "10"], "are names and")]
+    "classes, said", [(["1", "2"], "can be read as names and as"), (["0", "10"], "are names and")]
 )
 def test_classes_that_may_be_names_or_ids_are_refused(numbered, classes, said):
     with pytest.raises(UserError, match=f"classes {', '.join(classes)} {said}"):

@@ -79,15 +79,21 @@ def test_kept_positions_follow_the_path_to_their_target():
     np.testing.assert_allclose(end[0, 1::2, 1:], (noise - 1)[0, 1::2, 1:], atol=1e-6)
 
 
-@pytest.mark.parametrize("start, gumbel", [(0, False), (2, True)])
-def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference, start, gumbel):
+# One solution for several splits, drawn at random, with everything else that a flow can have.
+ONE_SOLUTION = dict(
+    gumbel=True, structure_solves=(0,), solver="heun", structure_guidance=(1.0, 2.0)
+)
+
+
+@pytest.mark.parametrize("start, settings", [(0, {}), (2, ONE_SOLUTION)])
+def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference, start, settings):
     sequence = pipe.encode(reference)
     region = np.random.default_rng(start).random((6, 16)) < 0.5
     region[0], region[1] = False, True  # nothing and everything
     region[5] = np.arange(16) % 4 < 2
     out = pipe.sample(
         [5] * 6, seed=1, prefix=sequence, structure_stages=start, token_stages=start, region=region,
-        gumbel=gumbel,
+        **settings,
     ).sequence  # fmt: skip
     assert is_even_hierarchy(out.structure).all()
     for found, kept in zip(out, sequence):
