@@ -117,11 +117,12 @@ def main(_):
                 measured = measure_point(pipe, point, seed, classes, judge, reference)
                 measured["spread"] /= real_spread
                 known[of(result)] = shared | result | measured
+                done.append(known[of(result)])
                 with out.open("a") as file:
                     file.write(json.dumps(known[of(result)]) + "\n")
         print(row([known[of(result)] for result in rows]), flush=True)
     if FLAGS.figure:
-        draw([json.loads(line) for line in out.read_text().splitlines()], FLAGS.figure)
+        draw(done, FLAGS.figure)
 
 
 def row(results: list[dict]) -> str:

@@ -118,7 +118,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         if not getattr(options, name):
             raise UserError(f"--{name} is empty: give a value.")
     try:
-        shlex.split(options.launcher_args)
+        options.launcher_args = shlex.split(options.launcher_args)
     except ValueError as error:
         raise UserError(f"--launcher_args={options.launcher_args}: {error}.") from error
     return options, extra
@@ -241,7 +241,7 @@ def short_hash(text: str) -> str:
 
 def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
     """The command of one run, up to the `--` before the training arguments."""
-    arguments = shlex.split(options.launcher_args)
+    arguments = options.launcher_args
     if options.launcher == "slurm":
         return ["sbatch", f"--job-name={name}", *arguments, "launch/slurm.sbatch"]
     if options.launcher == "gke":  # names must be short and lower-case

@@ -25,7 +25,7 @@ from nvg_jax.runtime.sharding import local_batch, local_mesh
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import MAX_SEED, check_dtype
+from nvg_jax.sampling.settings import MAX_SEED, as_array, check_dtype
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
 
 
@@ -538,14 +538,6 @@ def check_integer(name: str, value, low: int, high: int):
     """Raises UserError if a value is not an integer in low .. high."""
     if not is_integer(value) or not low <= value <= high:
         raise UserError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
-
-
-def as_array(values) -> np.ndarray:
-    """Values as an array; a list of lists of different lengths as one of shape ()."""
-    try:
-        return np.asarray(values)
-    except ValueError:
-        return np.array(None)
 
 
 def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:

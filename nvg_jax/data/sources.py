@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from etils import epy
 
-from nvg_jax.errors import UserError, comes_with, is_failure, listed, reported
+from nvg_jax.errors import UserError, comes_with, is_failure, is_mistake, listed, reported
 from nvg_jax.runtime.storage import digest, local_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
@@ -129,11 +129,11 @@ class FolderSource(Source):
         return digest({file: self._size(file) for file in self._files})
 
     def _size(self, file: str) -> int:
-        path = self._root / file
         try:
-            with reported(f"{path} cannot be read"):
-                return os.stat(path).st_size
-        except UserError:  # a link to nowhere; what is to be read of it says so
+            return os.stat(self._root / file).st_size
+        except OSError as error:  # a link to nowhere; who reads it says so
+            if not is_mistake(error):
+                raise
             return -1
 
     def describe(self) -> str:

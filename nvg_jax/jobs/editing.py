@@ -93,8 +93,7 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint
 
 def ready_made(name: str, size: tuple[int, int]) -> np.ndarray:
     """A drawing of `control.DRAWINGS` in an image's size: int32 (H, W)."""
-    square = Image.fromarray(control.ready_made(name, min(size)).astype(np.uint8))
-    return np.asarray(resized(square, size)).astype(np.int32)
+    return np.asarray(resized(Image.fromarray(control.ready_made(name, min(size))), size))
 
 
 def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from nvg_jax import granularity
 from nvg_jax.errors import UserError
+from nvg_jax.sampling.settings import as_array
 
 MAX_DIVIDED = 16  # up to this many regions, all ways to divide them are compared
 
@@ -21,10 +22,7 @@ def region_of_mask(mask: np.ndarray, latent_size: tuple[int, int]) -> Bool[np.nd
     Raises:
         UserError: another shape or type, or a mask that covers no position or all of them.
     """
-    try:
-        mask = np.asarray(mask)
-    except ValueError:  # a ragged list
-        mask = np.array(None)
+    mask = as_array(mask)
     height, width = latent_size
     if mask.ndim != 2 or mask.dtype != bool or mask.shape[0] % height or mask.shape[1] % width:
         raise UserError(

@@ -106,10 +106,7 @@ class Spec:
             if not isinstance(value, tuple) or any(x not in stages for x in value):
                 raise outside
             return tuple(sorted(set(value)))
-        try:
-            values = np.asarray(value)
-        except ValueError:  # a ragged list
-            values = np.array(None)
+        values = as_array(value)
         if values.dtype.kind not in "iuf" or not (abs(values) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} takes finite numbers, got {value!r}.")
         if self.per_stage is None and values.ndim:
@@ -129,6 +126,14 @@ class Spec:
             raise outside
         values = tuple(map(self.kind, values))
         return values[0] if self.per_stage is None else values
+
+
+def as_array(values) -> np.ndarray:
+    """Values as an array; a list of lists of different lengths as one of shape ()."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.array(None)
 
 
 def text_of(value) -> str:

@@ -114,9 +114,7 @@ def check_process(config: ml_collections.ConfigDict):
 def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
     """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
     check_dtype(config[name].get("dtype") or config.dtype, TRAINING_DTYPES)
-    fitted = length.fitted(
-        config[name], num_images=10**6
-    )  # of any size: that of the data comes later
+    fitted = length.fitted(config[name], num_images=10**6)  # of any size: the data's comes later
     optimizers.OptimizerConfig(**fitted.optimizer)
     if config[name].fid_every:
         check_fid(config, name, parts)
