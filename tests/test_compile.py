@@ -86,6 +86,15 @@ def test_memory_traffic_of_a_loop():
     assert hlo.cost(hlo.parse(LOOP)).hbm_bytes == 5 * (row + w + summed + counter + test)
 
 
+def test_work_belongs_to_the_outermost_module_it_comes_from():
+    dot = "rhs_contracting_dims={0}"
+    name = 'op_name="jit(f)/while/body/transpose(jvp(Decoder.run))/Layer.add/dot_general"'
+    cost = hlo.cost(hlo.parse(LOOP.replace(dot, f"{dot}, metadata={{{name}}}")))
+    assert cost.flops_by_module == {"Decoder.run": cost.flops}
+    assert cost.bytes_by_module["Decoder.run"] == 5 * 16 * 32 * 4  # w; the rest stays in S
+    assert cost.bytes_by_module["other"] == cost.hbm_bytes - 5 * 16 * 32 * 4
+
+
 def test_a_loop_with_a_data_dependent_trip_count_counts_once_and_is_named():
     text = LOOP.replace("compare(%i, %limit), direction=LT", "compare(%i, %limit), direction=NE")
     text = text.replace("body=%body", 'body=%body, metadata={op_name="clustering"}')
@@ -528,7 +537,12 @@ def test_the_report_of_the_sampler():
     generators = sizes["content"] + sizes["structure"]
     assert 4 * generators < found["memory"]["arguments"] < 4 * sizes["total"]
     assert 0.9 < found["executed_flops"] / found["model_flops"] < 1.1
+    seconds = found["seconds_by_module"]
+    assert sum(seconds.values()) == pytest.approx(found["roofline"]["seconds_no_overlap"])
+    names = {"ContentGenerator.predict_canvas", "StructureGenerator.velocity", "Tokenizer.decode"}
+    assert seconds.keys() >= names and seconds["other"] < min(seconds[name] for name in names)
     text = report.format_report(found)
+    assert "  StructureGenerator.velocity  " in text
     assert text.startswith("sampler, cpu:1 (1 devices: data 1 x fsdp 1 x tensor 1), global batch 2")
     assert report.ESTIMATE in text and "images per second" in text and "epochs" not in text
 

@@ -234,6 +234,23 @@ def test_the_student_keeps_what_is_given(student):
 
 
 @pytest.mark.slow
+def test_one_solution_of_a_student_serves_all_splits(student):
+    """It sees the first token alone: other later tokens leave all maps as they are."""
+    pipe = Pipeline.from_pretrained(student)
+    given = pipe.encode(np.zeros((2, 8, 8, 3), np.float32))
+
+    def sample(temperature, **settings):
+        settings |= {"top_p": 1.0, "temperature": temperature}
+        kept = {"prefix": given, "structure_stages": 1, "token_stages": 1}
+        return pipe.sample([3, 4], **kept, **settings).sequence
+
+    one, other = (sample(t, structure_solves=(0,)) for t in (0.1, 10.0))
+    assert (one.tokens != other.tokens).any()
+    np.testing.assert_array_equal(one.structure, other.structure)
+    assert (sample(0.1).structure != sample(10.0).structure).any()  # each split sees all before it
+
+
+@pytest.mark.slow
 def test_the_same_command_again_resumes(teacher, student, tmp_path):
     # Stopped in the middle and started again, it ends with the same weights.
     config = short_config()

@@ -36,6 +36,7 @@ MEMORY_CALLS = (
 )  # fmt: skip
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)((?::[^{}]*)?)\})?")
 NAME = re.compile(r"%([\w.\-]+)")
+MODULE = re.compile(r"(?<=[/(])[A-Z]\w*(\.\w+)?")  # flax.linen names its scopes so
 
 
 class Array(NamedTuple):
@@ -93,6 +94,15 @@ class Instruction:
     def op_name(self) -> str:
         """The operation of the Python program that the instruction comes from."""
         return self.attribute(r'op_name="([^"]*)"') or ""
+
+    @property
+    def module(self) -> str:
+        """The outermost Flax module and method that it comes from, such as "Tokenizer.decode".
+
+        "other" for what no module computes, such as random numbers, sorting and the optimizer.
+        """
+        module = MODULE.search(self.op_name)
+        return module[0] if module else "other"
 
     @property
     def target(self) -> str | None:
@@ -169,18 +179,27 @@ class Collective(NamedTuple):
 class Cost:
     """What one device executes in one run of a program.
 
-    flops: multiplications and additions of matrix products and convolutions. hbm_bytes: estimated
-    bytes read from and written to main memory. unknown_loops: the Python operations of loops whose
-    trip count depends on the data; each counts as one trip. kernels: {name: executions} of the
-    custom calls whose FLOPs are known and counted. custom_calls: the same for all others.
+    flops_by_module: multiplications and additions of matrix products and convolutions.
+    bytes_by_module: estimated bytes read from and written to main memory; both by
+    `Instruction.module`. unknown_loops: the Python operations of loops whose trip count depends on
+    the data; each counts as one trip. kernels: {name: executions} of the custom calls whose FLOPs
+    are known and counted. custom_calls: the same for all others.
     """
 
-    flops: int = 0
-    hbm_bytes: int = 0
+    flops_by_module: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    bytes_by_module: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     custom_calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def flops(self) -> int:
+        return self.flops_by_module.total()
+
+    @property
+    def hbm_bytes(self) -> int:
+        return self.bytes_by_module.total()
 
 
 def parse(text: str) -> Module:
@@ -292,25 +311,27 @@ def _walk(module: Module, name: str, times: int, channels: set[str] | None, tota
             inside = channels if fused or opcode == "fusion" else None
             _walk(module, inner, times, inside, total)
         if opcode == "dot":
-            total.flops += times * dot_flops(computation, instruction)
+            total.flops_by_module[instruction.module] += times * dot_flops(computation, instruction)
         elif opcode == "convolution":
-            total.flops += times * convolution_flops(computation, instruction)
+            flops = convolution_flops(computation, instruction)
+            total.flops_by_module[instruction.module] += times * flops
         elif opcode == "custom-call" and not fused and instruction.target not in MEMORY_CALLS:
             flops = kernel_flops(computation, instruction)
             if flops is None:
                 total.custom_calls[instruction.target] += times
             else:
-                total.flops += times * flops
+                total.flops_by_module[instruction.module] += times * flops
                 total.kernels[kernel_name(instruction)] += times
         kind = opcode.removesuffix("-start")
         channel = instruction.attribute(r"channel_id=(\d+)")
-        if kind in COLLECTIVES and channel not in channels:
+        communicates = kind in COLLECTIVES and channel not in channels
+        if communicates:
             if channel is not None:
                 channels.add(channel)
             total.collectives.append(collective(computation, instruction, kind, times))
-            total.hbm_bytes += times * hbm_bytes(module, computation, instruction)
-        elif not fused:
-            total.hbm_bytes += times * hbm_bytes(module, computation, instruction)
+        if communicates or not fused:
+            size = hbm_bytes(module, computation, instruction)
+            total.bytes_by_module[instruction.module] += times * size
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:

@@ -84,6 +84,11 @@ def make_report(
         model_flops / devices,
         compiler.device,
     )
+    by_module = {
+        name: cost.flops_by_module[name] / compiler.device.flops
+        + cost.bytes_by_module[name] / compiler.device.hbm_bandwidth
+        for name in cost.flops_by_module | cost.bytes_by_module
+    }
     sizes = parameter_counts(compiled.params)
     steps_per_day = 86_400 / times["seconds"]
     whole = {}
@@ -114,6 +119,7 @@ def make_report(
         "kernels": dict(cost.kernels),
         "custom_calls": dict(cost.custom_calls),
         "roofline": times,
+        "seconds_by_module": by_module,
         "steps_per_day": steps_per_day,
         "images_per_second": batch_size / times["seconds"],
         "epochs_per_day": steps_per_day * batch_size / compiler.images,
@@ -161,6 +167,8 @@ def best_remat(
 def format_report(report: dict[str, Any]) -> str:
     """The report as text."""
     r, memory, times = report, report["memory"], report["roofline"]
+    by_module = report["seconds_by_module"]
+    total = sum(by_module.values())
     program = f"training step ({r['part']})" if r["program"] == "train" else "sampler"
     gib = lambda size: f"{size / GIB:.2f} GiB"
     millions = lambda count: f"{count / 1e6:,.1f} M"
@@ -211,6 +219,12 @@ def format_report(report: dict[str, Any]) -> str:
         f"{times['bound']}",
         f"  no overlap   {milliseconds(times['seconds_no_overlap']):>12}, MFU "
         f"{times['mfu_no_overlap']:.1%}",
+        "Shares of compute + hbm",
+        *(
+            f"  {name:<40} {seconds / total:>6.1%}"
+            for name, seconds in sorted(by_module.items(), key=lambda item: -item[1])
+            if seconds > 0
+        ),
         "With full overlap",
         f"  {r['images_per_second']:,.0f} images per second",
     ]
