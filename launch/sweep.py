@@ -16,7 +16,6 @@ At the end of local runs, a table compares them, the best one first.
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import re
 import shlex
 import signal
@@ -37,9 +36,10 @@ from nvg_jax import presets  # noqa: E402
 from nvg_jax.cli import mistake_in_config  # noqa: E402
 from nvg_jax.errors import UserError, comes_with, did_you_mean  # noqa: E402
 from nvg_jax.training import checks  # noqa: E402
-from nvg_jax.training.changes import leaves  # noqa: E402
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
+    from flax import traverse_util
+
     from nvg_jax.training import curves
 
 NAME_LENGTH = 180  # file systems allow 255, and the scheduler may add to a job name
@@ -87,9 +87,10 @@ def run(command: Sequence[str]) -> int:
         received.append(number)
         process.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return code or (128 + received[0] if received else 0)  # it may have been at its end
 
 
@@ -131,7 +132,7 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
         UserError: an invalid sweep; the message names the run and the key.
     """
     config_name, fixed, sweep = load_sweep(options.sweep)
-    known = dict(leaves(parse_config(config_name, []).to_dict()))
+    known = traverse_util.flatten_dict(parse_config(config_name, []).to_dict(), sep=".")
     for argument in extra:
         key = re.match(r"--?config\.([\w.]+)", argument)
         if key and not any(f"{name}.".startswith(f"{key[1]}.") for name in known):
@@ -154,7 +155,7 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
             checks.check_config(config)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        settings = dict(leaves(config.to_dict()))
+        settings = traverse_util.flatten_dict(config.to_dict(), sep=".")
         own = {key: settings[key] for key in overrides}
         name = run_name(own)
         if name in names:
@@ -180,11 +181,11 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
     path = Path(file)
     if not path.is_file():
         raise UserError(f"there is no sweep file {file}.")
-    spec = importlib.util.spec_from_file_location("sweep_definition", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = presets.execute(path)
         config_name, sweep = module.CONFIG, module.get_sweep()
+    except UserError:
+        raise
     except Exception as error:  # anything that the user's file raises
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     if not (

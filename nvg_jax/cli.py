@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import absl.logging
 import jax
@@ -21,6 +21,9 @@ from absl import app, flags
 from nvg_jax.errors import UserError, did_you_mean, is_failure
 from nvg_jax.runtime import hardware, interrupts, preemption
 from nvg_jax.sampling.settings import DTYPES, MAX_SEED, Settings
+
+if TYPE_CHECKING:  # not every command imports it
+    from nvg_jax.metadata import RunMetadata
 
 USER_ERROR = 2
 MODEL = "A run's workdir, an exported or converted folder, a bundled model, or hf://ORG/NAME."
@@ -176,27 +179,26 @@ def define_data_flags():
     )
 
 
-def data_section(config: dict[str, Any] | None, resize_filter: str) -> dict[str, Any]:
+def data_section(metadata: "RunMetadata") -> dict[str, Any]:
     """The `data` section of a model's config, overridden by the flags that were given.
 
-    Args:
-        resize_filter: the filter that the model was trained with, which no flag overrides.
+    No flag overrides how the model's images were resized.
 
     Raises:
         UserError: there is neither a config nor --data_name.
     """
-    own = {"resize_filter": resize_filter}
+    own = {"resize_filter": metadata.resize_filter}
     changes = {"name": flags.FLAGS.data_name}
     changes |= {n: flags.FLAGS[n].value for n in ("data_dir", "resize", "pad") if n in flags.FLAGS}
     changes = {name: value for name, value in changes.items() if value is not None}
     if "name" in changes:
         return {"data_dir": "", "resize": 0, "pad": 0} | changes | own
-    if config is None:
+    if metadata.config is None:
         raise UserError(
             "This folder does not say what data it was trained on (converted weights do not); "
             "give --data_name, for example tfds:imagenet2012, and --data_dir."
         )
-    return config["data"] | changes | own
+    return metadata.config["data"] | changes | own
 
 
 def define_sampling_flags():

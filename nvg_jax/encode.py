@@ -23,7 +23,7 @@ logger = logging.getLogger("nvg_jax")
 
 def main(_):
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
-    data = cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter)
+    data = cli.data_section(pipe.metadata)
     metadata = encoding.encode_data_set(
         pipe,
         FLAGS.out,

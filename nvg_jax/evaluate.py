@@ -95,9 +95,7 @@ def evaluate_model(judge: str, settings):
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     fitted = judge in judges.FITTED
     needs_data = FLAGS.reconstruction or fitted or FLAGS.reference in SPLITS
-    data = (
-        cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter) if needs_data else None
-    )
+    data = cli.data_section(pipe.metadata) if needs_data else None
     out = out_folder()
     if FLAGS.reconstruction:
         assert data is not None

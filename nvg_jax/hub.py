@@ -112,25 +112,16 @@ class Storable:
             self.save_pretrained(folder, dtype)
             text = card(name, self.metadata.without_paths(), parameter_counts(self.params), license)
             (Path(folder) / "README.md").write_text(text, encoding="utf-8")
-            return upload(name, Path(folder), private, revision)
-
-
-def upload(name: str, folder: Path, private: bool | None, revision: str | None) -> str:
-    """Uploads a folder as a model, in place of an earlier one: the address of the commit.
-
-    Raises:
-        UserError: no permission or no network.
-    """
-    with _reported(PREFIX + name, name, revision):
-        _api().create_repo(name, private=private, exist_ok=True)
-        commit = _api().upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            revision=revision,
-            commit_message="Upload a model of nvg_jax",
-            delete_patterns="model*.safetensors*",  # those of an earlier export in more files
-        )
-    return str(commit.commit_url)
+            with _reported(PREFIX + name, name, revision):
+                _api().create_repo(name, private=private, exist_ok=True)
+                commit = _api().upload_folder(
+                    repo_id=name,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message="Upload a model of nvg_jax",
+                    delete_patterns="model*.safetensors*",  # of an earlier export in more files
+                )
+        return str(commit.commit_url)
 
 
 def download_published(

@@ -62,7 +62,8 @@ def base() -> ml_collections.ConfigDict:
 def execute(file: str | os.PathLike) -> types.ModuleType:
     """The module in a file of configurations."""
     spec = importlib.util.spec_from_file_location("config", file)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} must be a Python file, whose name ends in .py.")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -99,6 +100,6 @@ def make_importable(file: Path):
     The folder that contains them need not be on the path: it is not in an installed package.
     """
     folders = (file.absolute().parent, FOLDER)
-    package = types.ModuleType("configs")
-    package.__path__ = [str(folder) for folder in folders if folder.name == "configs"]
-    sys.modules.setdefault("configs", package)
+    package = sys.modules.setdefault("configs", types.ModuleType("configs"))
+    places = [str(folder) for folder in folders if folder.name == "configs"]
+    package.__path__ = list(dict.fromkeys([*places, *getattr(package, "__path__", ())]))

@@ -33,7 +33,7 @@ def main(_):
     own = tuning.Point(tuning.evaluations(pipe, pipe.settings), {})
     if not points:
         raise UserError("This model's own settings are already the cheapest that can be tried.")
-    data = cli.data_section(pipe.metadata.config, pipe.metadata.resize_filter)
+    data = cli.data_section(pipe.metadata)
     size = pipe.tokenizer.config.image_size
     classification.check_classes(pipe, sets.Split(data, "train", size).source)
     train = sets.load_split(data, "train", size)

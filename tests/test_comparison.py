@@ -159,7 +159,8 @@ def test_two_commands_with_one_reference(reference, monkeypatch):
 def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):
     """Otherwise the others would wait for the features of this process forever."""
     first = report.reference_features(reference, Judge())
-    monkeypatch.setattr(report, "everywhere", lambda holds: False)
+    for module in (report, resumable):
+        monkeypatch.setattr(module, "everywhere", lambda holds: False)
     judge = Judge()
     again = report.reference_features(reference, judge)
     assert judge.seen > 0

@@ -11,7 +11,7 @@ import pytest
 from helpers import forked, optimizer_config
 
 from configs import common
-from nvg_jax import Pipeline, cli, layers, models
+from nvg_jax import Pipeline, cli, layers, models, presets
 from nvg_jax.errors import UserError
 from nvg_jax.parts import BOTH_GENERATORS, CONTENT
 from nvg_jax.runtime.sharding import unbox
@@ -362,6 +362,22 @@ def test_a_config_file_has_settings_that_exist_and_of_their_kinds(change, messag
         exec(change, names)
     with pytest.raises(UserError, match=message):
         check_config(names["config"])
+
+
+def test_configs_of_several_folders_are_loaded_in_one_process(tmp_path):
+    for name in ("one", "two"):
+        folder = tmp_path / name / "configs"
+        folder.mkdir(parents=True)
+        (folder / f"shared_{name}.py").write_text("SEED = 5\n")
+        (folder / "mine.py").write_text(
+            f"from configs import common, shared_{name}\n\n"
+            "def get_config():\n    config = common.base()\n"
+            f"    config.seed = shared_{name}.SEED\n    return config\n"
+        )
+        assert presets.load(str(folder / "mine.py")).seed == 5
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match=r"mine.txt must be a Python file, whose name ends in .py"):
+        presets.load(str(tmp_path / "mine.txt"))
 
 
 @pytest.mark.parametrize("returned", ["None", "{'part': 'all'}"])

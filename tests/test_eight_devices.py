@@ -119,6 +119,11 @@ def train_on(mesh, parts, starts: dict[str, TrainState]) -> dict[str, dict]:
         return trainer, jax.device_put(starts[part.name], placed)
 
     def steps(trainer, state, inputs):
+        placed = jax.tree.map(
+            lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim),
+            inputs, trainer.abstract_inputs,
+        )  # fmt: skip
+        assert all(jax.tree.leaves(placed))  # what `compile` compiles is what runs
         step = trainer.jit_train_step.lower(
             state, inputs, taken[0], key, index_backprop=False
         ).compile()

@@ -1158,6 +1158,7 @@ def get_sweep():
         (["--workdir="], "--workdir is empty"),
         (["--launcher_args=--time='1"], "--launcher_args=--time='1: No closing quotation"),
         (["FIXED = None"], "FIXED of .* must be a dictionary, not None"),
+        ([f"--sweep={ROOT}/Makefile"], "error: .*/Makefile must be a Python file, whose name"),
     ],
 )
 def test_a_sweep_with_wrong_arguments(tmp_path, arguments, words):

@@ -128,10 +128,11 @@ def test_commands_prepare_images_as_the_model_was_trained(monkeypatch):
     config = {"data": {"name": "digits", "resize": 9, "resize_filter": ""}}
     of_the_model = {"resize": 9, "name": "digits"}
     own = {"data_dir": "/images", "resize_filter": "published"}
-    assert cli.data_section(config, "published") == of_the_model | own
+    metadata = types.SimpleNamespace(config=config, resize_filter="published")
+    assert cli.data_section(metadata) == of_the_model | own
     values(["command", "--data_dir=/images", "--data_name=image_folder"])
     anew = {"resize": 0, "pad": 0, "name": "image_folder"}
-    assert cli.data_section(config, "published") == anew | own
+    assert cli.data_section(metadata) == anew | own
 
 
 def test_fid_during_training_prepares_images_as_the_run_does(published, monkeypatch):

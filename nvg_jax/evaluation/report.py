@@ -149,7 +149,7 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
         features = FeatureSet(count=count, **stored)
     else:
         with locked(folder) as free:
-            parts = folder if free else None
+            parts = folder if free and everywhere(folder.is_dir()) else None
             features = features_of(images, judge, parts, keep)
             if is_main():
                 write_arrays(file, features._asdict(), shared=True)

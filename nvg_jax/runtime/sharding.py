@@ -211,13 +211,7 @@ def local_batch(batch, mesh: Mesh):
 
 def global_batch(batch, mesh: Mesh):
     """Global arrays, split over the batch axis, from the rows of each process."""
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-
-    def place(x):
-        shape = (len(x) * jax.process_count(), *x.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, x, shape)
-
-    return jax.tree.map(place, batch)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH_SPEC), batch)
 
 
 def to_host(array) -> np.ndarray:

@@ -15,8 +15,6 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Float64, Int
 
-from nvg_jax.errors import UserError
-
 SOLVERS = {"euler": 1, "heun": 2, "multistep": 1}  # {name: calls of the velocity per step}
 
 
@@ -30,12 +28,7 @@ def shifted_times(
     Args:
         shift: 1 keeps the times evenly spaced; larger values put more steps at the noisy end. 0
             means the published e^mu, with mu linear in L through (256, 0.5) and (4096, 1.15).
-
-    Raises:
-        UserError: num_steps is less than 1.
     """
-    if num_steps < 1:
-        raise UserError(f"The flow needs at least one step, got flow_steps={num_steps}.")
     shift = shift or math.exp(0.5 + (1.15 - 0.5) * (num_positions - 256) / (4096 - 256))
     t = np.linspace(1.0, 0.0, num_steps + 1)
     return shift * t / (shift * t + 1 - t)

@@ -1,10 +1,11 @@
 """Which settings of a run may change when it goes on."""
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from nvg_jax.errors import UserError
 from nvg_jax.metadata import SIZES, RunMetadata
@@ -65,7 +66,7 @@ def changed_settings(
         values |= {f"data.{name}": content[name] for name in ("num_images", "resize_filter")}
         for name in ("data", section):
             values[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
-        return dict(leaves(values))
+        return flatten_dict(values, sep=".")
 
     old = settings(stored)
     return {
@@ -73,15 +74,6 @@ def changed_settings(
         for name, value in settings(new).items()
         if old.get(name) != value
     }
-
-
-def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every entry of nested dictionaries."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def check_changes(

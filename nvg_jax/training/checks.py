@@ -16,6 +16,8 @@ from nvg_jax.training.ranges import check_ranges
 from nvg_jax.training.schema import check_schema
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
+    from flax import traverse_util
+
     from nvg_jax import hub, models
     from nvg_jax.data import loader, transforms
     from nvg_jax.evaluation import judges
@@ -124,7 +126,7 @@ def check_resume(
     config: ml_collections.ConfigDict, parts: tuple[Part, ...], resume: "changes.Resume"
 ):
     """Raises UserError for names of settings that do not exist, or a step of an unnamed part."""
-    settings = [path for path, _ in changes.leaves(config.to_dict())]
+    settings = traverse_util.flatten_dict(config.to_dict(), sep=".")
     for name in resume.allow_changes:
         if not any(changes.covers(name, path) for path in settings):
             names = {part for path in settings for part in path.split(".")}

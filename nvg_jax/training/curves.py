@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath, epy
+from flax.traverse_util import flatten_dict
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto import event_pb2
 from tensorboard.util import tensor_util
@@ -14,7 +15,6 @@ from tensorboard.util import tensor_util
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime.storage import local_file, make_folder, storage_path, write_file
-from nvg_jax.training.changes import leaves
 from nvg_jax.training.plan import FILE
 
 with epy.lazy_imports(error_callback=comes_with("report")):
@@ -76,8 +76,8 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(leaves(json.loads(path.read_text())["config"]))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return flatten_dict(json.loads(path.read_text())["config"], sep=".")
+    except (ValueError, LookupError, TypeError, AssertionError) as error:
         raise UserError(
             f"{path} is damaged ({error}). Remove it: training writes it again."
         ) from error

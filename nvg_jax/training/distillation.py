@@ -210,8 +210,10 @@ class DistillationTrainer(Trainer[TrainState]):
         )
 
     def input_shapes(self) -> Params:
-        names = {"teacher": "structure", "tokenizer": "tokenizer"}
-        return {key: self.model.abstract_params(name) for key, name in names.items()}
+        return {
+            "teacher": self.model.boxed_params("structure"),
+            "tokenizer": self.model.abstract_params("tokenizer"),
+        }
 
     def init_state(self, key: PRNGKeyArray, inputs: Params) -> TrainState:
         params = init_generator(self.distillation.model, key)  # replaced by the teacher's
@@ -304,14 +306,9 @@ class DistillationTrainer(Trainer[TrainState]):
             fid=None,
             **self.facts(run),
         )
+        inputs = {"teacher": params["structure"], "tokenizer": params["tokenizer"]}
         place = lambda x, like: jax.device_put(x, like.sharding)
-        inputs = {
-            "teacher": jax.tree.map(
-                place, params["structure"], self.abstract_state.params["structure"]
-            ),
-            "tokenizer": jax.device_put(params["tokenizer"], run.replicated),
-        }
-        return inputs, metadata
+        return jax.tree.map(place, inputs, self.abstract_inputs), metadata
 
     def first_state(self, run: Run, inputs: Params) -> TrainState:
         params = jax.tree.map(jnp.copy, {"structure": inputs["teacher"]})

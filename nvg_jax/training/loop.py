@@ -70,20 +70,17 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
         stack.enter_context(contextlib.closing(profiler))
 
         def assess(step: int):
-            with clock.timed("evaluating"):
-                assess_now(step)
-            reporter.goodput(step)
-
-        def assess_now(step: int):
             evaluate, measure = due(step)
-            if evaluate:
-                reporter.evaluation(step, *trainer.evaluate(run, state, inputs, metadata))
-            if best is not None and measure:
-                params = trainer.export(run, state, inputs)
-                finished = step == steps
-                finish = lambda: metadata if finished else trainer.finish(run, state, metadata)
-                reporter.fid(step, *best.update(step, metadata, params, finish))
-            reporter.assessed(step)
+            with clock.timed("evaluating"):
+                if evaluate:
+                    reporter.evaluation(step, *trainer.evaluate(run, state, inputs, metadata))
+                if best is not None and measure:
+                    params = trainer.export(run, state, inputs)
+                    finished = step == steps
+                    finish = lambda: metadata if finished else trainer.finish(run, state, metadata)
+                    reporter.fid(step, *best.update(step, metadata, params, finish))
+                reporter.assessed(step)
+            reporter.goodput(step)
 
         if start and any(due(start)) and assessed != start:
             # The run ended between the save of this step and the end of its evaluation.

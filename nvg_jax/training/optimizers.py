@@ -106,11 +106,6 @@ def block_matrices(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def every_parameter(params: Params) -> Params:
-    """True for every parameter."""
-    return jax.tree.map(lambda _: True, params)
-
-
 def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule, decay_all: bool = False
 ) -> optax.GradientTransformation:
@@ -135,6 +130,6 @@ def make_optimizer(
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=every_parameter if decay_all else decay_mask,
+            mask=True if decay_all else decay_mask,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip), steps)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import ml_collections
 from jax.sharding import Mesh
 
+from nvg_jax.data import check_batch_size
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import BOTH_GENERATORS, DISTILLATION, TOKENIZER, Part
 from nvg_jax.training.changes import MAY_CHANGE
@@ -50,7 +51,7 @@ def open_trainer(run: Run, part: Part) -> Trainer:
         UserError: invalid settings, or a batch that does not fit the mesh or the data set.
     """
     recipe = run.config[part.section]
-    run.check_batch_size(recipe.batch_size)
+    check_batch_size(run.train_source, run.loader_options(recipe.batch_size))
     trainer = make_trainer(part, run.config, run.model, run.mesh, len(run.train_source))
     warn_if_too_short(part.section, recipe, trainer.steps)
     return trainer

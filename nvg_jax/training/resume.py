@@ -37,10 +37,10 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
             )
         return trainer, 0
     _, new = trainer.open(run)
-    step = step_to_go_back_to(trainer, run, new)
+    step = step_to_go_back_to(trainer, run, latest, new)
     if step is not None:
         checkpoint.check_step(folder, step)
-    stored = read_metadata(folder, step)
+    stored = latest if step is None else read_metadata(folder, step)
     assert stored is not None and stored.step is not None  # or all are damaged, which it says
     check_changes(stored, new, section, folder, run.resume.allow_changes)
     trainer, new = continued(trainer, run, stored, new, step)
@@ -65,15 +65,16 @@ def check_unused(run: Run, tokenizer: RunMetadata):
             )
 
 
-def step_to_go_back_to(trainer: Trainer, run: Run, new: RunMetadata) -> int | None:
-    """`run.resume.step`, or None if the run went back there already."""
-    name, step = trainer.part.name, run.resume.step
-    latest = read_metadata(run.workdir / name) if step is not None else None
+def step_to_go_back_to(
+    trainer: Trainer, run: Run, latest: RunMetadata | None, new: RunMetadata
+) -> int | None:
+    """`run.resume.step`, or None if the run, of which `latest` is, went back there already."""
+    step = run.resume.step
     if step is None or latest is None or not latest.went_back_to(step):
         return step
     if changed_settings(latest, new, trainer.part.section):
         return step
-    logger.info("%s: this run went back to step %d already", name, step)
+    logger.info("%s: this run went back to step %d already", trainer.part.name, step)
     return None  # it was interrupted afterwards
 
 
@@ -129,7 +130,8 @@ def resume(
         UserError: settings changed that are not allowed to, or there is nothing left to train.
     """
     name, section = trainer.part.name, trainer.part.section
-    step = step_to_go_back_to(trainer, run, new)
+    latest = None if run.resume.step is None else read_metadata(run.workdir / name)
+    step = step_to_go_back_to(trainer, run, latest, new)
 
     def abstract_of(content: dict[str, Any]) -> TrainState:
         stored = RunMetadata.from_json(content)

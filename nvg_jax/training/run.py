@@ -19,7 +19,6 @@ from nvg_jax.data import (
     SequenceSource,
     Source,
     Transform,
-    check_batch_size,
     eval_batches,
     open_source,
     train_batches,
@@ -85,10 +84,6 @@ class Run:
         return jax.device_put({name: self.networks[name] for name in names}, self.replicated)
 
     # Batches.
-
-    def check_batch_size(self, batch_size: int):
-        """Raises UserError for a training batch that fits neither the mesh nor the data set."""
-        check_batch_size(self.train_source, self.loader_options(batch_size))
 
     def process_batch_size(self, batch_size: int) -> int:
         """This process's share of a global batch.

@@ -40,8 +40,6 @@ def check_schema(config, base: ml_collections.ConfigDict | None = None, path: st
             check_schema(value, default, f"{path}{name}.")
             continue
         allowed, kind = next((a, k) for known, a, k in KINDS if isinstance(default, known))
-        flag_for_number = isinstance(value, bool) and not isinstance(
-            default, bool
-        )  # True is an int
-        if flag_for_number or not isinstance(value, allowed):
+        is_flag = isinstance(value, bool) and not isinstance(default, bool)  # True is an int
+        if is_flag or not isinstance(value, allowed):
             raise UserError(f"{path}{name} must be {kind}, got {value!r}.")

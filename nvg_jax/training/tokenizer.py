@@ -1,5 +1,6 @@
 """Trains the tokenizer: its losses and its trainer (paper, Section 3.1 and Appendix)."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -401,13 +402,12 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         """
         batch_size = self.recipe.batch_size
         count = math.ceil(min(len(run.train_source), SCALE_IMAGES) / batch_size)
-        batches = run.train_batches(batch_size, run.config.seed)
         totals = 0
-        for _ in range(count):
-            images = sharding.global_batch(next(batches), run.mesh)["image"]
-            moments = jax.device_get(canvas_moments(self.modules.tokenizer, params, images))
-            totals = totals + np.asarray(moments, np.float64)
-        batches.close()
+        with contextlib.closing(run.train_batches(batch_size, run.config.seed)) as batches:
+            for _ in range(count):
+                images = sharding.global_batch(next(batches), run.mesh)["image"]
+                moments = jax.device_get(canvas_moments(self.modules.tokenizer, params, images))
+                totals = totals + np.asarray(moments, np.float64)
         mean, square = totals / count
         variance = square - mean**2
         if not (variance > 0).all():
