@@ -37,15 +37,18 @@ run() {
     fi
 }
 
-# Sets train_arguments, workdir and jax_cache from the arguments after --, after training itself has
+# Sets train_arguments, workdir, jax_cache and packages (what training needs beside the requirements
+# on TPUs, quoted) from the arguments after --, after training itself has
 # checked them: with its own parser, without data and accelerators, also in a dry run.
 take_train_arguments() {
     local argument config='' code=0
     workdir=
+    packages="'jax[tpu]'"
     for argument; do
         case $argument in
             --config=*) config=${argument#*=} ;;
             --workdir=*) workdir=${argument#*=} ;;
+            --config.wandb_project=?*) packages+=" 'wandb>=0.19'" ;;
         esac
     done
     workdir=${workdir%/}

@@ -69,7 +69,7 @@ else
     pack "$stage.tar.gz"
     run tar -xzf "$stage.tar.gz" -C "$stage"
     image=(--base-docker-image=python:3.12 "--script-dir=$stage")
-    command="pip install --quiet --requirement requirements.txt 'jax[tpu]' && $command"
+    command="pip install --quiet --requirement requirements.txt $packages && $command"
 fi
 
 # On every way out: a request that failed or was interrupted may have left a workload, too.

@@ -52,24 +52,33 @@ def main():
         if not options.submit:
             print("\n".join(map(shlex.join, commands)))
             return
-        run_all(commands)
+        codes = run_all(commands, go_on=options.launcher == "local")
         # Those that only check leave no curves to compare.
         checks_only = any(re.match("--?check(_only)?(=|$)", argument) for argument in extra)
-        if options.launcher == "local" and not checks_only:
-            print(comparison(commands))
+        trained = [command for command, code in zip(commands, codes) if code == 0]
+        if options.launcher == "local" and trained and not checks_only:
+            print(comparison(trained))
+        sys.exit(next(filter(None, codes), 0))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def run_all(commands: Sequence[Sequence[str]]):
-    """Runs commands one after another; ends with the exit code of the first that fails."""
+def run_all(commands: Sequence[Sequence[str]], go_on: bool) -> list[int]:
+    """Runs commands one after another; returns their exit codes.
+
+    The first that fails ends this script, unless `go_on` and it was a failure of its own: exit code
+    1, or 2 as of a loss that is not finite.
+    """
+    codes = []
     for number, command in enumerate(commands, 1):
         print(f"run {number} of {len(commands)}: {shlex.join(command)}", flush=True)
-        code = run(command)
-        if code:
+        codes.append(run(command))
+        if code := codes[-1]:
             print(f"error: run {number} ended with exit code {code}", file=sys.stderr)
-            sys.exit(code if code > 0 else 128 - code)
+            if not go_on or code not in (1, 2):
+                sys.exit(code if code > 0 else 128 - code)
+    return codes
 
 
 def comparison(commands: Sequence[Sequence[str]]) -> str:
@@ -246,8 +255,10 @@ def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
     if options.launcher == "slurm":
         return ["sbatch", f"--job-name={name}", *arguments, "launch/slurm.sbatch"]
     if options.launcher == "gke":  # names must be short and lower-case
-        sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")[:18]
-        return ["bash", "launch/gke_xpk.sh", f"--name={sweep}-{short_hash(name)}", *arguments]
+        sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")
+        sweep = sweep if sweep[:1].isalpha() else f"nvg-{sweep}".strip("-")
+        run = short_hash(f"{options.workdir}/{name}")
+        return ["bash", "launch/gke_xpk.sh", f"--name={sweep[:18]}-{run}", *arguments]
     return ["bash", "launch/local.sh", *arguments]
 
 

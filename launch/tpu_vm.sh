@@ -7,7 +7,8 @@
 #     launch/tpu_vm.sh logs --name=nvg-d16 --zone=us-east5-a
 #     launch/tpu_vm.sh delete --name=nvg-d16 --zone=us-east5-a
 #
-# `run` waits until training ends and exits with its exit code; run again, it resumes watching.
+# `run` waits until training ends and exits with its exit code; run again, it resumes watching, or
+# starts what has failed again. Other arguments are another training: one that goes on is refused.
 # The arguments after -- are passed to `python -m nvg_jax.train --distributed`. `logs` follows
 # the log of the first worker. Nothing is deleted at the end without --delete_at_end.
 #
@@ -212,22 +213,27 @@ finish() {
     exit "$code"
 }
 
-# One line per worker: training=idle, training=running or training=EXIT_CODE.
+train="cd nvg_jax && $(quote env "$jax_cache" NVG_LOG=../train.log "NVG_LOG_FOLDER=$workdir/logs" \
+    bash launch/restart.sh ../env/bin/python -m nvg_jax.train --distributed "${train_arguments[@]}")"
+train+='; echo $? >../exit_code'
+# What a worker was told to train last.
+command=$(cksum <<<"$train" | tr ' ' -)
+
+# One line per worker: training=idle, training=running, training=other (another command goes on) or
+# training=EXIT_CODE.
 # shellcheck disable=SC2016 # expanded on the worker
-look='if tmux has-session -t nvg_jax 2>/dev/null; then echo training=running; elif [ -f exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
+look='if tmux has-session -t nvg_jax 2>/dev/null; then $same && echo training=running || echo training=other; elif $same && [ -f exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
+look="same='grep -qxs $command command'; $look"
 
 # The runtime's own Python is too old; uv installs a newer one.
 install='rm -rf nvg_jax && mkdir nvg_jax && tar -xzf nvg_jax.tar.gz -C nvg_jax'
 install+=' && python3 -m pip install --user --quiet uv'
 install+=' && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 env'
-install+=" && ~/.local/bin/uv pip install --quiet --python env --requirement nvg_jax/requirements.txt 'jax[tpu]'"
+install+=" && ~/.local/bin/uv pip install --quiet --python env --requirement nvg_jax/requirements.txt $packages"
 install+=${setup:+" && bash -ec $(quote "$setup")"}
 # A worker whose training goes on keeps its code.
 install="tmux has-session -t nvg_jax 2>/dev/null || { $install; }"
-train="cd nvg_jax && $(quote env "$jax_cache" NVG_LOG=../train.log "NVG_LOG_FOLDER=$workdir/logs" \
-    bash launch/restart.sh ../env/bin/python -m nvg_jax.train --distributed "${train_arguments[@]}")"
-train+='; echo $? >../exit_code'
-start="tmux has-session -t nvg_jax 2>/dev/null || { rm -f exit_code; tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
+start="tmux has-session -t nvg_jax 2>/dev/null || { rm -f exit_code; echo $command >command; tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
 # Training may no longer react to other signals. The process of the pane leads the group of all.
 # shellcheck disable=SC2016 # expanded on the worker
 stop='kill -KILL -- -$(tmux list-panes -t nvg_jax -F "#{pane_pid}"); tmux kill-session -t nvg_jax; true'
@@ -315,6 +321,7 @@ if [[ $now == NOT_FOUND ]]; then
     call 300 "${create[@]}" || give_up "the request for $name failed, see above"
 fi
 was_active=
+watched=
 shown=
 while true; do
     state
@@ -335,15 +342,24 @@ while true; do
             call 120 "${ssh[@]}" >"$answer" || reached=
             codes=$(grep -oE 'training=[0-9]+' "$answer" | cut -d= -f2 | sort -un) || true
             final=$(grep -vxE '0|75|134|137|143' <<<"$codes" | head -n 1) || true
-            if [[ $final ]]; then
+            if grep -q 'training=other' "$answer"; then
+                delete_at_end=
+                say "error: $name trains something else; wait for its end, give another --name, or stop it with launch/tpu_vm.sh delete --name=$name --zone=$zone"
+                exit 2
+            fi
+            if grep -q 'training=running' "$answer"; then
+                watched=1
+            fi
+            if [[ $final && $watched ]]; then
                 say "training ended with exit code $final; its logs are in $workdir/logs"
                 exit "$final"
             elif [[ ! $reached ]]; then
                 say "not all workers can be reached; last sign of life $((SECONDS - alive)) s ago"
                 ! silent || give_up "not all workers can be reached"
-            elif grep -qE 'training=(idle|75|134|137|143)' "$answer"; then
+            elif [[ $final ]] || grep -qE 'training=(idle|75|134|137|143)' "$answer"; then
                 attempt "installing and starting on all workers"
                 if install_and_start; then
+                    watched=1 # an exit code is of this attempt
                     say "training; launch/tpu_vm.sh logs --name=$name --zone=$zone shows its log"
                     alive=$SECONDS
                 else

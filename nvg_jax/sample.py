@@ -47,7 +47,7 @@ def main(_):
         FLAGS.walk_to,
     )
     out = storage_path(FLAGS.out)
-    if out.suffix == ".npz":
+    if out.suffix.lower() == ".npz":
         sampling_runs.write_array(job, out)
     else:
         sampling_runs.write_pictures(job, out, columns=min(FLAGS.per_class, MAX_COLUMNS))

@@ -236,6 +236,10 @@ def test_pasting_keeps_far_pixels_and_all_of_the_mask():
     assert (control.paste(original, edited, mask, 0)[0, ..., 0] == mask).all()
     with pytest.raises(UserError, match=r"same size, got \(9, 9\), \(9, 9\) and \(8, 9\)"):
         control.paste(original, edited, mask[1:], 0)
+    with pytest.raises(UserError, match="A mask must be bool .*got uint8"):
+        control.paste(original, edited, np.uint8(255) * mask, 0)
+    with pytest.raises(UserError, match="feather must be 0 or more, got -1"):
+        control.paste(original, edited, mask, -1)
 
 
 def test_noise_between_two_seeds_keeps_its_length():

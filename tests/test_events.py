@@ -43,6 +43,15 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), picture)
 
 
+def test_the_file_of_a_later_process_comes_later_whatever_its_clock_says(tmp_path, monkeypatch):
+    for number, now in enumerate((1796123988.5, 1796123988.9, 1796120000.0)):
+        monkeypatch.setattr(metrics.time, "time", lambda now=now: now)
+        writer = metrics.EventWriter(epath.Path(tmp_path))
+        writer.write_scalars(number, {"loss": 0.5})
+        writer.flush()
+    assert [step for step, *_ in read(tmp_path)] == [0, 1, 2]
+
+
 def test_objects_in_a_bucket_are_written_whole_and_never_again(tmp_path, monkeypatch):
     """An object for each flush; together they are read like one file."""
     writer = metrics.EventWriter(epath.Path(tmp_path))

@@ -108,6 +108,9 @@ def test_fine_tuning_on_other_classes_with_the_tokenizer_of_an_export(model, tmp
     plain = dict(seed=1, content_guidance=1.0, structure_guidance=1.0)
     before, after = (x.sample(["3"], **plain).sequence for x in (pipe, tuned))
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    # Resuming does not read the folder again.
+    # Resuming does not read the folder again, and nothing starts from another one.
     config.init_from = str(tmp_path / "gone")
     train(config, tmp_path / "run")
+    config.generator_training.length = "3 steps"
+    with pytest.raises(UserError, match="init_from=.*gone has no effect: the run in .*generators"):
+        train(config, tmp_path / "run", allow_changes=["length"])

@@ -1,5 +1,6 @@
 """The launchers: the commands of their dry runs, and their behavior with stand-in programs."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -22,6 +23,7 @@ from helpers import ROOT, Process, finish, forked, run, wait_for
 from ml_collections import config_flags
 
 from configs.sweeps import product
+from launch.sweep import launcher_command
 from launch.sweep import main as sweep_main
 
 LAUNCH = ROOT / "launch"
@@ -32,6 +34,7 @@ TRAIN = [
     "--config.sampling.top_p=(0.5, 0.25)",
     """--config.data.data_dir=it's $HOME "a" & b""",
 ]
+OTHER = ["--config=configs/digits.py", "--workdir=gs://bucket/other"]
 MINIMAL = ["--", "--config=configs/digits.py", "--workdir=/shared/run"]
 CACHE = "JAX_COMPILATION_CACHE_DIR=gs://bucket/my run/jax_cache"
 RESTART = ["bash", "launch/restart.sh", "python", "-m", "nvg_jax.train"]
@@ -814,6 +817,37 @@ def test_tpu_run_ends_with_the_exit_code_of_training(tmp_path, code, expected, e
     assert {log.name[-6:] for log in tpu.workdir.glob("logs/*")} == {"-0.log", "-1.log"}
 
 
+def test_tpu_trains_another_command_and_tries_a_failed_one_again(tmp_path):
+    """The exit code that an earlier command left is not that of this one."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], code=2)
+    seen = lambda: (tmp_path / "0" / "seen").read_text().splitlines()[3:]
+    for began, training in enumerate((TRAIN, TRAIN, OTHER, OTHER), 1):
+        with tpu.start(training=training) as process:
+            code, said = tpu.end(process)
+        assert (code, seen()) == (2, training), said
+        assert tpu.calls.count("scp") == began
+
+
+@ENDINGS
+@pytest.mark.usefixtures("foreground")
+def test_tpu_leaves_another_training_alone(tmp_path, ending):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=2)
+    with tpu.start() as process:
+        wait_for(lambda: tpu.calls.count("scp") and tpu.calls[-1] == "ssh")
+        wait_for((tmp_path / "1" / "session").exists)
+        process.send_signal(signal.SIGTERM)
+        assert tpu.end(process)[0] == 143
+    with tpu.start("--stall=1", *ending, training=OTHER) as process:
+        code, said = tpu.end(process)
+    assert code == 2 and "error: nvg trains something else; wait for its end" in said
+    assert tpu.exists and "delete" not in tpu.calls and "may cost money" in said
+    with tpu.start() as process:  # the same command watches it
+        wait_for(lambda: tpu.calls[-4:] == ["describe", "ssh"] * 2)
+        process.send_signal(signal.SIGTERM)
+        assert tpu.end(process)[0] == 143
+    assert tpu.calls.count("scp") == 1
+
+
 @ENDINGS
 def test_tpu_setup_that_fails(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"])
@@ -1196,6 +1230,13 @@ def test_sweep_launchers(tmp_path):
         *training,
     ]
     assert re.fullmatch(r"--name=mine-[0-9a-f]{8}", gke[2])
+    options = argparse.Namespace(launcher="gke", launcher_args=[], sweep="2026_rates.py")
+    names = set()
+    for options.workdir in ("gs://b/one", "gs://b/two"):
+        *_, name = launcher_command(options, "seed=3")
+        assert re.fullmatch(r"--name=nvg-2026-rates-[0-9a-f]{8}", name)
+        names.add(name)
+    assert len(names) == 2
 
 
 def test_sweep_names_stay_within_the_file_system(tmp_path):
@@ -1223,6 +1264,21 @@ def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
     )
     assert (tmp_path / "jobs").read_text() == "--job-name=seed=3\n--job-name=seed=4\n"
     assert result.returncode == 3 and "run 2 ended with exit code 3" in result.stderr
+
+
+def test_a_local_sweep_goes_on_after_a_run_that_fails(tmp_path):
+    python = f'echo "$@" >>{tmp_path}/runs; [[ $* != *seed=3* ]] || exit 2'
+    (tmp_path / "mine.py").write_text(
+        "CONFIG = 'configs/digits.py'\ndef get_sweep():\n    return [{'seed': 3}, {'seed': 4}]\n"
+    )
+    result = run(
+        [sys.executable, LAUNCH / "sweep.py", f"--sweep={tmp_path}/mine.py", "--submit"]
+        + [f"--workdir={tmp_path}/sweep", "--", "--check"],  # without a table
+        env=os.environ | {"PYTHON": str(program(tmp_path / "python", python))},
+    )
+    assert result.returncode == 2 and "error: run 1 ended with exit code 2\n" == result.stderr
+    lines = (tmp_path / "runs").read_text().splitlines()
+    assert [line for line in lines if "check_only" not in line and "seed=4" in line]
 
 
 def test_a_sweep_that_is_stopped_starts_no_other_run(tmp_path):

@@ -19,6 +19,7 @@ from nvg_jax.parts import CHOICES, TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import plan, registry
+from nvg_jax.training.length import Origin
 from nvg_jax.training.run import open_run
 
 
@@ -53,6 +54,9 @@ def test_what_it_is_about_to_do(opened):
     )
     assert "tokenizer: tokenizer of 209,771 parameters" in text
     assert lines[-1] == f"results: {run.workdir} (tensorboard --logdir {run.workdir})"
+    # 6 steps of 16 images came before, and perhaps 6 of 32.
+    later = plan.describe(run, [trainers[0].restated(Origin(6, 6 * 32))])
+    assert any("12 steps of 16 images (0.192 epochs)" in line for line in later)
     # Parameters, their average and Adam's two moments, and a few counters: 16 bytes a parameter.
     assert plan.state_bytes(trainers[0]) == pytest.approx(16 * 209_771, abs=100)
 

@@ -109,8 +109,9 @@ def test_data_are_timed_without_what_was_made_ahead(monkeypatch):
 
 def test_only_what_is_left_is_rehearsed(monkeypatch, capsys):
     run = types.SimpleNamespace(
-        train_source="12", test_source="1", networks={}, mesh=types.SimpleNamespace(size=1)
-    )
+        train_source="12", test_source="1", networks={}, mesh=types.SimpleNamespace(size=1),
+        config=tiny_config(wandb_project="nvg"),
+    )  # fmt: skip
     parts = [types.SimpleNamespace(part=part, steps=9, open=Mock()) for part in CHOICES["all"]]
     monkeypatch.setattr(plan, "describe", lambda run, trainers: [])
     monkeypatch.setattr(rehearsal, "check_workdir", lambda run: 1.0)
@@ -118,7 +119,8 @@ def test_only_what_is_left_is_rehearsed(monkeypatch, capsys):
     monkeypatch.setattr(rehearsal, "rehearse_part", rehearsed)
     rehearsal.rehearse(run, [(parts[0], 9), (parts[1], 4)], {})
     rehearsed.assert_called_once_with(run, parts[1], 4, parts[1].open(run), None)
-    assert "what is left of the run: 1 h on 1 device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "what is left of the run: 1 h on 1 device" in said and "✓ wandb: version " in said
     rehearsal.rehearse(run, [(part, 9) for part in parts], {})
     assert "nothing is left to train" in capsys.readouterr().out
 

@@ -22,6 +22,7 @@ from nvg_jax.evaluation import report, sets
 from nvg_jax.jobs import classification, sampling_runs
 from nvg_jax.runtime import resumable
 from nvg_jax.runtime.processes import own_share
+from nvg_jax.runtime.storage import locked
 
 DATA = {"name": "digits", "data_dir": "", "resize": 8}
 BATCH = 3
@@ -73,6 +74,14 @@ def test_the_array_holds_the_samples_in_order_of_their_classes(whole, expected):
     np.testing.assert_array_equal(images, expected)
     assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
     assert [path.name for path in whole.parent.iterdir()] == ["all.npz"]
+
+
+def test_a_file_that_another_command_writes_is_left_to_it(pipe, tmp_path):
+    with (
+        locked(tmp_path / "all.npz.parts"),
+        pytest.raises(UserError, match="Another command is writing .*all.npz; wait for its end"),
+    ):
+        sampling_runs.write_array(samples_of(pipe), tmp_path / "all.npz")
 
 
 @pytest.mark.slow

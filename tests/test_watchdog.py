@@ -10,6 +10,7 @@ from etils import epath
 from helpers import CACHE_READ_ONLY, forked, make_reporter, python
 
 from nvg_jax.runtime import heartbeat
+from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.storage import storage_path
 
 # The heartbeat.
@@ -40,6 +41,22 @@ def test_every_line_of_the_log_replaces_the_heartbeat(tmp_path, monkeypatch):
     # What launchers compare: it changes when training goes on from another checkpoint.
     assert text.split(', "step"')[0] == '{"part": "tokenizer", "start": 4'
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here.json", "run"]
+
+
+def test_the_heartbeat_goes_on_while_something_else_does(tmp_path, monkeypatch):
+    beats = lambda: json.loads((tmp_path / "heartbeat.json").read_text())["time"]
+    heartbeat.beat(epath.Path(tmp_path), "tokenizer", 0, 5)
+    first = beats()
+    progress = Progress("features", 3, "images")
+    progress.update(1)
+    assert beats() == first  # it is not a minute old
+    monkeypatch.setattr(heartbeat, "AGAIN", 0)
+    progress.update(2)
+    assert beats() > first
+    heartbeat.stop()
+    first = beats()
+    progress.update(3)
+    assert beats() == first
 
 
 class Bucket:

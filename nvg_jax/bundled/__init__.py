@@ -54,11 +54,17 @@ def find(folder: str | os.PathLike, revision: str | None = None) -> epath.Path:
         revision: of a model of the hub.
 
     Raises:
-        UserError: the installation lacks the bundled model, or the hub does not give the model.
+        UserError: the installation lacks the bundled model, the hub does not give the model, or
+            there is a revision of another model than the hub's.
     """
     name = os.fspath(folder)
     if hub.is_remote(name) or (hub.model_name(name) and not storage_path(name).exists()):
         return epath.Path(hub.download(name, revision))
+    if revision is not None:
+        raise UserError(
+            f"revision={revision!r}: {name} is a folder or a bundled model, which has none. Write "
+            "hf://ORG/NAME for a model of the hub."
+        )
     name, place = name.rstrip("/"), storage_path(folder)
     if name not in MODELS or holds_model(place):
         return place

@@ -22,7 +22,7 @@ from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays, write_arrays
-from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, storage_path
+from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, locked, storage_path
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings
 from nvg_jax.tokenizer import GranularitySequence
@@ -253,8 +253,8 @@ def write_array(job: SamplingJob, out: str | os.PathLike):
     joined and removed.
 
     Raises:
-        UserError: `out`, or the folder of parts, was made with other settings, or cannot be
-            written.
+        UserError: `out`, or the folder of parts, was made with other settings, cannot be written,
+            or is being written by another command.
     """
     out, description = storage_path(out), job.describe()
     mark = digest(description).encode()  # the comment of the finished archive
@@ -268,14 +268,19 @@ def write_array(job: SamplingJob, out: str | os.PathLike):
             )
         logger.info("%s already exists", out)
     else:
-        open_folder(folder, "*.npz", description, "samples")
-        for batch, output in job.sample_all(
-            own_missing(job.num_batches, lambda batch: [part(batch)])
-        ):
-            write_arrays(part(batch), {"arr_0": to_uint8(output.images)})
-        barrier(f"the parts of {out} are there")
-        if is_main():
-            join_parts(job, part, out, mark)
+        with locked(folder) as free:
+            if not free:
+                raise UserError(
+                    f"Another command is writing {out}; wait for its end, or give another --out. "
+                    "(Several processes share the work if they are started together, see --help.)"
+                )
+            open_folder(folder, "*.npz", description, "samples")
+            missing = own_missing(job.num_batches, lambda batch: [part(batch)])
+            for batch, output in job.sample_all(missing):
+                write_arrays(part(batch), {"arr_0": to_uint8(output.images)})
+            barrier(f"the parts of {out} are there")
+            if is_main():
+                join_parts(job, part, out, mark)
     if is_main():
         folder.rmtree(missing_ok=True)
     barrier(f"{out} is there")

@@ -9,6 +9,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.metadata import read_metadata
 from nvg_jax.parts import BOTH_GENERATORS, GENERATOR_PARTS, TOKENIZER, Part
+from nvg_jax.runtime import heartbeat
 from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
 from nvg_jax.training.run import Run
@@ -64,13 +65,19 @@ def check_generators(run: Run, parts: Sequence[Part]):
 def train_parts(run: Run, parts: Sequence[Part]):
     """Trains parts one after the other, each from its latest checkpoint; see `loop.fit`."""
     # All trainers first, so that no setting of a later part is refused after days of training.
-    trainers = [trainer for trainer, _ in standings(run, parts)]
-    measurements = fid_measurements(run, parts)
-    scores = {part: measurement.score for part, measurement in measurements.items()}
-    plan.announce(run, trainers)
-    ahead = forecast.forecast(run, trainers)
-    for trainer in trainers:
-        loop.fit(trainer, run, scores.get(trainer.part), ahead)
+    found = standings(run, parts)
+    trainers = [trainer for trainer, _ in found]
+    trainer, start = next((each for each in found if each[1] < each[0].steps), found[-1])
+    try:
+        heartbeat.beat(run.workdir, trainer.part.name, start, start)
+        measurements = fid_measurements(run, parts)
+        scores = {part: measurement.score for part, measurement in measurements.items()}
+        plan.announce(run, trainers)
+        ahead = forecast.forecast(run, trainers)
+        for trainer in trainers:
+            loop.fit(trainer, run, scores.get(trainer.part), ahead)
+    finally:
+        heartbeat.stop()
     if BOTH_GENERATORS in parts:
         workdir = shlex.quote(os.fspath(run.workdir))
         command = f"python -m nvg_jax.sample --workdir={workdir} --out=samples/"

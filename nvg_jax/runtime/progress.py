@@ -4,7 +4,7 @@ import datetime
 import logging
 import time
 
-from nvg_jax.runtime import watchdog
+from nvg_jax.runtime import heartbeat, watchdog
 
 logger = logging.getLogger("nvg_jax")
 
@@ -38,6 +38,7 @@ class Progress:
             covers: what these seconds are of, if not of this work alone.
         """
         watchdog.reset(slow=True)
+        heartbeat.again()
         now = time.monotonic()
         self._first = self._first or (done, now)
         if now - self._shown < self._interval and done < self._total:

@@ -208,25 +208,30 @@ def ready_made(name: str, size: int = 256) -> Int32[np.ndarray, "{size} {size}"]
 def paste(
     original: Float[np.ndarray, "*#batch H W 3"],
     edited: Float[np.ndarray, "*#batch H W 3"],
-    mask: Bool[np.ndarray, "..."],
+    mask: np.ndarray,
     feather: int,
 ) -> Float32[np.ndarray, "*#batch H W 3"]:
     """The edited image inside a mask, the original outside, blended over `feather` pixels.
 
     Args:
-        mask: of shape (H, W); all pixels in it come from the edited image.
+        mask: bool (H, W); all pixels in it come from the edited image.
 
     Raises:
-        UserError: the images and the mask have different sizes.
+        UserError: the images and the mask have different sizes, the mask is not bool, or the
+            feather is negative.
     """
+    mask = as_array(mask)
+    if mask.dtype != bool:
+        raise UserError(f"A mask must be bool (H, W), as image > 127 is; got {mask.dtype}.")
+    if feather < 0:
+        raise UserError(f"feather must be 0 or more, got {feather}.")
     sizes = np.shape(original)[-3:-1], np.shape(edited)[-3:-1], np.shape(mask)
     if len(set(sizes)) > 1:
         raise UserError(
             f"The images and the mask must have the same size, got {sizes[0]}, {sizes[1]} and "
             f"{sizes[2]}."
         )
-    weight = np.asarray(mask, np.float32)
-    grown = np.asarray(mask, bool)
+    weight, grown = mask.astype(np.float32), mask
     for step in range(1, feather + 1):
         padded = np.pad(grown, 1)
         grown = grown | padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessI
 Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 TensorProto: Any = tensor_pb2.TensorProto  # pyright: ignore[reportAttributeAccessIssue]
 FLUSH_SECONDS = 120
+EVENTS = "events.out.tfevents."  # how the names of the files begin
 
 
 class EventWriter:
@@ -50,7 +52,11 @@ class EventWriter:
     """
 
     def __init__(self, folder: epath.Path):
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        seconds = int(time.time())
+        if is_main():  # later than the others, whatever the clock of their machine said
+            earlier = (re.match(EVENTS + r"(\d+)", path.name) for path in folder.glob("*tfevents*"))
+            seconds = max([seconds, *(int(found[1]) + 1 for found in earlier if found)])
+        name = f"{EVENTS}{seconds}.{socket.gethostname()}.{os.getpid()}"
         self._path, self._in_bucket = folder / name, in_bucket(folder)
         self._buffer, self._flushed, self._flushes = io.BytesIO(), 0.0, 0
         self._records = RecordWriter(self._buffer)

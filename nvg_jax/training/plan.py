@@ -117,7 +117,8 @@ def describe_part(run: Run, trainer: Trainer) -> list[str]:
     name, recipe = trainer.part.name, run.config[trainer.part.section]
     sizes = parameter_counts(trainer.trained(trainer.abstract_state.params))
     what = "parameters in adapters" if run.config.lora.rank else "parameters"
-    images = recipe.batch_size * trainer.steps
+    origin = trainer.origin  # before it, batches had another size
+    images = origin.images + (trainer.steps - origin.step) * recipe.batch_size
     optimizer, dtype = trainer.optimizer_config, recipe.get("dtype") or run.config.dtype
     rate = optimizer.peak_rate(recipe.batch_size)
     intervals = f"evaluated every {recipe.eval_every:,} steps, saved every {recipe.save_every:,}"

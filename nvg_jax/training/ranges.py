@@ -15,6 +15,7 @@ from nvg_jax.training.length import AUTO
 class Range:
     """Finite numbers from `low` to `high`, without `low` if `above`, without `high` if `below`.
 
+    whole: integers alone.
     auto: a number outside with a meaning of its own, see the comment of the setting.
     """
 
@@ -22,11 +23,14 @@ class Range:
     high: float = math.inf
     above: bool = False
     below: bool = False
+    whole: bool = False
     auto: float | None = None
 
     def __contains__(self, value: float) -> bool:
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
+        if self.whole and not isinstance(value, int):
+            return False
         return value == self.auto or (math.isfinite(value) and low and high)
 
     def __str__(self) -> str:
@@ -35,10 +39,11 @@ class Range:
         text = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
         if math.isfinite(self.high):
             text += f" and {'below' if self.below else 'at most'} {self.high:.10g}"
+        text = f"whole, {text}" if self.whole else text
         return text + (f", or {self.auto:g}" if self.auto is not None else "")
 
 
-COUNT, NUMBER, SHARE = Range(1), Range(0), Range(0, 1)
+COUNT, NUMBER, SHARE = Range(1, whole=True), Range(0), Range(0, 1)
 RATE = Range(0, 1, below=True)
 OPTIMIZER = dict(
     learning_rate=NUMBER,  # 0 freezes a part
@@ -75,7 +80,7 @@ TRANSFORMER = dict(
 # each other, see `TokenizerConfig` and `TransformerConfig`.
 RANGES = dict(
     seed=Range(0, MAX_SEED),
-    stall_timeout=NUMBER,
+    stall_timeout=Range(0, 1e8),  # seconds; the clock has no room for many more
     profile_steps=COUNT,
     class_dropout=RATE,
     lora=dict(rank=NUMBER),

@@ -20,7 +20,7 @@ from nvg_jax.runtime import checkpoint, sharding, watchdog
 from nvg_jax.runtime.hardware import device_memory
 from nvg_jax.runtime.processes import barrier, everywhere, is_main
 from nvg_jax.runtime.storage import make_folder, write_file
-from nvg_jax.training import plan
+from nvg_jax.training import plan, weights_and_biases
 from nvg_jax.training.forecast import due
 from nvg_jax.training.run import Run
 from nvg_jax.training.trainer import Trainer
@@ -66,6 +66,8 @@ def rehearse(
     report(f"✓ data: {len(run.train_source):,} and {len(run.test_source):,} images open")
     if run.networks:
         report(f"✓ pretrained networks: {', '.join(run.networks)}")
+    if run.config.wandb_project and is_main():
+        report(f"✓ wandb: version {weights_and_biases.version()}")
     report(f"✓ workdir: a checkpoint is written and read back in {check_workdir(run):.1f} s")
     costs = []
     unfinished = [(trainer, start) for trainer, start in standings if start < trainer.steps]

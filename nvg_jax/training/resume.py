@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata, read_metadata
@@ -11,7 +12,7 @@ from nvg_jax.parts import GENERATOR_PARTS, TOKENIZER
 from nvg_jax.runtime import checkpoint
 from nvg_jax.training.changes import changed_settings, check_changes
 from nvg_jax.training.length import START, Origin
-from nvg_jax.training.run import Run
+from nvg_jax.training.run import Run, located
 from nvg_jax.training.state import TrainState
 from nvg_jax.training.trainer import Trainer
 
@@ -44,9 +45,23 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
     assert stored is not None and stored.step is not None  # or all are damaged, which it says
     check_changes(stored, new, section, folder, run.resume.allow_changes)
     trainer, new = continued(trainer, run, stored, new, step)
+    if stored.step < trainer.steps:
+        check_start(stored, new, folder)
     if trainer.part == TOKENIZER and new.changes != stored.changes and stored.step < trainer.steps:
         check_unused(run, latest)
     return trainer, stored.step
+
+
+def check_start(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
+    """Raises UserError if a run is to start from other weights; the base of adapters may move."""
+    assert stored.config is not None and new.config is not None  # both are of trainings
+    before, now = stored.config["init_from"], new.config["init_from"]
+    same = before and located(before) == located(now)
+    if now and not same and not new.config["lora"]["rank"]:
+        raise UserError(
+            f"--config.init_from={now} has no effect: the run in {folder} has "
+            "started already. Leave it as it was, or give another --workdir."
+        )
 
 
 def check_unused(run: Run, tokenizer: RunMetadata):

@@ -28,7 +28,7 @@ from nvg_jax.errors import UserError, comes_with
 from nvg_jax.metadata import RunMetadata, read_model_metadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import PARTS
-from nvg_jax.runtime import preemption, sharding, watchdog
+from nvg_jax.runtime import heartbeat, preemption, sharding, watchdog
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.training import length
 from nvg_jax.training.changes import NEWEST, Resume
@@ -139,6 +139,7 @@ class Run:
                 if preemption.noticed():
                     raise preemption.Preempted("preempted during an evaluation")
                 watchdog.reset(slow=True)
+                heartbeat.again()
                 yield sharding.global_batch(batch, self.mesh)
 
     def test_metrics(

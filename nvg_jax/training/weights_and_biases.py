@@ -16,6 +16,11 @@ with epy.lazy_imports(error_callback=comes_with("wandb")):
     from wandb import errors  # pyright: ignore[reportMissingImports]
 
 
+def version() -> str:
+    """Of wandb; raises UserError if it is not installed."""
+    return wandb.__version__
+
+
 class WandbWriter:
     """Writes what process 0 writes to TensorBoard; every part is a run, which a resume continues.
 
