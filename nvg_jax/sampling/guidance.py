@@ -66,7 +66,9 @@ def filter_logits(
         logits = jnp.where(below, -jnp.inf, logits)
     if top_p is not None:
         # Floats of 0 or more are in the order of their bits, so the loop reads a single array.
+        # Workaround: without the barrier, libtpu 0.0.42 finds no memory for a fusion on v5e.
         order = jax.lax.bitcast_convert_type(jax.nn.softmax(logits), jnp.int32)
+        order = jax.lax.optimization_barrier(order)
         probabilities = lambda: jax.lax.bitcast_convert_type(order, jnp.float32)
         left_out = lambda low: jnp.where(low, probabilities(), 0).sum(-1, keepdims=True)
         below = _below_threshold(order, lambda low: left_out(low) > 1 - top_p)
