@@ -100,7 +100,7 @@ def run(command: Sequence[str]) -> int:
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    return code or (128 + received[0] if received else 0)  # it may have been at its end
+    return 128 + received[0] if received else code  # it may have been at its end
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -231,9 +231,10 @@ install+=' && python3 -m pip install --user --quiet uv'
 install+=' && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 env'
 install+=" && ~/.local/bin/uv pip install --quiet --python env --requirement nvg_jax/requirements.txt $packages"
 install+=${setup:+" && bash -ec $(quote "$setup")"}
-# A worker whose training goes on keeps its code.
-install="tmux has-session -t nvg_jax 2>/dev/null || { $install; }"
-start="tmux has-session -t nvg_jax 2>/dev/null || { rm -f exit_code; echo $command >command; tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
+# A worker whose training goes on keeps its code. No exit code of an earlier attempt is left before
+# the first worker starts.
+install="tmux has-session -t nvg_jax 2>/dev/null || { rm -f exit_code; $install; }"
+start="tmux has-session -t nvg_jax 2>/dev/null || { echo $command >command; tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
 # Training may no longer react to other signals. The process of the pane leads the group of all.
 # shellcheck disable=SC2016 # expanded on the worker
 stop='kill -KILL -- -$(tmux list-panes -t nvg_jax -F "#{pane_pid}"); tmux kill-session -t nvg_jax; true'
@@ -267,7 +268,7 @@ if [[ $dry_run ]]; then
     quote "${read_heartbeat[@]}"
     on_workers all "$look"
     quote "${ssh[@]}"
-    echo "# if a worker is idle or was stopped by a signal:"
+    echo "# if a worker is idle, was stopped by a signal, or failed before this script began:"
     install_and_start
     echo "# if the heartbeat stood still for $stall seconds, before it is started again:"
     on_workers all "$stop"

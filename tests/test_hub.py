@@ -250,7 +250,7 @@ def test_what_the_hub_refuses_ends_in_a_sentence(server, exported, monkeypatch):
             Pipeline.from_pretrained(name)
     with pytest.raises(UserError, match="org/gated has no revision 'v2'"):
         Pipeline.from_pretrained("org/gated", revision="v2")
-    with pytest.raises(UserError, match="'v2': emoji is a folder or a bundled model, which has no"):
+    with pytest.raises(UserError, match="'v2' is for models of the hub, and emoji is not"):
         Pipeline.from_pretrained("emoji", revision="v2")
     monkeypatch.setenv("HF_TOKEN", "good")
     for name in ("org/gated", "hf://org/private"):

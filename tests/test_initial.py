@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import random_pipeline, tiny_config
+from helpers import random_pipeline, read_meta, tiny_config
 from PIL import Image
 
 from nvg_jax import Pipeline, models
@@ -112,5 +112,9 @@ def test_fine_tuning_on_other_classes_with_the_tokenizer_of_an_export(model, tmp
     config.init_from = str(tmp_path / "gone")
     train(config, tmp_path / "run")
     config.generator_training.length = "3 steps"
+    longer = dict(allow_changes=["length"])
     with pytest.raises(UserError, match="init_from=.*gone has no effect: the run in .*generators"):
-        train(config, tmp_path / "run", allow_changes=["length"])
+        train(config, tmp_path / "run", **longer)
+    config.init_from = ""
+    train(config, tmp_path / "run", **longer)
+    assert read_meta(tmp_path / "run" / "generators")["step"] == 3

@@ -1281,24 +1281,30 @@ def test_a_local_sweep_goes_on_after_a_run_that_fails(tmp_path):
     assert [line for line in lines if "check_only" not in line and "seed=4" in line]
 
 
-def test_a_sweep_that_is_stopped_starts_no_other_run(tmp_path):
-    """Not even if the run was at its end and succeeded."""
-    program(
-        tmp_path / "bin/sbatch",
-        f'trap "exit 0" TERM; echo "$1" >>{tmp_path}/jobs; while true; do sleep 0.05; done',
-    )
+@pytest.mark.parametrize("launcher, code", [("slurm", 0), ("local", 1)])
+def test_a_sweep_that_is_stopped_starts_no_other_run(tmp_path, launcher, code):
+    """Not even if the run was at its end and succeeded, or fails now."""
+    work = f"""
+        [[ $* != *--check_only* ]] || exit 0
+        trap "exit {code}" TERM
+        echo "$@" >>{tmp_path}/jobs
+        while true; do sleep 0.05; done
+    """
+    program(tmp_path / "bin/sbatch", work)
     text = "CONFIG = 'configs/digits.py'\ndef get_sweep():\n    return [{'seed': 3}, {'seed': 4}]\n"
     (tmp_path / "mine.py").write_text(text)
     with Process(
-        [sys.executable, LAUNCH / "sweep.py", f"--sweep={tmp_path}/mine.py", "--workdir=/shared"]
-        + ["--launcher=slurm", "--submit"],
-        env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+        [sys.executable, LAUNCH / "sweep.py", f"--sweep={tmp_path}/mine.py"]
+        + [f"--workdir={tmp_path}/runs", f"--launcher={launcher}", "--submit"],
+        env=os.environ
+        | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": str(tmp_path / "bin/sbatch")},
     ) as process:
         wait_for((tmp_path / "jobs").exists)
         process.send_signal(signal.SIGINT)
         (result,) = finish(process)
     assert result.returncode == 130 and "run 1 ended with exit code 130" in result.stderr
-    assert (tmp_path / "jobs").read_text() == "--job-name=seed=3\n"
+    jobs = (tmp_path / "jobs").read_text().splitlines()
+    assert len(jobs) == 1 and "seed=3" in jobs[0]
 
 
 @pytest.mark.parametrize("extra, code", [([], 2), (["--", "--check"], 0)])

@@ -62,8 +62,8 @@ def find(folder: str | os.PathLike, revision: str | None = None) -> epath.Path:
         return epath.Path(hub.download(name, revision))
     if revision is not None:
         raise UserError(
-            f"revision={revision!r}: {name} is a folder or a bundled model, which has none. Write "
-            "hf://ORG/NAME for a model of the hub."
+            f"revision={revision!r} is for models of the hub, and {name} is not read from there; "
+            "write hf://ORG/NAME."
         )
     name, place = name.rstrip("/"), storage_path(folder)
     if name not in MODELS or holds_model(place):

@@ -19,7 +19,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.evaluation.sets import ImageSet
 from nvg_jax.parts import GENERATORS
 from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
-from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.runtime.processes import barrier, from_main, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays, write_arrays
 from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, locked, storage_path
@@ -274,13 +274,14 @@ def write_array(job: SamplingJob, out: str | os.PathLike):
                     f"Another command is writing {out}; wait for its end, or give another --out. "
                     "(Several processes share the work if they are started together, see --help.)"
                 )
-            open_folder(folder, "*.npz", description, "samples")
-            missing = own_missing(job.num_batches, lambda batch: [part(batch)])
-            for batch, output in job.sample_all(missing):
-                write_arrays(part(batch), {"arr_0": to_uint8(output.images)})
-            barrier(f"the parts of {out} are there")
-            if is_main():
-                join_parts(job, part, out, mark)
+            if not from_main(out.exists()):  # another command may have ended just now
+                open_folder(folder, "*.npz", description, "samples")
+                missing = own_missing(job.num_batches, lambda batch: [part(batch)])
+                for batch, output in job.sample_all(missing):
+                    write_arrays(part(batch), {"arr_0": to_uint8(output.images)})
+                barrier(f"the parts of {out} are there")
+                if is_main():
+                    join_parts(job, part, out, mark)
     if is_main():
         folder.rmtree(missing_ok=True)
     barrier(f"{out} is there")

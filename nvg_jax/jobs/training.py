@@ -10,6 +10,8 @@ from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.metadata import read_metadata
 from nvg_jax.parts import BOTH_GENERATORS, GENERATOR_PARTS, TOKENIZER, Part
 from nvg_jax.runtime import heartbeat
+from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.storage import make_folder
 from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
 from nvg_jax.training.run import Run
@@ -68,6 +70,8 @@ def train_parts(run: Run, parts: Sequence[Part]):
     found = standings(run, parts)
     trainers = [trainer for trainer, _ in found]
     trainer, start = next((each for each in found if each[1] < each[0].steps), found[-1])
+    if is_main():
+        make_folder(run.workdir)
     try:
         heartbeat.beat(run.workdir, trainer.part.name, start, start)
         measurements = fid_measurements(run, parts)

@@ -1,6 +1,7 @@
 """How a run goes on from a checkpoint."""
 
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from nvg_jax.parts import GENERATOR_PARTS, TOKENIZER
 from nvg_jax.runtime import checkpoint
 from nvg_jax.training.changes import changed_settings, check_changes
 from nvg_jax.training.length import START, Origin
-from nvg_jax.training.run import Run, located
+from nvg_jax.training.run import Run
 from nvg_jax.training.state import TrainState
 from nvg_jax.training.trainer import Trainer
 
@@ -56,8 +57,7 @@ def check_start(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
     """Raises UserError if a run is to start from other weights; the base of adapters may move."""
     assert stored.config is not None and new.config is not None  # both are of trainings
     before, now = stored.config["init_from"], new.config["init_from"]
-    same = before and located(before) == located(now)
-    if now and not same and not new.config["lora"]["rank"]:
+    if now and not new.config["lora"]["rank"] and os.path.abspath(now) != os.path.abspath(before):
         raise UserError(
             f"--config.init_from={now} has no effect: the run in {folder} has "
             "started already. Leave it as it was, or give another --workdir."
