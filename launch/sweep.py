@@ -58,7 +58,8 @@ def main():
         trained = [command for command, code in zip(commands, codes) if code == 0]
         if options.launcher == "local" and trained and not checks_only:
             print(comparison(trained))
-        sys.exit(next(filter(None, codes), 0))
+        if failed := next(filter(None, codes), 0):
+            sys.exit(failed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

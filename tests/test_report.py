@@ -90,7 +90,7 @@ def test_a_sweep_ends_with_the_table(workdirs, tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sweep, "run", started.append)
+    monkeypatch.setattr(sweep, "run", lambda command: started.append(command) or 0)
     command = ["sweep.py", f"--sweep={file}", "--workdir=.", "--submit"]
     monkeypatch.setattr("sys.argv", command)
     sweep.main()

@@ -29,8 +29,6 @@ class Range:
     def __contains__(self, value: float) -> bool:
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
-        if self.whole and not isinstance(value, int):
-            return False
         return value == self.auto or (math.isfinite(value) and low and high)
 
     def __str__(self) -> str:
@@ -39,7 +37,6 @@ class Range:
         text = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
         if math.isfinite(self.high):
             text += f" and {'below' if self.below else 'at most'} {self.high:.10g}"
-        text = f"whole, {text}" if self.whole else text
         return text + (f", or {self.auto:g}" if self.auto is not None else "")
 
 
@@ -118,3 +115,5 @@ def check_ranges(config, ranges: dict[str, Any] = RANGES, path: str = ""):
             raise UserError(f"{path}{name} takes numbers, such as 64,64; got {given!r}.")
         elif any(number not in allowed for number in np.atleast_1d(value).tolist()):
             raise UserError(f"{path}{name} must be {allowed}, got {value}.")
+        elif allowed.whole and any(number % 1 for number in np.atleast_1d(value).tolist()):
+            raise UserError(f"{path}{name} takes whole numbers, got {value}.")
