@@ -128,6 +128,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     for name in ("sweep", "workdir"):  # as of an unset variable
         if not getattr(options, name):
             raise UserError(f"--{name} is empty: give a value.")
+    options.workdir = options.workdir.rstrip("/")
     try:
         options.launcher_args = shlex.split(options.launcher_args)
     except ValueError as error:
@@ -179,7 +180,7 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
         names[name] = number, own
         commands.append(
             launcher_command(options, name)
-            + ["--", f"--config={config_name}", f"--workdir={options.workdir.rstrip('/')}/{name}"]
+            + ["--", f"--config={config_name}", f"--workdir={options.workdir}/{name}"]
             + arguments
             + list(extra)
         )
@@ -258,8 +259,8 @@ def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
     if options.launcher == "gke":  # names must be short and lower-case
         sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")
         sweep = sweep if sweep[:1].isalpha() else f"nvg-{sweep}".strip("-")
-        run = short_hash(f"{options.workdir}/{name}")
-        return ["bash", "launch/gke_xpk.sh", f"--name={sweep[:18]}-{run}", *arguments]
+        folder = short_hash(f"{options.workdir}/{name}")
+        return ["bash", "launch/gke_xpk.sh", f"--name={sweep[:18]}-{folder}", *arguments]
     return ["bash", "launch/local.sh", *arguments]
 
 

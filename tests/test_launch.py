@@ -1230,6 +1230,8 @@ def test_sweep_launchers(tmp_path):
         *training,
     ]
     assert re.fullmatch(r"--name=mine-[0-9a-f]{8}", gke[2])
+    chosen = "--launcher=gke", "--launcher_args=--cluster=c --tpu_type=v6e-8"
+    assert first_command(*chosen, "--workdir=runs/sweep/") == gke  # the same run
     options = argparse.Namespace(launcher="gke", launcher_args=[], sweep="2026_rates.py")
     names = set()
     for options.workdir in ("gs://b/one", "gs://b/two"):
