@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.timed import objects
 from nvg_jax.evaluation.features import class_agreement
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.evaluation.judges import fit_classifier
@@ -101,7 +102,11 @@ def main(_):
     classes = np.arange(FLAGS.num_samples) % pipe.metadata.model.num_classes
 
     out = Path(FLAGS.out)
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = objects(out.read_text()) if out.exists() else []
+    # Without those of other weights in this folder: the run may have been trained further.
+    is_old = lambda row: row["workdir"] == FLAGS.workdir and row.get("weights") != pipe.weights
+    done = [row for row in done if not is_old(row)]
     points = parse_sweep(FLAGS.sweep)
     of = lambda result: (result["num_samples"], result["seed"], tuple(map(tuple, result["point"])))
     known = {of(result): result for result in done if result["workdir"] == FLAGS.workdir}
@@ -109,7 +114,8 @@ def main(_):
     print(" agreement | spread | ms |\n" + "|---" * (len(points[0]) + 8) + "|")
     for point in points:
         named = [(name, text_of(value)) for name, value in point.items()]
-        shared = {"workdir": FLAGS.workdir, "num_samples": FLAGS.num_samples, "point": named}
+        shared = {"workdir": FLAGS.workdir, "weights": pipe.weights, "point": named}
+        shared["num_samples"] = FLAGS.num_samples
         rows = [shared | {"seed": seed} for seed in range(FLAGS.seeds)]
         shared["evaluations"] = evaluations(pipe, pipe.settings.updated(point))
         restarts = point.get("flow_restart", 1) < 1
@@ -187,7 +193,8 @@ def measure_point(pipe, point, seed, classes, judge, reference) -> dict[str, flo
             batches[number], seed=seed, first_index=number * FLAGS.batch_size, **point
         ).images
     )
-    draw(0)  # compiles
+    for number in {0, len(batches) - 1}:  # compiles; the last batch may be smaller
+        draw(number)
     start = time.monotonic()
     images = np.concatenate([draw(number) for number in range(len(batches))])
     seconds = (time.monotonic() - start) / len(classes)

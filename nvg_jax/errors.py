@@ -104,8 +104,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def listed(names: Sequence[str], count: int = 10) -> str:
-    """The first names, separated by commas."""
-    return ", ".join(names[:count]) + (", ..." if names[count:] else "")
+    """The first names, separated by commas, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if names[count:] else "")
 
 
 @contextlib.contextmanager

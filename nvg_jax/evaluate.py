@@ -17,9 +17,10 @@ from etils import epath, epy
 from nvg_jax import cli
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError, comes_with
+from nvg_jax.runtime import interrupts
 from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.storage import storage_path
-from nvg_jax.sampling.settings import parse_sweep
+from nvg_jax.sampling.settings import Settings, parse_sweep
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import bundled, hub, pipeline
@@ -34,10 +35,12 @@ def main(_):
     published = FLAGS.reference or FLAGS.reconstruction
     judge = FLAGS.judge or ("inception" if published else "classifier")
     check_flags(judge)
+    if judge in judges.FITTED:
+        interrupts.kept = ""
     _, table = evaluate_samples(judge) if FLAGS.samples else evaluate_model(judge, settings)
     if is_main():
         print(table)
-        print(f"metrics.json: {out_folder()}")
+        print(out_folder() / "metrics.json")
     barrier("the metrics are written")
 
 
@@ -69,10 +72,24 @@ def check_flags(judge: str):
         )
     if FLAGS.sweep and not FLAGS.reference:
         raise UserError("--sweep needs --reference (train, test or an .npz file).")
+    unused = set()  # what would have no effect
+    if FLAGS.samples or FLAGS.reconstruction:
+        unused |= {"num_samples", "seed", *Settings.specs()}
+    if FLAGS.samples:
+        unused.add("dtype")
+    if FLAGS.reference and FLAGS.reference not in SPLITS:
+        unused |= {"data_name", "data_dir", "resize"}
+    if given := sorted(f"--{name}" for name in unused if FLAGS[name].present):
+        modes = ("samples", "reconstruction", "reference")
+        mode = next(f"--{name}" for name in modes if FLAGS[name].value)
+        raise UserError(f"{', '.join(given)} would have no effect with {mode}; leave it out.")
 
 
 def out_folder() -> epath.Path:
-    """The folder for the results: by default in the model's folder, or beside the samples."""
+    """The folder for the results: by default in the model's folder, or beside the samples.
+
+    Every use has its own, so that none replaces the results of another.
+    """
     if FLAGS.out:
         return storage_path(FLAGS.out)
     if FLAGS.samples:
@@ -80,7 +97,9 @@ def out_folder() -> epath.Path:
     name = FLAGS.workdir.removeprefix(hub.PREFIX)
     workdir = storage_path(name)
     is_own = bundled.find(FLAGS.workdir) == workdir
-    return (workdir if is_own else storage_path("runs") / name) / "evaluation"
+    folder = workdir / "evaluation" if is_own else storage_path("runs/evaluation") / name
+    uses = ("reconstruction", "sweep", "reference")
+    return folder / next((use for use in uses if getattr(FLAGS, use)), "classifier")
 
 
 def evaluate_samples(judge: str):
@@ -154,8 +173,8 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "out",
         None,
-        "Folder for the results; by default WORKDIR/evaluation, or "
-        "runs/NAME/evaluation for a bundled model.",
+        "Folder for the results; by default a folder in WORKDIR/evaluation, or in "
+        "runs/evaluation/NAME for a bundled model or one of a hub.",
     )
     flags.DEFINE_integer("num_samples", 1000, "Samples, cycling through the classes.", 10)
     flags.DEFINE_string("samples", None, "An .npz file of samples to compare; needs no model.")

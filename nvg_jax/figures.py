@@ -40,6 +40,14 @@ def main(_):
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
     if not FLAGS.image or FLAGS.figures != ["sequence"]:
         pipe.check_can_sample()
+    chosen = FLAGS.figures
+    if pipe.tokenizer.config.fixed_structure is not None and "drawings" in chosen:
+        if FLAGS["figures"].present:
+            raise UserError(
+                "All samples of this model have the same structure (tokenizer.structure=grid), so "
+                "none follow drawings; leave drawings out of --figures."
+            )
+        chosen = [name for name in chosen if name != "drawings"]
     classes = pipe.class_ids(FLAGS.classes or range(min(len(pipe.class_names), 8)))
     names = [Path(file).stem for file in FLAGS.image]
     images = [pipe.prepare(editing.read_picture(file)) for file in FLAGS.image]
@@ -61,7 +69,7 @@ def main(_):
             return figures.reuse(pipe, np.stack(images), names, classes, FLAGS.seed)
         return figures.stages(pipe, classes[0], FLAGS.columns, FLAGS.seed)
 
-    for name in FLAGS.figures:
+    for name in chosen:
         visualize.save_png(out / f"{name}.png", draw(name))
         print(out / f"{name}.png")
 
@@ -71,7 +79,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for the figures.")
     flags.DEFINE_list("figures", ",".join(FIGURES), f"Which of {', '.join(ALL_FIGURES)}.")
     flags.DEFINE_list(
-        "classes", None, "Class names or ids (3, or id:3); by default the first eight."
+        "classes",
+        None,
+        "Class names or ids (3, or id:3); by default the first eight. The figure sequence shows "
+        "four of them, stages the first.",
     )
     flags.DEFINE_list("image", [], "Pictures for the figures sequence and reuse.")
     flags.DEFINE_integer("columns", 3, "Samples per row.", lower_bound=1)

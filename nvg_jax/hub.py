@@ -36,6 +36,18 @@ def model_name(folder: str | os.PathLike) -> str | None:
     return match and match[2]
 
 
+def repository(name: str | os.PathLike) -> str:
+    """As `model_name`, of what must be a model of the hub.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    found = model_name(name)
+    if found is None:
+        raise UserError(f"{name} is not a model of the hub; expected {PREFIX}ORG/NAME.")
+    return found
+
+
 def is_remote(folder: str | os.PathLike) -> bool:
     """Whether this is hf://..., and not a folder."""
     return os.fspath(folder).startswith(PREFIX)
@@ -51,9 +63,7 @@ def download(folder: str, revision: str | None = None) -> Path:
     Raises:
         UserError: there is no such model or revision, no permission or no network.
     """
-    name = model_name(folder)
-    if name is None:
-        raise UserError(f"{folder} is not a model of the hub; expected {PREFIX}ORG/NAME.")
+    name = repository(folder)
     with _reported(folder, name, revision):
         files = [export.CONFIG, "model*.safetensors"]
         place = _api().snapshot_download(name, revision=revision, allow_patterns=files)
@@ -106,8 +116,10 @@ class Storable:
             The address of the commit.
 
         Raises:
-            UserError: no permission or no network, or the weights do not fit the dtype.
+            UserError: no such name, no permission or no network, or the weights do not fit the
+                dtype.
         """
+        name = repository(name)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype)
             text = card(name, self.metadata.without_paths(), parameter_counts(self.params), license)

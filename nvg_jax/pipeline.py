@@ -50,7 +50,7 @@ class Pipeline(hub.Storable):
         settings: the folder's recommended sampling settings.
         dtype: the dtype in which sampling and decoding are computed.
         tokenizer: the tokenizer module; its `config` has all sizes.
-        program: the compiled sampler, if the model can sample.
+        program: the compiled sampler.
     """
 
     def __init__(self, metadata: RunMetadata, params: dict[str, Any], dtype: str | None = None):
@@ -73,8 +73,7 @@ class Pipeline(hub.Storable):
         # All local devices share the batch; the parameters are replicated on each of them.
         self._mesh = local_mesh()
         self.params = params
-        if self.can_sample:
-            self.program = sampling_program(model)
+        self.program = sampling_program(model)
 
     def __repr__(self) -> str:
         tokenizer, classes = self.tokenizer.config, self.class_names

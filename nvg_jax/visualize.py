@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from nvg_jax.runtime.storage import storage_path, write_file
 
+ROUNDING = 1e-4  # of a gray level
 MIN_TILE = 64  # smaller tiles are enlarged by an integer factor to about this many pixels
 GAP = 2  # pixels between tiles
 FONT_SIZE = 12  # at least; a tenth of a large tile
@@ -24,12 +25,14 @@ UNUSED = "\U000ffffd"  # no font has it, so it is drawn as the box of missing le
 def to_uint8(images) -> np.ndarray:
     """float [-1, 1] -> uint8: 255 * (x + 1) / 2, truncated. Values outside are clipped.
 
-    Images that are uint8 already stay as they are.
+    Images that are uint8 already stay as they are, and so do pixels v given as v / 127.5 - 1,
+    which rounding makes up to 2e-5 smaller: `ROUNDING` is added.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
-    return (255 * (np.clip(images.astype(np.float32), -1, 1) + 1) / 2).astype(np.uint8)
+    pixels = 255 * (np.clip(images.astype(np.float32), -1, 1) + 1) / 2
+    return (pixels + ROUNDING).clip(0, 255).astype(np.uint8)
 
 
 def image_grid(images, columns: int, tile: int = MIN_TILE) -> np.ndarray:

@@ -101,11 +101,19 @@ def test_a_folder_of_the_same_name_comes_first_if_it_holds_a_model(tmp_path, mon
 def test_results_of_a_bundled_model_are_kept_apart(tmp_path, monkeypatch, name):
     """In a folder of its name, they would look as if the folder held the model."""
     monkeypatch.chdir(tmp_path)
-    flags = types.SimpleNamespace(out=None, samples=None, workdir=name)
-    monkeypatch.setattr(evaluate, "FLAGS", flags)
-    assert str(evaluate.out_folder()) == str(tmp_path / "runs/fashion_mnist/evaluation")
+    uses = {"reconstruction": False, "sweep": None, "reference": None}
+
+    def folder(**given):
+        flags = {"out": None, "samples": None, "workdir": name} | uses | given
+        monkeypatch.setattr(evaluate, "FLAGS", types.SimpleNamespace(**flags))
+        return str(evaluate.out_folder().relative_to(tmp_path))
+
+    assert folder() == "runs/evaluation/fashion_mnist/classifier"
     random_pipeline().save_pretrained("fashion_mnist")
-    assert str(evaluate.out_folder()) == str(tmp_path / "fashion_mnist/evaluation")
+    assert folder() == "fashion_mnist/evaluation/classifier"
+    assert folder(reconstruction=True) == "fashion_mnist/evaluation/reconstruction"
+    assert folder(sweep="top_p=1", reference="train") == "fashion_mnist/evaluation/sweep"
+    assert folder(reference="train") == "fashion_mnist/evaluation/reference"
 
 
 @pytest.mark.slow
@@ -113,6 +121,9 @@ def test_nothing_is_made_before_the_input_is_checked(tmp_path):
     command = ["-m", "nvg_jax.evaluate", "--workdir=fashion_mnist", "--reconstruction"]
     done = forked(*command, "--data_name=sequences", cwd=tmp_path)
     assert done.returncode == 2 and "needs data_dir" in done.stderr
+    done = forked(*command, "--num_samples=500", "--top_p=0.9", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--num_samples, --top_p would have no effect with --reconstruction" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

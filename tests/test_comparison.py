@@ -269,6 +269,8 @@ def test_a_sweep_is_every_combination():
         ("guidance=1", "with the names temperature"),
         ("top_p", "takes NAME=VALUE"),
         ("top_p=1,x", "top_p takes numbers"),
+        ("flow_steps=8.0", "flow_steps takes whole numbers, got '8.0'"),
+        ("top_p=1 top_k=5 top_p=0.5", "--sweep has top_p twice"),
         ("gumbel=maybe", "gumbel takes"),
     ):
         with pytest.raises(UserError, match=message):

@@ -442,6 +442,8 @@ def test_error_messages():
     for wrong in ("h100:9", "h100:2x9", "h100", "h100:0", "v5e:8"):
         with pytest.raises(UserError, match="h100:4x8"):
             chips.find_target(wrong, {})
+    with pytest.raises(UserError, match="No network between hosts is known for t4"):
+        chips.find_target("t4:2x4", {})
     result = run("--config=configs/digits.py:runlocal", "--topology=v5e")
     assert result.returncode == 2 and result.stderr.startswith("error: Unknown topology 'v5e'")
     assert result.stderr.count("\n") == 1

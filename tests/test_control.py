@@ -326,8 +326,25 @@ def test_what_a_mask_marks_beside_the_crop_is_not_nothing(pipe, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "image.png")
     pixels[:, :4] = 255
     Image.fromarray(pixels).save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match="outside of the middle of the picture"):
+    with pytest.raises(UserError, match="sees the middle of the picture, in 8 x 8"):
         editing.edit_region(pipe, tmp_path / "image.png", tmp_path / "mask.png", 0, None)
+
+
+@pytest.mark.parametrize("brightest", [1, 127])
+def test_a_mask_without_white_says_so(pipe, files, tmp_path, brightest):
+    Image.new("L", (8, 8), brightest).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=f"no white: its brightest pixel is {brightest} of 255"):
+        editing.edit_region(pipe, files / "image.png", tmp_path / "mask.png", 0, None)
+
+
+def test_a_photo_is_a_drawing_of_many_regions():
+    """Its memory does not grow with the number of its colors."""
+    colors = np.arange(512 * 512).reshape(512, 512)
+    colors[::2] = 0  # half of the pixels of every position
+    colors[256:] += 10**6
+    structure, stages = control.structure_of_drawing(colors, (4, 4))
+    assert stages == 2
+    np.testing.assert_array_equal(structure[1], np.repeat([0, 1], 8))
 
 
 def test_a_ready_made_drawing_has_the_shape_of_the_images():

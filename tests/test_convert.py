@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from helpers import forked, random_pipeline
+from helpers import forked, raising, random_pipeline
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from test_weight_names import generator_shapes, stand_ins, tokenizer_shapes
 from torch_files import ordered, storage, tensor, write_zip
@@ -17,6 +18,7 @@ from configs import common
 from nvg_jax import Pipeline, convert
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import conversion
+from nvg_jax.runtime import export
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.settings import PUBLISHED
 from nvg_jax.tokenizer import TokenizerConfig
@@ -292,6 +294,20 @@ def test_nothing_is_overwritten(files, folder):
         with pytest.raises(ValueError, match="exists and is not empty. Give --out a new folder"):
             write()
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_is_named_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    full = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+    for write in (conversion.export_model, conversion.to_safetensors):
+        with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+            patch.setattr(export, "save_file", raising(full))
+            write(folder, tmp_path / "out")
+        assert "safetensors cannot be written: No space left on device" in str(error.value)
+        assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / "autoencoder.safetensors.tmp").touch()  # of one that was killed
+    conversion.to_safetensors(folder, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"autoencoder.safetensors", "generator.safetensors"}
 
 
 def command(monkeypatch, *arguments):

@@ -309,7 +309,7 @@ def test_wrong_folders_and_data_end_in_a_sentence(teacher, student, tmp_path):
     pipeline = random_pipeline()
     pipeline.metadata = pipeline.metadata.replace(class_names=tuple("abcdefghij"))
     pipeline.save_pretrained(tmp_path / "letters")
-    with pytest.raises(UserError, match=r"10 classes \(a, b, c, ...\) and the data have 10 \(0"):
+    with pytest.raises(UserError, match=r"\(a, b, c and 7 more\) and the data have 10 \(0"):
         distill(short_config(), str(tmp_path / "letters"), tmp_path / "out")
     with pytest.raises(UserError, match="holds a run with teacher = "):
         other = random_pipeline()

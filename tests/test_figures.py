@@ -20,7 +20,7 @@ def test_a_model_says_what_it_is(pipe):
     lines = [line.strip() for line in repr(pipe).splitlines()]
     assert lines[:2] == ["Pipeline", "images: 8 x 8 pixels, latents 4 x 4 in 5 stages, 16 codes"]
     assert lines[2] == "parameters: tokenizer 209,771, content 34,548, structure 37,636"
-    assert lines[3] == "classes: 10 (0, 1, 2, 3, 4, ...)"
+    assert lines[3] == "classes: 10 (0, 1, 2, 3, 4 and 5 more)"
     assert lines[4].startswith("settings: Settings(") and "flow_steps=2" in lines[4]
     assert lines[5] == f"computes in float32 on {jax.local_device_count()} x cpu"
 

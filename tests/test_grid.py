@@ -8,6 +8,7 @@ from test_end_to_end import weights
 from nvg_jax import GranularitySequence, Pipeline, granularity
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import conversion, tuning
+from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.train import train
 
@@ -52,6 +53,8 @@ def test_no_structure_generator_is_trained_or_needed(run, pipe, tmp_path):
     assert set(weights(run / "content")["params"]) == {"content"}
     assert set(pipe.params) == {"tokenizer", "content"} and pipe.can_sample
     assert tuning.candidates(pipe) == []  # no evaluation could be saved
+    with pytest.raises(UserError, match="all samples of this model have the same"):
+        SamplingJob(pipe, [1], 2, 2, 0, {}, walk_to=1)
     with pytest.raises(UserError, match="structure=grid, which the published layout does not know"):
         conversion.to_safetensors(run, tmp_path / "published")
     with pytest.raises(UserError, match="structure=grid needs no structure generator: train with"):

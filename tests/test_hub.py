@@ -264,6 +264,15 @@ def test_without_a_network_the_sentence_says_so(server):
         Pipeline.from_pretrained("runs/digts")
 
 
+def test_an_upload_needs_a_whole_name(pipe, tmp_path):
+    for upload in (
+        lambda: pipe.push_to_hub("mine"),
+        lambda: conversion.export_model(tmp_path, "hf://mine"),
+    ):
+        with pytest.raises(UserError, match="mine is not a model of the hub; expected hf://ORG/NA"):
+            upload()
+
+
 def test_an_upload_replaces_the_one_before_and_has_a_card(server, pipe, monkeypatch):
     config = {"data": {"name": "digits", "data_dir": "/disk/data"}}
     pipe = Pipeline(pipe.metadata.replace(config=config, step=1500, fid=0.25), pipe.params)

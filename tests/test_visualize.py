@@ -34,6 +34,11 @@ def test_floats_become_bytes_truncated_and_clipped():
     np.testing.assert_array_equal(got, [0, 127, 255, 0, 255, 1])  # 127.5 and 1.5 lose their half
 
 
+def test_exact_pixels_stay_as_they_are():
+    pixels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(pixels.astype(np.float32) / 127.5 - 1), pixels)
+
+
 def test_tiles_lie_in_rows_on_white():
     tiles = np.stack([tile(RED, 70, 80), tile(GREEN, 70, 80), tile(BLUE, 70, 80)])
     grid = image_grid(tiles, columns=2)

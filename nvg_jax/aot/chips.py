@@ -132,9 +132,12 @@ def find_target(topology: str, mesh: dict[str, int]) -> Target:
         return Target(topology, sharding.make_mesh(**mesh, devices=devices), device)
     if name in GPUS and re.fullmatch(r"([1-9]\d*x)?[1-8]", shape):
         hosts, per_host = ([1] + [int(size) for size in shape.split("x")])[-2:]
-        devices, device = gpu_devices(name, hosts, per_host), GPUS[name]
+        device = GPUS[name]
         if hosts > 1:  # the slowest link limits a collective
+            if device.network_bandwidth is None:
+                raise UserError(f"No network between hosts is known for {name}; give one host.")
             device = device._replace(link_bandwidth=device.network_bandwidth)
+        devices = gpu_devices(name, hosts, per_host)
         # Without a GPU, Triton's kernels for matrix products cannot be tuned.
         gpus = sharding.make_mesh(**mesh, devices=devices)
         return Target(topology, gpus, device, CUBLAS_ONLY)

@@ -157,13 +157,15 @@ def export_model(
 
 
 def _check_new(out: str | os.PathLike):
-    if not hub.is_remote(out):
+    if hub.is_remote(out):
+        hub.repository(out)
+    else:
         _new_folder(out)
 
 
 def _write(pipeline: Pipeline, out: str | os.PathLike, dtype: str, license: str | None):
     if hub.is_remote(out):
-        pipeline.push_to_hub(os.fspath(out).removeprefix(hub.PREFIX), dtype, license=license)
+        pipeline.push_to_hub(os.fspath(out), dtype, license=license)
     else:
         pipeline.save_pretrained(out, dtype)
 
@@ -200,13 +202,16 @@ def to_safetensors(workdir: str | os.PathLike, out: str | os.PathLike):
         )
     make_folder(out)
     header = {HEADER: json.dumps(pipeline.metadata.without_paths().to_json())}
-    tensors = weight_names.to_published(params["tokenizer"])
-    _save(tensors, out / "autoencoder.safetensors", header)
+    files = {"autoencoder": weight_names.to_published(params["tokenizer"])}
     if generators:
         both = {f"{name}/{k}": x for name in generators for k, x in params[name].items()}
         both["canvas_scale"] = np.asarray(pipeline.metadata.canvas_scale, np.float32)
-        tensors = weight_names.to_published(both, pipeline.tokenizer.config.latent_size)
-        _save(tensors, out / "generator.safetensors", header)
+        latent_size = pipeline.tokenizer.config.latent_size
+        files["generator"] = weight_names.to_published(both, latent_size)
+    with contextlib.ExitStack() as stack:  # all files or none
+        for name, tensors in files.items():
+            path = stack.enter_context(atomic_path(out / f"{name}.safetensors"))
+            export.save(tensors, path, header)
 
 
 def _own_metadata(file: Path) -> RunMetadata | None:
@@ -229,13 +234,11 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
-def _save(tensors: dict[str, np.ndarray], path: epath.Path, header: dict[str, str]):
-    with atomic_path(path) as temporary:
-        export.save(tensors, temporary, header)
-
-
 def _new_folder(out: str | os.PathLike) -> epath.Path:
     folder = storage_path(out)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    # A conversion that was killed leaves *.tmp, which the next one overwrites.
+    if folder.exists() and not (
+        folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
+    ):
         raise UserError(f"{folder} exists and is not empty. Give --out a new folder.")
     return folder

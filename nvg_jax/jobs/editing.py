@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 
 from nvg_jax.data.transforms import decode
-from nvg_jax.errors import UserError
-from nvg_jax.evaluation.image import from_float
+from nvg_jax.errors import UserError, reported
 from nvg_jax.jobs.sampling_runs import Constraint
 from nvg_jax.pipeline import Pipeline, check_integer
 from nvg_jax.runtime.storage import storage_path
@@ -36,8 +35,10 @@ def read_picture(
     path = storage_path(path)
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
+    with reported(f"{path} cannot be read"):
+        content = path.read_bytes()
     try:
-        pixels = np.asarray(decode(path.read_bytes(), background, enough=enough))
+        pixels = np.asarray(decode(content, background, enough=enough))
     except UserError as error:
         raise UserError(f"{path} is {error}.") from error
     if size is not None and pixels.shape[:2] != size:
@@ -124,12 +125,19 @@ def edit_region(
     if mask is None:
         raise UserError("--edit needs --mask, a PNG that is white where the image may change.")
     pixels = read_picture(image)
-    marked = read_picture(mask, pixels.shape[:2], "black")
-    inside = pipeline.prepare(marked).mean(-1) > 0
-    if marked.any() and not inside.any():
+    brightness = read_picture(mask, pixels.shape[:2], "black").mean(-1, keepdims=True)
+    if brightness.max() <= 127:
         raise UserError(
-            "What the mask marks is outside of the middle of the picture, which is all that the "
-            "model sees. Crop the picture and its mask around it."
+            f"{mask} has no white: its brightest pixel is {brightness.max():.0f} of 255. Paint "
+            "white (255) where the image may change."
+        )
+    white = np.where(brightness > 127, np.uint8(255), np.uint8(0)).repeat(3, axis=-1)
+    inside = pipeline.prepare(white).mean(-1) > 0
+    if not inside.any():
+        height, width = inside.shape
+        raise UserError(
+            "The model sees nothing of what the mask marks: it sees the middle of the picture, in "
+            f"{height} x {width} pixels. Mark more, or crop the picture and its mask around it."
         )
     original = pipeline.prepare(pixels)
     region = control.region_of_mask(inside, pipeline.tokenizer.config.latent_size)
@@ -137,6 +145,4 @@ def edit_region(
     constraint = Constraint(sequence, start, start, region)
     if feather is None:
         return constraint
-    # The middle of the interval that `to_uint8` truncates to the same pixel value.
-    exact = np.clip((from_float(original) + 0.5) / 127.5 - 1, -1, 1).astype(np.float32)
-    return constraint._replace(image=exact, mask=inside, feather=feather)
+    return constraint._replace(image=original, mask=inside, feather=feather)

@@ -66,7 +66,8 @@ class SamplingJob(ImageSet):
             their structure noise, which is interpolated on a sphere, and begin at `seed`.
 
     Raises:
-        UserError: an invalid seed, or a walk of fewer than two samples.
+        UserError: an invalid seed, or a walk of fewer than two samples or of a model whose
+            structure is fixed.
     """
 
     pipeline: Pipeline
@@ -85,6 +86,11 @@ class SamplingJob(ImageSet):
             if self.per_class < 2:
                 raise UserError(
                     f"A walk needs two samples or more, got per_class={self.per_class}."
+                )
+            if self.pipeline.tokenizer.config.fixed_structure is not None:
+                raise UserError(
+                    "A walk goes from one structure to another, and all samples of this model have "
+                    "the same (tokenizer.structure=grid)."
                 )
 
     @classmethod

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, listed
 from nvg_jax.pretrained.inception_v3 import IMAGE_SIZE, NUM_LOGITS, POOL_WIDTH, Inception
 from nvg_jax.pretrained.networks import (
     DEPTH,
@@ -31,7 +31,7 @@ from nvg_jax.pretrained.networks import (
     VisionTransformer,
 )
 from nvg_jax.runtime.storage import fingerprint, local_path, make_folder, write_file
-from nvg_jax.torch_interop.checkpoint_files import check_tensors, listed, read_state_dict
+from nvg_jax.torch_interop.checkpoint_files import check_tensors, read_state_dict
 
 
 @dataclasses.dataclass(frozen=True)

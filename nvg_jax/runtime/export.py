@@ -11,6 +11,7 @@ defined in `metadata.RunMetadata`.
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nvg_jax.errors import UserError
@@ -93,10 +94,20 @@ def write(folder: epath.Path, meta: dict[str, Any], params: dict[str, Any]):
 
 
 def save(tensors: dict[str, np.ndarray], path: Path, header: dict[str, str] | None = None):
-    """safetensors' `save_file`, in a file that others may read as far as any new file."""
+    """safetensors' `save_file`, in a file that others may read as far as any new file.
+
+    Raises:
+        OSError: as any other write; safetensors has an error of its own.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, {"format": "flax", **(header or {})})
+    try:
+        save_file(tensors, path, {"format": "flax", **(header or {})})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
 
 

@@ -170,11 +170,11 @@ def atomic_path(path: Path | epath.Path, shared: bool = False) -> Iterator[Path]
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
-        except OSError as error:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            if error.filename not in (None, str(temporary)):  # an error about another file
-                raise
+            if not isinstance(error, OSError) or error.filename not in (None, str(temporary)):
+                raise  # an error about something else
             with reported(f"{path} cannot be written"):
                 raise
 

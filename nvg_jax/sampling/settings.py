@@ -82,7 +82,8 @@ class Spec:
                 return self.kind(text)
             numbers = [float(number) for number in text.split(",")]
         except ValueError:
-            raise UserError(f"{name} takes numbers, got {text!r}.") from None
+            what = "numbers" if self.per_stage or self.kind is float else "whole numbers"
+            raise UserError(f"{name} takes {what}, got {text!r}.") from None
         return tuple(numbers) if len(numbers) > 1 else numbers[0]
 
     def expand(self, name: str, value, num_stages: int, codebook_size: int):
@@ -298,7 +299,7 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
     """All combinations of "NAME=VALUE;VALUE NAME=VALUE;..."; a value may be START,END.
 
     Raises:
-        UserError: an unknown setting, or a value that is not a number.
+        UserError: an unknown setting, one that is given twice, or a value that is not a number.
     """
     specs, choices = Settings.specs(), {}
     for item in text.split():
@@ -307,6 +308,10 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
             raise UserError(
                 f"--sweep takes NAME=VALUE;VALUE, for example content_guidance=1,3.5;1,4.5, with "
                 f"the names {', '.join(specs)}; got {item!r}."
+            )
+        if name in choices:
+            raise UserError(
+                f"--sweep has {name} twice; give its values together, as {name}=VALUE;VALUE."
             )
         choices[name] = [
             specs[name].parse(f"--sweep: {name}", value) for value in values.split(";")

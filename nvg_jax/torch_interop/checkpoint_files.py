@@ -21,14 +21,14 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, listed
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -161,12 +161,6 @@ def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[
         ],
     }
     return "\n".join(f"{what} ({len(x)}): {listed(x)}" for what, x in problems.items() if x)
-
-
-def listed(items: Sequence[str]) -> str:
-    """The first ten items, so that the message for an entirely wrong file stays readable."""
-    more = f" and {len(items) - 10} more" if len(items) > 10 else ""
-    return ", ".join(items[:10]) + more
 
 
 def _ignore(*_):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, listed
 from nvg_jax.torch_interop.checkpoint_files import (
     check_tensors,
     read_state_dict,
@@ -296,7 +296,7 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
     if name not in tensors:
         raise UserError(
             f"The checkpoint has no tensor {name!r}, so its sizes cannot be told; it has "
-            f"{', '.join(tensors)}."
+            f"{listed(list(tensors))}. Is it the other file, the autoencoder's or the generator's?"
         )
     return tensors[name].shape
 
