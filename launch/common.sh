@@ -67,6 +67,7 @@ take_train_arguments() {
 require_shared_workdir() {
     case $workdir in
         gs://* | /*) ;;
+        *://*) fail "--workdir=$workdir: of the buckets, the launchers know gs:// alone" ;;
         *) fail "--workdir=$workdir would be lost with the machine; give gs://BUCKET/FOLDER or the absolute path of a folder on a file system that all machines mount" ;;
     esac
 }

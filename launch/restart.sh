@@ -41,6 +41,7 @@ for number in "$max_crashes" "$pause"; do
     [[ $number =~ ^[0-9]+$ ]] ||
         fail "NVG_MAX_CRASHES and NVG_RESTART_PAUSE must be whole numbers, not '$number'"
 done
+[[ ! ${NVG_LOG:-} || ${NVG_LOG_FOLDER:-} ]] || fail "NVG_LOG needs NVG_LOG_FOLDER"
 if [[ $dry_run ]]; then
     quote "$@"
     exit
@@ -86,7 +87,7 @@ trap 'rm -f "$NVG_HEARTBEAT"' EXIT
 
 if [[ ${NVG_LOG:-} ]]; then
     exec >>"$NVG_LOG" 2>&1
-    log_copy=${NVG_LOG_FOLDER:?}/$(date +%Y%m%d-%H%M%S)-$(hostname).log
+    log_copy=$NVG_LOG_FOLDER/$(date +%Y%m%d-%H%M%S)-$(hostname).log
     copy_log() {
         case $log_copy in
             gs://*) timeout 300 gcloud storage cp --quiet "$NVG_LOG" "$log_copy" ;;

@@ -21,6 +21,7 @@ from nvg_jax.aot.chips import find_target, hide_accelerators
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.storage import make_folder, storage_path, write_file
+from nvg_jax.training.checks import check_process
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.aot import batch, lowering
@@ -30,6 +31,7 @@ FLAGS = flags.FLAGS
 
 
 def main(_):
+    check_process(FLAGS.config)
     file = storage_path(FLAGS.json) if FLAGS.json else None
     if file:
         make_folder(file.parent)

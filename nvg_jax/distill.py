@@ -19,7 +19,7 @@ from nvg_jax import cli, presets
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.parts import DISTILLATION
 from nvg_jax.runtime import preemption, watchdog
-from nvg_jax.training.checks import check_process, check_recipe, check_resume
+from nvg_jax.training.checks import check_process, check_recipes, check_resume
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import metadata
@@ -50,7 +50,7 @@ def distill(
         Interrupted: a KeyboardInterrupt; Ctrl-C or a notebook's stop button did the same.
     """
     check_process(config)
-    check_recipe(config, DISTILLATION.section, (DISTILLATION,))
+    check_recipes(config, (DISTILLATION,))
     if config.lora.rank:
         raise UserError(
             f"lora.rank={config.lora.rank} is of `train`; a student is trained with all its "
@@ -86,12 +86,15 @@ def main(_):
     distill(FLAGS.config, FLAGS.teacher, FLAGS.workdir, FLAGS.allow_changes, FLAGS.resume_step)
 
 
+def set_up():
+    check_process(FLAGS.config)
+    cli.compile_fast()
+
+
 if __name__ == "__main__":
     presets.define_flag()
     flags.DEFINE_string("teacher", None, cli.MODEL)
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the model.")
     cli.define_resume_flags()
     flags.mark_flags_as_required(["config", "teacher", "workdir"])
-    cli.main(
-        main, cli.compile_fast, kept="The same command goes on from the last checkpoint, if any."
-    )
+    cli.main(main, set_up, kept="The same command goes on from the last checkpoint, if any.")

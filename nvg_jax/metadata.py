@@ -83,9 +83,13 @@ class RunMetadata:
         return last["images"] + (step - last["step"]) * self.config[section]["batch_size"]
 
     def went_back_to(self, step: int) -> bool:
-        """Whether this is a later step of a run whose last change was at `step`."""
+        """Whether this is a later step of a run that last went back to `step`, or was to.
+
+        If the checkpoint of `step` was damaged, it went on from the one before.
+        """
         assert self.step is not None
-        return bool(self.changes) and self.changes[-1]["step"] == step < self.step
+        last = self.changes[-1] if self.changes else {}
+        return step in (last.get("step"), last.get("resume_step")) and last["step"] < self.step
 
     @property
     def transform(self) -> Transform:

@@ -111,6 +111,7 @@ def set_up():
         if not storage.in_bucket(workdir):  # this machine may have no access to the bucket
             check_workdir(workdir)
         sys.exit()
+    checks.check_process(FLAGS.config)
     cli.compile_fast()
 
 
@@ -122,6 +123,11 @@ if __name__ == "__main__":
     )
     flags.DEFINE_boolean("check", False, "Rehearse the run on these machines, and end.")
     flags.DEFINE_float("price", 0.0, "With --check: the price of a device for an hour.", 0.0)
+    flags.register_multi_flags_validator(
+        ["price", "check"],
+        lambda given: given["check"] or not given["price"],
+        "--price needs --check.",
+    )
     cli.define_resume_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     cli.main(main, set_up, kept="The same command goes on from the last checkpoint, if any.")

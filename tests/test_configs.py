@@ -394,6 +394,33 @@ def test_a_config_file_returns_a_config(tmp_path, returned):
         assert "mine.py must return a ConfigDict, not" in done.stderr
 
 
+def test_a_process_starts_only_with_a_whole_config(tmp_path):
+    """These settings are needed before anything is checked in training."""
+    flags = ["-m", "nvg_jax.train", f"--workdir={tmp_path}/run"]
+    (tmp_path / "mine.py").write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        "    return ml_collections.ConfigDict({'part': 'all'})\n"
+    )
+    for given, message in (
+        ([f"--config={tmp_path}/mine.py"], "begin it with base() of configs/common.py"),
+        (["--config=configs/digits.py", "--config.stall_timeout=1e12"], "at most 100000000"),
+        (["--config=configs/digits.py", "--price=3"], "--price needs --check"),
+    ):
+        done = forked(*flags, *given)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_fid_is_checked_of_what_is_trained_and_lengths_of_all():
+    config = load("digits", "runlocal")
+    config.update(part="generators", data={"name": "sequences"})
+    config.tokenizer_training.fid_every = 100
+    check_config(config)
+    config.distillation.length = "foo"
+    with pytest.raises(UserError, match="foo"):
+        check_config(config)
+
+
 def test_flags_of_xla_are_set_once(monkeypatch):
     """Their text is part of the key of the compilation cache: twice is another program."""
     monkeypatch.setenv("XLA_FLAGS", " --xla_a=1  --xla_b=2 ")

@@ -5,10 +5,12 @@ import errno
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
 import shutil
+import signal
 import struct
 import sys
 import tracemalloc
@@ -29,7 +31,7 @@ from nvg_jax.data import (
     open_source,
     train_batches,
 )
-from nvg_jax.data.sources import ArraySource, FolderSource
+from nvg_jax.data.sources import ArraySource, FolderSource, TfdsSource
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 
@@ -293,6 +295,24 @@ def test_tfds_array_record(tmp_path):
         open_source("tfds:mnist", "train", data_dir=str(tmp_path))
 
     version = tmp_path / "imagenet2012" / "1.10.0"
+    content = (version / "dataset_info.json").read_text()
+    without = json.loads(content)
+    without["splits"] = [split for split in without["splits"] if split["name"] != "validation"]
+    (version / "dataset_info.json").write_text(json.dumps(without))
+    test = open_source("tfds:imagenet2012", "test", data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="test record 1 .test_1.png. has no label"):
+        test[1]
+    (version / "dataset_info.json").write_text(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"1.10.0' is damaged .* Prepare the data set again"):
+        open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))
+    (version / "dataset_info.json").write_text(content)
+
+    class Cut:  # what the reader gives of a file that was cut in half
+        __len__ = lambda self: 1
+        __getitem__ = lambda self, index: {"image": None, "label": None, "file_name": None}
+
+    with pytest.raises(UserError, match="a record 0 is damaged"):
+        TfdsSource(Cut(), ("red",), "a")[0]
     (tmp_path / "imagenet2012" / "1.9.0").mkdir()  # an older one: not taken, though "9" > "1"
     (tmp_path / "imagenet2012" / "1.9.0" / "dataset_info.json").touch()
     assert len(open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))) == 2
@@ -587,7 +607,10 @@ def test_worker_processes_give_the_same_batches():
     workers.close()
     workers = train_batches(source, options(4, pad=1, num_workers=2), seed=0)
     workers.set_state(state)
-    assert_equal_batches(take(workers, 3), expected[3:])
+    assert_equal_batches(take(workers, 1), expected[3:4])
+    for worker in multiprocessing.active_children():  # as SLURM signals all processes of a job
+        os.kill(worker.pid, signal.SIGTERM)
+    assert_equal_batches(take(workers, 20)[:2], expected[4:])  # 20: more than are made ahead
     workers.close()
 
 

@@ -394,6 +394,23 @@ def test_local_takes_the_users_compilation_cache():
     assert line[2] == "JAX_COMPILATION_CACHE_DIR=/c"
 
 
+def test_a_port_is_a_number():
+    result = launch("local.sh", "--dry_run", "--processes=2", "--port=abc", "--", *TRAIN)
+    assert result.returncode == 2 and "--port must be a number, not 'abc'" in result.stderr
+
+
+def test_a_bucket_of_another_kind_is_not_said_to_be_lost():
+    training = ["--config=configs/digits.py", "--workdir=s3://bucket/run"]
+    result = launch("tpu_vm.sh", *TPU, "--", *training, PYTHON="true")
+    assert result.returncode == 2 and "the launchers know gs:// alone" in result.stderr
+
+
+def test_a_log_needs_its_folder(tmp_path):
+    result = launch("restart.sh", "true", cwd=tmp_path, NVG_LOG="log")
+    assert result.returncode == 2 and "NVG_LOG needs NVG_LOG_FOLDER" in result.stderr
+    assert not (tmp_path / "log").exists()
+
+
 def test_local_dry_run_of_processes():
     found = commands("local.sh", "--dry_run", "--processes=3", "--port=5", "--", *TRAIN)
     assert found[0] == ["cd", str(ROOT)] and found[-1] == ["wait"]

@@ -17,6 +17,7 @@ from nvg_jax.models import ModelConfig
 from nvg_jax.parts import CHOICES, TOKENIZER
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.train import train
 from nvg_jax.training import checks, registry
 from nvg_jax.training.changes import Resume, check_changes
@@ -213,6 +214,24 @@ def test_a_run_that_diverged_says_what_there_is_to_go_on_from():
     assert "allow_changes" not in str(error.value)
     with pytest.raises(UserError, match="is of step 30.* --allow_changes=.* --resume_step=N"):
         check_steps(steps, "generators", 40, 0, checkpoint=30)
+
+
+@pytest.mark.slow
+def test_a_second_process_changes_nothing_of_a_run(trained, tmp_path):
+    shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    with (
+        Checkpoints(tmp_path / "tokenizer"),
+        pytest.raises(UserError, match="Another process is writing to .*tokenizer"),
+    ):
+        train(tiny_config(part="tokenizer"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_run_whose_checkpoint_to_go_back_to_was_damaged_went_back():
+    change = {"step": 4, "images": 64, "settings": {}, "resume_step": 8}
+    later = metadata().replace(changes=(change,), step=9)
+    assert later.went_back_to(8) and later.went_back_to(4) and not later.went_back_to(6)
+    assert not metadata().replace(step=9).went_back_to(8)
 
 
 def skipping_config():

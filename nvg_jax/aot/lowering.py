@@ -19,7 +19,7 @@ from nvg_jax.parts import BOTH_GENERATORS, PARTS, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
-from nvg_jax.training.checks import check_process, check_recipe, check_sizes
+from nvg_jax.training.checks import check_recipes, check_sizes
 from nvg_jax.training.generators import sampling_settings
 from nvg_jax.training.registry import make_trainer
 from nvg_jax.training.run import fitted_config
@@ -100,11 +100,10 @@ class Compiler:
     """Compiles one program ("train" or "sample") of a config for a target, at any batch size."""
 
     def __init__(self, config: ml_collections.ConfigDict, target: Target, program: str):
-        check_process(config)
         self.target, self.program = target, program
         self.part = training_part(config) if program == "train" else None
         if self.part:
-            check_recipe(config, self.part.section, (self.part,))
+            check_recipes(config, (self.part,))
             check_sizes(config, (self.part,))
         else:
             check_dtype(config.dtype)

@@ -213,19 +213,23 @@ def write_folder(
         UserError: an archive is missing or has no pictures, or `out` holds something else.
     """
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give another folder.")
+        raise UserError(
+            f"{out} is not empty; give another folder"
+            + ("." if (out / "LICENSES.md").exists() else ", or delete what was interrupted there.")
+        )
     contents = {design: read_package(packages, design) for design in PACKAGES}
     emoji = [x for x in read_names(contents["noto"][1]) if skin_tones or not x.skin_tones]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "LICENSES.md").write_text(LICENSES, encoding="utf-8")
     with open(out / "index.csv", "w", encoding="utf-8", newline="") as file:
         index = csv.writer(file)
         columns = "file design category subcategory name codes concept skin_tones"
         index.writerow(columns.split())
-        return sum(
+        count = sum(
             write_design(out, design, pictures, emoji, classes, index)
             for design, (pictures, _) in contents.items()
         )
+    (out / "LICENSES.md").write_text(LICENSES, encoding="utf-8")  # last: the folder is whole
+    return count
 
 
 def main():

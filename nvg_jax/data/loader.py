@@ -334,9 +334,11 @@ def _iterate(
 def _follow_parent(worker: int, count: int):
     """In a worker: it ends when the training process does, however that ends, and not before.
 
-    Ctrl-C, which all processes receive, is for the one that saves and ends its workers.
+    Ctrl-C and SIGTERM, which a terminal, SLURM and systemd send to all processes, are for the one
+    that saves and ends its workers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

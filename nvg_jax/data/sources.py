@@ -7,6 +7,7 @@ source without images: it holds the granularity sequences that a tokenizer made 
 
 import abc
 import collections
+import contextlib
 import errno
 import functools
 import gzip
@@ -162,16 +163,35 @@ class TfdsSource(Source):
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._read(index)
+        if record["label"] < 0:
+            raise UserError(f"{record['name']} has no label.")
+        return record
+
+    @property
+    def is_unlabeled(self) -> bool:
+        """Whether its labels are not public, so that TFDS gives -1."""
+        return len(self) > 0 and self._read(0)["label"] < 0
+
+    def _read(self, index: int) -> dict[str, Any]:
         name = f"{self._name} record {index}"
-        try:
+        with reading_tfds(name):
             record = self._records[index]
-        except Exception as error:  # damage comes as errors of many kinds
-            if is_failure(error):
-                raise
-            raise UserError(f"{name} is damaged ({error}). Prepare the data set again.") from error
-        if "file_name" in record:
-            name += f" ({record['file_name'].decode()})"
-        return {"image": record["image"], "label": int(record["label"]), "name": name}
+            image, label = record["image"], int(record["label"])
+            if "file_name" in record:
+                name += f" ({record['file_name'].decode()})"
+        return {"image": image, "label": label, "name": name}
+
+
+@contextlib.contextmanager
+def reading_tfds(name: str):
+    """Turns what libraries raise for damaged files of TFDS into a UserError."""
+    try:
+        yield
+    except Exception as error:  # damage comes as errors of many kinds
+        if is_failure(error):
+            raise
+        raise UserError(f"{name} is damaged ({error}). Prepare the data set again.") from error
 
 
 class SequenceSource(Source):
@@ -450,35 +470,41 @@ def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
             "configurations.)"
         )
     newest = max(versions, key=lambda folder: [int(n) for n in folder.name.split(".")])
-    builder = cast(Any, tfds.builder_from_directory(str(newest)))
-    features = dict(builder.info.features)
+    with reading_tfds(f"The data set in '{newest}'"):
+        builder = cast(Any, tfds.builder_from_directory(str(newest)))
+        features = dict(builder.info.features)
     if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
         raise UserError(
             f"The data set in '{newest}' lacks the features image and label (a class label)."
         )
-    candidates = [split]
-    if split == "test":  # ImageNet's own test split has no labels
-        candidates = ["validation"] if builder.name == "imagenet2012" else ["test", "validation"]
+    candidates = ["test", "validation"] if split == "test" else [split]
     available = [s for s in candidates if s in builder.info.splits]
     if not available:
         raise UserError(
             f"The data set in '{newest}' has no split {' or '.join(candidates)}, only "
             f"{', '.join(builder.info.splits)}."
         )
+    names = features["label"].names
+    if builder.name == "imagenet2012" and len(names) == 1000:
+        # TFDS names these classes by WordNet ID.
+        names = default_class_names(len(names))
+    decoders = {"image": tfds.decode.SkipDecoding()}
     try:
-        records = builder.as_data_source(
-            available[0], decoders={"image": tfds.decode.SkipDecoding()}
+        sources = (
+            TfdsSource(
+                builder.as_data_source(each, decoders=decoders),
+                names,
+                f"{builder.info.full_name} {each}",
+            )
+            for each in available
         )
+        first, *others = sources
     except NotImplementedError as error:
         raise UserError(
             f"The data set in '{newest}' is not in ArrayRecord format; prepare it with "
             "file_format='array_record', as docs/data.md shows."
         ) from error
-    names = features["label"].names
-    if builder.name == "imagenet2012" and len(names) == 1000:
-        # TFDS names these classes by WordNet ID.
-        names = default_class_names(len(names))
-    return TfdsSource(records, names, f"{builder.info.full_name} {available[0]}")
+    return others[0] if others and first.is_unlabeled else first  # as ImageNet's test split is
 
 
 def default_class_names(count: int) -> tuple[str, ...]:

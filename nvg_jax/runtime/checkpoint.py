@@ -57,6 +57,22 @@ def run_folder(workdir: str | os.PathLike) -> epath.Path:
     return folder
 
 
+@contextlib.contextmanager
+def alone(folder: epath.Path):
+    """Keeps other runs from writing to a folder, which it creates; every process must call it.
+
+    Raises:
+        UserError: another run is writing to it.
+    """
+    with locked(folder) as free:
+        if not free:
+            raise UserError(
+                f"Another process is writing to {folder}. Wait until it has ended, or choose "
+                "another folder."
+            )
+        yield
+
+
 class Checkpoints:
     """Writes the checkpoints of one run to a folder, keeps the last `keep`, and resumes from them.
 
@@ -70,11 +86,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self._folder, self._saving = run_folder(folder), None  # the step of a save that has begun
         with contextlib.ExitStack() as stack:
-            if not stack.enter_context(locked(self._folder)):
-                raise UserError(
-                    f"Another process is writing to {self._folder}. Wait until it has ended, or "
-                    "choose another folder."
-                )
+            stack.enter_context(alone(self._folder))
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(

@@ -142,13 +142,18 @@ def read_config(folder: epath.Path) -> tuple[dict[str, Any], dict[str, str]] | N
     path = folder / CONFIG
     if not path.is_file():
         return None
-    with contextlib.suppress(ValueError):
+    try:
         content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or content.get("model_type") != "nvg":
-            return None
-        if content.pop("digest", None) == digest(content):
-            del content["model_type"]
-            return content, content.pop("files")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}). Restore a copy of it or export the model again; if it "
+            "is of another program, move it away."
+        ) from error
+    if not isinstance(content, dict) or content.get("model_type") != "nvg":
+        return None
+    if content.pop("digest", None) == digest(content):
+        del content["model_type"]
+        return content, content.pop("files")
     raise UserError(
         f"{path} is damaged or was edited: its checksum does not match. Restore a copy of it, or "
         "export the model again."

@@ -4,12 +4,14 @@ Numbers have their ranges in `ranges.py`; names are checked by the dataclass tha
 are those that become none, and what involves several settings.
 """
 
+from collections.abc import Sequence
+
 import ml_collections
 from etils import epy
 
 from nvg_jax.data.sources import SPLITS, check_name
 from nvg_jax.errors import UserError, comes_with, did_you_mean
-from nvg_jax.parts import CHOICES, TOKENIZER, Part
+from nvg_jax.parts import CHOICES, PARTS, TOKENIZER, Part
 from nvg_jax.runtime import hardware
 from nvg_jax.sampling.settings import TRAINING_DTYPES, check_dtype
 from nvg_jax.training.ranges import check_ranges
@@ -48,9 +50,7 @@ def check_config(config: ml_collections.ConfigDict):
             "Adapters (lora.rank) are trained by AdamW: leave generator_training.optimizer.name="
             "muon out."
         )
-    # In a fixed order, so that all processes report the same mistake first.
-    for section in dict.fromkeys(part.section for part in CHOICES["all"]):
-        check_recipe(config, section, parts)
+    check_recipes(config, parts)
     if config.data.name == "sequences":
         if trains_tokenizer:
             raise UserError(
@@ -113,13 +113,18 @@ def check_process(config: ml_collections.ConfigDict):
     hardware.check_options()
 
 
-def check_recipe(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
-    """Raises UserError for invalid settings in the section `name`, which trains `parts`."""
-    check_dtype(config[name].get("dtype") or config.dtype, TRAINING_DTYPES)
-    fitted = length.fitted(config[name], num_images=10**6)  # of any size: the data's comes later
-    optimizers.OptimizerConfig(**fitted.optimizer)
-    if config[name].fid_every:
-        check_fid(config, name, parts)
+def check_recipes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
+    """Raises UserError for invalid settings in the sections of all parts; FID is that of `parts`.
+
+    In a fixed order, so that all processes report the same mistake first.
+    """
+    for name in dict.fromkeys(part.section for part in PARTS.values()):
+        check_dtype(config[name].get("dtype") or config.dtype, TRAINING_DTYPES)
+        fitted = length.fitted(config[name], num_images=10**6)  # the data's size comes later
+        optimizers.OptimizerConfig(**fitted.optimizer)
+        trained = [part for part in parts if part.section == name]
+        if config[name].fid_every and trained:
+            check_fid(config, name, trained)
 
 
 def check_resume(
@@ -147,12 +152,12 @@ def check_init(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
     initial.check_model(config.init_from, {name: model.abstract_params(name) for name in names})
 
 
-def check_fid(config: ml_collections.ConfigDict, name: str, parts: tuple[Part, ...]):
-    """Raises UserError if the recipe `name` requests an FID that cannot be measured."""
+def check_fid(config: ml_collections.ConfigDict, name: str, parts: Sequence[Part]):
+    """Raises UserError if the recipe `name` of `parts` requests an FID that cannot be measured."""
     judge = config.evaluation.judge
     if judge not in judges.JUDGES:
         raise UserError(f"evaluation.judge must be {' or '.join(judges.JUDGES)}, got {judge!r}.")
-    if any(part.section == name and not part.images for part in parts):
+    if not all(part.images for part in parts):
         raise UserError(
             f"generator_training.fid_every needs both generators to draw samples, and "
             f"part={config.part} trains them one at a time; set it to 0, or train with "

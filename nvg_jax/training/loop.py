@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata, read_export_metadata, write_export
 from nvg_jax.runtime import checkpoint, preemption, sharding, watchdog
 from nvg_jax.training.forecast import Forecast
@@ -146,7 +147,10 @@ class BestModel:
     def __init__(self, run: Run, trainer: Trainer, score: Score, start: int):
         self._folder, self._score = run.workdir / f"best_{trainer.part.name}", score
         self.fid = float("inf")
-        stored = read_export_metadata(self._folder) if start else None
+        try:
+            stored = read_export_metadata(self._folder) if start else None
+        except UserError as error:
+            raise UserError(f"{error} Or delete {self._folder}.") from error
         if stored is None:
             return
 

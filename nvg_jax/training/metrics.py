@@ -1,5 +1,6 @@
 """The reports of a training: averaged metrics, codebook usage, progress lines, TensorBoard."""
 
+import contextlib
 import io
 import logging
 import os
@@ -241,7 +242,8 @@ class Reporter:
         """
         step = 0
         if is_main() and self._assessed.exists():
-            step = int(self._assessed.read_text() or 0)
+            with contextlib.suppress(ValueError):  # damaged: then it is assessed again
+                step = int(self._assessed.read_text())
         return int(from_main(step))
 
     def assessed(self, step: int):

@@ -18,6 +18,7 @@ import jax
 from clu import parameter_overview
 
 from nvg_jax import bundled
+from nvg_jax.errors import listed
 from nvg_jax.metadata import read_model_metadata
 from nvg_jax.models import parameter_counts
 from nvg_jax.parts import GENERATOR_PARTS
@@ -45,6 +46,10 @@ def announce(run: Run, trainers: Sequence[Trainer]):
     """
     for line in describe(run, trainers):
         logger.info("%s", line)
+    source = run.train_source
+    counts = source.images_per_class or ()
+    if empty := [name for name, count in zip(source.class_names, counts) if not count]:
+        logger.warning("no image to train on, all are held out: %s; add some", listed(empty))
     if not is_main():
         return
     text = json.dumps({"config": run.config_json(), **provenance()}, indent=1)

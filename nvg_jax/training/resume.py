@@ -114,6 +114,8 @@ def continued(
             "images": stored.images_seen(section, start),
             "settings": {k: [*v] for k, v in settings.items()},
         }
+        if step not in (None, start):
+            change["resume_step"] = step
         changes = (*changes, change)
     origin = Origin(changes[-1]["step"], changes[-1]["images"]) if changes else START
     if origin != trainer.origin:
