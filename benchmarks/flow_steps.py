@@ -90,6 +90,7 @@ def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
     pipe = Pipeline.from_pretrained(FLAGS.workdir)
     data = pipe.metadata.config["data"]
+    data |= {"data_dir": FLAGS.data_dir or data["data_dir"]}
     size = pipe.tokenizer.config.image_size
     train, test = (load_split(data, split, size) for split in ("train", "test"))
     num_classes = pipe.metadata.model.num_classes
@@ -211,6 +212,7 @@ def measure_point(pipe, point, seed, classes, judge, reference) -> dict[str, flo
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
     flags.DEFINE_string("out", None, "File of results, a JSON object a line.", required=True)
+    flags.DEFINE_string("data_dir", None, "Folder of the data set, if not that of the training.")
     flags.DEFINE_string("figure", None, "A picture of all results in the file, of any model.")
     flags.DEFINE_string("sweep", "flow_steps=1;2;4;8;25", "As evaluate's --sweep.")
     flags.DEFINE_integer("seeds", 2, "Seeds of every point.")
