@@ -202,7 +202,7 @@ def test_when_all_are_damaged_nothing_starts_over(two):
 
 
 def test_one_process_at_a_time_writes_to_a_folder(two):
-    with Checkpoints(two), pytest.raises(UserError, match=f"Another process is writing to {two}"):
+    with Checkpoints(two), pytest.raises(UserError, match=f"Another command is writing to {two}"):
         Checkpoints(two)
     assert restore(two)[2] == 2
 

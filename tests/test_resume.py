@@ -221,7 +221,7 @@ def test_a_second_process_changes_nothing_of_a_run(trained, tmp_path):
     shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
     with (
         Checkpoints(tmp_path / "tokenizer"),
-        pytest.raises(UserError, match="Another process is writing to .*tokenizer"),
+        pytest.raises(UserError, match="Another command is writing to .*tokenizer"),
     ):
         train(tiny_config(part="tokenizer"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]

@@ -76,12 +76,17 @@ def test_the_array_holds_the_samples_in_order_of_their_classes(whole, expected):
     assert [path.name for path in whole.parent.iterdir()] == ["all.npz"]
 
 
-def test_a_file_that_another_command_writes_is_left_to_it(pipe, tmp_path):
-    with (
-        locked(tmp_path / "all.npz.parts"),
-        pytest.raises(UserError, match="Another command is writing .*all.npz; wait for its end"),
+def test_what_another_command_writes_is_left_to_it(pipe, tmp_path):
+    for place, write in (
+        ("all.npz.parts", lambda job: sampling_runs.write_array(job, tmp_path / "all.npz")),
+        ("pictures", lambda job: sampling_runs.write_pictures(job, tmp_path / "pictures", 2)),
     ):
-        sampling_runs.write_array(samples_of(pipe), tmp_path / "all.npz")
+        with (
+            locked(tmp_path / place),
+            pytest.raises(UserError, match=f"Another command is writing to .*{place}. Wait until"),
+        ):
+            write(samples_of(pipe))
+        assert not list((tmp_path / place).iterdir())
 
 
 @pytest.mark.slow

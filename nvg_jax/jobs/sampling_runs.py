@@ -22,7 +22,7 @@ from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
 from nvg_jax.runtime.processes import barrier, from_main, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays, write_arrays
-from nvg_jax.runtime.storage import atomic_write, digest, fingerprint, locked, storage_path
+from nvg_jax.runtime.storage import alone, atomic_write, digest, fingerprint, storage_path
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings
 from nvg_jax.tokenizer import GranularitySequence
@@ -274,12 +274,7 @@ def write_array(job: SamplingJob, out: str | os.PathLike):
             )
         logger.info("%s already exists", out)
     else:
-        with locked(folder) as free:
-            if not free:
-                raise UserError(
-                    f"Another command is writing {out}; wait for its end, or give another --out. "
-                    "(Several processes share the work if they are started together, see --help.)"
-                )
+        with alone(folder):
             if not from_main(out.exists()):  # another command may have ended just now
                 open_folder(folder, "*.npz", description, "samples")
                 missing = own_missing(job.num_batches, lambda batch: [part(batch)])
@@ -333,23 +328,24 @@ def write_pictures(job: SamplingJob, out: str | os.PathLike, columns: int):
     """Writes a PNG per sample, grid.png and, for the first batch, stages.png into a folder.
 
     Raises:
-        UserError: the folder holds pictures with other settings, or a damaged one, or cannot be
-            written.
+        UserError: the folder holds pictures with other settings, or a damaged one, cannot be
+            written, or is being written by another command.
     """
     out, classes = storage_path(out), np.repeat(job.classes, job.per_class)
     names = [job.pipeline.class_names[label] for label in classes]
     pictures = [out / f"{i:06d}_{in_file_name(name)}.png" for i, name in enumerate(names)]
     stages = out / "stages.png"
     files = lambda batch: [pictures[i] for i in job.indices(batch)] + [stages] * (batch == 0)
-    open_folder(out, "[0-9]*_*.png", job.describe(), "samples")
-    for batch, output in job.sample_all(own_missing(job.num_batches, files)):
-        for index, image in zip(job.indices(batch), to_uint8(output.images)):
-            save_png(pictures[index], image)
-        if batch == 0:
-            picks = np.unique(np.linspace(0, len(output.images) - 1, STAGES_LIMIT).astype(int))
-            visual = GranularitySequence(*(part[picks] for part in output.sequence))
-            save_png(stages, stages_picture(job.pipeline, visual, [names[i] for i in picks]))
-    barrier(f"the pictures in {out} are there")
+    with alone(out):
+        open_folder(out, "[0-9]*_*.png", job.describe(), "samples")
+        for batch, output in job.sample_all(own_missing(job.num_batches, files)):
+            for index, image in zip(job.indices(batch), to_uint8(output.images)):
+                save_png(pictures[index], image)
+            if batch == 0:
+                picks = np.unique(np.linspace(0, len(output.images) - 1, STAGES_LIMIT).astype(int))
+                visual = GranularitySequence(*(part[picks] for part in output.sequence))
+                save_png(stages, stages_picture(job.pipeline, visual, [names[i] for i in picks]))
+        barrier(f"the pictures in {out} are there")
     if is_main():
         shown = []
         for path in pictures[:GRID_LIMIT]:

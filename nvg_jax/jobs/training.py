@@ -9,9 +9,9 @@ from nvg_jax.errors import UserError
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.metadata import read_metadata
 from nvg_jax.parts import BOTH_GENERATORS, GENERATOR_PARTS, TOKENIZER, Part
-from nvg_jax.runtime import checkpoint, heartbeat
+from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import is_main
-from nvg_jax.runtime.storage import make_folder
+from nvg_jax.runtime.storage import alone, make_folder
 from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
 from nvg_jax.training.run import Run
@@ -72,7 +72,7 @@ def train_parts(run: Run, parts: Sequence[Part]):
     trainer, start = next((each for each in found if each[1] < each[0].steps), found[-1])
     folder = run.workdir / trainer.part.name
     if folder.exists():  # before anything of a run that goes on is replaced
-        with checkpoint.alone(folder):
+        with alone(folder):
             pass
     if is_main():
         make_folder(run.workdir)

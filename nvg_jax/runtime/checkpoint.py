@@ -29,7 +29,7 @@ from nvg_jax.errors import (
     reported,
 )
 from nvg_jax.runtime import processes, watchdog
-from nvg_jax.runtime.storage import digest, locked, storage_path
+from nvg_jax.runtime.storage import alone, digest, storage_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import orbax.checkpoint as ocp
@@ -55,22 +55,6 @@ def run_folder(workdir: str | os.PathLike) -> epath.Path:
             "Orbax, which writes them. Choose a path without [ * ? and backslashes."
         )
     return folder
-
-
-@contextlib.contextmanager
-def alone(folder: epath.Path):
-    """Keeps other runs from writing to a folder, which it creates; every process must call it.
-
-    Raises:
-        UserError: another run is writing to it.
-    """
-    with locked(folder) as free:
-        if not free:
-            raise UserError(
-                f"Another process is writing to {folder}. Wait until it has ended, or choose "
-                "another folder."
-            )
-        yield
 
 
 class Checkpoints:

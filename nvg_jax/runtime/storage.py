@@ -218,6 +218,22 @@ def locked(folder: Path | epath.Path) -> Iterator[bool]:
         yield bool(from_main(free))
 
 
+@contextlib.contextmanager
+def alone(folder: Path | epath.Path):
+    """Keeps other commands from writing to a folder, as `locked`; every process must call it.
+
+    Raises:
+        UserError: another command is writing to it, or it cannot be created.
+    """
+    with locked(folder) as free:
+        if not free:
+            raise UserError(
+                f"Another command is writing to {folder}. Wait until it has ended, or give another "
+                "folder. (Processes share the work only if they are started together, see --help.)"
+            )
+        yield
+
+
 def make_folder(folder: Path | epath.Path):
     """Creates a folder and those above it; in a bucket, folders need not be created.
 
