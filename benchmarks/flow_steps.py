@@ -90,7 +90,8 @@ def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
     pipe = Pipeline.from_pretrained(FLAGS.workdir)
     data = pipe.metadata.config["data"]
-    data |= {"data_dir": FLAGS.data_dir or data["data_dir"]}
+    data = data | {"data_dir": FLAGS.data_dir or data["data_dir"]}
+    data["resize_filter"] = pipe.metadata.resize_filter
     size = pipe.tokenizer.config.image_size
     train, test = (load_split(data, split, size) for split in ("train", "test"))
     num_classes = pipe.metadata.model.num_classes
@@ -104,7 +105,10 @@ def main(_):
 
     out = Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = objects(out.read_text()) if out.exists() else []
+    text = out.read_text() if out.exists() else ""
+    if text and not text.endswith("\n"):  # cut by a kill
+        out.write_text(text + "\n")
+    done = objects(text)
     # Without those of other weights in this folder: the run may have been trained further.
     is_old = lambda row: row["workdir"] == FLAGS.workdir and row.get("weights") != pipe.weights
     done = [row for row in done if not is_old(row)]

@@ -37,7 +37,7 @@ run() {
     fi
 }
 
-# Sets train_arguments, workdir, jax_cache and packages (what training needs beside the requirements
+# Sets train_arguments, config_file (empty for a preset's name), workdir, jax_cache and packages (what training needs beside the requirements
 # on TPUs, quoted) from the arguments after --, after training itself has
 # checked them: with its own parser, without data and accelerators, also in a dry run.
 take_train_arguments() {
@@ -52,9 +52,12 @@ take_train_arguments() {
         esac
     done
     workdir=${workdir%/}
+    given_workdir=$workdir
     [[ $workdir != "~"/* ]] || workdir=$HOME/${workdir#"~/"} # as training reads it
     [[ $config ]] || fail "no --config=FILE among the training arguments, which come after --; see $0 --help"
     [[ $workdir ]] || fail "no --workdir=FOLDER among the training arguments, which come after --; see $0 --help"
+    config_file=${config%%:*}
+    [[ -f $root/$config_file || $config_file == /* ]] || config_file=
     train_arguments=("$@")
     # Only the first process writes the cache and all read it, so it is kept beside the checkpoints.
     jax_cache=JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/jax_cache}
@@ -65,11 +68,18 @@ take_train_arguments() {
 
 # Requires a workdir that outlives the machines.
 require_shared_workdir() {
-    case $workdir in
+    case $given_workdir in
         gs://* | /*) ;;
         *://*) fail "--workdir=$workdir: of the buckets, the launchers know gs:// alone" ;;
-        *) fail "--workdir=$workdir would be lost with the machine; give gs://BUCKET/FOLDER or the absolute path of a folder on a file system that all machines mount" ;;
+        *) fail "--workdir=$given_workdir would be lost with the machine; give gs://BUCKET/FOLDER or the absolute path of a folder on a file system that all machines mount" ;;
     esac
+}
+
+# Requires that `pack` packs the config file, if it is a file.
+require_packed_config() {
+    [[ ! $config_file ]] ||
+        git -C "$root" ls-files -co --exclude-standard -- "$config_file" 2>/dev/null | grep -qxF -- "$config_file" ||
+        fail "--config=$config_file is not among the files that are sent: put it below $root, for example in configs/, where git does not ignore it, and give its path from there"
 }
 
 # started_from HEARTBEAT: the part and the step that the process started from. They change only

@@ -55,6 +55,7 @@ done
     fail "--name must be at most 28 lower-case letters, digits and dashes, beginning with a letter, not '$name'"
 take_train_arguments "$@"
 require_shared_workdir
+[[ $docker_image ]] || require_packed_config
 
 # exec, because Kubernetes signals the process that xpk started, and that must be restart.sh.
 # restart.sh restarts a crashed process in its pod. The exit codes it returns after a signal

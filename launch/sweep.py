@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,8 @@ def comparison(commands: Sequence[Sequence[str]]) -> str:
 
 def run(command: Sequence[str]) -> int:
     """Runs a command, forwards Ctrl-C and SIGTERM to it as SIGTERM, and returns its exit code."""
+    if shutil.which(command[0]) is None:
+        raise UserError(f"there is no command {command[0]} here; submit where it is installed.")
     process, received = subprocess.Popen(command, cwd=ROOT), []
 
     def stop(number, _):
@@ -146,6 +149,8 @@ def sweep_commands(options: argparse.Namespace, extra: Sequence[str]) -> list[li
     known = traverse_util.flatten_dict(parse_config(config_name, []).to_dict(), sep=".")
     for argument in extra:
         key = re.match(r"--?config\.([\w.]+)", argument)
+        if key and "=" not in argument:
+            raise UserError(f"write {argument}=VALUE, with a value after =.")
         if key and not any(f"{name}.".startswith(f"{key[1]}.") for name in known):
             raise UserError(f"there is no setting {key[1]}.{did_you_mean(key[1], known)}")
     commands, names = [], {}
@@ -214,7 +219,7 @@ def load_sweep(file: str) -> tuple[str, Mapping[str, Any], list[Mapping[str, Any
 
 def parse_config(config_name: str, arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The configuration as training would parse it."""
-    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    overrides = [argument for argument in arguments if re.match(r"--?config\.", argument)]
     argv = ["sweep", f"--config={config_name}", *overrides]
     values = flags.FlagValues()
     presets.define_flag(values, argv)

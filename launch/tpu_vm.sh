@@ -128,6 +128,7 @@ if [[ ! $runtime_version ]]; then
     esac
 fi
 take_train_arguments "$@"
+require_packed_config
 require_shared_workdir
 for program in gcloud timeout git; do
     [[ $dry_run ]] || command -v "$program" >/dev/null || fail "there is no command '$program'"

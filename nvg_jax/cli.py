@@ -260,7 +260,8 @@ def join_processes():
                 "--coordinator_address, --num_processes and --process_id belong together, with "
                 f"process_id in 0 .. num_processes - 1; got {address}, {count} and {index}."
             )
-        if not re.fullmatch(r".+:\d{1,5}", address):
+        port = re.fullmatch(r".+:(\d{1,5})", address)
+        if not port or not 0 < int(port[1]) < 2**16:
             raise UserError(f"--coordinator_address must be HOST:PORT, got {address!r}.")
         add_xla_flags(ORDERED_COLLECTIVES)
         jax.distributed.initialize(address, count, index)

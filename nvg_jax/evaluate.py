@@ -28,6 +28,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.jobs import classification, reconstruction, sampling_runs
 
 FLAGS = flags.FLAGS
+OF_SAMPLES = {"num_samples", "seed", *Settings.specs()}  # flags that say how samples are drawn
 
 
 def main(_):
@@ -74,21 +75,25 @@ def check_flags(judge: str):
         raise UserError("--sweep needs --reference (train, test or an .npz file).")
     unused = set()  # what would have no effect
     if FLAGS.samples or FLAGS.reconstruction:
-        unused |= {"num_samples", "seed", *Settings.specs()}
+        unused |= OF_SAMPLES
     if FLAGS.samples:
         unused.add("dtype")
     if FLAGS.reference and FLAGS.reference not in SPLITS:
         unused |= {"data_name", "data_dir", "resize"}
-    if given := sorted(f"--{name}" for name in unused if FLAGS[name].present):
-        modes = ("samples", "reconstruction", "reference")
-        mode = next(f"--{name}" for name in modes if FLAGS[name].value)
-        raise UserError(f"{', '.join(given)} would have no effect with {mode}; leave it out.")
+    modes = ("samples", "reconstruction", "reference")
+    check_unused(unused, next((f"--{name}" for name in modes if FLAGS[name].value), ""))
+
+
+def check_unused(names: set[str], why: str):
+    """Raises UserError if one of these flags is given, which would have no effect with `why`."""
+    if given := sorted(f"--{name}" for name in names if FLAGS[name].present):
+        raise UserError(f"{', '.join(given)}: no effect with {why}; leave out.")
 
 
 def out_folder() -> epath.Path:
     """The folder for the results: by default in the model's folder, or beside the samples.
 
-    Every use has its own, so that none replaces the results of another.
+    The uses have folders of their own, so that none replaces the results of another.
     """
     if FLAGS.out:
         return storage_path(FLAGS.out)
@@ -123,6 +128,8 @@ def evaluate_model(judge: str, settings):
         return results, results and reconstruction.table(results)
     if fitted:
         assert data is not None
+        if not pipe.can_sample:
+            check_unused(OF_SAMPLES, "a tokenizer alone")
         job = sampling_job(pipe, settings) if pipe.can_sample else None
         results = classification.report(pipe, data, job, out)
         return results, results and classification.table(results, len(pipe.class_names))

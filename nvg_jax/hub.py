@@ -16,6 +16,7 @@ from nvg_jax.errors import UserError, comes_with, listed
 from nvg_jax.metadata import RunMetadata, write_export
 from nvg_jax.models import parameter_counts
 from nvg_jax.runtime import export
+from nvg_jax.runtime.storage import storage_path
 
 with epy.lazy_imports(error_callback=comes_with("hub")):
     import huggingface_hub
@@ -251,7 +252,7 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
     """
     sizes, settings, config = metadata.model.tokenizer, metadata.sampling, metadata.config or {}
     base = config.get("init_from") or ""
-    if not base or ("/" in base and not is_remote(base)):  # a folder, which others do not have
+    if not is_remote(base) and (not base or "/" in base or storage_path(base).exists()):
         base = "THE MODEL THAT THEY WERE TRAINED ON"
     pixels = " x ".join(map(str, sizes.image_size))
     classes = metadata.class_names
@@ -286,5 +287,6 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
     lines += ["    import nvg_jax", f'    pipe = nvg_jax.Pipeline.from_pretrained("{opened}")']
     lines += [f'    pipe = pipe.load_lora("{name}")'] if metadata.base else []
     lines += [f"    {use}", "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in rows.items() if value]
+    cell = lambda value: str(value).replace("|", "\\|")
+    lines += [f"| {key} | {cell(value)} |" for key, value in rows.items() if value]
     return "\n".join(lines) + "\n"

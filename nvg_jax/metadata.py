@@ -259,9 +259,14 @@ def holds_model(folder: epath.Path) -> bool:
 
 
 def check_export(folder: epath.Path):
-    """Raises UserError for a training run's folder, whose checkpoints an export would hide."""
+    """Raises UserError for a folder that is not for an export.
+
+    It would hide the checkpoints of a training, or replace another program's model.
+    """
     if any((folder / name).is_dir() for name in PARTS if name != DISTILLATION.name):
         raise UserError(f"{folder} holds a training run; export to another folder.")
+    if (folder / export.CONFIG).exists() and export.read_config(folder) is None:
+        raise UserError(f"{folder} holds a model of another program; export to another folder.")
 
 
 def write_export(
@@ -277,8 +282,8 @@ def write_export(
         dtype: of the weights in the files, see `export.DTYPES`.
 
     Raises:
-        UserError: the folder is a training run's, whose checkpoints the export would hide; an
-            unknown dtype, or weights that do not fit it; or no space or no permission.
+        UserError: as `check_export`; an unknown dtype, or weights that do not fit it; or no space
+            or no permission.
     """
     folder = storage.storage_path(folder)
     check_export(folder)

@@ -49,7 +49,10 @@ def load(config: str) -> ml_collections.ConfigDict:
     file, *variant = find(config).split(":", 1)
     make_importable(Path(file))
     try:
-        return execute(file).get_config(*variant)
+        module = execute(file)
+        if not hasattr(module, "get_config"):
+            raise ValueError("it has no function get_config")
+        return module.get_config(*variant)
     except ValueError as error:  # the files of configs/ import nothing of nvg_jax
         raise UserError(f"{config}: {error}") from error
 

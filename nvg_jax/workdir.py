@@ -83,6 +83,8 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
                 "no longer there. Move it back. (If it was a training's, a copy of its folder "
                 f"tokenizer/ in {folder} will do.)"
             )
+        if not os.access(folder, os.R_OK | os.X_OK) and not storage.in_bucket(folder):
+            raise UserError(f"{folder} cannot be read: Permission denied.")
         raise UserError(
             f"{folder} holds no trained tokenizer. Train one with `python -m nvg_jax.train "
             f"--config=... --workdir={shlex.quote(os.fspath(folder))}`."
@@ -99,6 +101,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     for name, (part_folder, part_metadata) in generators.items():
         check_tokenizer(part_metadata, metadata, part_folder)
         part_metadata, params[name] = read_averages(part_folder, name)
+        sizes, of_base = {name: part_metadata.model.generators[name]}, {}
         if part_metadata.base:
             place = part_metadata.base_workdir
             assert place is not None  # only an export has no paths
@@ -110,10 +113,14 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
                 )
             base, weights = read_base(place)
             added = add_adapters(base, weights, part_metadata, {name: params[name]}, part_folder)
-            params[name] = added[name]
-        sizes = {name: part_metadata.model.generators[name]}
+            params[name] = added.pop(name)
+            for other in added.keys() - generators.keys():  # without adapters: the base's own
+                params[other], sizes[other] = added[other], base.model.generators[other]
+                if base.teacher:  # a distilled generator goes on with the steps that it knows
+                    own = ("teacher", "sampling", "config")
+                    of_base = {key: getattr(base, key) for key in own}
         model = dataclasses.replace(metadata.model, **sizes)
-        metadata = metadata.replace(model=model).of_generators(part_metadata)
+        metadata = metadata.replace(model=model).of_generators(part_metadata).replace(**of_base)
     return metadata, params
 
 

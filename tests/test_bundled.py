@@ -123,7 +123,7 @@ def test_nothing_is_made_before_the_input_is_checked(tmp_path):
     assert done.returncode == 2 and "needs data_dir" in done.stderr
     done = forked(*command, "--num_samples=500", "--top_p=0.9", cwd=tmp_path)
     assert done.returncode == 2
-    assert "--num_samples, --top_p would have no effect with --reconstruction" in done.stderr
+    assert "--num_samples, --top_p: no effect with --reconstruction; leave out" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -394,6 +394,12 @@ def test_a_config_file_returns_a_config(tmp_path, returned):
         assert "mine.py must return a ConfigDict, not" in done.stderr
 
 
+def test_a_file_without_its_function_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("config = 3\n")
+    with pytest.raises(UserError, match="mine.py: it has no function get_config"):
+        presets.load(str(tmp_path / "mine.py"))
+
+
 def test_a_process_starts_only_with_a_whole_config(tmp_path):
     """These settings are needed before anything is checked in training."""
     flags = ["-m", "nvg_jax.train", f"--workdir={tmp_path}/run"]

@@ -21,6 +21,7 @@ from nvg_jax.data import (
     train_batches,
 )
 from nvg_jax.errors import UserError
+from nvg_jax.jobs import encoding
 from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
 from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
@@ -392,7 +393,18 @@ def test_unreadable_images_stop_or_are_named_and_left_out(pipeline, data, tmp_pa
     assert [source[i]["label"] for i in range(len(source))] == [0] * 2 + [1] * 7
 
 
-def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
+def test_the_same_data_may_lie_elsewhere(pipeline, data, tmp_path):
+    shutil.copytree(ROOT / data["data_dir"], tmp_path / "elsewhere")
+    plan = lambda place: plan_encoding(pipeline, data | {"data_dir": str(place)}, 2, 0)[1]
+    sequences.begin(tmp_path / "cache", plan(ROOT / data["data_dir"]))
+    sequences.begin(tmp_path / "cache", plan(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="made with data = .*cannot be resumed with"):
+        settings = plan(tmp_path / "elsewhere")
+        settings["data"]["pad"] = 7
+        sequences.begin(tmp_path / "cache", settings)
+
+
+def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path, monkeypatch):
     cached = {"name": "sequences", "data_dir": str(whole), "resize": 0, "pad": 0}
     (tmp_path / "something").touch()
     for arguments, message in (
@@ -402,6 +414,15 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             encode_data_set(pipeline, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "everywhere", lambda seen: False)  # another process's answer
+        with pytest.raises(UserError, match="Not every process sees .*unshared"):
+            encode_data_set(pipeline, tmp_path / "unshared", data)
+    with (
+        storage.locked(tmp_path / "unshared"),
+        pytest.raises(UserError, match="Another command is writi"),
+    ):
+        encode_data_set(pipeline, tmp_path / "unshared", data)
     with pytest.raises(UserError, match="crops must be at least 1"):
         encode_data_set(pipeline, tmp_path / "new", data, crops=0)
     (tmp_path / "new.array_record.tmp").mkdir()

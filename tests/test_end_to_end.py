@@ -137,6 +137,9 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
             workdir=run.workdir, config_json=lambda other=other: as_json(other)
         )
         assert BestModel(changed, trainer, score, start=50).fid == float("inf")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"is not JSON .* Or delete .*best_tokenizer"):
+        BestModel(run, trainer, score, start=50)
     # A new training in the same workdir does not compete with the one before.
     anew = BestModel(run, trainer, score, start=0)
     assert update(anew, 10) == (9.0, 9.0)
@@ -652,6 +655,8 @@ def test_the_command_lines_write_pictures_and_metrics(trained, pipe, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["samples"] == 20 and metrics["classifier_accuracy_on_real_test_images"] > 0.98
     assert 0 <= metrics["class_agreement"] <= 1 and metrics["test_psnr"] > 0
+    made = {"seed": 0, "flow_steps": 2, "judge": "classifier"}  # and all else that it depends on
+    assert made.items() <= metrics.items() and metrics["data"]["name"] == "digits"
 
 
 @pytest.mark.parametrize("dtype, name", [("bfloat16", "bf16"), ("float16", "f16")])

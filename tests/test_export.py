@@ -74,7 +74,7 @@ def test_damage_is_found_and_named(pipe, tmp_path):
     assert stored == {WEIGHTS: hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()}
     for name, message in (
         (WEIGHTS, "model.safetensors is damaged .its SHA-256 differs"),
-        ("config.json", "config.json is damaged or was edited"),
+        ("config.json", "config.json is (damaged or was edited|not JSON)"),
     ):
         flip_bit(tmp_path / name, (tmp_path / name).stat().st_size // 2)
         with pytest.raises(UserError, match=message):
@@ -92,6 +92,14 @@ def test_weights_that_do_not_fit_are_refused(pipe, tmp_path):
     assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="float32, bfloat16, float16, got 'int8'"):
         pipe.save_pretrained(tmp_path, "int8")
+
+
+def test_the_model_of_another_program_is_left_alone(pipe, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    (tmp_path / WEIGHTS).write_bytes(b"weights")
+    with pytest.raises(UserError, match="holds a model of another program; export to another fol"):
+        pipe.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == b"weights"
 
 
 def test_an_interrupted_export_leaves_the_earlier_one(pipe, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import random_pipeline, tiny_config
+from helpers import forked, random_pipeline, tiny_config
 from test_end_to_end import weights
 
 from nvg_jax import GranularitySequence, Pipeline, granularity
@@ -64,6 +64,14 @@ def test_no_structure_generator_is_trained_or_needed(run, pipe, tmp_path):
     own = str(run.parent / "tokenizer")
     with pytest.raises(UserError, match="other sizes than config.tokenizer"):
         train(tiny_config(part="content", tokenizer_workdir=own), run.parent / "other")
+
+
+@pytest.mark.slow
+def test_no_figure_of_drawings(run, tmp_path):
+    command = ["-m", "nvg_jax.figures", f"--workdir={run}", f"--out={tmp_path}/figures"]
+    done = forked(*command, "--figures=sequence,drawings")
+    assert done.returncode == 2 and "leave drawings out of --figures" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_tokens_are_kept_and_a_region_is_sampled(pipe):

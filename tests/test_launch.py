@@ -134,6 +134,8 @@ def test_help_tells_how_to_call_it(script):
         (["tpu_vm.sh", "run", "--name=n", "--zone=z", *MINIMAL], {}, "--type"),
         (["tpu_vm.sh", "run", "--name=n", "--zone=z", "--type=v9-8", *MINIMAL], {}, "v9-8"),
         (["tpu_vm.sh", *TPU, "--", "--config=c", "--workdir=runs/x"], {}, "gs://"),
+        (["tpu_vm.sh", *TPU, "--", "--config=c", "--workdir=~/x"], {}, "would be lost"),
+        (["tpu_vm.sh", *TPU, "--", f"--config={__file__}", "--workdir=gs://b/x"], {}, "are sent"),
         (["gke_xpk.sh", *GKE[1:], *MINIMAL], {}, "--cluster"),
         (["gke_xpk.sh", *GKE[:1], *GKE[2:], *MINIMAL], {}, "--name"),
         (["gke_xpk.sh", *GKE, "--name=NVG_d16", *MINIMAL], {}, "NVG_d16"),
@@ -1090,6 +1092,16 @@ def parsed(arguments):
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     values(argv)
     return values.config, values.workdir
+
+
+def test_sweep_names_what_is_missing(tmp_path, monkeypatch):
+    text = 'CONFIG = "configs/digits.py:demo"\ndef get_sweep():\n    return [{"seed": 1}]\n'
+    for arguments, message in (
+        (["--launcher=slurm", "--submit"], "error: there is no command sbatch here"),
+        (["--", "--config.seed", "3"], "error: write --config.seed=VALUE"),
+    ):
+        result = sweep(*arguments, text=text, folder=tmp_path)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections

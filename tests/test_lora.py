@@ -1,5 +1,6 @@
 """Low-rank adapters: training them, adding them to a model, their files."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -12,8 +13,10 @@ from test_end_to_end import weights
 
 from nvg_jax import Adapters, Pipeline, lora, models
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import read_metadata
 from nvg_jax.parts import BOTH_GENERATORS
 from nvg_jax.runtime import sharding
+from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.train import train
@@ -240,6 +243,35 @@ def test_a_distilled_model_keeps_its_steps(base, run):
         tuned.settings == Settings(flow_steps=2) != Adapters.from_pretrained(run).metadata.sampling
     )
     tuned.metadata.check_settings(tuned.settings)
+
+
+@pytest.mark.parametrize("teacher", [None, "a fingerprint"])
+def test_a_workdir_of_content_adapters_opens_with_the_bases_structure(base, run, tmp_path, teacher):
+    """As `load_lora` does; of a distilled base, its steps too."""
+    distilled = dict(
+        teacher=teacher,
+        sampling=Settings(flow_steps=2),
+        config={"distillation": {"reflow": True, "flow_steps": 2}},
+    )
+    pipe = Pipeline(base[1].metadata.replace(**(distilled if teacher else {})), base[1].params)
+    pipe.save_pretrained(tmp_path / "base")
+    adapters = Adapters.from_pretrained(run)
+    trained = read_metadata(run / "generators")
+    metadata = trained.replace(
+        model=dataclasses.replace(trained.model, structure=None),
+        base={"content": trained.base["content"]},
+        base_workdir=str(tmp_path / "base"),
+        tokenizer_workdir=str(tmp_path / "base"),
+    )
+    with Checkpoints(tmp_path / "run" / "content") as checkpoints:
+        content = {"content": adapters.params["content"]}
+        checkpoints.save(1, {"params": content, "ema_params": content}, metadata.to_json())
+    opened = Pipeline.from_pretrained(tmp_path / "run")
+    added = pipe.load_lora(tmp_path / "run")
+    assert same_bits(opened.params, added.params)
+    assert same_bits(opened.params["structure"], base[1].params["structure"])
+    assert opened.settings == added.settings and opened.metadata.teacher == teacher
+    assert opened.settings == (Settings(flow_steps=2) if teacher else trained.sampling)
 
 
 def test_a_distilled_structure_generator_gets_no_adapters(base, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.train import train
-from nvg_jax.training import checks, registry
+from nvg_jax.training import checks, registry, resume
 from nvg_jax.training.changes import Resume, check_changes
 from nvg_jax.training.length import Origin, step_of, training_length
 from nvg_jax.training.metrics import check_steps, summarize
@@ -232,6 +233,18 @@ def test_a_run_whose_checkpoint_to_go_back_to_was_damaged_went_back():
     later = metadata().replace(changes=(change,), step=9)
     assert later.went_back_to(8) and later.went_back_to(4) and not later.went_back_to(6)
     assert not metadata().replace(step=9).went_back_to(8)
+
+
+def test_a_checkpoint_to_go_back_to_that_was_found_damaged_is_not_missed(tmp_path):
+    """A launcher repeats --resume_step; the run was killed before it saved again."""
+    run = types.SimpleNamespace(workdir=tmp_path, resume=Resume(step=8))
+    trainer = types.SimpleNamespace(part=TOKENIZER)
+    step = lambda: resume.step_to_go_back_to(trainer, run, metadata().replace(step=4), metadata())
+    assert step() == 8
+    (tmp_path / "tokenizer" / "damaged_8").mkdir(parents=True)
+    assert step() is None
+    (tmp_path / "tokenizer" / "8").mkdir()  # it came there again
+    assert step() == 8
 
 
 def skipping_config():

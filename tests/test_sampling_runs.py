@@ -77,15 +77,16 @@ def test_the_array_holds_the_samples_in_order_of_their_classes(whole, expected):
 
 
 def test_what_another_command_writes_is_left_to_it(pipe, tmp_path):
-    for place, write in (
-        ("all.npz.parts", lambda job: sampling_runs.write_array(job, tmp_path / "all.npz")),
-        ("pictures", lambda job: sampling_runs.write_pictures(job, tmp_path / "pictures", 2)),
+    write_pictures = lambda job, out: sampling_runs.write_pictures(job, out, 2)
+    for place, name, write in (
+        ("all.npz.parts", "all.npz", sampling_runs.write_array),
+        ("pictures", "pictures", write_pictures),
     ):
         with (
             locked(tmp_path / place),
-            pytest.raises(UserError, match=f"Another command is writing to .*{place}. Wait until"),
+            pytest.raises(UserError, match=f"Another command is writing to .*{name}. Wait until"),
         ):
-            write(samples_of(pipe))
+            write(samples_of(pipe), tmp_path / name)
         assert not list((tmp_path / place).iterdir())
 
 

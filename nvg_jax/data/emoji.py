@@ -213,10 +213,9 @@ def write_folder(
         UserError: an archive is missing or has no pictures, or `out` holds something else.
     """
     if out.exists() and any(out.iterdir()):
-        raise UserError(
-            f"{out} is not empty; give another folder"
-            + ("." if (out / "LICENSES.md").exists() else ", or delete what was interrupted there.")
-        )
+        cut = (out / "index.csv").exists() and not (out / "LICENSES.md").exists()
+        what = "holds an interrupted preparation; delete it, or" if cut else "is not empty;"
+        raise UserError(f"{out} {what} give another folder.")
     contents = {design: read_package(packages, design) for design in PACKAGES}
     emoji = [x for x in read_names(contents["noto"][1]) if skin_tones or not x.skin_tones]
     out.mkdir(parents=True, exist_ok=True)
@@ -233,9 +232,10 @@ def write_folder(
 
 
 def main():
+    place = lambda name: Path(name).expanduser()  # as every command
     parser = argparse.ArgumentParser(description="Prepares the emoji of three npm packages.")
-    parser.add_argument("--packages", required=True, type=Path, help="Folder of the .tgz files.")
-    parser.add_argument("--out", required=True, type=Path, help="Folder for the pictures.")
+    parser.add_argument("--packages", required=True, type=place, help="Folder of the .tgz files.")
+    parser.add_argument("--out", required=True, type=place, help="Folder for the pictures.")
     parser.add_argument(
         "--classes",
         choices=("category", "subcategory"),

@@ -121,6 +121,10 @@ def plan(settings: dict[str, Any]) -> list[Shard]:
     return shards
 
 
+def has_begun(folder: Path) -> bool:
+    return (folder / META).exists() or (folder / UNFINISHED).exists()
+
+
 def begin(folder: Path, settings: dict[str, Any]):
     """Creates a folder for sequences, or checks that it was created with the same settings.
 
@@ -138,7 +142,7 @@ def begin(folder: Path, settings: dict[str, Any]):
         write_json(folder / UNFINISHED, settings)
         return
     for key, value in settings.items():
-        if stored.get(key) != value:
+        if _comparable(key, stored.get(key)) != _comparable(key, value):
             if key == "records":  # digests
                 raise UserError(
                     f"{folder} holds sequences of other pictures: the data set has changed since. "
@@ -148,6 +152,13 @@ def begin(folder: Path, settings: dict[str, Any]):
                 f"{folder} holds sequences made with {key} = {stored.get(key)}, and cannot be "
                 f"resumed with {value}. Use the same settings, or another folder."
             )
+
+
+def _comparable(key: str, value: Any) -> Any:
+    """A setting without the place of the data: its records tell whether they are the same."""
+    if key == "data" and isinstance(value, dict):
+        return {name: each for name, each in value.items() if name != "data_dir"}
+    return value
 
 
 def write_shard(path: Path, records: list[bytes], unreadable: dict[str, str]):

@@ -169,9 +169,9 @@ class TfdsSource(Source):
         return record
 
     @property
-    def is_unlabeled(self) -> bool:
-        """Whether its labels are not public, so that TFDS gives -1."""
-        return len(self) > 0 and self._read(0)["label"] < 0
+    def has_labels(self) -> bool:
+        """False if it is empty, or its labels are not public, so that TFDS gives -1."""
+        return len(self) > 0 and self._read(0)["label"] >= 0
 
     def _read(self, index: int) -> dict[str, Any]:
         name = f"{self._name} record {index}"
@@ -189,7 +189,7 @@ def reading_tfds(name: str):
     try:
         yield
     except Exception as error:  # damage comes as errors of many kinds
-        if is_failure(error):
+        if isinstance(error, UserError | ImportError) or is_failure(error):
             raise
         raise UserError(f"{name} is damaged ({error}). Prepare the data set again.") from error
 
@@ -477,7 +477,9 @@ def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
         raise UserError(
             f"The data set in '{newest}' lacks the features image and label (a class label)."
         )
-    candidates = ["test", "validation"] if split == "test" else [split]
+    candidates = [split]
+    if split == "test":  # ImageNet's own test split has no labels, and need not be there
+        candidates = ["validation"] if builder.name == "imagenet2012" else ["test", "validation"]
     available = [s for s in candidates if s in builder.info.splits]
     if not available:
         raise UserError(
@@ -488,23 +490,20 @@ def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
     if builder.name == "imagenet2012" and len(names) == 1000:
         # TFDS names these classes by WordNet ID.
         names = default_class_names(len(names))
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    try:
-        sources = (
-            TfdsSource(
-                builder.as_data_source(each, decoders=decoders),
-                names,
-                f"{builder.info.full_name} {each}",
-            )
-            for each in available
-        )
-        first, *others = sources
-    except NotImplementedError as error:
-        raise UserError(
-            f"The data set in '{newest}' is not in ArrayRecord format; prepare it with "
-            "file_format='array_record', as docs/data.md shows."
-        ) from error
-    return others[0] if others and first.is_unlabeled else first  # as ImageNet's test split is
+
+    def opened(split: str) -> TfdsSource:
+        try:
+            records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        except NotImplementedError as error:
+            raise UserError(
+                f"The data set in '{newest}' is not in ArrayRecord format; prepare it with "
+                "file_format='array_record', as docs/data.md shows."
+            ) from error
+        return TfdsSource(records, names, f"{builder.info.full_name} {split}")
+
+    first, *others = available
+    source = opened(first)
+    return opened(others[0]) if others and not source.has_labels else source
 
 
 def default_class_names(count: int) -> tuple[str, ...]:

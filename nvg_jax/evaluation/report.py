@@ -149,12 +149,12 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
         features = FeatureSet(count=count, **stored)
     else:
         with locked(folder) as free:
-            parts = folder if free and everywhere(folder.is_dir()) else None
+            parts = folder / "parts" if free and everywhere(folder.is_dir()) else None
             features = features_of(images, judge, parts, keep)
             if is_main():
                 write_arrays(file, features._asdict(), shared=True)
                 if parts:
-                    shutil.rmtree(parts, ignore_errors=True)
+                    shutil.rmtree(folder, ignore_errors=True)
     barrier("the features of the reference are there")
     if isinstance(images, Archive):
         features = features._replace(**images.statistics())

@@ -22,10 +22,10 @@ from nvg_jax.data import (
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.runtime.processes import barrier, everywhere, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
-from nvg_jax.runtime.storage import local_path
+from nvg_jax.runtime.storage import alone, local_path
 
 
 def encode_data_set(
@@ -53,8 +53,8 @@ def encode_data_set(
         The metadata (see `sequences.finish`) on process 0, {} on the others.
 
     Raises:
-        UserError: the data has no images, `out` holds something else or cannot be written, or an
-            image is unreadable (on_bad="error").
+        UserError: the data has no images, `out` holds something else, cannot be written or is being
+            written by another command, or an image is unreadable (on_bad="error").
     """
     out = local_path(out, "out")
     sources, settings = plan_encoding(pipeline, data, crops, seed)
@@ -69,10 +69,16 @@ def encode_data_set(
     if is_main():
         sequences.begin(out, settings)
     barrier("encoding has begun")
+    if not everywhere(sequences.has_begun(out)):
+        raise UserError(
+            f"Not every process sees {out}, which process 0 made: --out must be in a file system "
+            "that all processes share."
+        )
     sequences.begin(out, settings)  # checks the other processes, whose settings may differ
-    write_shards(pipeline, out, sources, settings, loading)
-    barrier("all sequences are written")
-    return sequences.finish(out, settings) if is_main() else {}
+    with alone(out):
+        write_shards(pipeline, out, sources, settings, loading)
+        barrier("all sequences are written")
+        return sequences.finish(out, settings) if is_main() else {}
 
 
 def plan_encoding(

@@ -266,7 +266,7 @@ def write_array(job: SamplingJob, out: str | os.PathLike):
     mark = digest(description).encode()  # the comment of the finished archive
     folder = out.with_name(out.name + ".parts")
     part = lambda batch: folder / f"{batch:06d}.npz"
-    if out.exists():
+    if from_main(out.exists()):
         if read_mark(out) != mark:
             raise UserError(
                 f"{out} already exists and was made with other settings, or not by this command. "
@@ -274,7 +274,7 @@ def write_array(job: SamplingJob, out: str | os.PathLike):
             )
         logger.info("%s already exists", out)
     else:
-        with alone(folder):
+        with alone(folder, out):
             if not from_main(out.exists()):  # another command may have ended just now
                 open_folder(folder, "*.npz", description, "samples")
                 missing = own_missing(job.num_batches, lambda batch: [part(batch)])

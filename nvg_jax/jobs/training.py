@@ -10,7 +10,7 @@ from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.metadata import read_metadata
 from nvg_jax.parts import BOTH_GENERATORS, GENERATOR_PARTS, TOKENIZER, Part
 from nvg_jax.runtime import heartbeat
-from nvg_jax.runtime.processes import is_main
+from nvg_jax.runtime.processes import from_main, is_main
 from nvg_jax.runtime.storage import alone, make_folder
 from nvg_jax.training import forecast, loop, plan, rehearsal, resume
 from nvg_jax.training.registry import open_trainer
@@ -71,7 +71,7 @@ def train_parts(run: Run, parts: Sequence[Part]):
     trainers = [trainer for trainer, _ in found]
     trainer, start = next((each for each in found if each[1] < each[0].steps), found[-1])
     folder = run.workdir / trainer.part.name
-    if folder.exists():  # before anything of a run that goes on is replaced
+    if from_main(folder.exists()):  # before anything of a run that goes on is replaced
         with alone(folder):
             pass
     if is_main():

@@ -47,8 +47,9 @@ if (colors.length) {
     at = place(event);
     move(...at, true);
   };
-  canvas.onpointermove = event => move(...place(event), event.buttons > 0);
-  canvas.onpointerup = save;
+  canvas.onpointermove = event =>
+    move(...place(event), canvas.hasPointerCapture(event.pointerId));
+  canvas.onlostpointercapture = save;  // also of a stroke that ends outside
   canvas.onkeydown = event => {
     const by = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
     const [x, y] = by[event.key] || [];

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, reported
 from nvg_jax.runtime.storage import (
     atomic_path,
     digest,
@@ -142,8 +142,10 @@ def read_config(folder: epath.Path) -> tuple[dict[str, Any], dict[str, str]] | N
     path = folder / CONFIG
     if not path.is_file():
         return None
+    with reported(f"{path} cannot be read"):
+        text = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}). Restore a copy of it or export the model again; if it "
@@ -173,7 +175,7 @@ def read(folder: epath.Path, checksums: dict[str, str], networks: Iterable[str])
     for name, checksum in checksums.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder} lacks {name}. Copy the folder again, whole.")
-        with local_file(folder / name) as path:
+        with reported(f"{folder / name} cannot be read"), local_file(folder / name) as path:
             if sha256(path) != checksum:
                 raise UserError(
                     f"{path.resolve()} is damaged (its SHA-256 differs from {CONFIG}'s). Delete "

@@ -3,6 +3,7 @@
 Every existing file is complete and was made with the settings that the folder names.
 """
 
+import contextlib
 import fnmatch
 import json
 import logging
@@ -19,7 +20,7 @@ from nvg_jax.errors import UserError, is_failure
 from nvg_jax.runtime import preemption
 from nvg_jax.runtime.processes import barrier, everywhere, is_main, own_share
 from nvg_jax.runtime.progress import Progress
-from nvg_jax.runtime.storage import atomic_write, make_folder, write_file
+from nvg_jax.runtime.storage import alone, atomic_write, make_folder, write_file
 
 SETTINGS_FILE = "settings.json"
 
@@ -107,7 +108,8 @@ def own_parts(
         description: everything the arrays depend on.
 
     Raises:
-        UserError: `folder` holds arrays that were made with other settings.
+        UserError: `folder` holds arrays that were made with other settings, or another command is
+            writing to it.
         Preempted: SIGTERM arrived.
     """
     own = own_share(num_batches)
@@ -116,30 +118,31 @@ def own_parts(
         assert folder is not None
         return folder / f"{number:06d}.npz"
 
-    if folder is None:
-        missing = list(own)
-    else:
-        assert description is not None  # a folder says what its arrays depend on
-        open_folder(folder, "*.npz", description, noun)
-        missing = own_missing(num_batches, lambda number: [path(number)])
-    computed, progress = compute(missing), Progress(noun, len(missing) * size, "images")
-    done, missing = 0, set(missing)
-    for row in range(-(-num_batches // jax.process_count())):
-        if preemption.noticed():
-            raise preemption.Preempted("preempted during an evaluation")
-        if row == len(own):
-            return
-        number = own[row]
-        arrays: dict[str, Any] | None
-        arrays = None if number in missing else read_arrays(path(number))
-        if arrays is None:
-            source = computed if number in missing else compute([number])
-            arrays = {k: np.asarray(v) for k, v in next(source)._asdict().items()}
-            if folder is not None:
-                write_arrays(path(number), arrays)
-            done += size
-            progress.update(done)
-        yield number, arrays
+    with contextlib.nullcontext() if folder is None else alone(folder):
+        if folder is None:
+            missing = list(own)
+        else:
+            assert description is not None  # a folder says what its arrays depend on
+            open_folder(folder, "*.npz", description, noun)
+            missing = own_missing(num_batches, lambda number: [path(number)])
+        computed, progress = compute(missing), Progress(noun, len(missing) * size, "images")
+        done, missing = 0, set(missing)
+        for row in range(-(-num_batches // jax.process_count())):
+            if preemption.noticed():
+                raise preemption.Preempted("preempted during an evaluation")
+            if row == len(own):
+                return
+            number = own[row]
+            arrays: dict[str, Any] | None
+            arrays = None if number in missing else read_arrays(path(number))
+            if arrays is None:
+                source = computed if number in missing else compute([number])
+                arrays = {k: np.asarray(v) for k, v in next(source)._asdict().items()}
+                if folder is not None:
+                    write_arrays(path(number), arrays)
+                done += size
+                progress.update(done)
+            yield number, arrays
 
 
 def write_arrays(path: Path | epath.Path, arrays: dict[str, Any], shared: bool = False):

@@ -219,8 +219,11 @@ def locked(folder: Path | epath.Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def alone(folder: Path | epath.Path):
+def alone(folder: Path | epath.Path, name: os.PathLike | None = None):
     """Keeps other commands from writing to a folder, as `locked`; every process must call it.
+
+    Args:
+        name: of what is written there; by default the folder.
 
     Raises:
         UserError: another command is writing to it, or it cannot be created.
@@ -228,8 +231,8 @@ def alone(folder: Path | epath.Path):
     with locked(folder) as free:
         if not free:
             raise UserError(
-                f"Another command is writing to {folder}. Wait until it has ended, or give another "
-                "folder. (Processes share the work only if they are started together, see --help.)"
+                f"Another command is writing to {name or folder}. Wait until it has ended, or give "
+                "another name. (Processes share the work only if they are started together.)"
             )
         yield
 

@@ -114,7 +114,7 @@ def check_process(config: ml_collections.ConfigDict):
 
 
 def check_recipes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
-    """Raises UserError for invalid settings in the sections of all parts; FID is that of `parts`.
+    """Raises UserError for invalid settings of any part, or an FID of `parts` without a judge.
 
     In a fixed order, so that all processes report the same mistake first.
     """

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Int, Int32, PRNGKeyArray
 from nvg_jax import granularity, workdir
 from nvg_jax.data import SequenceSource
 from nvg_jax.data.sources import default_class_names
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, listed
 from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import check_networks, init_generator
 from nvg_jax.parts import GENERATORS, Part
@@ -290,8 +290,8 @@ class DistillationTrainer(Trainer[TrainState]):
         if teacher.class_names not in (classes, default_class_names(len(classes))):
             raise UserError(
                 f"The teacher knows {len(teacher.class_names)} classes "
-                f"({', '.join(teacher.class_names[:3])}, ...) and the data have {len(classes)} "
-                f"({', '.join(classes[:3])}, ...). Use the data set that it was trained on."
+                f"({listed(teacher.class_names, 3)}) and the data have {len(classes)} "
+                f"({listed(classes, 3)}). Use the data set that it was trained on."
             )
         if isinstance(run.train_source, SequenceSource):
             assert teacher.fingerprint is not None  # the model can sample

@@ -92,13 +92,14 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
         for step in range(start, steps):
             before, index_backprop = index_backprop, trainer.index_backprop(step)
             compiles = index_backprop is not before  # two programs at most
-            watchdog.reset(slow=compiles)
+            watchdog.reset(slow=True)  # the data
             preemption.defer_interrupts(step > start)
             reporter.start_step()
             done = step + 1
             profiler.before(done)
             with clock.timed("data"):
                 batch = sharding.global_batch(next(batches), run.mesh)
+            watchdog.reset(slow=compiles)
             with (
                 clock.timed("compiling") if compiles else contextlib.nullcontext(),
                 jax.profiler.StepTraceAnnotation("train", step_num=done),

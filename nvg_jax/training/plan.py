@@ -46,10 +46,6 @@ def announce(run: Run, trainers: Sequence[Trainer]):
     """
     for line in describe(run, trainers):
         logger.info("%s", line)
-    source = run.train_source
-    counts = source.images_per_class or ()
-    if empty := [name for name, count in zip(source.class_names, counts) if not count]:
-        logger.warning("no image to train on, all are held out: %s; add some", listed(empty))
     if not is_main():
         return
     text = json.dumps({"config": run.config_json(), **provenance()}, indent=1)
@@ -115,6 +111,8 @@ def describe_data(run: Run) -> list[str]:
     else:
         named = (f"{name} ({n:,})" for name, n in zip(train.class_names, counts))
         lines.append(f"classes: {train.num_classes}: {', '.join(named)}")
+    if empty := [name for name, n in zip(train.class_names, counts or ()) if not n]:
+        lines.append(f"WARNING: no image to train on (add some, or remove it): {listed(empty)}")
     return lines
 
 

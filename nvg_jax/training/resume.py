@@ -83,8 +83,13 @@ def check_unused(run: Run, tokenizer: RunMetadata):
 def step_to_go_back_to(
     trainer: Trainer, run: Run, latest: RunMetadata | None, new: RunMetadata
 ) -> int | None:
-    """`run.resume.step`, or None if the run, of which `latest` is, went back there already."""
-    step = run.resume.step
+    """`run.resume.step`, or None if the run, of which `latest` is, went back there already.
+
+    That checkpoint may have been damaged: then it goes on from the one before, which is the latest.
+    """
+    step, folder = run.resume.step, run.workdir / trainer.part.name
+    if (folder / f"damaged_{step}").exists() and not (folder / str(step)).exists():
+        return None
     if step is None or latest is None or not latest.went_back_to(step):
         return step
     if changed_settings(latest, new, trainer.part.section):
