@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import Process, finish, forked, free_port, python, raising, tiny_config
 
-from nvg_jax import cli
 from nvg_jax.data.sources import ArraySource
 from nvg_jax.errors import UserError, is_damage, is_failure, is_mistake, reported
 from nvg_jax.runtime import checkpoint, hardware, sharding
@@ -277,4 +276,3 @@ def test_reported_passes_failures_and_explains_mistakes(tmp_path):
         reported("it cannot be read"),
     ):
         (tmp_path / "missing").read_bytes()
-    assert cli.USER_ERROR == 2

@@ -130,9 +130,14 @@ def test_what_the_package_imports_is_required():
 
 
 def test_a_package_that_is_imported_late_names_its_extra():
-    for path in files("nvg_jax"):
-        for block in re.findall(r"lazy_imports\(\):.*\n((?: .*\n)+)", path.read_text()):
-            assert all(line.startswith("    from nvg_jax") for line in block.splitlines()), path
+    blocks = [
+        (path, block)
+        for path in files("nvg_jax")
+        for block in re.findall(r"lazy_imports\(\):.*\n((?: .*\n)+)", path.read_text())
+    ]
+    assert blocks
+    for path, block in blocks:
+        assert all(line.startswith("    from nvg_jax") for line in block.splitlines()), path
 
 
 def test_nothing_needs_torch():

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import jax
 import pytest
-from helpers import tiny_config
+from helpers import ROOT, tiny_config
 from PIL import Image
 
 from nvg_jax.data import open_source
@@ -96,7 +96,8 @@ def test_nothing_is_written_for_a_run_that_is_refused(opened, monkeypatch):
 
 def test_a_commit_is_that_of_this_code(tmp_path, monkeypatch):
     """A wheel in PROJECT/.venv is not of PROJECT's commit."""
-    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", plan.provenance()["commit"])
+    if (ROOT / ".git").exists():  # not in a ZIP of this repository
+        assert re.fullmatch("[0-9a-f]{40}(-dirty)?", plan.provenance()["commit"])
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run(
             ["git", "-c", "user.name=x", "-c", "user.email=x@x", *command], cwd=tmp_path, check=True
