@@ -137,9 +137,11 @@ def test_only_a_lower_fid_replaces_the_best_model(tmp_path):
             workdir=run.workdir, config_json=lambda other=other: as_json(other)
         )
         assert BestModel(changed, trainer, score, start=50).fid == float("inf")
+    content = (folder / "config.json").read_text()
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"is not JSON .* Or delete .*best_tokenizer"):
         BestModel(run, trainer, score, start=50)
+    (folder / "config.json").write_text(content)
     # A new training in the same workdir does not compete with the one before.
     anew = BestModel(run, trainer, score, start=0)
     assert update(anew, 10) == (9.0, 9.0)
