@@ -98,8 +98,9 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             done = step + 1
             profiler.before(done)
             with clock.timed("data"):
-                batch = sharding.global_batch(next(batches), run.mesh)
-            watchdog.reset(slow=compiles)
+                batch = next(batches)
+                watchdog.reset(slow=compiles)
+                batch = sharding.global_batch(batch, run.mesh)
             with (
                 clock.timed("compiling") if compiles else contextlib.nullcontext(),
                 jax.profiler.StepTraceAnnotation("train", step_num=done),
