@@ -33,7 +33,8 @@ while (($#)); do
     shift
 done
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes must be a positive integer, not '$processes'"
-[[ $port =~ ^[1-9][0-9]{0,4}$ ]] && ((port < 65536)) || fail "--port must be a number, not '$port'"
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "--port must be a number, not '$port'"
+((port < 65536)) || fail "--port must be at most 65535, not $port"
 take_train_arguments "$@"
 
 run cd "$root"
