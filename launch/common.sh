@@ -37,9 +37,9 @@ run() {
     fi
 }
 
-# Sets train_arguments, config_file (empty for a preset's name), workdir, jax_cache and packages (what training needs beside the requirements
-# on TPUs, quoted) from the arguments after --, after training itself has
-# checked them: with its own parser, without data and accelerators, also in a dry run.
+# Sets train_arguments, config_file (empty for a preset's name), workdir, jax_cache and packages (what
+# training needs beside the requirements on TPUs, quoted) from the arguments after --, after training
+# itself has checked them: with its own parser, without data and accelerators, also in a dry run.
 take_train_arguments() {
     local argument config='' code=0
     workdir=

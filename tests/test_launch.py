@@ -987,7 +987,7 @@ def test_tpu_training_that_stands_still_is_started_again(tmp_path):
 def test_tpu_training_that_stands_still_each_time(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=9)
     beat(tpu.workdir, 7)  # of an earlier run: stands still, too
-    code, said = tpu.run("--stall=1", "--attempts=2", *ending)
+    code, said = tpu.run("--stall=3", "--attempts=2", *ending)
     assert code == 1 and "2 attempts in a row without a new checkpoint; giving up" in said
     assert_cannot_burn_money(tpu, said, ending)
     assert (tmp_path / "began_0").read_text() == "new\n" * 2
