@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks.timed import objects
+from benchmarks.timed import resumed
 from nvg_jax.evaluation.features import class_agreement
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.evaluation.judges import fit_classifier
@@ -105,13 +105,9 @@ def main(_):
 
     out = Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = out.read_text() if out.exists() else ""
-    if text and not text.endswith("\n"):  # cut by a kill
-        out.write_text(text + "\n")
-    done = objects(text)
     # Without those of other weights in this folder: the run may have been trained further.
     is_old = lambda row: row["workdir"] == FLAGS.workdir and row.get("weights") != pipe.weights
-    done = [row for row in done if not is_old(row)]
+    done = [row for row in resumed(out) if not is_old(row)]
     points = parse_sweep(FLAGS.sweep)
     of = lambda result: (result["num_samples"], result["seed"], tuple(map(tuple, result["point"])))
     known = {of(result): result for result in done if result["workdir"] == FLAGS.workdir}

@@ -78,6 +78,14 @@ def objects(text: str) -> list[dict]:
     return found
 
 
+def resumed(file: Path) -> list[dict]:
+    """The objects in a file to which lines are added; one that a kill has cut is ended there."""
+    text = file.read_text() if file.exists() else ""
+    if text and not text.endswith("\n"):
+        file.write_text(text + "\n")
+    return objects(text)
+
+
 def measure(entry: Entry, left: float, log: Path) -> dict:
     """The row of an entry; "final" if it need not run again."""
     row = {"name": entry.name, "command": entry.command, "final": False}
@@ -111,10 +119,7 @@ def run_all(entries: Iterable[Entry], out: Path, minutes: float):
     end = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
-    text = file.read_text() if file.exists() else ""
-    rows = {row["name"]: row for row in objects(text)}  # the last of each entry
-    if text and not text.endswith("\n"):  # cut by a kill
-        file.write_text(text + "\n")
+    rows = {row["name"]: row for row in resumed(file)}  # the last of each entry
     for entry in entries:
         if rows.get(entry.name, {}).get("final"):
             continue

@@ -75,10 +75,13 @@ require_shared_workdir() {
     esac
 }
 
+# The code that is sent: what git knows, or would know after `git add .`, without the tests.
+packed=(git -C "$root" ls-files -z -co --exclude-standard -- . ':!tests')
+
 # Requires that `pack` packs the config file, if it is a file.
 require_packed_config() {
     [[ ! $config_file ]] ||
-        git -C "$root" ls-files -co --exclude-standard -- "$config_file" 2>/dev/null | grep -qxF -- "$config_file" ||
+        "${packed[@]}" 2>/dev/null | grep -zxF -- "$config_file" >/dev/null ||
         fail "--config=$config_file is not among the files that are sent: put it below $root, for example in configs/, where git does not ignore it, and give its path from there"
 }
 
@@ -89,15 +92,14 @@ started_from() {
     echo "${beat%%, \"step\"*}"
 }
 
-# pack FILE: packs the code that git knows, or would know after `git add .`, without the tests.
+# pack FILE: packs the code that is sent.
 pack() {
-    local list=(git -C "$root" ls-files -z -co --exclude-standard -- . ':!tests')
     local file
     if [[ $dry_run ]]; then
-        echo "$(quote "${list[@]}") | $(quote tar -czf "$1" -C "$root" --null -T -)"
+        echo "$(quote "${packed[@]}") | $(quote tar -czf "$1" -C "$root" --null -T -)"
         return
     fi
-    "${list[@]}" | while IFS= read -r -d '' file; do
+    "${packed[@]}" | while IFS= read -r -d '' file; do
         if [[ -e $root/$file ]]; then # not deleted since the last commit
             printf '%s\0' "$file"
         fi

@@ -137,9 +137,7 @@ def evaluate_model(judge: str, settings):
     job, points = sampling_job(pipe, settings), []
     for point in parse_sweep(FLAGS.sweep) if FLAGS.sweep else [{}]:
         samples = job.with_settings(point)
-        facts = samples.describe()  # raises before anything is computed
-        del facts["classes"]  # a long list
-        points.append((point, samples, facts))
+        points.append((point, samples, samples.facts()))  # raises before anything is computed
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
     if isinstance(reference, sets.Split):
         classification.warn_if_classes_differ(pipe, reference.source)

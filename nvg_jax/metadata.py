@@ -137,9 +137,13 @@ class RunMetadata:
         return self.replace(config=config, tokenizer_workdir=None, base_workdir=None)
 
     def of_generators(self, generators: "RunMetadata") -> "RunMetadata":
-        """The metadata of this tokenizer with generators, or adapters, that were trained later."""
-        names = ("class_names", "sampling", "config", "resize_filter", "steps", "step")
-        names += ("num_images", "changes")
+        """The metadata of this tokenizer with generators, or adapters, that were trained later.
+
+        With adapters of a model with a teacher, the distilled generator goes on with the steps that
+        it knows.
+        """
+        names = ("class_names", "resize_filter", "steps", "step", "num_images", "changes")
+        names += () if self.teacher else ("sampling", "config")
         classes = generators.model.num_classes
         return self.replace(
             model=dataclasses.replace(self.model, num_classes=classes),

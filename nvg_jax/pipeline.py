@@ -228,9 +228,6 @@ class Pipeline(hub.Storable):
             self.metadata, generators, adapters.metadata, adapters.params, folder, scale
         )
         metadata = self.metadata.of_generators(adapters.metadata).replace(fid=None)
-        if metadata.teacher:  # a distilled generator goes on with the steps that it knows
-            own = self.metadata
-            metadata = metadata.replace(sampling=own.sampling, config=own.config)
         return Pipeline(metadata, self.params | added, self.dtype)
 
     # Images and sequences.

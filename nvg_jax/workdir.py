@@ -101,7 +101,7 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     for name, (part_folder, part_metadata) in generators.items():
         check_tokenizer(part_metadata, metadata, part_folder)
         part_metadata, params[name] = read_averages(part_folder, name)
-        sizes, of_base = {name: part_metadata.model.generators[name]}, {}
+        sizes = {name: part_metadata.model.generators[name]}
         if part_metadata.base:
             place = part_metadata.base_workdir
             assert place is not None  # only an export has no paths
@@ -116,11 +116,10 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             params[name] = added.pop(name)
             for other in added.keys() - generators.keys():  # without adapters: the base's own
                 params[other], sizes[other] = added[other], base.model.generators[other]
-                if base.teacher:  # a distilled generator goes on with the steps that it knows
-                    own = ("teacher", "sampling", "config")
-                    of_base = {key: getattr(base, key) for key in own}
+                own = {key: getattr(base, key) for key in ("teacher", "sampling", "config")}
+                metadata = metadata.replace(**own)
         model = dataclasses.replace(metadata.model, **sizes)
-        metadata = metadata.replace(model=model).of_generators(part_metadata).replace(**of_base)
+        metadata = metadata.replace(model=model).of_generators(part_metadata)
     return metadata, params
 
 

@@ -19,7 +19,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.evaluation import features, image, judges, report, sets
 from nvg_jax.jobs import classification, editing, reconstruction, sampling_runs
 from nvg_jax.pretrained import ImageFeatures
-from nvg_jax.runtime import resumable
+from nvg_jax.runtime import resumable, storage
 from nvg_jax.runtime.storage import locked
 from nvg_jax.sampling.settings import parse_sweep
 from nvg_jax.tokenizer import GranularitySequence
@@ -159,7 +159,7 @@ def test_two_commands_with_one_reference(reference, monkeypatch):
 def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, monkeypatch):
     """Otherwise the others would wait for the features of this process forever."""
     first = report.reference_features(reference, Judge())
-    for module in (report, resumable):
+    for module in (report, storage):
         monkeypatch.setattr(module, "everywhere", lambda holds: False)
     judge = Judge()
     again = report.reference_features(reference, judge)

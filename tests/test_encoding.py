@@ -21,7 +21,6 @@ from nvg_jax.data import (
     train_batches,
 )
 from nvg_jax.errors import UserError
-from nvg_jax.jobs import encoding
 from nvg_jax.jobs.encoding import encode_data_set, plan_encoding, write_shards
 from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
@@ -415,7 +414,7 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path, monkeypatch)
         with pytest.raises(UserError, match=message):
             encode_data_set(pipeline, *arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "everywhere", lambda seen: False)  # another process's answer
+        patch.setattr(storage, "everywhere", lambda seen: False)  # another process's answer
         with pytest.raises(UserError, match="Not every process sees .*unshared"):
             encode_data_set(pipeline, tmp_path / "unshared", data)
     with (

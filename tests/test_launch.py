@@ -136,6 +136,7 @@ def test_help_tells_how_to_call_it(script):
         (["tpu_vm.sh", *TPU, "--", "--config=c", "--workdir=runs/x"], {}, "gs://"),
         (["tpu_vm.sh", *TPU, "--", "--config=c", "--workdir=~/x"], {}, "would be lost"),
         (["tpu_vm.sh", *TPU, "--", f"--config={__file__}", "--workdir=gs://b/x"], {}, "are sent"),
+        (["tpu_vm.sh", *TPU, "--", "--config=tests/shapes.py", "--workdir=gs://b/x"], {}, "sent"),
         (["gke_xpk.sh", *GKE[1:], *MINIMAL], {}, "--cluster"),
         (["gke_xpk.sh", *GKE[:1], *GKE[2:], *MINIMAL], {}, "--name"),
         (["gke_xpk.sh", *GKE, "--name=NVG_d16", *MINIMAL], {}, "NVG_d16"),

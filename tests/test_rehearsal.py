@@ -15,7 +15,7 @@ from nvg_jax.errors import UserError
 from nvg_jax.jobs.encoding import encode_data_set
 from nvg_jax.parts import CHOICES
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime import checkpoint, sharding
+from nvg_jax.runtime import checkpoint, sharding, storage
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.train import train
 from nvg_jax.training import plan, rehearsal
@@ -139,7 +139,7 @@ def test_a_workdir_that_forgets_is_named(monkeypatch, tmp_path):
         rehearsal.check_workdir(run)
     assert not list(tmp_path.iterdir())
     # Another process does not see the folder. Nothing may then wait for it.
-    monkeypatch.setattr(rehearsal, "everywhere", lambda seen: not seen)
+    monkeypatch.setattr(storage, "everywhere", lambda seen: not seen)
     monkeypatch.setattr(checkpoint, "Checkpoints", None)
     with pytest.raises(UserError, match="Not every process sees .*that all processes share"):
         rehearsal.check_workdir(run)

@@ -95,8 +95,7 @@ def report(
         visual = GranularitySequence(*(part[:STAGES_SHOWN] for part in job.sample(0).sequence))
         names = [pipeline.class_names[job.classes[i]] for i in range(len(visual.structure))]
         save_png(out / "stages.png", stages_picture(pipeline, visual, names))
-    facts = job.describe() if job else {"dtype": pipeline.dtype, "tokenizer": pipeline.weights}
-    facts.pop("classes", None)  # a long list
+    facts = job.facts() if job else {"dtype": pipeline.dtype, "tokenizer": pipeline.weights}
     results |= {"judge": classifier.name, "network": classifier.fingerprint, **facts}
     results["data"] = {name: data[name] for name in ("name", "data_dir", "resize", "resize_filter")}
     write_results(out / "metrics.json", results)

@@ -22,10 +22,10 @@ from nvg_jax.data import (
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.processes import barrier, everywhere, is_main
+from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
-from nvg_jax.runtime.storage import alone, local_path
+from nvg_jax.runtime.storage import alone, check_shared, local_path
 
 
 def encode_data_set(
@@ -69,11 +69,7 @@ def encode_data_set(
     if is_main():
         sequences.begin(out, settings)
     barrier("encoding has begun")
-    if not everywhere(sequences.has_begun(out)):
-        raise UserError(
-            f"Not every process sees {out}, which process 0 made: --out must be in a file system "
-            "that all processes share."
-        )
+    check_shared(sequences.has_begun(out), out, "--out")
     sequences.begin(out, settings)  # checks the other processes, whose settings may differ
     with alone(out):
         write_shards(pipeline, out, sources, settings, loading)

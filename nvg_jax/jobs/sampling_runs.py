@@ -221,6 +221,10 @@ class SamplingJob(ImageSet):
         }
         return json.loads(json.dumps(description))
 
+    def facts(self) -> dict[str, Any]:
+        """`describe` for metrics.json: without the classes, a long list."""
+        return {name: value for name, value in self.describe().items() if name != "classes"}
+
 
 def stage_images(pipeline: Pipeline, sequence: GranularitySequence) -> np.ndarray:
     """The canvas decoded after every stage, float32 (B, S, H, W, 3) in [-1, 1]."""

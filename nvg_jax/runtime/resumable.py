@@ -18,9 +18,9 @@ from etils import epath
 
 from nvg_jax.errors import UserError, is_failure
 from nvg_jax.runtime import preemption
-from nvg_jax.runtime.processes import barrier, everywhere, is_main, own_share
+from nvg_jax.runtime.processes import barrier, is_main, own_share
 from nvg_jax.runtime.progress import Progress
-from nvg_jax.runtime.storage import alone, atomic_write, make_folder, write_file
+from nvg_jax.runtime.storage import alone, atomic_write, check_shared, make_folder, write_file
 
 SETTINGS_FILE = "settings.json"
 
@@ -70,11 +70,7 @@ def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, 
         make_folder(folder)
         write_file(path, json.dumps(description))
     barrier(f"{path} is there")
-    if not everywhere(path.exists()):
-        raise UserError(
-            f"Not every process sees {path}, which process 0 wrote: --out must be in a file system "
-            "that all processes share."
-        )
+    check_shared(path.exists(), path, "--out")
 
 
 def own_missing(num_batches: int, files: Callable[[int], Sequence[Path | epath.Path]]) -> list[int]:

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath, epy
 
 from nvg_jax.errors import UserError, comes_with, reported
-from nvg_jax.runtime.processes import from_main, is_main
+from nvg_jax.runtime.processes import everywhere, from_main, is_main
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow, and only for gs://
     import gcsfs
@@ -235,6 +235,21 @@ def alone(folder: Path | epath.Path, name: os.PathLike | None = None):
                 "another name. (Processes share the work only if they are started together.)"
             )
         yield
+
+
+def check_shared(seen: bool, path: Path | epath.Path, option: str):
+    """Raises UserError unless `seen`, that this process sees `path`, holds on every process.
+
+    Collective: every process must call it.
+
+    Args:
+        option: the flag that named the place of `path`.
+    """
+    if not everywhere(seen):
+        raise UserError(
+            f"Not every process sees {path}, which process 0 wrote: {option} must be in a file "
+            "system that all processes share."
+        )
 
 
 def make_folder(folder: Path | epath.Path):

@@ -18,8 +18,8 @@ from nvg_jax.metadata import RunMetadata
 from nvg_jax.parts import TOKENIZER, Part
 from nvg_jax.runtime import checkpoint, sharding, watchdog
 from nvg_jax.runtime.hardware import device_memory
-from nvg_jax.runtime.processes import barrier, everywhere, is_main
-from nvg_jax.runtime.storage import make_folder, write_file
+from nvg_jax.runtime.processes import barrier, is_main
+from nvg_jax.runtime.storage import check_shared, make_folder, write_file
 from nvg_jax.training import plan, weights_and_biases
 from nvg_jax.training.forecast import due
 from nvg_jax.training.run import Run
@@ -114,11 +114,7 @@ def scratch_folder(run: Run) -> Iterator[epath.Path]:
             write_file(folder / "shared", "1")
         barrier("the rehearsal's folder is there")
         # Before any checkpoint: reading one waits for all processes.
-        if not everywhere((folder / "shared").exists()):
-            raise UserError(
-                f"Not every process sees {folder}, which process 0 wrote. Give a --workdir that "
-                "all processes share."
-            )
+        check_shared((folder / "shared").exists(), folder, "--workdir")
         yield folder
         barrier("the rehearsal's folder is no longer needed")
     finally:

@@ -88,9 +88,11 @@ def step_to_go_back_to(
     That checkpoint may have been damaged: then it goes on from the one before, which is the latest.
     """
     step, folder = run.resume.step, run.workdir / trainer.part.name
+    if step is None:
+        return None
     if (folder / f"damaged_{step}").exists() and not (folder / str(step)).exists():
         return None
-    if step is None or latest is None or not latest.went_back_to(step):
+    if latest is None or not latest.went_back_to(step):
         return step
     if changed_settings(latest, new, trainer.part.section):
         return step
