@@ -12,6 +12,7 @@ Signatures show shapes with jaxtyping: `Float[Array, "B L D"]`, and "*batch" for
 """
 
 import os
+import re
 import sys
 
 if os.name == "nt":
@@ -21,7 +22,10 @@ if os.name == "nt":
 
 from nvg_jax.runtime import interrupts  # noqa: E402
 
-if sys.argv[:1] == ["-m"]:  # `python -m nvg_jax.COMMAND`: Ctrl-C may come during the imports
+# `python -m nvg_jax.COMMAND`: Ctrl-C may come during the imports. Not another package's command.
+if sys.argv[:1] == ["-m"] and any(
+    re.match(r"(-m)?nvg_jax(\.|$)", argument) for argument in sys.orig_argv
+):
     interrupts.listen()
 
 from etils import epy  # noqa: E402

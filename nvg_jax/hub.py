@@ -83,7 +83,7 @@ class Storable:
         """Writes this to a folder for `from_pretrained`; replaces an earlier export.
 
         The folder holds the metadata in config.json and the weights in model.safetensors or, above
-        5 GB, in several files with an index. Paths of this machine are left out.
+        5 GB, in several files with an index. Absolute paths of this machine are left out.
 
         Args:
             dtype: of the weights in the files: "float32", "bfloat16" or "float16".
@@ -104,7 +104,7 @@ class Storable:
     ) -> str:
         """Uploads this and a card made from its metadata; replaces an earlier upload.
 
-        Paths of this machine are left out.
+        Absolute paths of this machine are left out.
 
         Args:
             name: "org/name" on the Hugging Face hub; it is made if it does not exist.

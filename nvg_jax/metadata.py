@@ -131,8 +131,8 @@ class RunMetadata:
         return dataclasses.replace(self, **changes)
 
     def without_paths(self) -> "RunMetadata":
-        """The metadata without absolute and home paths, for those who do not have them."""
-        is_path = lambda x: isinstance(x, str) and re.match(r"[/~]|(?!hf:)\w+://", x)
+        """The metadata without paths that lead out of the current folder, which others lack."""
+        is_path = lambda x: isinstance(x, str) and re.match(r"[/~]|\.\.|(?!hf:)\w+://", x)
         config = jax.tree.map(lambda x: "" if is_path(x) else x, self.config)
         return self.replace(config=config, tokenizer_workdir=None, base_workdir=None)
 
@@ -293,7 +293,7 @@ def write_export(
     check_export(folder)
     if is_main():
         params = export.rounded(params, dtype)
-        if dtype != "float32" and not metadata.base:  # the tokenizer that will be read
+        if dtype != "float32" and metadata.fingerprint and not metadata.base:  # as it will be read
             tokenizer = jax.tree.map(lambda x: x.astype(np.float32), params["tokenizer"])
             metadata = metadata.replace(fingerprint=storage.fingerprint(tokenizer))
         export.write(folder, metadata.to_json(), params)

@@ -49,7 +49,7 @@ def main(_):
     if is_main():
         print("\n".join(lines))
         print(f"{own.evaluations / best.evaluations:.1f} times fewer evaluations: {best}")
-    metadata.write_export(out, tuned, pipe.params)
+    pipeline.Pipeline(tuned, pipe.params).save_pretrained(out)
     if is_main():
         print(f"written: {FLAGS.out}")
 

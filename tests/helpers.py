@@ -34,14 +34,17 @@ def tiny_config(**changes):
     return config
 
 
-def random_pipeline(structure: str = "latent"):
-    """A tiny model of ten classes with random weights, in which every setting matters."""
+def random_pipeline(**tokenizer):
+    """A tiny model of ten classes with random weights, in which every setting matters.
+
+    Its config has changed settings of the tokenizer.
+    """
     from nvg_jax import Pipeline
     from nvg_jax.metadata import RunMetadata
     from nvg_jax.models import ModelConfig
     from nvg_jax.sampling.settings import Settings
 
-    config = tiny_config(tokenizer={"structure": structure})
+    config = tiny_config(tokenizer=tokenizer)
     model = ModelConfig.from_config(config, num_classes=10)
     metadata = RunMetadata(
         model=model,

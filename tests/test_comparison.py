@@ -5,6 +5,7 @@ The network in these tests is a small function of the pixels; Inception has test
 
 import contextlib
 import logging
+import re
 import types
 import zipfile
 
@@ -139,6 +140,13 @@ def test_a_reference_is_computed_once(reference, tmp_path):
     changed = sets.Archive(save(tmp_path / "reference.npz", OTHERS[::-1]), 4)
     report.reference_features(changed, judge)
     assert judge.seen > 0
+
+
+def test_features_that_cannot_be_kept_are_still_computed(reference, monkeypatch, caplog):
+    place = "/proc/nvg"  # where nothing can be created
+    monkeypatch.setenv("NVG_CACHE", place)
+    assert report.reference_features(reference, Judge()).count > 0
+    assert re.search(f"features are not kept .NVG_CACHE.*{place}.* cannot be created", caplog.text)
 
 
 def test_two_commands_with_one_reference(reference, monkeypatch):

@@ -240,6 +240,8 @@ def test_pasting_keeps_far_pixels_and_all_of_the_mask():
         control.paste(original, edited, np.uint8(255) * mask, 0)
     with pytest.raises(UserError, match="feather must be 0 or more, got -1"):
         control.paste(original, edited, mask, -1)
+    with pytest.raises(UserError, match=r"images must be float in \[-1, 1\].* got uint8"):
+        control.paste(original.astype(np.uint8), edited, mask, 0)
 
 
 def test_noise_between_two_seeds_keeps_its_length():

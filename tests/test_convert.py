@@ -119,9 +119,13 @@ def test_there_and_back_on_the_command_line(files, folder, tmp_path):
     same_bytes(tmp_path / "back" / "generator.safetensors", averaged(generator))
 
 
-def test_our_safetensors_come_back_as_what_they_are(tmp_path):
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"blocks_per_level": 0, "channel_multipliers": (1, 2)}],  # the published layout has blocks
+)
+def test_our_safetensors_come_back_as_what_they_are(tmp_path, sizes):
     """With their own classes, settings and preparation of images, not those of the published."""
-    pipe = random_pipeline()
+    pipe = random_pipeline(**sizes)
     names = tuple(f"digit {number}" for number in range(10))
     pipe.metadata = pipe.metadata.replace(
         class_names=names, fingerprint=fingerprint(pipe.params["tokenizer"])

@@ -393,6 +393,14 @@ def test_generators_refuse_another_tokenizer(trained, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=moved):
         patch.setattr(workdir, "read_tokenizer", lambda folder: None)
         Pipeline.from_pretrained(tmp_path)
+    converted = random_pipeline()
+    converted.metadata = converted.metadata.replace(fingerprint="of a file", canvas_scale=None)
+    converted.save_pretrained(tmp_path / "converted")
+    with pytest.raises(UserError, match="converted without its generators.* with --generator"):
+        train(
+            tiny_config(part="generators", tokenizer_workdir=str(tmp_path / "converted")),
+            tmp_path / "on_it",
+        )
     other_sizes = tiny_config(part="generators")
     other_sizes.tokenizer.codebook_size = 32
     with pytest.raises(UserError, match="other sizes"):

@@ -19,7 +19,7 @@ GRID = {"structure": "grid"}
 def run(tmp_path_factory):
     """A content generator that was trained for a few steps with a random tokenizer."""
     folder = tmp_path_factory.mktemp("grid")
-    pipe = random_pipeline("grid")
+    pipe = random_pipeline(structure="grid")
     trained = pipe.metadata.replace(fingerprint=fingerprint(pipe.params["tokenizer"]))
     Pipeline(trained, {"tokenizer": pipe.params["tokenizer"]}).save_pretrained(folder / "tokenizer")
     own = str(folder / "tokenizer")

@@ -24,15 +24,17 @@ def run(script: str) -> tuple[int, str, float]:
 
 def test_during_the_imports_of_a_command():
     code, output, _ = run(
-        "import sys, time; sys.argv[0] = '-m'\n"  # as Python says while it looks for the module
+        # As Python says while it looks for the module.
+        "import sys, time; sys.argv[0] = '-m'; sys.orig_argv = ['python', '-m', 'nvg_jax.train']\n"
         "import nvg_jax\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )
     assert (code, output) == (130, "Interrupted.\n")
 
 
-def test_a_library_handles_no_signals():
-    code, output, _ = run("import nvg_jax; os.kill(os.getpid(), signal.SIGINT)")
+@pytest.mark.parametrize("before", ["", "import sys; sys.argv[0] = '-m'; "])  # of another package
+def test_a_library_handles_no_signals(before):
+    code, output, _ = run(before + "import nvg_jax; os.kill(os.getpid(), signal.SIGINT)")
     assert code == -signal.SIGINT and "KeyboardInterrupt" in output
 
 

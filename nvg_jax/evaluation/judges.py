@@ -297,14 +297,11 @@ def cached_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int) 
         gray = bool(stored.pop("gray"))
         return Classifier(num_classes, gray, traverse_util.unflatten_dict(stored, sep="/"))
     classifier = train_classifier(images, labels, num_classes)
-    if is_main():
-        params = traverse_util.flatten_dict(jax.device_get(classifier.params), sep="/")
-        arrays = cast(dict[str, Any], params | {"gray": classifier.gray})
-        try:
-            make_folder(file.parent)
-            write_arrays(file, arrays, shared=True)
-        except UserError as error:
-            logger.warning("this classifier is not kept (NVG_CACHE names a folder): %s", error)
+    params = traverse_util.flatten_dict(jax.device_get(classifier.params), sep="/")
+    arrays = cast(dict[str, Any], params | {"gray": classifier.gray})
+    with pretrained.keeping("this classifier is"):  # on every machine
+        make_folder(file.parent)
+        write_arrays(file, arrays, shared=True)
     return classifier
 
 

@@ -4,6 +4,7 @@ All processes share the work; its unit is a batch. A command stores the features
 folder, so that a run that was killed resumes where it stopped; during training, nothing is stored.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from nvg_jax.runtime.processes import (
     is_main,
 )
 from nvg_jax.runtime.resumable import own_parts, read_arrays, write_arrays
-from nvg_jax.runtime.storage import digest, locked, write_file
+from nvg_jax.runtime.storage import digest, locked, make_folder, write_file
 from nvg_jax.sampling.settings import text_of
 
 logger = logging.getLogger("nvg_jax")
@@ -148,17 +149,29 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
         count = int(stored.pop("count"))
         features = FeatureSet(count=count, **stored)
     else:
-        with locked(folder) as free:
+        if is_main():
+            with pretrained.keeping("these features are"):
+                make_folder(folder)
+        kept = bool(from_main(folder.is_dir()))
+        with locked(folder) if kept else contextlib.nullcontext(False) as free:
             parts = folder / "parts" if free and everywhere(folder.is_dir()) else None
             features = features_of(images, judge, parts, keep)
-            if is_main():
-                write_arrays(file, features._asdict(), shared=True)
+            if is_main() and kept:
+                _keep(file, features)
                 if parts:
                     shutil.rmtree(folder, ignore_errors=True)
-    barrier("the features of the reference are there")
+        barrier("the features of the reference are there")
+        if not is_main() and not file.exists():  # on another machine
+            _keep(file, features)
     if isinstance(images, Archive):
         features = features._replace(**images.statistics())
     return features
+
+
+def _keep(file: Path, features: FeatureSet):
+    with pretrained.keeping("these features are"):
+        make_folder(file.parent)
+        write_arrays(file, features._asdict(), shared=True)
 
 
 # Files and tables.

@@ -156,7 +156,9 @@ def sample_metrics(
         "class_agreement": agreement,
         "class_agreement_per_class": {class_names[i]: share for i, share in per_class.items()},
         "copying": copying_report(
-            samples.images[:COPY_CHECK_IMAGES], train.images, test.images[:COPY_CHECK_IMAGES]
+            samples.images[:COPY_CHECK_IMAGES],
+            train.images,
+            test.images[balanced(test.labels, COPY_CHECK_IMAGES)],
         ),
     }
     shuffled = train.select(np.random.default_rng(0).permutation(len(train)))

@@ -1,6 +1,7 @@
 """Converts between the published checkpoints and folders for `Pipeline.from_pretrained`."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -62,15 +63,16 @@ def read_published(
                 f"--{part}_weights out."
             )
     sizes, own_metadata = {}, _own_metadata(generator or autoencoder)
-    if own_metadata:
-        sizes["latent_size"] = own_metadata.model.tokenizer.latent_size
     if generator is not None:
         generator_tensors = weight_names.read(generator, generator_weights)
         with _naming(generator):
             sizes = weight_names.generator_sizes(generator_tensors)
     tensors = weight_names.read(autoencoder, autoencoder_weights)
     with _naming(autoencoder):
-        own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
+        if own_metadata:
+            own = dataclasses.asdict(own_metadata.model.tokenizer)
+        else:
+            own = weight_names.tokenizer_sizes(tensors, sizes.get("latent_size"))
         classes = default_class_names(sizes.get("num_classes", 0))
         if own_metadata:
             classes = own_metadata.class_names

@@ -24,7 +24,7 @@ from nvg_jax.pretrained.networks import (
     lpips,
     lpips_alex,
 )
-from nvg_jax.pretrained.weights import NAMES, abstract, cache_folder, convert, load
+from nvg_jax.pretrained.weights import NAMES, abstract, cache_folder, convert, keeping, load
 
 __all__ = [
     "DINOV2_GRID",
@@ -41,6 +41,7 @@ __all__ = [
     "dino",
     "dinov2",
     "inception",
+    "keeping",
     "load",
     "lpips",
     "lpips_alex",

@@ -6,7 +6,9 @@ resampled to 224 x 224 pixels. Key biases are set to zero: a key bias shifts all
 equally, which the softmax cancels.
 """
 
+import contextlib
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -93,6 +95,8 @@ SOURCES = {
     ),
 }
 NAMES = tuple(SOURCES)
+
+logger = logging.getLogger("nvg_jax")
 LPIPS_NETWORKS = {"lpips": "vgg", "lpips_alex": "alex"}
 PUBLISHED_DINOV2_GRID = 37  # rows of its published position embedding, for 518 x 518 pixels
 BATCH_NORM_EPS = 1e-3  # Inception's
@@ -210,6 +214,15 @@ def cache_folder(cache: str | os.PathLike | None = None) -> Path:
         return local_path(folder, "The cache")
     except UserError as error:
         raise UserError(f"{error} (NVG_CACHE and --pretrained_dir name the cache.)") from error
+
+
+@contextlib.contextmanager
+def keeping(what: str):
+    """Goes on with a warning if the cache cannot be written; `what`: "these features are"."""
+    try:
+        yield
+    except UserError as error:
+        logger.warning("%s not kept (NVG_CACHE names a folder): %s", what, error)
 
 
 def _path(name: str, cache: str | os.PathLike | None) -> Path:

@@ -206,20 +206,28 @@ def ready_made(name: str, size: int = 256) -> Int32[np.ndarray, "{size} {size}"]
 
 
 def paste(
-    original: Float[np.ndarray, "*#batch H W 3"],
-    edited: Float[np.ndarray, "*#batch H W 3"],
+    original: np.ndarray,
+    edited: np.ndarray,
     mask: np.ndarray,
     feather: int,
 ) -> Float32[np.ndarray, "*#batch H W 3"]:
     """The edited image inside a mask, the original outside, blended over `feather` pixels.
 
     Args:
+        original, edited: float (..., H, W, 3) in [-1, 1], as `Pipeline.prepare` and samples are.
         mask: bool (H, W); all pixels in it come from the edited image.
 
     Raises:
-        UserError: the images and the mask have different sizes, the mask is not bool, or the
-            feather is negative.
+        UserError: the images and the mask have different sizes, the images are not float, the mask
+            is not bool, or the feather is negative.
     """
+    original, edited = as_array(original), as_array(edited)
+    for image in (original, edited):
+        if image.dtype.kind != "f":
+            raise UserError(
+                f"The images must be float in [-1, 1], as `Pipeline.prepare` and samples are; got "
+                f"{image.dtype}."
+            )
     mask = as_array(mask)
     if mask.dtype != bool:
         raise UserError(f"A mask must be bool (H, W), as image > 127 is; got {mask.dtype}.")

@@ -27,6 +27,7 @@ _MODULES = {
     r"(encoder|decoder)/conv_(in|out)": r"\1.conv_\2.conv",
     r"(encoder|decoder)/norm_out": r"\1.norm_out.norm",
     r"(encoder|decoder)/middle_block0" + _BLOCK: r"\1.mid.block_1.\2\3.\2",
+    r"(encoder|decoder)/middle_block0/shortcut": r"\1.mid.block_1.nin_shortcut.conv",  # only ours
     r"(encoder|decoder)/middle_block1" + _BLOCK: r"\1.mid.block_2.\2\3.\2",
     r"encoder/level(\d+)_block(\d+)" + _BLOCK: r"encoder.down.\1.block.\2.\3\4.\3",
     r"decoder/level(\d+)_block(\d+)" + _BLOCK: r"decoder.up.\1.block.\2.\3\4.\3",

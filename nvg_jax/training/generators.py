@@ -414,6 +414,11 @@ def load_tokenizer(run: Run) -> tuple[RunMetadata, Params]:
             "--config.tokenizer_workdir."
         )
     metadata, params = stored
+    if metadata.canvas_scale is None:
+        raise UserError(
+            f"The tokenizer in {folder} was converted without its generators, whose file has the "
+            "scales of the canvases. Convert it again, with --generator."
+        )
     sizes = metadata.model.tokenizer
     if sizes != run.model.tokenizer:
         raise UserError(
