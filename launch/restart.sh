@@ -62,11 +62,11 @@ pass_on() {
         kill -TERM "$child" 2>/dev/null || true
     fi
 }
-trap pass_on TERM INT
+trap pass_on TERM INT HUP
 
 # Runs a command in the background and sets code to its exit code.
 run_child() {
-    "$@" &
+    (trap '' HUP && exec "$@") & # a terminal that closes, or tmux, sends it to all
     child=$!
     if [[ $stopping ]]; then # the signal arrived before the child's id was known
         pass_on

@@ -53,7 +53,7 @@ def main():
         if not options.submit:
             print("\n".join(map(shlex.join, commands)))
             return
-        codes = run_all(commands, go_on=options.launcher == "local")
+        codes = run_all(commands, go_on=options.launcher != "slurm")
         # Those that only check leave no curves to compare.
         checks_only = any(re.match("--?check(_only)?(=|$)", argument) for argument in extra)
         trained = [command for command, code in zip(commands, codes) if code == 0]
@@ -260,7 +260,9 @@ def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
     """The command of one run, up to the `--` before the training arguments."""
     arguments = options.launcher_args
     if options.launcher == "slurm":
-        return ["sbatch", f"--job-name={name}", *arguments, "launch/slurm.sbatch"]
+        # Repeated, it waits for the run of this name that was submitted before.
+        once = [f"--job-name={name}", "--dependency=singleton"]
+        return ["sbatch", *once, *arguments, "launch/slurm.sbatch"]
     if options.launcher == "gke":  # names must be short and lower-case
         sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")
         sweep = sweep if sweep[:1].isalpha() else f"nvg-{sweep}".strip("-")

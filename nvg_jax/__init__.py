@@ -37,9 +37,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # Imported on first use, so that a command that only reports an error starts fast.
 with epy.lazy_api_imports(globals()):
     from nvg_jax import clustering, evaluation
-    from nvg_jax.adapters import Adapters
     from nvg_jax.pipeline import Pipeline, SampleOutput
     from nvg_jax.tokenizer import GranularitySequence
+    from nvg_jax.workdir import Adapters
 
 __version__ = "0.1.0"
 __all__ = [

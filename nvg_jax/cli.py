@@ -19,7 +19,7 @@ import jax
 from absl import app, flags
 
 from nvg_jax.errors import UserError, did_you_mean, is_failure
-from nvg_jax.runtime import hardware, interrupts, preemption
+from nvg_jax.runtime import hardware, heartbeat, interrupts, preemption
 from nvg_jax.sampling.settings import DTYPES, MAX_SEED, Settings
 
 if TYPE_CHECKING:  # not every command imports it
@@ -192,6 +192,7 @@ def data_section(metadata: "RunMetadata") -> dict[str, Any]:
     changes |= {n: flags.FLAGS[n].value for n in ("data_dir", "resize", "pad") if n in flags.FLAGS}
     changes = {name: value for name, value in changes.items() if value is not None}
     if "name" in changes:
+        own["on_bad"] = ((metadata.config or {}).get("data") or {}).get("on_bad", "error")
         return {"data_dir": "", "resize": 0, "pad": 0} | changes | own
     if metadata.config is None:
         raise UserError(
@@ -270,6 +271,8 @@ def join_processes():
         try:
             jax.distributed.initialize()
         except ValueError as error:
+            if os.environ.get(heartbeat.VARIABLE):  # a launcher's: what tells JAX is down for now
+                raise
             raise UserError(
                 f"JAX finds no cluster here ({error}). Omit --distributed for a single process, "
                 "or give --coordinator_address, --num_processes and --process_id."

@@ -26,6 +26,7 @@ from nvg_jax.training.checks import check_process
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.aot import batch, lowering
     from nvg_jax.aot import report as reports
+    from nvg_jax.runtime import sharding
 
 FLAGS = flags.FLAGS
 
@@ -45,7 +46,7 @@ def main(_):
         batch_size = batch.find_batch(compiler)
     else:
         batch_size = FLAGS.batch_size or batch.default_batch(compiler)
-        batch.check_batch(batch_size, target.batch_shards)
+        sharding.check_batch(batch_size, target.batch_shards)
     if FLAGS.find_remat:
         report = reports.best_remat(FLAGS.config, target, batch_size)
         print(

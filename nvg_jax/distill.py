@@ -23,6 +23,7 @@ from nvg_jax.training.checks import check_process, check_recipes, check_resume
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import metadata
+    from nvg_jax import workdir as workdirs
     from nvg_jax.jobs import training
     from nvg_jax.runtime import checkpoint, sharding
     from nvg_jax.training import changes, distillation, run
@@ -71,13 +72,8 @@ def distill(
     with sharding.in_mesh(mesh):
         opened = run.open_run(config, workdir, mesh, teacher=(of_teacher, params), resume=resume)
         training.train_parts(opened, [DISTILLATION])
-    trained = metadata.read_checkpoint(
-        workdir / DISTILLATION.name,
-        lambda m: {"ema_params": {"structure": m.model.abstract_params("structure")}},
-    )
-    assert trained is not None  # `fit` saved its last step
-    student, state = trained
-    metadata.write_export(workdir, student, params | state["ema_params"])
+    student, structure = workdirs.read_averages(workdir / DISTILLATION.name, "structure")
+    metadata.write_export(workdir, student, params | {"structure": structure})
 
 
 def main(_):

@@ -35,7 +35,8 @@ MISTAKE_TEXT = re.compile(
 )
 FAILURE_TEXT = re.compile(
     r"\b(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED|UNAUTHENTICATED|"
-    r"UNAVAILABLE|timed out|[Cc]onnection (reset|refused|closed|aborted))\b"
+    r"UNAVAILABLE|timed out|[Cc]onnection (reset|refused|closed|aborted)|"
+    r"Input/output error|Stale file handle|Transport endpoint is not connected)\b"  # array_record's
     r"|http_response_code='401'"  # credentials that expired are renewed; TensorStore says denied
 )
 

@@ -203,7 +203,11 @@ def _api() -> "huggingface_hub.HfApi":
 
 @contextlib.contextmanager
 def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
-    """Says in a sentence what the hub refuses; raises a failure of the hub itself unchanged."""
+    """Says in a sentence what the hub refuses; raises a failure of the hub itself unchanged.
+
+    A hub that cannot be reached is a failure, unless the name may be that of a folder: a mistake.
+    """
+    unreachable = ConnectionError if is_remote(folder) else UserError
     try:
         try:
             yield
@@ -219,11 +223,13 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
             raise UserError(
                 f"The hub has no model {name}, or it is private. Check the name, or give {TOKEN}."
             ) from error
-        except errors.EntryNotFoundError as error:
-            raise UserError(
+        except errors.LocalEntryNotFoundError as error:
+            raise unreachable(
                 f"{name} lacks a file, or the hub cannot be reached and the cache has no complete "
                 f"copy ({str(error).splitlines()[0]}). Check the name, the network and HF_ENDPOINT."
             ) from error
+        except errors.EntryNotFoundError as error:
+            raise UserError(f"{name} lacks a file ({str(error).splitlines()[0]}).") from error
         except errors.HfHubHTTPError as error:
             status = error.response.status_code
             if status not in (401, 403):
@@ -232,7 +238,7 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
                 f"The hub does not permit this for {name} ({status}). Give {TOKEN} that may do it."
             ) from error
         except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise UserError(
+            raise unreachable(
                 f"The hub cannot be reached ({error}). Check the network and HF_ENDPOINT."
             ) from error
     except UserError as error:

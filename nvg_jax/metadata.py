@@ -83,13 +83,13 @@ class RunMetadata:
         return last["images"] + (step - last["step"]) * self.config[section]["batch_size"]
 
     def went_back_to(self, step: int) -> bool:
-        """Whether this is a later step of a run that last went back to `step`, or was to.
+        """Whether this is a later step of a run that last went back to `step`.
 
         If the checkpoint of `step` was damaged, it went on from the one before.
         """
         assert self.step is not None
         last = self.changes[-1] if self.changes else {}
-        return step in (last.get("step"), last.get("resume_step")) and last["step"] < self.step
+        return last.get("resume_step") == step and last["step"] < self.step
 
     @property
     def transform(self) -> Transform:

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from nvg_jax import bundled, granularity, hub, workdir
-from nvg_jax.adapters import Adapters
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError, did_you_mean, listed
 from nvg_jax.evaluation.image import to_float
@@ -21,7 +19,7 @@ from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import check_networks, generators_for, parameter_counts
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.hardware import fast_dtype, name_options
-from nvg_jax.runtime.sharding import local_batch, local_mesh
+from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
@@ -98,7 +96,7 @@ class Pipeline(hub.Storable):
     @params.setter
     def params(self, params: dict[str, Any]):
         self.__dict__.pop("weights", None)
-        self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+        self._params = jax.device_put(params, replicated(self._mesh))
 
     @functools.cached_property
     def weights(self) -> str:
@@ -222,7 +220,7 @@ class Pipeline(hub.Storable):
         """
         if np.ndim(scale) or np.asarray(scale).dtype.kind not in "iuf" or not np.isfinite(scale):
             raise UserError(f"The scale of adapters must be a finite number, got {scale!r}.")
-        adapters = Adapters.from_pretrained(folder, revision=revision)
+        adapters = workdir.Adapters.from_pretrained(folder, revision=revision)
         generators = jax.device_get({k: self.params[k] for k in GENERATORS if k in self.params})
         added = workdir.add_adapters(
             self.metadata, generators, adapters.metadata, adapters.params, folder, scale

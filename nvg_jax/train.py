@@ -28,7 +28,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax import metadata
     from nvg_jax.jobs import training
     from nvg_jax.runtime import checkpoint, sharding, storage
-    from nvg_jax.training import changes, registry, run
+    from nvg_jax.training import changes, initial, registry, run
 
 FLAGS = flags.FLAGS
 
@@ -63,9 +63,10 @@ def train(
     parts = CHOICES[config.part]
     mesh = sharding.make_mesh(**config.mesh)
     with sharding.in_mesh(mesh):
-        # A run that has already started reads init_from again only for adapters, in `open`.
-        if config.init_from and not any((workdir / part.name).exists() for part in parts):
-            checks.check_init(config, parts)
+        # A part that has already started reads init_from again only for adapters, in `open`.
+        new = [part for part in parts if not (workdir / part.name).exists()]
+        if config.init_from and new:
+            initial.check_init(config, new)
         names = registry.pretrained_names(parts, config)
         opened = run.open_run(config, workdir, mesh, names, resume=resume)
         if check:

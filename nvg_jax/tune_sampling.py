@@ -7,6 +7,8 @@ until the mean FID over --seeds seeds is no worse than the worst of the model's 
 is a new export of the model that recommends what was found.
 """
 
+import functools
+
 from absl import flags
 from etils import epy
 
@@ -43,7 +45,7 @@ def main(_):
     job = sampling_runs.SamplingJob.cycling(
         pipe, FLAGS.num_samples, FLAGS.batch_size, FLAGS.seed, {}
     )
-    fids = tuning.make_fids(job, judge, reference, FLAGS.seeds)
+    fids = functools.partial(tuning.measure_fids, job, judge, reference, FLAGS.seeds)
     best, lines = tuning.tune(points, own, fids)
     tuned = pipe.metadata.replace(sampling=pipe.settings.updated(best.settings))
     if is_main():

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from nvg_jax import bundled, lora
+from nvg_jax import bundled, hub, lora
 from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata, read_checkpoint, read_metadata
 from nvg_jax.parts import DISTILLATION, GENERATOR_PARTS, GENERATORS, TOKENIZER
@@ -188,30 +188,42 @@ def check_tokenizer(generator: RunMetadata, tokenizer: RunMetadata, folder: str 
 # Adapters.
 
 
-def read_adapters(
-    folder: str | os.PathLike, revision: str | None = None
-) -> tuple[RunMetadata, dict[str, Any]]:
-    """(metadata, {generator: adapters}) of a workdir, an export, or a folder of the hub.
+@dataclasses.dataclass(frozen=True)
+class Adapters(hub.Storable):
+    """Low-rank adapters of one or both generators, {generator: tree}; `lora` says what they are."""
 
-    Raises:
-        UserError: the folder holds no adapters, or they are damaged.
-    """
-    folder = bundled.find(folder, revision)
-    stored = export.read_config(folder)
-    if stored and stored[0].get("base"):
-        content, checksums = stored
-        return RunMetadata.from_json(content), export.read(folder, checksums, content["base"])
-    metadata, adapters, base = None, {}, {}
-    for name, (part_folder, part_metadata) in trained_generators(folder).items():
-        if part_metadata.base:
-            metadata, adapters[name] = read_averages(part_folder, name)
-            base[name] = part_metadata.base[name]
-    if metadata is None:
-        raise UserError(
-            f"There are no adapters in {folder}. Train some with --config.lora.rank=16, or open "
-            "the model with Pipeline.from_pretrained."
-        )
-    return metadata.replace(base=base), adapters
+    metadata: RunMetadata
+    params: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, *, revision: str | None = None
+    ) -> "Adapters":
+        """Opens the workdir of a training with `lora.rank`, saved adapters, or those of a hub.
+
+        Args:
+            revision: on the hub, a branch, a tag or a commit.
+
+        Raises:
+            UserError: there are no adapters, they are damaged, or the hub does not give them.
+        """
+        folder = bundled.find(folder, revision)
+        stored = export.read_config(folder)
+        if stored and stored[0].get("base"):
+            content, checksums = stored
+            params = export.read(folder, checksums, content["base"])
+            return cls(RunMetadata.from_json(content), params)
+        metadata, adapters, base = None, {}, {}
+        for name, (part_folder, part_metadata) in trained_generators(folder).items():
+            if part_metadata.base:
+                metadata, adapters[name] = read_averages(part_folder, name)
+                base[name] = part_metadata.base[name]
+        if metadata is None:
+            raise UserError(
+                f"There are no adapters in {folder}. Train some with --config.lora.rank=16, or "
+                "open the model with Pipeline.from_pretrained."
+            )
+        return cls(metadata.replace(base=base), adapters)
 
 
 def add_adapters(

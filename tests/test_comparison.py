@@ -328,6 +328,17 @@ def test_a_model_stands_beside_real_images_and_chance():
     assert "class agreement:" not in classification.table(alone, num_classes=3)
 
 
+def test_samples_and_real_images_have_as_many_of_every_class():
+    samples, real = np.array([0, 1, 2, 0, 1, 2, 0, 1]), np.array([0] * 9 + [1, 2, 2, 2])
+    counts = classification.in_common(samples, real, 4)
+    assert counts.tolist() == [3, 1, 2, 0]
+    for labels in (samples, real):
+        chosen = classification.turns(labels) < counts[labels]
+        assert np.bincount(labels[chosen], minlength=4).tolist() == [3, 1, 2, 0]
+    with pytest.raises(UserError, match="have 3 images of the same classes.* draw more samples"):
+        classification.in_common(samples[:3], real, 4)
+
+
 def test_classes_with_other_names_are_named(caplog):
     model = lambda config: types.SimpleNamespace(
         class_names=("cat", "dog", "eel"), metadata=types.SimpleNamespace(config=config)

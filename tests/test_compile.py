@@ -448,10 +448,10 @@ def test_error_messages():
     assert result.returncode == 2 and result.stderr.startswith("error: Unknown topology 'v5e'")
     assert result.stderr.count("\n") == 1
     with pytest.raises(UserError, match="A batch of 0 does not split .* such as 4"):
-        batch.check_batch(0, 4)
+        sharding.check_batch(0, 4)
     with pytest.raises(UserError, match="multiple of 4, such as 8"):
-        batch.check_batch(11, 4)
-    batch.check_batch(12, 4)
+        sharding.check_batch(11, 4)
+    sharding.check_batch(12, 4)
 
 
 def test_without_the_compiler(monkeypatch):

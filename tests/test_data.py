@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 import tracemalloc
+import types
 
 import grain
 import numpy as np
@@ -31,6 +32,7 @@ from nvg_jax.data import (
     open_source,
     train_batches,
 )
+from nvg_jax.data.loader import check_shared_memory
 from nvg_jax.data.sources import ArraySource, FolderSource, TfdsSource, reading_tfds
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
@@ -608,7 +610,9 @@ def test_worker_processes_give_the_same_batches():
     source = numbered(12)
     expected = take(train_batches(source, options(4, pad=1), seed=0), 6)
     workers = train_batches(source, options(4, pad=1, num_workers=2), seed=0)
-    assert_equal_batches(take(workers, 3), expected[:3])
+    found = take(workers, 3)
+    assert_equal_batches(found, expected[:3])
+    assert found[0]["image"].flags.c_contiguous and expected[0]["image"].flags.c_contiguous
     state = workers.get_state()
     workers.close()
     workers = train_batches(source, options(4, pad=1, num_workers=2), seed=0)
@@ -618,6 +622,16 @@ def test_worker_processes_give_the_same_batches():
         os.kill(worker.pid, signal.SIGTERM)
     assert_equal_batches(take(workers, 20)[:2], expected[4:])  # 20: more than are made ahead
     workers.close()
+
+
+def test_workers_that_would_be_killed_for_shared_memory_are_refused(monkeypatch):
+    free = lambda path: types.SimpleNamespace(free=64e6)  # of a container
+    monkeypatch.setattr("shutil.disk_usage", free)
+    sizes = dict(num_workers=2, prefetch=4)
+    fits, large = (LoaderOptions(Transform((256, 256)), n, **sizes) for n in (8, 16))
+    check_shared_memory(fits)
+    with pytest.raises(UserError, match="2 workers keep up to 10 batches, 126 MB, .* has 64 MB"):
+        check_shared_memory(large)
 
 
 WITH_A_WORKER = """

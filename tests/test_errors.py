@@ -31,6 +31,9 @@ FAILURES = {
     "tensorstore": raising(
         ValueError("ABORTED: All 1 retry attempts failed: UNAVAILABLE: Error reading gs://b/d/4")
     ),
+    "array_record": raising(
+        RuntimeError("pread() failed: Transport endpoint is not connected; reading 24 bytes")
+    ),
     "shape": lambda *args, **kwargs: wrong_shape(),
 }
 

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from etils import epath
-from helpers import python
+from helpers import logged, make_reporter, python
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -41,6 +41,14 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert last == (9, "l1_loss", [0.25])
     assert (step, tag, width, height) == (8, "pictures", b"6", b"4")
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), picture)
+
+
+def test_an_evaluation_that_is_noted_as_done_is_in_the_file(tmp_path):
+    """A process that is killed then would not repeat it."""
+    reporter = make_reporter(tmp_path, "tokenizer")
+    reporter.fid(3, 5.0, 5.0)
+    reporter.assessed(3)
+    assert logged(tmp_path / "tokenizer")["fid", 3] == 5.0
 
 
 def test_the_file_of_a_later_process_comes_later_whatever_its_clock_says(tmp_path, monkeypatch):

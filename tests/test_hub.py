@@ -22,7 +22,7 @@ from nvg_jax.jobs import conversion
 from nvg_jax.parts import CHOICES
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import fingerprint
-from nvg_jax.training import checks
+from nvg_jax.training import checks, initial
 from nvg_jax.training.run import open_run
 
 COMMIT = "c" * 40
@@ -189,7 +189,7 @@ def test_a_training_starts_from_a_model_of_the_hub(server, pipe, exported):
     name = "hf://org/digits"
     config = tiny_config(part="generators", init_from=name, tokenizer_workdir=name)
     checks.check_config(config)
-    checks.check_init(config, CHOICES["generators"])
+    initial.check_init(config, CHOICES["generators"])
     run = open_run(config, epath.Path("/nowhere"), sharding.make_mesh())
     assert run.tokenizer_workdir == name
     assert run.resize_filter == pipe.metadata.resize_filter
@@ -262,6 +262,8 @@ def test_without_a_network_the_sentence_says_so(server):
     server.server_close()
     with pytest.raises(UserError, match="There is no folder runs/digts, so .* cannot be reached"):
         Pipeline.from_pretrained("runs/digts")
+    with pytest.raises(ConnectionError, match="cannot be reached"):  # a restart may mend it
+        Pipeline.from_pretrained("hf://runs/digts")
 
 
 def test_an_upload_needs_a_whole_name(pipe, tmp_path):

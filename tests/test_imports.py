@@ -22,7 +22,6 @@ LEVELS = (
     ("hub",),
     ("bundled",),
     ("workdir",),
-    ("adapters",),
     ("pipeline",),
     ("training",),
     ("jobs",),

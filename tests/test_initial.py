@@ -8,12 +8,15 @@ from PIL import Image
 
 from nvg_jax import Pipeline, models
 from nvg_jax.errors import UserError
+from nvg_jax.metadata import RunMetadata
+from nvg_jax.models import ModelConfig
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import fingerprint, storage_path
 from nvg_jax.train import train
 from nvg_jax.training import initial
 from nvg_jax.training.registry import open_trainer
+from nvg_jax.training.resume import check_start
 from nvg_jax.training.run import open_run
 
 
@@ -79,6 +82,16 @@ def test_a_part_that_is_trained_later_is_checked_first(model, tmp_path):
     with pytest.raises(UserError, match=r"structure/\S+ is \(.*, and the config needs \("):
         train(config, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_whose_later_parts_would_start_from_scratch_is_refused(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    sizes = ModelConfig.from_config(tiny_config(), 1)
+    metadata = lambda **config: RunMetadata(sizes, ("a",), config=tiny_config(**config).to_dict())
+    stored = metadata(part="all", init_from="a/model")
+    with pytest.raises(UserError, match="init_from=a/model, and so would generators: give it aga"):
+        check_start(stored, metadata(part="all"), tmp_path / "tokenizer")
+    check_start(stored, metadata(part="tokenizer"), tmp_path / "tokenizer")
 
 
 @pytest.mark.slow

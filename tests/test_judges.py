@@ -139,9 +139,17 @@ def test_nearest_distances_against_all_pairs():
     )
 
 
+def test_held_out_images_that_are_training_images_do_not_judge(caplog):
+    """With them, copies would count as no nearer than what was not trained on."""
+    train, held_out = flat(0), flat(*[0] * 20, *[0.05] * 80)
+    found = evaluation.copying_report(flat(*[0.01] * 50), train, held_out)
+    assert found["near_share"] == 1 and found["held_out_median"] == pytest.approx(0.05)
+    assert "20 of 100 held-out images are also training images" in caplog.text
+
+
 def test_copying_report():
-    # 101 held-out images at distances 0, 0.001 .. 0.1 from the only training image.
-    train, held_out = flat(0), flat(*np.arange(101) / 1000)
+    # 101 held-out images at distances 1e-7, 0.001 .. 0.1 from the only training image.
+    train, held_out = flat(0), flat(1e-7, *np.arange(1, 101) / 1000)
     report = evaluation.copying_report(flat(*[0.06] * 96, *[0.001] * 4), train, held_out)
     assert report["held_out_median"] == pytest.approx(0.05)
     assert report["held_out_mean"] == pytest.approx(0.05)

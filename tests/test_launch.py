@@ -329,8 +329,10 @@ def start_restart(job, stderr=None, **environment):
 
 
 @pytest.mark.usefixtures("foreground")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("code", [75, 0, 1])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 75), (signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGHUP, 75)],
+)
 def test_restart_passes_the_signal_on_and_waits_for_the_save(tmp_path, number, code):
     job = program(
         tmp_path / "job",
@@ -343,7 +345,10 @@ def test_restart_passes_the_signal_on_and_waits_for_the_save(tmp_path, number, c
     )
     with start_restart(job, NVG_RESTART_PAUSE="0") as process:
         wait_for((tmp_path / "started").exists)
-        process.send_signal(number)
+        if number == signal.SIGHUP:  # which a terminal that closes sends to all
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
         assert finish(process)[0].returncode == code
     assert (tmp_path / "saved").read_text() == "saved\n"
     assert (tmp_path / "started").read_text() == "\n"  # not started again
@@ -1252,7 +1257,8 @@ def test_sweep_launchers(tmp_path):
         return first
 
     slurm = first_command("--launcher=slurm", "--launcher_args=--nodes=2 --comment='a b'")
-    sbatch = ["sbatch", "--job-name=seed=3", "--nodes=2", "--comment=a b", "launch/slurm.sbatch"]
+    once = ["--job-name=seed=3", "--dependency=singleton"]
+    sbatch = ["sbatch", *once, "--nodes=2", "--comment=a b", "launch/slurm.sbatch"]
     assert slurm == sbatch + training
     gke = first_command("--launcher=gke", "--launcher_args=--cluster=c --tpu_type=v6e-8")
     assert gke[:2] == ["bash", "launch/gke_xpk.sh"] and gke[3:] == [

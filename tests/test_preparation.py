@@ -14,7 +14,6 @@ from nvg_jax import cli
 from nvg_jax.data import SequenceSource, Transform, open_source
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
-from nvg_jax.evaluation.image import from_float
 from nvg_jax.evaluation.sets import Split
 from nvg_jax.jobs import editing, scoring
 from nvg_jax.jobs.encoding import encode_data_set
@@ -26,6 +25,7 @@ from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.training import changes
 from nvg_jax.training.run import choose_resize_filter, open_run
+from nvg_jax.visualize import to_uint8
 
 DIGITS = {"name": "digits", "data_dir": "", "resize": 9, "pad": 0}
 PHOTO = np.random.default_rng(0).integers(0, 256, (31, 22, 3), dtype=np.uint8)
@@ -125,13 +125,13 @@ def test_commands_prepare_images_as_the_model_was_trained(monkeypatch):
     for name in ("data_name", "data_dir"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     values(["command", "--data_dir=/images"])
-    config = {"data": {"name": "digits", "resize": 9, "resize_filter": ""}}
-    of_the_model = {"resize": 9, "name": "digits"}
+    config = {"data": {"name": "digits", "resize": 9, "resize_filter": "", "on_bad": "skip"}}
+    of_the_model = {"resize": 9, "name": "digits", "on_bad": "skip"}
     own = {"data_dir": "/images", "resize_filter": "published"}
     metadata = types.SimpleNamespace(config=config, resize_filter="published")
     assert cli.data_section(metadata) == of_the_model | own
     values(["command", "--data_dir=/images", "--data_name=image_folder"])
-    anew = {"resize": 0, "pad": 0, "name": "image_folder"}
+    anew = {"resize": 0, "pad": 0, "name": "image_folder", "on_bad": "skip"}
     assert cli.data_section(metadata) == anew | own
 
 
@@ -181,7 +181,7 @@ def test_evaluation_and_editing_prepare_as_the_model_was_trained(published, tmp_
         Transform((8, 8), 9, resize_filter="published")(decode(digits[i]["image"]))
         for i in split._order
     ]
-    np.testing.assert_array_equal(next(split.batches([0]))[0], from_float(expected[0]))
+    np.testing.assert_array_equal(next(split.batches([0]))[0], to_uint8(expected[0]))
     assert split.describe()["size"] == [8, 8, 9, 9, "published"]
     Image.fromarray(PHOTO).save(tmp_path / "photo.png")
     kept = editing.keep_stages(published, tmp_path / "photo.png", 5, 5)

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from helpers import read_meta, tiny_config
 from test_end_to_end import weights
 
 from nvg_jax.data import LoaderOptions, Transform, open_source, train_batches
+from nvg_jax.data.sources import FolderSource
 from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import ModelConfig
@@ -20,7 +22,7 @@ from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.train import train
-from nvg_jax.training import checks, registry, resume
+from nvg_jax.training import checks, registry, resume, run
 from nvg_jax.training.changes import Resume, check_changes
 from nvg_jax.training.length import Origin, step_of, training_length
 from nvg_jax.training.metrics import check_steps, summarize
@@ -75,6 +77,58 @@ def test_the_optimizer_never_changes(tmp_path):
     new.config["generator_training"]["optimizer"]["name"] = "muon"
     with pytest.raises(UserError, match="optimizer.name = 'adamw', now 'muon'. Its checkp"):
         check_changes(metadata(), new, "generator_training", tmp_path, ["optimizer", "name"])
+
+
+def test_what_any_weights_fit_may_change(tmp_path):
+    """Half the devices need `remat`; the rate of dropped blocks is of the recipe."""
+
+    def of(**content) -> RunMetadata:
+        config = tiny_config(content=content)
+        model = ModelConfig.from_config(config, num_classes=2)
+        content = RunMetadata(model, ("cat", "dog"), config=config.to_dict(), num_images=100)
+        return RunMetadata.from_json(content.to_json())
+
+    check = lambda new, *allowed: check_changes(of(), new, "generator_training", tmp_path, allowed)
+    check(of(remat="blocks"))
+    with pytest.raises(UserError, match=r"content.drop_path = .* --allow_changes=drop_path\.$"):
+        check(of(drop_path=0.3))
+    check(of(drop_path=0.3), "drop_path")
+    with pytest.raises(UserError, match="content.width = 32, now 64. Its checkpoints only fit"):
+        check(of(width=64), "width")
+
+
+def test_processes_that_see_other_data_are_told_apart(monkeypatch):
+    source = lambda *files: FolderSource(Path("/data"), files, ("a", "b"))
+    test = source("a/9.png")
+
+    def facts(train):
+        found = []
+        monkeypatch.setattr(run, "from_all", lambda own: found.append(own) or own[None])
+        run.check_same_data(train, test)
+        return found[0]
+
+    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
+    own, others = source("a/1.png", "b/2.png"), (source("a/1.png"), source("a/1.png", "b/3.png"))
+    for other, counts in zip(others, ("1 training", "2 training")):
+        there = facts(other)
+        monkeypatch.setattr(run, "from_all", lambda own, there=there: np.stack([own, there]))
+        with pytest.raises(UserError, match=f"Process 1 sees other data .*: {counts} and 1 held-"):
+            run.check_same_data(own, test)
+    there = facts(source("a/1.png", "b/2.png"))
+    monkeypatch.setattr(run, "from_all", lambda own: np.stack([own, there]))
+    run.check_same_data(own, test)
+
+
+def test_a_batch_that_is_all_unreadable_has_no_say_in_the_average():
+    mask = lambda *valid: {"mask": jnp.array(valid)}
+    batches = [mask(True, True), mask(False, False), mask(True, False)]
+    losses = iter([1.0, float("nan"), 4.0])
+    found = run.Run.test_metrics(
+        types.SimpleNamespace(test_batches=lambda _: batches, check_readable=lambda any_: None),
+        tiny_config().tokenizer_training,
+        lambda batch: {"loss": next(losses)},
+    )
+    assert found == {"loss": 2.0}
 
 
 def test_a_student_goes_on_only_with_the_sampling_that_its_teacher_recommended(tmp_path):
@@ -231,7 +285,10 @@ def test_a_second_process_changes_nothing_of_a_run(trained, tmp_path):
 def test_a_run_whose_checkpoint_to_go_back_to_was_damaged_went_back():
     change = {"step": 4, "images": 64, "settings": {}, "resume_step": 8}
     later = metadata().replace(changes=(change,), step=9)
-    assert later.went_back_to(8) and later.went_back_to(4) and not later.went_back_to(6)
+    assert later.went_back_to(8) and not later.went_back_to(6)
+    # Settings that changed at a step are no return to it.
+    changed = {"step": 4, "images": 64, "settings": {"seed": [0, 1]}}
+    assert not metadata().replace(changes=(changed,), step=9).went_back_to(4)
     assert not metadata().replace(step=9).went_back_to(8)
 
 

@@ -31,7 +31,9 @@ def network(monkeypatch, tmp_path):
     """Random weights, which are loaded as "inception"."""
     rng = np.random.default_rng(0)
     params = {"projection": rng.normal(scale=0.1, size=(23 * 23 * 3, 8)).astype(np.float32)}
-    monkeypatch.setattr(pretrained, "load", lambda name: {"inception": params}[name])
+    places = {("inception", cache): params for cache in ("", "given")}
+    load = lambda name, cache: places[name, cache]
+    monkeypatch.setattr(pretrained, "load", load)
     monkeypatch.setattr(pretrained, "inception", small_network)
     monkeypatch.setenv("NVG_CACHE", str(tmp_path / "cache"))
     return params
@@ -41,6 +43,7 @@ def test_every_part_is_measured_by_the_default_judge(network, tmp_path):
     real = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "real.npz", real)
     config = tiny_config()
+    config.pretrained_dir = "given"
     config.evaluation.update(judge="inception", reference=str(tmp_path / "real.npz"))
     for recipe in ("tokenizer_training", "generator_training"):
         config[recipe].update(fid_every=12, fid_samples=COUNT)

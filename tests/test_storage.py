@@ -1,5 +1,7 @@
 """Paths on disks and in buckets, and what commands refuse before they do any work."""
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -12,9 +14,26 @@ from nvg_jax.runtime.storage import (
     atomic_write,
     in_bucket,
     local_path,
+    locked,
     storage_path,
     write_file,
 )
+
+
+def test_where_only_files_can_be_locked_a_file_is(tmp_path, monkeypatch):
+    """As on NFS, which locks what is open for writing."""
+    lock = fcntl.flock
+
+    def of_nfs(descriptor, operation):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with locked(tmp_path) as first, locked(tmp_path) as second:
+        assert first and not second
+    with locked(tmp_path) as again:
+        assert again
 
 
 @pytest.fixture(autouse=True)

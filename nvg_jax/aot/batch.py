@@ -5,22 +5,11 @@ import math
 import time
 
 from nvg_jax.aot.lowering import Compiler, DoesNotFitError
-from nvg_jax.errors import UserError
 from nvg_jax.runtime.hardware import device_memory
 
 SAMPLES = 64  # default batch of the sampler
 
 logger = logging.getLogger("nvg_jax")
-
-
-def check_batch(batch_size: int, shards: int):
-    """Raises UserError if a batch does not split evenly over the shards of a mesh."""
-    if batch_size < 1 or batch_size % shards:
-        near = max(1, batch_size // shards) * shards
-        raise UserError(
-            f"A batch of {batch_size} does not split over the data x fsdp = {shards} shards of the "
-            f"mesh; use a multiple of {shards}, such as {near}, or another --config.mesh."
-        )
 
 
 def default_batch(compiler: Compiler) -> int:

@@ -58,36 +58,6 @@ def training_part(config: ml_collections.ConfigDict) -> Part:
     return PARTS[name]
 
 
-def lower_training(
-    config: ml_collections.ConfigDict,
-    model: ModelConfig,
-    mesh: Mesh,
-    batch_size: int,
-    num_images: int,
-):
-    """The training step of `config.part` -> (lowered, {network: abstract parameters}).
-
-    A tokenizer is lowered as in its first steps, with `index_backprop` if it has any: the larger
-    program.
-    """
-    part, config = training_part(config), config.copy_and_resolve_references()
-    config[part.section].batch_size = batch_size
-    with sharding.in_mesh(mesh):  # run nothing eagerly inside: the devices do not exist
-        trainer = make_trainer(part, config, model, mesh, num_images)
-        return trainer.trace().lower(), trainer.networks
-
-
-def lower_sampling(
-    config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batch_size: int
-):
-    """The sampler that `Pipeline` runs -> (lowered, {network: abstract parameters})."""
-    program = sampling_program(model)
-    plan, values = program.plan(sampling_settings(config))
-    with jax.set_mesh(mesh):
-        arguments = program.arguments(batch_size, values, mesh)
-        return program.sample.lower(*arguments, plan=plan), arguments[0]
-
-
 class Compiled(NamedTuple):
     """A compiled program, its networks' abstract parameters, and the compile time in seconds."""
 
@@ -118,10 +88,23 @@ class Compiler:
         return device._replace(flops=device.peak(recipe.get("dtype") or self.config.dtype))
 
     def lower(self, config: ml_collections.ConfigDict, batch_size: int, mesh: Mesh):
+        """The program for a global batch -> (lowered, {network: abstract parameters}).
+
+        A tokenizer is lowered as in its first steps, with `index_backprop` if it has any: the
+        larger program.
+        """
         model = ModelConfig.from_config(config, self._num_classes)
-        if self.program == "sample":
-            return lower_sampling(config, model, mesh, batch_size)
-        return lower_training(config, model, mesh, batch_size, self.images)
+        if self.part is None:
+            program = sampling_program(model)
+            plan, values = program.plan(sampling_settings(config))
+            with jax.set_mesh(mesh):
+                arguments = program.arguments(batch_size, values, mesh)
+                return program.sample.lower(*arguments, plan=plan), arguments[0]
+        config = config.copy_and_resolve_references()
+        config[self.part.section].batch_size = batch_size
+        with sharding.in_mesh(mesh):  # run nothing eagerly inside: the devices do not exist
+            trainer = make_trainer(self.part, config, model, mesh, self.images)
+            return trainer.trace().lower(), trainer.networks
 
     # Keeps the last program: the one that --find_batch compiles last is usually reported.
     @functools.lru_cache(maxsize=1)  # noqa: B019

@@ -13,8 +13,10 @@ that holds them.
 import dataclasses
 import functools
 import logging
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -31,6 +33,7 @@ from nvg_jax.errors import UserError, comes_with
 with epy.lazy_imports(error_callback=comes_with("train")):  # takes seconds
     import grain
 
+SHARED_MEMORY = "/dev/shm"  # on Linux
 logger = logging.getLogger("nvg_jax")
 
 MAX_DRAWS = 10  # unreadable records drawn in a row before training stops
@@ -91,6 +94,21 @@ def check_batch_size(source: Source, options: LoaderOptions):
             f"A batch of {options.global_batch_size} ({options.process_batch_size} for each of "
             f"{options.process_count} processes) is larger than the {len(source)} training "
             "examples; make it smaller."
+        )
+
+
+def check_shared_memory(options: LoaderOptions):
+    """Raises UserError if the batches that workers keep do not fit there: they would be killed."""
+    image = 4 * 3 * math.prod(options.transform.image_size)
+    count = options.num_workers * (options.prefetch + 1)
+    needed = count * options.process_batch_size * image
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else needed
+    if needed > free:
+        raise UserError(
+            f"{options.num_workers} workers keep up to {count} batches, {needed / 1e6:,.0f} MB, in "
+            f"{SHARED_MEMORY}, which has {free / 1e6:,.0f} MB free. Give the container more "
+            "(docker run --shm-size; in Kubernetes, a volume of medium Memory), or reduce "
+            "config.data.num_workers (0: none) or prefetch."
         )
 
 
@@ -320,6 +338,8 @@ def _iterate(
         )
     )
     if options.num_workers:
+        if not isinstance(source, SequenceSource):  # which are small
+            check_shared_memory(options)
         if not flags.FLAGS.is_parsed():  # Grain reads some; a notebook or a script has none
             flags.FLAGS.mark_as_parsed()
         loaded = loaded.mp_prefetch(
@@ -351,5 +371,9 @@ def _follow_parent(worker: int, count: int):
 
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     unreadable = [record for example in examples for record in example.pop("unreadable")]
-    batch = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    # In C order, without which Grain does not share the memory of a worker.
+    batch = {
+        key: np.ascontiguousarray(np.stack([example[key] for example in examples]))
+        for key in examples[0]
+    }
     return batch | {"unreadable": unreadable}

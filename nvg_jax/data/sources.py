@@ -77,9 +77,13 @@ class Source(abc.ABC):
         """The number of images of every class; None if only reading all of them would tell."""
         return None
 
+    def listing(self) -> Any:
+        """What tells its records from those of another data set, JSON-serializable."""
+        return [len(self), *(self[index]["name"] for index in (0, len(self) - 1))]
+
     def describe(self) -> Any:
         """What tells its records from those of another version, JSON-serializable."""
-        return [len(self), *(self[index]["name"] for index in (0, len(self) - 1))]
+        return self.listing()
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -136,6 +140,10 @@ class FolderSource(Source):
             if not is_mistake(error):
                 raise
             return -1
+
+    def listing(self) -> str:
+        """A hash of the names of all files."""
+        return digest(self._files)
 
     def describe(self) -> str:
         """A hash of the names and sizes of all files, -1 of those that cannot be read."""

@@ -5,6 +5,7 @@ the float value v / 127.5 - 1.
 """
 
 import functools
+import logging
 import operator
 
 import jax
@@ -16,6 +17,8 @@ from nvg_jax.errors import UserError, comes_with
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from sklearn import metrics
+
+logger = logging.getLogger("nvg_jax")
 
 LOW_QUANTILE = 0.05  # distances below this quantile of held-out images are unusually small
 SSIM_WINDOW = 7  # pixels of the square window
@@ -45,11 +48,6 @@ def to_float(images, slack: float = 0.0) -> np.ndarray:
             "output; rescale images in another range."
         )
     return images
-
-
-def from_float(images: np.ndarray) -> np.ndarray:
-    """The pixels uint8 v of float values v / 127.5 - 1; undoes `to_float`."""
-    return np.round((images + 1) * 127.5).astype(np.uint8)
 
 
 def psnr(images, reconstructions) -> np.ndarray:
@@ -173,7 +171,7 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
         the samples is copied).
     Neither comparison leaves a margin for chance. With unseen real images in place of samples, the
     share would scatter around 5% by `near_share_error`. The distance detects pixel copies, but not
-    shifted or recolored ones.
+    shifted or recolored ones. Held-out images that are training images, too, are left out.
 
     Args:
         samples, train, held_out: images (B, H, W, 3) of one size, preprocessed identically, without
@@ -190,6 +188,15 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
         UserError: images of different sizes, or arrays that are not images.
     """
     sampled, real = nearest_distances(samples, train), nearest_distances(held_out, train)
+    copies = int((real == 0).sum())
+    if copies:
+        logger.warning(
+            "%d of %d held-out images are also training images: remove them. Copies among the "
+            "samples are judged by the others.",
+            copies,
+            len(real),
+        )
+        real = real[real > 0] if copies < len(real) else real
     low = np.quantile(real, LOW_QUANTILE)
     near_share = (sampled < low).mean()
     variance = LOW_QUANTILE * (1 - LOW_QUANTILE) * (1 / len(sampled) + 1 / len(real))

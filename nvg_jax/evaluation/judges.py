@@ -18,15 +18,14 @@ import numpy as np
 import optax
 from etils import epy
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import pretrained
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
-from nvg_jax.runtime.processes import from_main, is_main
+from nvg_jax.runtime.processes import from_main
 from nvg_jax.runtime.resumable import read_arrays, write_arrays
-from nvg_jax.runtime.sharding import local_batch, local_mesh
+from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import digest, fingerprint, make_folder
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
@@ -76,6 +75,7 @@ class Inception:
 
     Args:
         prepare: from uint8 images to its input, see `INCEPTION_INPUTS`.
+        cache: the folder of its weights, see `pretrained.load`.
 
     Raises:
         UserError: the network's weights are missing; the message says how to import them.
@@ -83,11 +83,11 @@ class Inception:
 
     name = "inception"
 
-    def __init__(self, prepare: Callable = pretrained.tf1_inception_input):
-        params = pretrained.load("inception")
+    def __init__(self, prepare: Callable = pretrained.tf1_inception_input, cache: str = ""):
+        params = pretrained.load("inception", cache)
         self.fingerprint = fingerprint(params)
         self._mesh = local_mesh()
-        self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+        self._params = jax.device_put(params, replicated(self._mesh))
         self._features = jax.jit(lambda params, x: pretrained.inception(params, prepare(x)))
 
     def image_features(self, images: np.ndarray) -> ImageFeatures:
@@ -108,13 +108,17 @@ INCEPTION_INPUTS = {
 
 
 def make_judge(
-    name: str, images: str = "samples", fit: Callable[[], ClassJudge] | None = None
+    name: str,
+    images: str = "samples",
+    fit: Callable[[], ClassJudge] | None = None,
+    cache: str = "",
 ) -> Judge:
     """The judge of a name in `JUDGES`.
 
     Args:
         images: what it will judge, "samples" or "reconstructions".
         fit: for a classifier, which is fitted to the data set; see `fit_classifier`.
+        cache: for a network, the folder of its weights; see `pretrained.load`.
 
     Raises:
         UserError: its weights are missing; the message says how to import them.
@@ -123,7 +127,7 @@ def make_judge(
         assert fit is not None
         return fit()
     assert name == "inception", name
-    return Inception(INCEPTION_INPUTS[images])
+    return Inception(INCEPTION_INPUTS[images], cache)
 
 
 def fit_classifier(data_name: str, images, labels, num_classes: int) -> ClassJudge:

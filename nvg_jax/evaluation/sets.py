@@ -21,12 +21,12 @@ from nvg_jax.data import SequenceSource, Transform, open_source
 from nvg_jax.data.sources import SPLITS
 from nvg_jax.data.transforms import DEFAULT_FILTER, decode
 from nvg_jax.errors import UserError, reported
-from nvg_jax.evaluation.image import from_float
 from nvg_jax.runtime import watchdog
 from nvg_jax.runtime.processes import gather, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
-from nvg_jax.runtime.storage import fingerprint, local_path, storage_path
+from nvg_jax.runtime.storage import local_path, storage_path
+from nvg_jax.visualize import to_uint8
 
 logger = logging.getLogger("nvg_jax")
 # Arrays of a reference file, in pairs: what `FeatureSet` calls them.
@@ -60,9 +60,9 @@ class ImageSet(abc.ABC):
     def batches(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields the batches with these increasing numbers as uint8 (B, H, W, 3)."""
 
-    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Everything the images depend on, JSON-serializable."""
+        """Everything the images depend on, JSON-serializable; of sets whose features are stored."""
+        raise NotImplementedError
 
     @property
     def num_batches(self) -> int:
@@ -193,9 +193,6 @@ class LabeledImages(ImageSet):
         for number in numbers:
             yield self.images[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def describe(self) -> dict[str, Any]:
-        return {"images": fingerprint(self.images)}
-
 
 class Split(ImageSet):
     """The images of a split of a data set, cropped to one size, in a fixed random order.
@@ -279,7 +276,7 @@ class Split(ImageSet):
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         """(image uint8 (H, W, 3), label) of a record; raises like `_decode`."""
         image, label = self._decode(index)
-        return from_float(self._transform(image)), label
+        return to_uint8(self._transform(image)), label
 
     def _decode(self, index: int) -> tuple[Image.Image, int]:
         """(image, label) of a record.

@@ -72,12 +72,19 @@ def report(
         )
     restored = Reconstructions(pipeline, test).collect("reconstruction")
     restored = dataclasses.replace(test, images=restored)
+    train = load_split(data, "train", size)
+    if len(train) < len(source):
+        logger.warning(
+            "the samples are compared with %d of the %d training images; more do not fit in memory",
+            len(train),
+            len(source),
+        )
+    classifier = fit_classifier(data["name"], train.images, train.labels, num_classes)
     if job:
+        in_common(np.array(job.classes), test.labels, num_classes)
         start = time.monotonic()
         samples = LabeledImages(job.collect("sampling"), np.array(job.classes))
         seconds = time.monotonic() - start
-    train = load_split(data, "train", size)
-    classifier = fit_classifier(data["name"], train.images, train.labels, num_classes)
     results = reconstruction_metrics(classifier, restored, test)
     if job:
         results |= {"samples": len(job), "seconds_per_sample": seconds / len(job)}
@@ -87,9 +94,9 @@ def report(
     pictures = reconstruction_grid(test.images[:12], restored.images[:12])
     save_png(out / "reconstructions.png", pictures)
     if job:
-        shown = np.argsort(samples.labels, kind="stable")
-        rank = np.arange(len(shown)) - np.searchsorted(samples.labels[shown], samples.labels[shown])
-        shown = shown[(rank < COLUMNS) & (samples.labels[shown] < CLASSES_SHOWN)]
+        order = np.argsort(samples.labels, kind="stable")
+        shown = (turns(samples.labels) < COLUMNS) & (samples.labels < CLASSES_SHOWN)
+        shown = order[shown[order]]
         names = [pipeline.class_names[label] for label in samples.labels[shown]]
         save_png(out / "samples.png", class_grid(samples.images[shown], names, COLUMNS))
         visual = GranularitySequence(*(part[:STAGES_SHOWN] for part in job.sample(0).sequence))
@@ -163,14 +170,32 @@ def sample_metrics(
     }
     shuffled = train.select(np.random.default_rng(0).permutation(len(train)))
     reference = features_of(shuffled, classifier, keep=REFERENCE_IMAGES)
-    chosen = balanced(test.labels, len(samples))
-    for name, images in (
-        ("samples", samples.select(np.arange(len(chosen)))),
-        ("real_test_images", test.select(chosen)),
-    ):
-        results[f"metrics_of_{name}"] = measure(images, classifier, reference)
-    results |= {"metrics_images": len(chosen), "features": len(reference.pool_mean)}
+    counts = in_common(samples.labels, test.labels, len(class_names))
+    for name, images in (("samples", samples), ("real_test_images", test)):
+        chosen = np.flatnonzero(turns(images.labels) < counts[images.labels])
+        results[f"metrics_of_{name}"] = measure(images.select(chosen), classifier, reference)
+    results |= {"metrics_images": int(counts.sum()), "features": len(reference.pool_mean)}
     return results
+
+
+def in_common(samples: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
+    """The number of images of each class that samples and held-out images both have, int (C,).
+
+    Classes differ more than good samples and bad ones do, so only equal numbers are compared.
+
+    Args:
+        samples, test: labels, int (N,).
+
+    Raises:
+        UserError: there are fewer than `MIN_IMAGES`.
+    """
+    counts = np.minimum(*(np.bincount(x, minlength=num_classes) for x in (samples, test)))
+    if counts.sum() < MIN_IMAGES:
+        raise UserError(
+            f"The samples and the held-out images have {counts.sum()} images of the same classes, "
+            f"and a comparison needs {MIN_IMAGES}; draw more samples."
+        )
+    return counts
 
 
 def table(results: dict[str, Any], num_classes: int) -> str:
@@ -205,7 +230,12 @@ def table(results: dict[str, Any], num_classes: int) -> str:
 
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:
     """Indices of at most `count` images, cycling through the classes while they last."""
+    return np.argsort(turns(labels), kind="stable")[:count]
+
+
+def turns(labels: np.ndarray) -> np.ndarray:
+    """How many of its class come before every image, int (N,)."""
     turn = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         turn[labels == label] = np.arange((labels == label).sum())
-    return np.argsort(turn, kind="stable")[:count]
+    return turn

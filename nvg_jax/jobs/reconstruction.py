@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from nvg_jax import pretrained
 from nvg_jax.evaluation.features import frechet_distance
@@ -18,7 +17,7 @@ from nvg_jax.evaluation.sets import ImageSet, Split
 from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.processes import gather_rows, is_main
 from nvg_jax.runtime.resumable import own_parts
-from nvg_jax.runtime.sharding import local_batch, local_mesh
+from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8
@@ -40,9 +39,6 @@ class Reconstructions(ImageSet):
         for number, batch in zip(numbers, self._originals.filled(numbers)):
             restored = to_uint8(self._pipeline.reconstruct(batch))
             yield restored[: len(self) - number * self.batch_size]
-
-    def describe(self) -> dict[str, Any]:
-        return {"tokenizer": self._pipeline.weights, **self._originals.describe()}
 
 
 class Measurements(NamedTuple):
@@ -72,7 +68,7 @@ def report(pipeline: Pipeline, images: Split, out: epath.Path, judge_name: str) 
     judge = make_judge(judge_name, "reconstructions")
     mesh = local_mesh()
     networks = {name: pretrained.load(name) for name in ("lpips", "lpips_alex")}
-    networks = jax.device_put(networks, NamedSharding(mesh, PartitionSpec()))
+    networks = jax.device_put(networks, replicated(mesh))
     distances = jax.jit(
         lambda networks, a, b: (
             pretrained.lpips(networks["lpips"], a, b, jnp.float32),

@@ -113,10 +113,6 @@ class SamplingJob(ImageSet):
     def image_size(self) -> tuple[int, int]:
         return self.pipeline.tokenizer.config.image_size
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return (*self.image_size, 3)
-
     def expanded_settings(self) -> Settings:
         """The settings of every stage; a setting that is not given takes the folder's value.
 
@@ -311,13 +307,13 @@ def read_part(path: epath.Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def join_parts(job: SamplingJob, part, out: epath.Path, mark: bytes):
     """Joins the parts into the .npz, one in memory at a time; recreates damaged ones."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(job), *job.image_shape)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(job), *job.image_size, 3)}
     with atomic_write(out) as file, zipfile.ZipFile(file, "w") as archive:
         archive.comment = mark
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for batch in range(job.num_batches):
-                images = read_part(part(batch), (len(job.indices(batch)), *job.image_shape))
+                images = read_part(part(batch), (len(job.indices(batch)), *job.image_size, 3))
                 if images is None:
                     images = to_uint8(job.sample(batch).images)
                 member.write(images.tobytes())

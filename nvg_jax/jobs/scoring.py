@@ -82,7 +82,7 @@ def fid_measurements(run: Run, parts: Sequence[Part]) -> dict[Part, FidMeasureme
             recipe = config[part.section]
             count, batch_size = recipe.fid_samples, recipe.batch_size
             batch_size = min(max(1, batch_size // jax.process_count()), count)
-            judge = make_judge(judge_name, part.images, fit)
+            judge = make_judge(judge_name, part.images, fit, config.pretrained_dir)
             if part.images == "reconstructions":
                 originals = Split(data, "test", size, batch_size, count)
                 reference = features_of(originals, judge, keep=0)

@@ -88,14 +88,10 @@ def tune(
     return best, lines
 
 
-def make_fids(
-    job: SamplingJob, judge: Judge, reference: FeatureSet, seeds: int
-) -> Callable[[Point], np.ndarray]:
-    """A function that measures the FID of a point's samples for each seed, from `job.seed` on."""
-
-    def fids(point: Point) -> np.ndarray:
-        changed = job.with_settings(point.settings)
-        runs = [dataclasses.replace(changed, seed=job.seed + number) for number in range(seeds)]
-        return np.array([fid(run, judge, reference) for run in runs])
-
-    return fids
+def measure_fids(
+    job: SamplingJob, judge: Judge, reference: FeatureSet, seeds: int, point: Point
+) -> np.ndarray:
+    """The FID of a point's samples for each seed, from `job.seed` on."""
+    changed = job.with_settings(point.settings)
+    runs = [dataclasses.replace(changed, seed=job.seed + number) for number in range(seeds)]
+    return np.array([fid(run, judge, reference) for run in runs])

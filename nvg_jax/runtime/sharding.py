@@ -170,6 +170,21 @@ def sharded_init(init: Callable, mesh: Mesh, *args) -> tuple[Callable, Any]:
     return jax.jit(lambda *a: unbox(init(*a)), out_shardings=placed), with_shardings(tree, placed)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, shards: int):
+    """Raises UserError if a batch does not split evenly over the shards of a mesh."""
+    if batch_size < 1 or batch_size % shards:
+        near = max(1, batch_size // shards) * shards
+        raise UserError(
+            f"A batch of {batch_size} does not split over the data x fsdp = {shards} shards of the "
+            f"mesh; use a multiple of {shards}, such as {near}, or another --config.mesh."
+        )
+
+
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

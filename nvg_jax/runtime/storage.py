@@ -1,6 +1,7 @@
 """Storage: paths on disks and in buckets, atomic writes, JSON with a checksum, fingerprints."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -175,7 +176,8 @@ def atomic_path(path: Path | epath.Path, shared: bool = False) -> Iterator[Path]
                 temporary.unlink()
             if not isinstance(error, OSError) or error.filename not in (None, str(temporary)):
                 raise  # an error about something else
-            with reported(f"{path} cannot be written"):
+            through = f", through {temporary}," if in_bucket(path) else ""
+            with reported(f"{path}{through} cannot be written"):
                 raise
 
 
@@ -209,13 +211,21 @@ def locked(folder: Path | epath.Path) -> Iterator[bool]:
         if is_main():
             make_folder(folder)
             if not in_bucket(folder):
-                descriptor = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    free = not isinstance(error, BlockingIOError)
+                free = _lock(folder, os.O_RDONLY, stack)
         yield bool(from_main(free))
+
+
+def _lock(path: os.PathLike, flags: int, stack: contextlib.ExitStack) -> bool:
+    """Locks a folder or file until the stack ends; whether no other command has."""
+    descriptor = os.open(path, flags, 0o666)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EBADF and flags == os.O_RDONLY:  # NFS: only what is written
+            return _lock(Path(path, ".lock"), os.O_RDWR | os.O_CREAT, stack)
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 @contextlib.contextmanager
@@ -277,7 +287,7 @@ def make_folder(folder: Path | epath.Path):
 # Fingerprints.
 
 
-def digest(content: dict[str, Any]) -> str:
+def digest(content: Any) -> str:
     """The SHA-256 of JSON-serializable content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Float32
 
 from nvg_jax import granularity
@@ -71,9 +71,8 @@ class SamplingProgram(NamedTuple):
         `program.sample.lower(*program.arguments(...), plan=plan)` compiles without any data.
         """
         stages, length = self.model.tokenizer.num_stages, self.model.tokenizer.num_positions
-        split, replicated = (
-            NamedSharding(mesh, spec) for spec in (sharding.BATCH_SPEC, PartitionSpec())
-        )
+        split = NamedSharding(mesh, sharding.BATCH_SPEC)
+        replicated = sharding.replicated(mesh)
 
         def batch(*shape: int, dtype=jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)

@@ -50,7 +50,7 @@ def changed_settings(
 ) -> dict[str, tuple[Any, Any]]:
     """{dotted path: (stored value, new value)} of the settings that differ.
 
-    Settings in `MAY_CHANGE` are left out.
+    Settings in `MAY_CHANGE` are left out, and `remat`.
 
     Args:
         section: the section of the config with the recipe.
@@ -66,7 +66,7 @@ def changed_settings(
         values |= {f"data.{name}": content[name] for name in ("num_images", "resize_filter")}
         for name in ("data", section):
             values[name] = {k: v for k, v in config[name].items() if k not in MAY_CHANGE}
-        return flatten_dict(values, sep=".")
+        return {k: v for k, v in flatten_dict(values, sep=".").items() if not covers("remat", k)}
 
     old = settings(stored)
     return {
@@ -94,6 +94,7 @@ def check_changes(
     changes = changed_settings(stored, new, section)
     follow = FOLLOW if any(covers(n, name) for n in LENGTH for name in changes) else ()
     never = {name for name in changes if any(covers(n, name) for n in NEVER_CHANGE)}
+    never -= {name for name in never if covers("drop_path", name)}  # any weights fit it
     refused = [
         name
         for name in changes

@@ -14,8 +14,7 @@ from nvg_jax.errors import UserError, comes_with, did_you_mean
 from nvg_jax.parts import CHOICES, PARTS, TOKENIZER, Part
 from nvg_jax.runtime import hardware
 from nvg_jax.sampling.settings import TRAINING_DTYPES, check_dtype
-from nvg_jax.training.ranges import check_ranges
-from nvg_jax.training.schema import check_schema
+from nvg_jax.training.ranges import check_settings
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from flax import traverse_util
@@ -24,7 +23,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.data import loader, transforms
     from nvg_jax.evaluation import judges
     from nvg_jax.runtime import storage
-    from nvg_jax.training import changes, generators, initial, length, optimizers, registry
+    from nvg_jax.training import changes, generators, length, optimizers, registry
 
 
 def check_config(config: ml_collections.ConfigDict):
@@ -103,8 +102,7 @@ def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
 
 def check_process(config: ml_collections.ConfigDict):
     """Raises UserError for invalid settings of a whole process, whatever it trains."""
-    check_schema(config)
-    check_ranges(config)
+    check_settings(config)
     steps = tuple(config.profile_steps)
     if steps and (len(steps) != 2 or steps[0] > steps[1]):
         raise UserError(
@@ -143,13 +141,6 @@ def check_resume(
             f"--resume_step is a step of one part, and part={config.part} trains "
             f"{' and '.join(part.name for part in parts)}; name it with --config.part."
         )
-
-
-def check_init(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
-    """Raises UserError if config.init_from lacks something that one of the parts needs."""
-    model = models.ModelConfig.from_config(config, num_classes=0)
-    names = [name for part in parts for name in part.networks]
-    initial.check_model(config.init_from, {name: model.abstract_params(name) for name in names})
 
 
 def check_fid(config: ml_collections.ConfigDict, name: str, parts: Sequence[Part]):

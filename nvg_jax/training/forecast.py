@@ -137,20 +137,9 @@ def flops(jaxpr: core.Jaxpr) -> float:
             total += 2 * size(equation.outvars[0]) * size(equation.invars[1]) / features
         else:
             times = params.get("length", 1) if name == "scan" else 1
-            total += times * sum(map(flops, core_jaxprs(params)))
+            total += times * sum(map(flops, core.jaxprs_in_params(params)))
     return total
 
 
 def size(variable) -> int:
     return math.prod(variable.aval.shape)
-
-
-def core_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
-    """The jaxprs among the parameters of an equation."""
-    found = []
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = item.jaxpr if isinstance(item, core.ClosedJaxpr) else item
-            if isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found

@@ -1,17 +1,19 @@
 """Starts a training from another model's weights, on other data and classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nvg_jax import workdir
 from nvg_jax.errors import UserError
 from nvg_jax.lora import CLASS_TABLE, class_table
 from nvg_jax.metadata import RunMetadata
-from nvg_jax.models import check_networks
+from nvg_jax.models import ModelConfig, check_networks
+from nvg_jax.parts import Part
 from nvg_jax.runtime.sharding import to_host
 from nvg_jax.training.state import Params, TrainState
 
@@ -61,12 +63,11 @@ def with_params(state: State, params: Params) -> State:
     return state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
 
 
-def check_model(folder: str, sizes: dict[str, Any]):
-    """Raises UserError like `start_from`, before anything is trained.
-
-    Args:
-        sizes: {"tokenizer" or a generator: its abstract parameters}.
-    """
+def check_init(config: ml_collections.ConfigDict, parts: Iterable[Part]):
+    """Raises UserError like `start_from` if config.init_from lacks what one of the parts needs."""
+    folder = config.init_from
+    model = ModelConfig.from_config(config, num_classes=0)
+    sizes = {name: model.abstract_params(name) for part in parts for name in part.networks}
     try:
         _, params = workdir.read_model(folder)
     except UserError as error:

@@ -132,6 +132,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
                         checkpoints.save(done, state, metadata.to_json(), batches.get_state())
             if preempted:
                 checkpoints.wait()
+                reporter.flush()
                 preemption.stop(
                     f"{name}: saved at step {done} of {steps}. The same command goes on from there."
                 )

@@ -141,7 +141,8 @@ class Reporter:
         """
         part, steps = trainer.part.name, trainer.steps
         folder, project = run.workdir / part, run.config.wandb_project
-        self._writers: list[EventWriter | WandbWriter] = [EventWriter(folder)]
+        self._events = EventWriter(folder)
+        self._writers: list[EventWriter | WandbWriter] = [self._events]
         if project and start < steps and is_main():
             self._writers.append(WandbWriter(project, folder, run.config_json()))
         self._forecast = forecast or Forecast([])
@@ -156,7 +157,7 @@ class Reporter:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
         if start < steps:
-            self._write("begin", start + 1)
+            self._events.begin(start + 1)
         self._beat(start)
 
     def close(self):
@@ -248,8 +249,13 @@ class Reporter:
 
     def assessed(self, step: int):
         """Notes that the model of this step has been evaluated, for a run that is resumed there."""
+        self.flush()
         if is_main():
             write_file(self._assessed, str(step))
+
+    def flush(self):
+        """Writes the events so far: what this process has not written is lost if it is killed."""
+        self._events.flush()
 
     def goodput(self, step: int):
         """Logs where the time went, and the memory of the devices."""

@@ -1,12 +1,14 @@
-"""The valid range of every number of a training's config."""
+"""Whether a config has the settings of configs/common.py, with values of their kinds and ranges."""
 
 import dataclasses
 import math
 from typing import Any
 
+import ml_collections
 import numpy as np
 
-from nvg_jax.errors import UserError
+from nvg_jax import presets
+from nvg_jax.errors import UserError, did_you_mean
 from nvg_jax.sampling.settings import MAX_SEED
 from nvg_jax.training.length import AUTO
 
@@ -39,6 +41,14 @@ class Range:
             text += f" and {'below' if self.below else 'at most'} {self.high:.10g}"
         return text + (f", or {self.auto:g}" if self.auto is not None else "")
 
+
+KINDS = (  # (type in configs/common.py, types that it may have elsewhere, what to call them)
+    (bool, bool, "True or False"),
+    (str, str, "text"),
+    (int, int, "a whole number"),
+    (float, (int, float), "a number"),
+    (tuple, (tuple, list, int, float, str), "numbers, such as (64, 64)"),
+)
 
 COUNT, NUMBER, SHARE = Range(1, whole=True), Range(0), Range(0, 1)
 RATE = Range(0, 1, below=True)
@@ -104,16 +114,51 @@ RANGES = dict(
 )
 
 
-def check_ranges(config, ranges: dict[str, Any] = RANGES, path: str = ""):
+def check_settings(
+    config,
+    base: ml_collections.ConfigDict | None = None,
+    ranges: dict[str, Any] = RANGES,
+    path: str = "",
+):
+    """Raises UserError for a setting that does not exist, is missing, or has an invalid value.
+
+    What a file adds to a config is not checked by ml_collections, as overrides are.
+    """
+    base = presets.base() if base is None else base
+    if not isinstance(config, ml_collections.ConfigDict):
+        what = f"{path[:-1]} must be a section" if path else "The config must be a ConfigDict"
+        raise UserError(f"{what}, as in configs/common.py, not {type(config).__name__}.")
+    for name in config:
+        if name not in base:
+            raise UserError(
+                f"There is no setting {path}{name}.{did_you_mean(name, base)} Correct it in the "
+                "config file, or remove it."
+            )
+    for name, default in base.items():
+        if name not in config:
+            raise UserError(
+                f"The config has no {path}{name}: begin it with base() of configs/common.py, or "
+                "with a preset, and change what differs."
+            )
+        value, limits = config[name], ranges.get(name)
+        if isinstance(default, ml_collections.ConfigDict):
+            check_settings(value, default, limits or {}, f"{path}{name}.")
+            continue
+        allowed, kind = next((a, k) for known, a, k in KINDS if isinstance(default, known))
+        is_flag = isinstance(value, bool) and not isinstance(default, bool)  # True is an int
+        if is_flag or not isinstance(value, allowed):
+            raise UserError(f"{path}{name} must be {kind}, got {value!r}.")
+        if limits is not None:
+            check_range(f"{path}{name}", value, limits)
+
+
+def check_range(name: str, value, allowed: Range):
     """Raises UserError for a number outside its range: all of a tuple's have the same."""
-    for name, allowed in ranges.items():
-        value = config[name]
-        if isinstance(allowed, dict):
-            check_ranges(value, allowed, f"{path}{name}.")
-        elif any(isinstance(number, str) for number in np.atleast_1d(value).tolist()):
-            given = value if isinstance(value, str) else ",".join(map(str, value))
-            raise UserError(f"{path}{name} takes numbers, such as 64,64; got {given!r}.")
-        elif any(number not in allowed for number in np.atleast_1d(value).tolist()):
-            raise UserError(f"{path}{name} must be {allowed}, got {value}.")
-        elif allowed.whole and any(number % 1 for number in np.atleast_1d(value).tolist()):
-            raise UserError(f"{path}{name} takes whole numbers, got {value}.")
+    numbers = np.atleast_1d(value).tolist()
+    if any(isinstance(number, str) for number in numbers):
+        given = value if isinstance(value, str) else ",".join(map(str, value))
+        raise UserError(f"{name} takes numbers, such as 64,64; got {given!r}.")
+    if any(number not in allowed for number in numbers):
+        raise UserError(f"{name} must be {allowed}, got {value}.")
+    if allowed.whole and any(number % 1 for number in numbers):
+        raise UserError(f"{name} takes whole numbers, got {value}.")

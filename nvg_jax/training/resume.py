@@ -9,7 +9,7 @@ from etils import epath
 
 from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata, read_metadata
-from nvg_jax.parts import GENERATOR_PARTS, TOKENIZER
+from nvg_jax.parts import CHOICES, GENERATOR_PARTS, TOKENIZER
 from nvg_jax.runtime import checkpoint
 from nvg_jax.training.changes import changed_settings, check_changes
 from nvg_jax.training.length import START, Origin
@@ -61,6 +61,12 @@ def check_start(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
         raise UserError(
             f"--config.init_from={now} has no effect: the run in {folder} has "
             "started already. Leave it as it was, or give another --workdir."
+        )
+    later = [p.name for p in CHOICES[new.config["part"]] if not (folder.parent / p.name).exists()]
+    if before and not now and later:
+        raise UserError(
+            f"The run in {folder} started from --config.init_from={before}, and so would "
+            f"{' and '.join(later)}: give it again, or train the others with --config.part."
         )
 
 
@@ -121,7 +127,7 @@ def continued(
             "images": stored.images_seen(section, start),
             "settings": {k: [*v] for k, v in settings.items()},
         }
-        if step not in (None, start):
+        if step is not None:
             change["resume_step"] = step
         changes = (*changes, change)
     origin = Origin(changes[-1]["step"], changes[-1]["images"]) if changes else START
@@ -131,7 +137,7 @@ def continued(
         raise UserError(
             f"{section}.length = {trainer.recipe.length!r} is {trainer.steps} steps, and the "
             f"checkpoint in {run.workdir / trainer.part.name} is of step {start}. Give a longer "
-            "one, or go back with --resume_step."
+            "one, go back with --resume_step, or train the other parts alone with --config.part."
         )
     return trainer, new.replace(changes=changes, steps=trainer.steps)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath, epy
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from nvg_jax import bundled, hub, pretrained
 from nvg_jax.data import (
@@ -29,7 +30,8 @@ from nvg_jax.metadata import RunMetadata, read_model_metadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import PARTS
 from nvg_jax.runtime import heartbeat, preemption, sharding, watchdog
-from nvg_jax.runtime.storage import storage_path
+from nvg_jax.runtime.processes import from_all
+from nvg_jax.runtime.storage import digest, storage_path
 from nvg_jax.training import length
 from nvg_jax.training.changes import NEWEST, Resume
 
@@ -74,7 +76,7 @@ class Run:
 
     @property
     def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
+        return sharding.replicated(self.mesh)
 
     def config_json(self) -> dict[str, Any]:
         return json.loads(self.config.to_json_best_effort())
@@ -92,11 +94,7 @@ class Run:
             UserError: the batch does not divide over the mesh, or the mesh not over the processes.
         """
         shards = sharding.batch_shards(self.mesh)
-        if batch_size % shards:
-            raise UserError(
-                f"batch_size {batch_size} must be a multiple of data x fsdp = {shards}, so that "
-                "every device has its part of a batch."
-            )
+        sharding.check_batch(batch_size, shards)
         if not sharding.processes_split_batch(self.mesh):
             raise UserError(
                 f"The mesh (data, fsdp, tensor) = {tuple(self.mesh.shape.values())} spreads tensor "
@@ -152,6 +150,8 @@ class Run:
         for batch in self.test_batches(recipe):
             metrics = jax.device_get(evaluate(batch))
             images = sharding.to_host(batch["mask"]).sum()
+            if not images:  # all of this batch are unreadable
+                continue
             totals = {name: totals.get(name, 0) + mean * images for name, mean in metrics.items()}
             count += images
         self.check_readable(count > 0)
@@ -194,20 +194,37 @@ def open_run(
     loaded = {
         name: pretrained.load(name, config.pretrained_dir or None) for name in sorted(set(networks))
     }
-    data_dir = config.data.data_dir or None
+    data_dir = config.data.data_dir and os.fspath(storage_path(config.data.data_dir))
     train_source = open_source(config.data.name, "train", data_dir=data_dir)
     config = fitted_config(config, len(train_source))
+    config.data.data_dir = data_dir
     if isinstance(train_source, SequenceSource):
         config.data.resize = train_source.resize
     test_source = open_source(
         config.data.name, "test", data_dir=data_dir, class_names=train_source.class_names
     )
+    check_same_data(train_source, test_source)
     model = ModelConfig.from_config(config, train_source.num_classes)
     resize_filter = choose_resize_filter(config, workdir, train_source, teacher and teacher[0])
     return Run(
         config, workdir, mesh, train_source, test_source, loaded, model, resize_filter, teacher,
         resume,
     )  # fmt: skip
+
+
+def check_same_data(train: Source, test: Source):
+    """Raises UserError if the processes see different data; every process must call it."""
+    if jax.process_count() == 1:
+        return
+    listing = digest({"classes": train.class_names, "files": [train.listing(), test.listing()]})
+    found = from_all(np.array([len(train), len(test), train.num_classes, int(listing[:7], 16)]))
+    others = (found != found[0]).any(1).nonzero()[0]
+    if len(others):
+        say = lambda x: f"{x[0]} training and {x[1]} held-out images of {x[2]} classes"
+        raise UserError(
+            f"Process {others[0]} sees other data than process 0: {say(found[others[0]])}, and "
+            f"{say(found[0])}. Give every machine the same files."
+        )
 
 
 def fitted_config(config: ml_collections.ConfigDict, num_images: int) -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, PRNGKeyArray
 
 from nvg_jax import pretrained
@@ -87,7 +87,7 @@ class Trainer(abc.ABC, Generic[State]):
         )
         self.optimizer = make_optimizer(self.optimizer_config, self.learning_rate)
         self.make_networks()
-        replicated = NamedSharding(mesh, PartitionSpec())
+        replicated = sharding.replicated(mesh)
         batch = {
             "image": jax.ShapeDtypeStruct(
                 (recipe.batch_size, *model.tokenizer.image_size, 3), jnp.float32
@@ -206,7 +206,7 @@ class Trainer(abc.ABC, Generic[State]):
         if not skips:
             return self.abstract_state.replace(skipping=None)
         abstract = jax.eval_shape(self.new_skipping)
-        placed = NamedSharding(self.mesh, PartitionSpec())
+        placed = sharding.replicated(self.mesh)
         return self.abstract_state.replace(skipping=sharding.with_shardings(abstract, placed))
 
     def resumed(self, state: State) -> State:
@@ -214,7 +214,7 @@ class Trainer(abc.ABC, Generic[State]):
         if self.abstract_state.skipping is None:
             return state.replace(skipping=None)
         if state.skipping is None:
-            placed = NamedSharding(self.mesh, PartitionSpec())
+            placed = sharding.replicated(self.mesh)
             return state.replace(skipping=jax.jit(self.new_skipping, out_shardings=placed)())
         return state
 

@@ -1,5 +1,6 @@
 """Metrics and pictures of a training at Weights & Biases, beside TensorBoard's."""
 
+import logging
 import secrets
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from nvg_jax.runtime.storage import in_bucket, write_file
 with epy.lazy_imports(error_callback=comes_with("wandb")):
     import wandb  # pyright: ignore[reportMissingImports]
     from wandb import errors  # pyright: ignore[reportMissingImports]
+
+
+logger = logging.getLogger("nvg_jax")
 
 
 def version() -> str:
@@ -49,17 +53,20 @@ class WandbWriter:
             )
         except (errors.UsageError, errors.AuthenticationError) as error:
             raise UserError(f"config.wandb_project: {error}") from error
-
-    def begin(self, step: int):
-        pass
+        except errors.CommError as error:
+            logger.warning("nothing goes to Weights & Biases until the next start: %s", error)
+            self._run = None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]):
-        self._run.log(dict(scalars), step=step)
+        if self._run:
+            self._run.log(dict(scalars), step=step)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]):
-        self._run.log({tag: wandb.Image(image) for tag, image in images.items()}, step=step)
+        if self._run:
+            self._run.log({tag: wandb.Image(image) for tag, image in images.items()}, step=step)
 
     def flush(self):
-        self._run.finish()
+        if self._run:
+            self._run.finish()
         if self._local:
             self._local.cleanup()
