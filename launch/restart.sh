@@ -10,8 +10,9 @@
 #     other    crashed, killed or stood still: restarts the command after a pause; exits with 1
 #              after too many crashes in a row without a new checkpoint
 #
-# SIGTERM and Ctrl-C are forwarded to the command, which saves its state. This script then exits
-# with the command's exit code and does not restart it, since the machine is going away.
+# SIGTERM, SIGHUP (of a terminal that closes) and Ctrl-C are forwarded to the command, which saves
+# its state. This script then exits with the command's exit code and does not restart it, since the
+# machine is going away.
 #
 # Environment:
 #     NVG_MAX_CRASHES=5       restarts after consecutive crashes; training that goes on from

@@ -258,15 +258,14 @@ def short_hash(text: str) -> str:
 
 def launcher_command(options: argparse.Namespace, name: str) -> list[str]:
     """The command of one run, up to the `--` before the training arguments."""
-    arguments = options.launcher_args
+    arguments, folder = options.launcher_args, short_hash(f"{options.workdir}/{name}")
     if options.launcher == "slurm":
-        # Repeated, it waits for the run of this name that was submitted before.
-        once = [f"--job-name={name}", "--dependency=singleton"]
+        # Submitted again, it waits for the one before, which has the same name.
+        once = [f"--job-name={name}-{folder}", "--dependency=singleton"]
         return ["sbatch", *once, *arguments, "launch/slurm.sbatch"]
     if options.launcher == "gke":  # names must be short and lower-case
         sweep = re.sub(r"[^a-z0-9]+", "-", Path(options.sweep).stem.lower()).strip("-")
         sweep = sweep if sweep[:1].isalpha() else f"nvg-{sweep}".strip("-")
-        folder = short_hash(f"{options.workdir}/{name}")
         return ["bash", "launch/gke_xpk.sh", f"--name={sweep[:18]}-{folder}", *arguments]
     return ["bash", "launch/local.sh", *arguments]
 

@@ -15,7 +15,7 @@ from etils import epath, epy
 from nvg_jax.errors import UserError, comes_with, listed
 from nvg_jax.metadata import RunMetadata, write_export
 from nvg_jax.models import parameter_counts
-from nvg_jax.runtime import export
+from nvg_jax.runtime import export, heartbeat
 from nvg_jax.runtime.storage import storage_path
 
 with epy.lazy_imports(error_callback=comes_with("hub")):
@@ -205,9 +205,9 @@ def _api() -> "huggingface_hub.HfApi":
 def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
     """Says in a sentence what the hub refuses; raises a failure of the hub itself unchanged.
 
-    A hub that cannot be reached is a failure, unless the name may be that of a folder: a mistake.
+    For a launcher, which may repeat the command, a hub that cannot be reached is a failure.
     """
-    unreachable = ConnectionError if is_remote(folder) else UserError
+    unreachable = ConnectionError if os.environ.get(heartbeat.VARIABLE) else UserError
     try:
         try:
             yield

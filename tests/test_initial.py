@@ -84,14 +84,15 @@ def test_a_part_that_is_trained_later_is_checked_first(model, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_whose_later_parts_would_start_from_scratch_is_refused(tmp_path):
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_whose_later_parts_would_start_from_scratch_is_refused(tmp_path, finished):
     (tmp_path / "tokenizer").mkdir()
     sizes = ModelConfig.from_config(tiny_config(), 1)
     metadata = lambda **config: RunMetadata(sizes, ("a",), config=tiny_config(**config).to_dict())
     stored = metadata(part="all", init_from="a/model")
     with pytest.raises(UserError, match="init_from=a/model, and so would generators: give it aga"):
-        check_start(stored, metadata(part="all"), tmp_path / "tokenizer")
-    check_start(stored, metadata(part="tokenizer"), tmp_path / "tokenizer")
+        check_start(stored, metadata(part="all"), tmp_path / "tokenizer", finished)
+    check_start(stored, metadata(part="tokenizer"), tmp_path / "tokenizer", finished)
 
 
 @pytest.mark.slow

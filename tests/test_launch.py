@@ -1257,8 +1257,11 @@ def test_sweep_launchers(tmp_path):
         return first
 
     slurm = first_command("--launcher=slurm", "--launcher_args=--nodes=2 --comment='a b'")
-    once = ["--job-name=seed=3", "--dependency=singleton"]
-    sbatch = ["sbatch", *once, "--nodes=2", "--comment=a b", "launch/slurm.sbatch"]
+    name, once = slurm[1], "--dependency=singleton"
+    assert re.fullmatch("--job-name=seed=3-[0-9a-f]{8}", name)
+    elsewhere = first_command("--launcher=slurm", "--workdir=runs/other")
+    assert elsewhere[1] != name and elsewhere[1].startswith("--job-name=seed=3-")
+    sbatch = ["sbatch", name, once, "--nodes=2", "--comment=a b", "launch/slurm.sbatch"]
     assert slurm == sbatch + training
     gke = first_command("--launcher=gke", "--launcher_args=--cluster=c --tpu_type=v6e-8")
     assert gke[:2] == ["bash", "launch/gke_xpk.sh"] and gke[3:] == [
@@ -1290,7 +1293,7 @@ def get_sweep():
 
 
 def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
-    program(tmp_path / "bin/sbatch", f'echo "$1" >>{tmp_path}/jobs; [[ $1 != *4 ]] || exit 3')
+    program(tmp_path / "bin/sbatch", f'echo "$1" >>{tmp_path}/jobs; [[ $1 != *=4-* ]] || exit 3')
     (tmp_path / "mine.py").write_text(
         "CONFIG = 'configs/digits.py'\n"
         "def get_sweep():\n    return [{'seed': seed} for seed in (3, 4, 5)]\n"
@@ -1300,7 +1303,8 @@ def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
         + ["--launcher=slurm", "--submit"],
         env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
     )
-    assert (tmp_path / "jobs").read_text() == "--job-name=seed=3\n--job-name=seed=4\n"
+    names = [line.rpartition("-")[0] for line in (tmp_path / "jobs").read_text().splitlines()]
+    assert names == ["--job-name=seed=3", "--job-name=seed=4"]
     assert result.returncode == 3 and "run 2 ended with exit code 3" in result.stderr
 
 

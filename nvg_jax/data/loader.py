@@ -97,21 +97,6 @@ def check_batch_size(source: Source, options: LoaderOptions):
         )
 
 
-def check_shared_memory(options: LoaderOptions):
-    """Raises UserError if the batches that workers keep do not fit there: they would be killed."""
-    image = 4 * 3 * math.prod(options.transform.image_size)
-    count = options.num_workers * (options.prefetch + 1)
-    needed = count * options.process_batch_size * image
-    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else needed
-    if needed > free:
-        raise UserError(
-            f"{options.num_workers} workers keep up to {count} batches, {needed / 1e6:,.0f} MB, in "
-            f"{SHARED_MEMORY}, which has {free / 1e6:,.0f} MB free. Give the container more "
-            "(docker run --shm-size; in Kubernetes, a volume of medium Memory), or reduce "
-            "config.data.num_workers (0: none) or prefetch."
-        )
-
-
 def train_batches(
     source: Source, options: LoaderOptions, seed: int, skip: int = 0
 ) -> "grain.DatasetIterator":
@@ -200,7 +185,7 @@ def crop_batches(
     load = _Load(source, functools.partial(_crops, options.transform, crops), blank, options.on_bad)
     examples = grain.MapDataset.range(len(source)).seed(seed).random_map(load.evaluate)
     batches = [
-        examples[start:stop].batch(options.process_batch_size, batch_fn=_stack)
+        examples[start:stop].batch(options.process_batch_size, batch_fn=_stacking(options))
         for start, stop in ranges
     ]
     return _iterate(grain.MapDataset.concatenate(batches), source, options)
@@ -312,7 +297,9 @@ def _own_batches(
     examples: "grain.MapDataset", source: Source, options: LoaderOptions
 ) -> "grain.DatasetIterator":
     """This process's batches: every process_count-th batch, starting at process_index."""
-    batches = examples.batch(options.process_batch_size, drop_remainder=True, batch_fn=_stack)
+    batches = examples.batch(
+        options.process_batch_size, drop_remainder=True, batch_fn=_stacking(options)
+    )
     return _iterate(batches[options.process_index :: options.process_count], source, options)
 
 
@@ -338,8 +325,6 @@ def _iterate(
         )
     )
     if options.num_workers:
-        if not isinstance(source, SequenceSource):  # which are small
-            check_shared_memory(options)
         if not flags.FLAGS.is_parsed():  # Grain reads some; a notebook or a script has none
             flags.FLAGS.mark_as_parsed()
         loaded = loaded.mp_prefetch(
@@ -369,11 +354,26 @@ def _follow_parent(worker: int, count: int):
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _stacking(options: LoaderOptions) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
+    """How examples become a batch.
+
+    Grain passes arrays in C order through shared memory and others, as crops are, through a pipe,
+    which takes the time of the process that trains. Where there is no room, as in containers,
+    workers would be killed.
+    """
+    if not options.num_workers or not os.path.isdir(SHARED_MEMORY):
+        return _stack
+    # Both ends keep as many; seen with Grain 0.2.
+    count = 2 * options.num_workers * (options.prefetch + 1) + 1
+    pixels = 4 * 3 * math.prod(options.transform.image_size)
+    room = shutil.disk_usage(SHARED_MEMORY).free / 2  # an evaluation's workers need some, too
+    fits = count * options.process_batch_size * pixels < room
+    return functools.partial(_stack, copy=np.ascontiguousarray) if fits else _stack
+
+
+def _stack(
+    examples: Sequence[dict[str, Any]], copy: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> dict[str, Any]:
     unreadable = [record for example in examples for record in example.pop("unreadable")]
-    # In C order, without which Grain does not share the memory of a worker.
-    batch = {
-        key: np.ascontiguousarray(np.stack([example[key] for example in examples]))
-        for key in examples[0]
-    }
+    batch = {key: copy(np.stack([example[key] for example in examples])) for key in examples[0]}
     return batch | {"unreadable": unreadable}

@@ -79,7 +79,14 @@ class Source(abc.ABC):
 
     def listing(self) -> Any:
         """What tells its records from those of another data set, JSON-serializable."""
-        return [len(self), *(self[index]["name"] for index in (0, len(self) - 1))]
+
+        def name(index: int) -> str:
+            try:
+                return self[index]["name"]
+            except UserError as error:  # unreadable, which may be allowed
+                return str(error)
+
+        return [len(self), name(0), name(len(self) - 1)]
 
     def describe(self) -> Any:
         """What tells its records from those of another version, JSON-serializable."""

@@ -185,7 +185,7 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
         not_nearer: the verdict.
 
     Raises:
-        UserError: images of different sizes, or arrays that are not images.
+        UserError: images of different sizes, arrays that are not images, or nothing is held out.
     """
     sampled, real = nearest_distances(samples, train), nearest_distances(held_out, train)
     copies = int((real == 0).sum())
@@ -196,7 +196,9 @@ def copying_report(samples, train, held_out) -> dict[str, float | bool]:
             copies,
             len(real),
         )
-        real = real[real > 0] if copies < len(real) else real
+        if copies == len(real):
+            raise UserError("All held-out images are also training images; hold out others.")
+        real = real[real > 0]
     low = np.quantile(real, LOW_QUANTILE)
     near_share = (sampled < low).mean()
     variance = LOW_QUANTILE * (1 - LOW_QUANTILE) * (1 / len(sampled) + 1 / len(real))

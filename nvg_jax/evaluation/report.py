@@ -132,7 +132,7 @@ def gather_moments(own: Moments) -> Moments:
 
 
 def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
-    """The features to compare with, cached for the next call with the same images.
+    """The features to compare with, cached for the next call with the same images if it can be.
 
     Statistics stored in a reference file take precedence over those of its images. For a data set,
     statistics are computed from all images, and precision and recall from 10,000.
@@ -161,7 +161,8 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
                 if parts:
                     shutil.rmtree(folder, ignore_errors=True)
         barrier("the features of the reference are there")
-        if not is_main() and not file.exists():  # on another machine
+        # On another machine.
+        if not is_main() and not (file.exists() and read_arrays(file)):
             _keep(file, features)
     if isinstance(images, Archive):
         features = features._replace(**images.statistics())

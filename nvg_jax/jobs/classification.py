@@ -73,9 +73,10 @@ def report(
     restored = Reconstructions(pipeline, test).collect("reconstruction")
     restored = dataclasses.replace(test, images=restored)
     train = load_split(data, "train", size)
-    if len(train) < len(source):
+    if job and len(train) < len(source):
         logger.warning(
-            "the samples are compared with %d of the %d training images; more do not fit in memory",
+            "the samples are compared with %d of the %d training images: with those that can be "
+            "read, and with no more than fit in memory",
             len(train),
             len(source),
         )

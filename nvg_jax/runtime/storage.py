@@ -217,7 +217,8 @@ def locked(folder: Path | epath.Path) -> Iterator[bool]:
 
 def _lock(path: os.PathLike, flags: int, stack: contextlib.ExitStack) -> bool:
     """Locks a folder or file until the stack ends; whether no other command has."""
-    descriptor = os.open(path, flags, 0o666)
+    with reported(f"{path} cannot be locked"):
+        descriptor = os.open(path, flags, 0o666)
     stack.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -46,18 +46,21 @@ def standing(trainer: Trainer, run: Run) -> tuple[Trainer, int]:
     assert stored is not None and stored.step is not None  # or all are damaged, which it says
     check_changes(stored, new, section, folder, run.resume.allow_changes)
     trainer, new = continued(trainer, run, stored, new, step)
-    if stored.step < trainer.steps:
-        check_start(stored, new, folder)
+    check_start(stored, new, folder, finished=stored.step >= trainer.steps)
     if trainer.part == TOKENIZER and new.changes != stored.changes and stored.step < trainer.steps:
         check_unused(run, latest)
     return trainer, stored.step
 
 
-def check_start(stored: RunMetadata, new: RunMetadata, folder: epath.Path):
-    """Raises UserError if a run is to start from other weights; the base of adapters may move."""
+def check_start(stored: RunMetadata, new: RunMetadata, folder: epath.Path, finished: bool):
+    """Raises UserError if a run, or its later parts, would start from other weights than it did.
+
+    The base of adapters may move.
+    """
     assert stored.config is not None and new.config is not None  # both are of trainings
     before, now = stored.config["init_from"], new.config["init_from"]
-    if now and not new.config["lora"]["rank"] and os.path.abspath(now) != os.path.abspath(before):
+    moved = os.path.abspath(now) != os.path.abspath(before)
+    if now and moved and not finished and not new.config["lora"]["rank"]:
         raise UserError(
             f"--config.init_from={now} has no effect: the run in {folder} has "
             "started already. Leave it as it was, or give another --workdir."
