@@ -38,7 +38,7 @@ def main(_):
     check_flags(judge)
     if judge in judges.FITTED:
         interrupts.kept = ""
-    _, table = evaluate_samples(judge) if FLAGS.samples else evaluate_model(judge, settings)
+    table = evaluate_samples(judge) if FLAGS.samples else evaluate_model(judge, settings)
     if is_main():
         print(table)
         print(out_folder() / "metrics.json")
@@ -107,15 +107,15 @@ def out_folder() -> epath.Path:
     return folder / next((use for use in uses if getattr(FLAGS, use)), "classifier")
 
 
-def evaluate_samples(judge: str):
-    """(results, table) for a file of samples."""
+def evaluate_samples(judge: str) -> str:
+    """The table for a file of samples, on process 0; so are the next two."""
     samples = sets.Archive(FLAGS.samples, FLAGS.batch_size)
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size)
     return compare(judge, [({}, samples, {"samples": FLAGS.samples})], reference, out_folder())
 
 
-def evaluate_model(judge: str, settings):
-    """(results, table) for a model."""
+def evaluate_model(judge: str, settings) -> str:
+    """The table for a model."""
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir, FLAGS.dtype)
     fitted = judge in judges.FITTED
     needs_data = FLAGS.reconstruction or fitted or FLAGS.reference in SPLITS
@@ -125,14 +125,14 @@ def evaluate_model(judge: str, settings):
         assert data is not None
         images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
         results = reconstruction.report(pipe, images, out, judge)
-        return results, results and reconstruction.table(results)
+        return reconstruction.table(results) if results else ""
     if fitted:
         assert data is not None
         if not pipe.can_sample:
             check_unused(OF_SAMPLES, "a tokenizer alone")
         job = sampling_job(pipe, settings) if pipe.can_sample else None
         results = classification.report(pipe, data, job, out)
-        return results, results and classification.table(results, len(pipe.class_names))
+        return classification.table(results, len(pipe.class_names)) if results else ""
     pipe.check_can_sample()
     job, points = sampling_job(pipe, settings), []
     for point in parse_sweep(FLAGS.sweep) if FLAGS.sweep else [{}]:
@@ -151,8 +151,8 @@ def sampling_job(pipe, settings):
     )
 
 
-def compare(name: str, points, reference, out: epath.Path):
-    """(results, table) of the points of a sweep, or of a single point.
+def compare(name: str, points, reference, out: epath.Path) -> str:
+    """The table of the points of a sweep, or of a single point.
 
     Args:
         name: of the judge.
@@ -164,11 +164,11 @@ def compare(name: str, points, reference, out: epath.Path):
     features = report.reference_features(reference, judge)
     if FLAGS.sweep:
         results = report.sweep(points, features, judge, out)
-        return results, results and report.table(results)
-    ((_, images, facts),) = points
-    facts = {"reference": FLAGS.reference, **facts}
-    results = report.compare(images, features, judge, out, facts)
-    return results, results and report.table([results])
+    else:
+        ((_, images, facts),) = points
+        facts = {"reference": FLAGS.reference, **facts}
+        results = [report.compare(images, features, judge, out, facts)]
+    return report.table(results) if is_main() else ""
 
 
 if __name__ == "__main__":

@@ -151,22 +151,20 @@ def download_published(
         UserError: there is no such model, no permission or no network; or several files may be
             meant, which the message lists.
     """
-    repository = model_name(name)
-    if repository is None:
-        raise UserError(f"{name} is not a model of the hub; expected ORG/NAME.")
-    with _reported(PREFIX + repository, repository, None):
-        info = _api().model_info(repository)
+    name = repository(name)
+    with _reported(PREFIX + name, name, None):
+        info = _api().model_info(name)
         files = [s.rfilename for s in info.siblings or () if s.rfilename.endswith(CHECKPOINTS)]
         if autoencoder is None:
             named = [file for file in files if AUTOENCODER.search(Path(file).stem.lower())]
-            autoencoder = _only(repository, "autoencoder", named, files)
+            autoencoder = _only(name, "autoencoder", named, files)
         others = [file for file in files if file != autoencoder]
         if generator is None and others:
-            generator = _only(repository, "generator", others, files)
+            generator = _only(name, "generator", others, files)
         license = _license(info) or "not stated"
-        logger.info("The license of %s: %s. Converting does not change it.", repository, license)
+        logger.info("The license of %s: %s. Converting does not change it.", name, license)
         paths = [
-            Path(_api().hf_hub_download(repository, file))
+            Path(_api().hf_hub_download(name, file))
             for file in (autoencoder, generator)
             if file is not None
         ]
@@ -179,9 +177,9 @@ def stated_license(name: str) -> str | None:
     Raises:
         UserError: there is no such model, no permission or no network.
     """
-    repository = name.removeprefix(PREFIX)
-    with _reported(PREFIX + repository, repository, None):
-        return _license(_api().model_info(repository))
+    name = repository(name)
+    with _reported(PREFIX + name, name, None):
+        return _license(_api().model_info(name))
 
 
 def _license(info: "huggingface_hub.ModelInfo") -> str | None:

@@ -330,8 +330,8 @@ def test_an_output_that_reuses_an_argument_counts_once():
         temp_size_in_bytes = 30
         generated_code_size_in_bytes = 5
 
-    memory = hardware.device_memory(Stats, 200.0)
-    assert memory["outputs"] == 10 and memory["total"] == 145 and memory["hbm"] == 200
+    memory = hardware.device_memory(Stats)
+    assert memory["outputs"] == 10 and memory["total"] == 145
 
 
 # The batch search, with a fake compiler whose programs take a known number of bytes.

@@ -34,8 +34,7 @@ def free_memory(compiler: Compiler, batch_size: int) -> float:
     started = time.monotonic()
     try:
         stats = compiler.compile(batch_size).program.memory_analysis()
-        hbm = compiler.target.device.hbm
-        free = hbm - device_memory(stats, hbm)["total"]
+        free = compiler.target.device.hbm - device_memory(stats)["total"]
     except DoesNotFitError as error:
         free = -error.missing
     logger.info(

@@ -73,7 +73,7 @@ def make_report(
     text = compiled.program.as_text()
     assert text is not None  # XLA's backends print their programs
     devices, cost = target.mesh.size, hlo.cost(hlo.parse(text))
-    memory = device_memory(compiled.program.memory_analysis(), target.device.hbm)
+    memory = device_memory(compiled.program.memory_analysis()) | {"hbm": target.device.hbm}
     collectives = sorted(cost.collectives, key=lambda item: -item.bytes_sent)
     if model_flops is None:
         model_flops = compiler.model_flops(batch_size)

@@ -220,7 +220,7 @@ def sweep(
     results = []
     for number, (point, images, facts) in enumerate(points, 1):
         logger.info("sweep: %d of %d: %s", number, len(points), point)
-        folder = out / digest(json.loads(json.dumps(point)))[:8]
+        folder = out / digest(point)[:8]
         results.append({"sweep": point, **compare(images, reference, judge, folder, facts)})
     if not is_main():
         return []

@@ -95,7 +95,7 @@ def pin_options():
         )
 
 
-def device_memory(stats, hbm: float) -> dict[str, float]:
+def device_memory(stats) -> dict[str, float]:
     """Bytes on one device, as the compiler accounts for them.
 
     outputs: only those that do not reuse the memory of an argument. total: the sum of all parts.
@@ -106,4 +106,4 @@ def device_memory(stats, hbm: float) -> dict[str, float]:
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    return {**parts, "total": sum(parts.values()), "hbm": hbm}
+    return {**parts, "total": sum(parts.values())}

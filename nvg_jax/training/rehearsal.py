@@ -219,7 +219,7 @@ def time_saving(run: Run, state) -> float:
 
 def memory_line(programs: Iterable[jax.stages.Compiled]) -> str:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    needed = max(device_memory(each.memory_analysis(), limit)["total"] for each in programs)
+    needed = max(device_memory(each.memory_analysis())["total"] for each in programs)
     text = f"needs {needed / 2**30:.3g} GiB of memory per device"
     return text + (f" of {limit / 2**30:.3g}" if limit else "")
 
