@@ -21,7 +21,7 @@ quote() {
     local word line="" quoted="'\\''"
     for word; do
         if [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-            word="'${word//\'/"$quoted"}'"
+            word="'${word//\'/$quoted}'" # without inner quotes, which bash 3.2 would keep
         fi
         line+=" $word"
     done
@@ -41,7 +41,7 @@ run() {
 # training needs beside the requirements on TPUs, quoted) from the arguments after --, after training
 # itself has checked them: with its own parser, without data and accelerators, also in a dry run.
 take_train_arguments() {
-    local argument config='' code=0
+    local argument config='' scheme code=0
     workdir=
     packages="'jax[tpu]'"
     for argument; do
@@ -50,6 +50,11 @@ take_train_arguments() {
             --workdir=*) workdir=${argument#*=} ;;
             --config.wandb_project=?*) packages+=" 'wandb>=0.19'" ;;
         esac
+    done
+    while [[ ${workdir#*://} == *//* ]]; do # as training reads it
+        [[ $workdir == *://* ]] && scheme=${workdir%%://*}:// || scheme=
+        workdir=${workdir#"$scheme"}
+        workdir=$scheme${workdir//\/\//\/}
     done
     workdir=${workdir%/}
     given_workdir=$workdir

@@ -41,7 +41,7 @@ while (($#)); do
         --num_slices=*) num_slices=${1#*=} ;;
         --max_restarts=*) max_restarts=${1#*=} ;;
         --docker_image=*) docker_image=${1#*=} ;;
-        --xpk_flags=*) read -ra xpk_flags <<<"${1#*=}" ;;
+        --xpk_flags=*) read -d '' -ra xpk_flags <<<"${1#*=}" || true ;;
         --dry_run) dry_run=1 ;;
         --help) print_help && exit ;;
         --) shift && break ;;
@@ -70,7 +70,8 @@ else
     pack "$stage.tar.gz"
     run tar -xzf "$stage.tar.gz" -C "$stage"
     image=(--base-docker-image=python:3.12 "--script-dir=$stage")
-    command="pip install --quiet --requirement requirements.txt $packages && $command"
+    # xpk restarts a workload that ends with 75, and no other that ends by itself.
+    command="{ pip install --quiet --requirement requirements.txt $packages || { sleep 60; exit 75; }; } && $command"
 fi
 
 # On every way out: a request that failed or was interrupted may have left a workload, too.

@@ -99,7 +99,7 @@ if [[ ${NVG_LOG:-} ]]; then
         copy_log
     done &
     copier=$!
-    trap 'rm -f "$NVG_HEARTBEAT"; kill "$copier" 2>/dev/null; copy_log' EXIT
+    trap 'rm -f "$NVG_HEARTBEAT"; kill "$copier" 2>/dev/null || true; copy_log' EXIT
 fi
 
 crashes=0

@@ -71,8 +71,8 @@ while (($#)); do
         --slices=*) slices=${1#*=} ;;
         --spot) spot=(--spot) ;;
         --runtime_version=*) runtime_version=${1#*=} ;;
-        --create_flags=*) read -ra create_flags <<<"${1#*=}" ;;
-        --ssh_flags=*) read -ra ssh_flags <<<"${1#*=}" ;;
+        --create_flags=*) read -d '' -ra create_flags <<<"${1#*=}" || true ;;
+        --ssh_flags=*) read -d '' -ra ssh_flags <<<"${1#*=}" || true ;;
         --setup=*) setup=${1#*=} ;;
         --stall=*) stall=${1#*=} ;;
         --attempts=*) max_attempts=${1#*=} ;;
@@ -185,6 +185,7 @@ state() {
 
 # On every way out: deletes the TPU VMs, or says what still runs and how to delete it. Nothing stops
 # it: no signal, and no terminal or pipe that is gone.
+ours= # whether this command requested it, or found its training there: else it is not deleted
 finish() {
     local code=$? try now
     set +e
@@ -197,7 +198,7 @@ finish() {
         if [[ $now == NOT_FOUND ]]; then
             say "$name does not exist (any more); nothing runs"
             break
-        elif [[ ! $delete_at_end ]] || ((try == 4)); then
+        elif [[ ! $delete_at_end || ! $ours ]] || ((try == 4)); then
             say "$name is $now and may cost money; this deletes it:"
             echo "    ${CLOUDSDK_CORE_PROJECT:+CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT }$(quote "${delete[@]}")" >&2
             break
@@ -223,7 +224,7 @@ command=$(cksum <<<"$train" | tr ' ' -)
 # One line per worker: training=idle, training=running, training=other (another command goes on) or
 # training=EXIT_CODE.
 # shellcheck disable=SC2016 # expanded on the worker
-look='if tmux has-session -t nvg_jax 2>/dev/null; then $same && echo training=running || echo training=other; elif $same && [ -f exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
+look='if tmux has-session -t nvg_jax 2>/dev/null; then $same && echo training=running || echo training=other; elif $same && [ -s exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
 look="same='grep -qxs $command command'; $look"
 
 # The runtime's own Python is too old; uv installs a newer one.
@@ -320,6 +321,7 @@ attempt() {
 }
 
 if [[ $now == NOT_FOUND ]]; then
+    ours=1
     call 300 "${create[@]}" || give_up "the request for $name failed, see above"
 fi
 was_active=
@@ -342,6 +344,7 @@ while true; do
             reached=1
             on_workers all "$look"
             call 120 "${ssh[@]}" >"$answer" || reached=
+            grep -q 'training=' "$answer" || reached= # gcloud may skip workers and succeed
             codes=$(grep -oE 'training=[0-9]+' "$answer" | cut -d= -f2 | sort -un) || true
             final=$(grep -vxE '0|75|134|137|143' <<<"$codes" | head -n 1) || true
             if grep -q 'training=other' "$answer"; then
@@ -349,8 +352,11 @@ while true; do
                 say "error: $name trains something else; wait for its end, give another --name, or stop it with launch/tpu_vm.sh delete --name=$name --zone=$zone"
                 exit 2
             fi
-            if grep -q 'training=running' "$answer"; then
-                watched=1
+            if grep -q 'training=running' "$answer" && [[ ! $final ]]; then
+                watched=1 # a final code that comes later is of this training
+            fi
+            if grep -qE 'training=(running|[0-9])' "$answer"; then
+                ours=1
             fi
             if [[ $final && $watched ]]; then
                 say "training ended with exit code $final; its logs are in $workdir/logs"

@@ -566,7 +566,13 @@ def test_gke_dry_run(tmp_path):
         *["--zone=us-east5-a", "--spot"],
     ]
     install, command = xpk[-1].removeprefix("--command=").split(" && ", 1)
-    assert shlex.split(install)[:2] == ["pip", "install"] and "jax[tpu]" in shlex.split(install)
+    assert shlex.split(install)[:3] == ["{", "pip", "install"]
+    assert "jax[tpu]" in shlex.split(install)
+    # A failure of the network restarts the pods: 75.
+    for name, code in (("pip", 1), ("sleep", 0)):
+        program(tmp_path / "bin" / name, f"exit {code}")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    assert run(["bash", "-c", install], env={"PATH": path}).returncode == 75
     assert shlex.split(command) == ["exec", "env", CACHE, *RESTART, "--distributed", *TRAIN]
 
 
@@ -603,6 +609,8 @@ QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 def test_tpu_dry_run(tmp_path):
     arguments = [*TPU, "--spot", "--setup=gcsfuse 'my data' ~/data", "--", *TRAIN]
     found = commands("tpu_vm.sh", *arguments, DRY_RUN="1", TMPDIR=str(tmp_path))
+    slashes = [x.replace("gs://bucket/", "gs://bucket///") for x in arguments]  # a variable's end
+    assert commands("tpu_vm.sh", *slashes, DRY_RUN="1", TMPDIR=str(tmp_path))[4] == found[4]
     zone, everywhere = "--zone=us-east5-a", ["--node=all", "--worker=all"]
     describe = [*QUEUED, "describe", "nvg", zone, "--format=value(state.state)"]
     create = [
@@ -871,6 +879,19 @@ def test_tpu_leaves_another_training_alone(tmp_path, ending):
         process.send_signal(signal.SIGTERM)
         assert tpu.end(process)[0] == 143
     assert tpu.calls.count("scp") == 1
+
+
+def test_tpu_that_was_not_requested_here_and_is_not_known_is_not_deleted(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=2)
+    with tpu.start() as process:
+        wait_for((tmp_path / "1" / "session").exists)
+        process.send_signal(signal.SIGTERM)
+        assert tpu.end(process)[0] == 143
+    (tmp_path / "ssh_fails").touch()
+    with tpu.start("--stall=1", "--delete_at_end") as process:
+        code, said = tpu.end(process)
+    assert code == 1 and "not all workers can be reached; giving up" in said
+    assert tpu.exists and "delete" not in tpu.calls and "may cost money" in said
 
 
 @ENDINGS

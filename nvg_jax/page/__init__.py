@@ -469,7 +469,9 @@ def build(page: Page) -> gr.Blocks:
             use = gr.Button("Use sample 1", min_width=100)
         sources.append((upload, use, message()))
 
-    with gr.Blocks(title=f"nvg_jax: {page.name}", analytics_enabled=False) as blocks:
+    with gr.Blocks(
+        title=f"nvg_jax: {page.name}", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as blocks:
         gr.Markdown(
             f"# Next Visual Granularity: {page.name}\n"
             "An image grows in stages, each with twice as many tokens. The structure says which "
@@ -547,6 +549,7 @@ def serve(blocks: gr.Blocks, host: str, port: int) -> str:
         return blocks.launch(
             server_name=host,
             server_port=port,
+            share=False,  # by default, Gradio opens it to everyone where it sees a hosted notebook
             max_file_size=MAX_UPLOAD,
             footer_links=["gradio"],
             prevent_thread_lock=True,

@@ -43,14 +43,16 @@ if (colors.length) {
   cursor.style.height = 100 * brush / canvas.height + "%";
   move(...at);
   canvas.onpointerdown = event => {
+    if (event.button || !event.isPrimary) return;  // a right click, another finger
     canvas.setPointerCapture(event.pointerId);
     at = place(event);
     move(...at, true);
   };
   canvas.onpointermove = event =>
-    move(...place(event), canvas.hasPointerCapture(event.pointerId));
+    event.isPrimary && move(...place(event), canvas.hasPointerCapture(event.pointerId));
   canvas.onlostpointercapture = save;  // also of a stroke that ends outside
   canvas.onkeydown = event => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;  // the browser's
     const by = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
     const [x, y] = by[event.key] || [];
     if (by[event.key]) move(at[0] + x * brush / 2, at[1] + y * brush / 2, event.shiftKey);

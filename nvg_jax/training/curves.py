@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,8 @@ def rank(runs: Mapping[str, dict[str, Curves]]) -> list[str]:
         curves = {name: run[parts[-1]].get(tag, {}) for name, run in runs.items()}
         if all(curves.values()):
             value = lambda name: min(curves[name].values()) if tag == "fid" else last(curves[name])
-            return sorted(runs, key=value, reverse=not less)
+            worse = lambda x: (math.isnan(x), x if less else -x)
+            return sorted(runs, key=lambda name: worse(value(name)))
     return list(runs)
 
 
