@@ -51,12 +51,12 @@ take_train_arguments() {
             --config.wandb_project=?*) packages+=" 'wandb>=0.19'" ;;
         esac
     done
-    while [[ ${workdir#*://} == *//* ]]; do # as training reads it
-        [[ $workdir == *://* ]] && scheme=${workdir%%://*}:// || scheme=
-        workdir=${workdir#"$scheme"}
-        workdir=$scheme${workdir//\/\//\/}
+    [[ $workdir == *://* ]] && scheme=${workdir%%://*}:// || scheme=
+    workdir=${workdir#"$scheme"}
+    while [[ $workdir == *//* ]]; do # as training reads it
+        workdir=${workdir//\/\//\/}
     done
-    workdir=${workdir%/}
+    workdir=$scheme${workdir%/}
     given_workdir=$workdir
     [[ $workdir != "~"/* ]] || workdir=$HOME/${workdir#"~/"} # as training reads it
     [[ $config ]] || fail "no --config=FILE among the training arguments, which come after --; see $0 --help"

@@ -183,9 +183,10 @@ state() {
     fi
 }
 
+ours= # whether this command requested them, or found its training there: others are not deleted
+
 # On every way out: deletes the TPU VMs, or says what still runs and how to delete it. Nothing stops
 # it: no signal, and no terminal or pipe that is gone.
-ours= # whether this command requested it, or found its training there: else it is not deleted
 finish() {
     local code=$? try now
     set +e
