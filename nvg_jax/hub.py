@@ -205,7 +205,7 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
 
     For a launcher, which may repeat the command, a hub that cannot be reached is a failure.
     """
-    unreachable = ConnectionError if os.environ.get(heartbeat.VARIABLE) else UserError
+    unreachable = ConnectionError if heartbeat.is_read() else UserError
     try:
         try:
             yield

@@ -19,6 +19,11 @@ logger = logging.getLogger("nvg_jax")
 _last = None  # the time and the arguments of the last beat
 
 
+def is_read() -> bool:
+    """Whether a launcher reads the heartbeat: it repeats the command after a failure."""
+    return bool(os.environ.get(VARIABLE))
+
+
 def beat(workdir: epath.Path, part: str, start: int, step: int, **more):
     """Process 0 replaces WORKDIR/heartbeat.json; every process replaces the file of `VARIABLE`.
 
@@ -32,7 +37,7 @@ def beat(workdir: epath.Path, part: str, start: int, step: int, **more):
     _last = time.monotonic(), functools.partial(beat, workdir, part, start, step, **more)
     text = json.dumps({"part": part, "start": start, "step": step, "time": time.time(), **more})
     places = [workdir / FILE] if is_main() else []
-    if os.environ.get(VARIABLE):
+    if is_read():
         places.append(epath.Path(os.environ[VARIABLE]))
     for place in places:
         try:
