@@ -5,6 +5,8 @@ Without --workdir it shows the bundled Fashion-MNIST model. Only this machine ca
 """
 
 import logging
+import os
+import tempfile
 
 from absl import flags
 from etils import epy
@@ -28,9 +30,11 @@ def main(_):
     if FLAGS.write_opening:
         shown.write_opening()
         return
-    blocks = build(shown).queue(max_size=FLAGS.max_waiting)
-    logger.info("the page is at %s", page.serve(blocks, FLAGS.host, FLAGS.port))
-    blocks.block_thread()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # uploads; not another user's /tmp/gradio
+        blocks = build(shown).queue(max_size=FLAGS.max_waiting)
+        logger.info("the page is at %s", page.serve(blocks, FLAGS.host, FLAGS.port))
+        blocks.block_thread()
 
 
 if __name__ == "__main__":

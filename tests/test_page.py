@@ -3,6 +3,7 @@
 import base64
 import gc
 import io
+import os
 import re
 import shutil
 import socket
@@ -12,7 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 from etils import epy
-from helpers import TIMEOUT, random_pipeline
+from helpers import TIMEOUT, free_port, random_pipeline
 from PIL import ExifTags, Image
 
 from nvg_jax.errors import UserError
@@ -136,6 +137,7 @@ def test_a_part_of_a_picture_is_resampled(opened):
         (None, [], {"seed": float("inf")}, "The seed must be a whole number in 0"),
         (None, [], {"seed": -1}, "The seed must be a whole number in 0"),
         (None, [], {"settings": ["warm"]}, "Variety of the tokens takes numbers, got"),
+        (None, [], {"settings": [*DEFAULTS[:5], "101"]}, "can be at most 100 on this page"),
         (None, [], {"settings": ["1", "0", "2"]}, "which probability must be above 0 and"),
     ],
 )
@@ -162,6 +164,7 @@ LARGE = "The picture has more than 25 megapixels, or 65 as a JPEG; make it small
         ("wide.png", LARGE),
         ("wide.jpg", LARGE),
         ("bomb.png", LARGE),
+        ("a.eps", "a.eps is not a readable image (EPS is not one of PNG, JPEG, MPO, "),
         ("gray.png", ""),
     ],
 )
@@ -179,7 +182,7 @@ def test_an_upload_is_shown_as_the_model_sees_it_or_a_sentence(opened, tmp_path,
     reference, masked, said = opened.upload(str(path))
     if fault:
         assert reference == masked == gr.skip()
-        assert said == f'<p role="alert">{fault}</p>'  # without the folder
+        assert said.startswith(f'<p role="alert">{fault}')  # without the folder
     else:
         assert reference == masked and said == ""
         assert page.pixels_of(reference["picture"]).shape == (SIZE, SIZE, 4)
@@ -217,6 +220,29 @@ def test_the_opening_of_other_weights_is_not_shown(opened, tmp_path, monkeypatch
     np.testing.assert_array_equal(shown.opening(), stages)
     shown.pipe = types.SimpleNamespace(tokenizer=opened.pipe.tokenizer, weights="newer")
     assert shown.opening() is None
+
+
+def test_too_little_memory_is_said_on_the_page(opened, caplog, monkeypatch):
+    def fail(self, batch):
+        raise MemoryError("128 GiB")
+
+    monkeypatch.setattr(SamplingJob, "sample", fail)
+    waiting, (said, *rest) = opened.sample(page.Kept, 0, "0", 0, *DEFAULTS)
+    assert "Sampling." in waiting[0]
+    assert said == '<p role="alert">Sampling failed; the log of this page says why.</p>'
+    assert rest == [gr.skip()] * 4 and "128 GiB" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")  # of the server
+def test_the_page_starts_behind_a_proxy(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("no_proxy", "intranet")
+    with gr.Blocks() as blocks:
+        assert page.serve(blocks, "127.0.0.1", free_port()).startswith("http://127.0.0.1:")
+    blocks.close()
+    assert os.environ["no_proxy"] == "intranet,localhost,127.0.0.1"
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the server

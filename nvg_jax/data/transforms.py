@@ -9,10 +9,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nvg_jax.data import lanczos4
-from nvg_jax.errors import UserError, is_failure
+from nvg_jax.errors import UserError, is_failure, listed
 
 RESIZE_FILTERS = ("lanczos", "published")
 DEFAULT_FILTER = "lanczos"
+# Of files; what Pillow reads by running another program, such as EPS, is not among them.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONG = 16  # an image this many times as long as its crop is not resized whole
 
 
@@ -32,7 +34,8 @@ def decode(
             eighth of its size, without decoding it whole.
 
     Raises:
-        UserError: not an image, a damaged one, or one that cannot be converted to RGB.
+        UserError: not an image, one of a format that is not in `FORMATS`, a damaged one, or one
+            that cannot be converted to RGB.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image).convert("RGB")
@@ -40,6 +43,8 @@ def decode(
         if isinstance(image, Image.Image):
             return _to_rgb(image, background)
         with Image.open(io.BytesIO(image)) as opened:
+            if opened.format not in FORMATS:
+                raise UserError(f"{opened.format} is not one of {listed(FORMATS)}")
             if enough is not None:
                 opened.draft(None, (enough, enough))
             return _to_rgb(opened, background)

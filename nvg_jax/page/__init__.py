@@ -5,6 +5,7 @@ import functools
 import html
 import io
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ MAX_UPLOAD = "30mb"
 # Of an upload; a small file can hold a picture that fills the memory. A JPEG is not decoded whole.
 MAX_MEGAPIXELS, MAX_JPEG = 25, 65
 ENOUGH = 1024  # pixels on the shorter side of an upload
+MOST_STEPS = 100  # more gain nothing, and everyone waits for them
 LABELS = {  # of the settings, in plain words
     "temperature": "Variety of the tokens",
     "top_k": "Only the most likely tokens: how many",
@@ -218,6 +220,8 @@ class Page:
         if isinstance(shown, str):
             value = spec.parse(LABELS[name], shown.replace(" ", ""))
         spec.expand(LABELS[name], value, sizes.num_stages, sizes.codebook_size)
+        if name == "flow_steps" and value > MOST_STEPS:
+            raise UserError(f"{LABELS[name]} can be at most {MOST_STEPS} on this page.")
         return value
 
     def check(self, name: str, shown: Any) -> dict:
@@ -296,11 +300,15 @@ class Page:
                 self.pipe.program.sample.clear_cache()
                 self._compiled.clear()
             out = job.sample(0)
+            self._compiled.add(plan)
+            stages, code = self.stages(out), self.lines(kept, label, seed, changes)
         except UserError as error:
             yield failed(str(error)), *rest
             return
-        self._compiled.add(plan)
-        stages, code = self.stages(out), self.lines(kept, label, seed, changes)
+        except Exception:  # such as too little memory
+            logger.exception("page: no samples")
+            yield failed("Sampling failed; the log of this page says why."), *rest
+            return
         links = " ".join(
             f'<a href="{url_of(pixels)}" download="{name}">{name}</a>'
             for name, pixels in kept.files.items()
@@ -545,6 +553,9 @@ def serve(blocks: gr.Blocks, host: str, port: int) -> str:
     Raises:
         UserError: the port cannot be used.
     """
+    # Gradio asks its own server at the start, where a proxy would answer.
+    beside_proxy = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", host]
+    os.environ["no_proxy"] = ",".join(filter(None, beside_proxy))
     try:
         return blocks.launch(
             server_name=host,
