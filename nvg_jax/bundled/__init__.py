@@ -16,6 +16,10 @@ from nvg_jax.metadata import holds_model
 from nvg_jax.runtime.storage import storage_path
 
 FOLDER = Path(__file__).parent
+EMOJI = (
+    "Noto Emoji by Google, Apache 2.0; Twemoji by Twitter and other contributors, CC-BY 4.0; "
+    "Fluent Emoji by Microsoft, MIT"
+)
 
 
 class BundledModel(NamedTuple):
@@ -34,12 +38,11 @@ MODELS = {
         "Fashion-MNIST, Copyright (c) 2017 Zalando SE, MIT license",
     ),
     "emoji": BundledModel(
-        "32 x 32 pixels, emoji of 292 classes; configs/emoji.py:small",
-        "Noto Emoji by Google, Apache 2.0; Twemoji, CC-BY 4.0; Fluent Emoji by Microsoft, MIT",
+        "32 x 32 pixels, emoji of 292 classes; configs/emoji.py:small", EMOJI
     ),
     "emoji_tokenizer": BundledModel(
         "64 x 64 pixels, the tokenizer alone: encodes and reconstructs emoji; configs/emoji.py",
-        "Noto Emoji by Google, Apache 2.0; Twemoji, CC-BY 4.0; Fluent Emoji by Microsoft, MIT",
+        EMOJI,
     ),
 }
 
