@@ -48,6 +48,8 @@ take_train_arguments() {
         case $argument in
             --config=*) config=${argument#*=} ;;
             --workdir=*) workdir=${argument#*=} ;;
+            --*=hf://*) packages+=" 'huggingface_hub>=2,<3'" ;;
+            --check_only | --check_only=*) fail "--check_only is what the launchers ask first; --dry_run shows the rest" ;;
             --config.wandb_project=?*) packages+=" 'wandb>=0.19'" ;;
         esac
     done

@@ -76,8 +76,11 @@ fi
 
 # On every way out: a request that failed or was interrupted may have left a workload, too.
 delete=(xpk workload delete "--cluster=$cluster" "--workload=$name")
-for flag in ${xpk_flags[@]+"${xpk_flags[@]}"}; do
-    [[ $flag != --zone=* && $flag != --project=* ]] || delete+=("$flag")
+for ((index = 0; index < ${#xpk_flags[@]}; index++)); do
+    case ${xpk_flags[index]} in
+        --zone=* | --project=*) delete+=("${xpk_flags[index]}") ;;
+        --zone | --project) delete+=("${xpk_flags[@]:index:2}") ;;
+    esac
 done
 remind() {
     echo "gke_xpk.sh: a workload $name runs until its training ends; this deletes it:" >&2

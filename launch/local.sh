@@ -34,6 +34,8 @@ while (($#)); do
 done
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--processes must be a positive integer, not '$processes'"
 [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || fail "--port must be a number, not '$port'"
+((processes == 1 || BASH_VERSINFO[0] > 4 || BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] > 2)) ||
+    fail "--processes needs bash 4.3 or newer, this is $BASH_VERSION"
 ((port < 65536)) || fail "--port must be at most 65535, not $port"
 take_train_arguments "$@"
 

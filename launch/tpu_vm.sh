@@ -39,7 +39,7 @@
 # command that deletes it.
 #
 # Environment: PYTHON (default python) checks the arguments; JAX_COMPILATION_CACHE_DIR (default
-# WORKDIR/jax_cache); CLOUDSDK_CORE_PROJECT selects a project other than gcloud's default.
+# WORKDIR/jax_cache); CLOUDSDK_CORE_PROJECT (default: gcloud's project at the start).
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -130,6 +130,10 @@ fi
 take_train_arguments "$@"
 require_packed_config
 require_shared_workdir
+for flag in ${create_flags[@]+"${create_flags[@]}"} ${ssh_flags[@]+"${ssh_flags[@]}"}; do
+    [[ $flag != --project* && $flag != --zone* ]] ||
+        fail "give the zone as --zone=ZONE and the project as CLOUDSDK_CORE_PROJECT, for all commands, not $flag for some"
+done
 for program in gcloud timeout git; do
     [[ $dry_run ]] || command -v "$program" >/dev/null || fail "there is no command '$program'"
 done
@@ -201,7 +205,7 @@ finish() {
             break
         elif [[ ! $delete_at_end || ! $ours ]] || ((try == 4)); then
             say "$name is $now and may cost money; this deletes it:"
-            echo "    ${CLOUDSDK_CORE_PROJECT:+CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT }$(quote "${delete[@]}")" >&2
+            echo "    CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT $(quote "${delete[@]}")" >&2
             break
         fi
         say "deleting $name"
@@ -286,6 +290,9 @@ if [[ $dry_run ]]; then
     exit
 fi
 
+# gcloud's default may change while this runs.
+export CLOUDSDK_CORE_PROJECT=${CLOUDSDK_CORE_PROJECT:-$(timeout 120 gcloud config get-value project 2>/dev/null)}
+[[ $CLOUDSDK_CORE_PROJECT ]] || fail "gcloud knows no project; give CLOUDSDK_CORE_PROJECT, or see: gcloud config get-value project"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 answer=$folder/answer

@@ -1,5 +1,6 @@
 """TensorBoard's event files: what TensorBoard reads, and no need of TensorFlow."""
 
+import contextlib
 import errno
 import io
 from unittest.mock import Mock
@@ -85,6 +86,23 @@ def test_a_failure_to_write_ends_no_training(tmp_path, monkeypatch, caplog, in_b
     writer.write_scalars(1, {"l1_loss": 2.0})
     writer.flush()
     assert read(tmp_path) == [(0, "l1_loss", [1.0]), (1, "l1_loss", [2.0])]
+
+
+def test_what_a_failed_write_left_is_written_over(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def fails_at_the_end(what):
+        yield
+        raise OSError(errno.EIO, "the disk answered too late")
+
+    writer = metrics.EventWriter(epath.Path(tmp_path))
+    writer.write_scalars(0, {"l1_loss": 1.0})
+    writer.write_scalars(1, {"l1_loss": 2.0})
+    with monkeypatch.context() as broken:
+        broken.setattr(metrics, "reported", fails_at_the_end)
+        writer.flush()
+    writer.write_scalars(2, {"l1_loss": 3.0})
+    writer.flush()
+    assert [step for step, *_ in read(tmp_path)] == [0, 1, 2]
 
 
 def test_events_appear_while_a_training_runs(tmp_path, monkeypatch):

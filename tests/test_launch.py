@@ -137,6 +137,8 @@ def test_help_tells_how_to_call_it(script):
         (["tpu_vm.sh", *TPU, "--", "--config=c", "--workdir=~/x"], {}, "would be lost"),
         (["tpu_vm.sh", *TPU, "--", f"--config={__file__}", "--workdir=gs://b/x"], {}, "are sent"),
         (["tpu_vm.sh", *TPU, "--", "--config=tests/shapes.py", "--workdir=gs://b/x"], {}, "sent"),
+        (["tpu_vm.sh", *TPU, "--create_flags=--project=x", *MINIMAL], {}, "CLOUDSDK_CORE_PROJECT"),
+        (["local.sh", *MINIMAL, "--check_only"], {}, "--dry_run"),
         (["gke_xpk.sh", *GKE[1:], *MINIMAL], {}, "--cluster"),
         (["gke_xpk.sh", *GKE[:1], *GKE[2:], *MINIMAL], {}, "--name"),
         (["gke_xpk.sh", *GKE, "--name=NVG_d16", *MINIMAL], {}, "NVG_d16"),
@@ -577,10 +579,11 @@ def test_gke_dry_run(tmp_path):
 
 
 @pytest.mark.usefixtures("foreground")
+@pytest.mark.parametrize("zone", [["--zone=us-east5-a"], ["--zone", "us-east5-a"]])
 @pytest.mark.parametrize("ends", ["exit 0", "exit 1", "kill -INT $PPID; exit 1"])
-def test_gke_says_on_every_way_out_how_to_delete_the_workload(tmp_path, ends):
+def test_gke_says_on_every_way_out_how_to_delete_the_workload(tmp_path, ends, zone):
     program(tmp_path / "bin/xpk", f'echo "$3" >>{tmp_path}/calls; {ends}')
-    flags_ = "--xpk_flags=--zone=us-east5-a --spot --project=mine"
+    flags_ = f"--xpk_flags={' '.join(zone)} --spot --project=mine"
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     stale = tmp_path / "nvg_jax-nvg-d16/stale"
     stale.mkdir(parents=True)
@@ -589,7 +592,7 @@ def test_gke_says_on_every_way_out_how_to_delete_the_workload(tmp_path, ends):
     last = result.stderr.splitlines()[-1]
     assert last.split() == [
         *["xpk", "workload", "delete", "--cluster=pods", "--workload=nvg-d16"],
-        *["--zone=us-east5-a", "--project=mine"],
+        *[*zone, "--project=mine"],
     ]
     assert not stale.exists() and (stale.parent / "nvg_jax/train.py").exists()
     assert not (stale.parent / "tests").exists()
@@ -662,6 +665,8 @@ GCLOUD = r"""
 # Two workers in folders, a bucket in a folder. `describe` returns the states in the file `states`
 # one by one, and the last one for ever. The file `VERB_fails` makes a verb fail, `VERB_hangs` hang.
 verb=$4
+[[ $1 != config ]] || { echo ours; exit; }
+[[ $CLOUDSDK_CORE_PROJECT == ours ]] || exit 1 # whatever gcloud's default is by now
 [[ $1 != storage ]] || verb=$2
 [[ $verb == c[ap]* ]] || echo "$verb" >>"$FAKE/calls"
 if [[ -e $FAKE/${verb}_hangs ]]; then
@@ -799,7 +804,15 @@ class Tpu:
 
 
 INSTALL = ["ssh", "scp", "ssh", "ssh"]  # look, copy, install, start
-DELETE = [*QUEUED, "delete", "nvg", "--zone=us-east5-a", "--force", "--quiet"]
+DELETE = [
+    "CLOUDSDK_CORE_PROJECT=ours",
+    *QUEUED,
+    "delete",
+    "nvg",
+    "--zone=us-east5-a",
+    "--force",
+    "--quiet",
+]
 # What a way out does with the TPU VMs, without and with --delete_at_end.
 ENDINGS = pytest.mark.parametrize("ending", [[], ["--delete_at_end"]], ids=["list", "delete"])
 

@@ -37,9 +37,7 @@ MODELS = {
         "32 x 32 pixels, ten classes of clothing; configs/fashion_mnist.py",
         "Fashion-MNIST, Copyright (c) 2017 Zalando SE, MIT license",
     ),
-    "emoji": BundledModel(
-        "32 x 32 pixels, emoji of 292 classes; configs/emoji.py:small", EMOJI
-    ),
+    "emoji": BundledModel("32 x 32 pixels, emoji of 292 classes; configs/emoji.py:small", EMOJI),
     "emoji_tokenizer": BundledModel(
         "64 x 64 pixels, the tokenizer alone: encodes and reconstructs emoji; configs/emoji.py",
         EMOJI,

@@ -216,7 +216,7 @@ class Page:
             check_integer("The seed", seed, 0, MAX_SEED)
             return seed
         spec, sizes = Settings.specs()[name], self.pipe.tokenizer.config
-        value = shown
+        value: Any = shown
         if isinstance(shown, str):
             value = spec.parse(LABELS[name], shown.replace(" ", ""))
         spec.expand(LABELS[name], value, sizes.num_stages, sizes.codebook_size)

@@ -59,7 +59,7 @@ class EventWriter:
             seconds = max([seconds, *(int(found[1]) + 1 for found in earlier if found)])
         name = f"{EVENTS}{seconds}.{socket.gethostname()}.{os.getpid()}"
         self._path, self._in_bucket = folder / name, in_bucket(folder)
-        self._buffer, self._flushed, self._flushes = io.BytesIO(), 0.0, 0
+        self._buffer, self._flushed, self._flushes, self._size = io.BytesIO(), 0.0, 0, 0
         self._records = RecordWriter(self._buffer)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]):
@@ -102,13 +102,16 @@ class EventWriter:
             else:
                 with reported(f"{path} cannot be written"):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    with path.open("ab") as file:
+                    path.touch()
+                    with open(path, "r+b") as file:
+                        file.seek(self._size)  # over what a failure left half written
                         file.write(self._buffer.getvalue())
         except UserError:
             raise
         except Exception as error:  # libraries for buckets raise errors of many kinds
             logger.warning("%s cannot be written now: %s", path, error)
             return
+        self._size += self._buffer.tell()
         self._buffer.seek(0)
         self._buffer.truncate()
         self._flushes += 1
