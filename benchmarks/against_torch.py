@@ -2,7 +2,7 @@
 
     pip install torch
     python -m benchmarks.against_torch --config=configs/imagenet256.py:d16
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 python -m benchmarks.against_torch \\
+    XLA_CLIENT_MEM_FRACTION=0.5 python -m benchmarks.against_torch \\
         --config=configs/imagenet256.py:d16 --dtype=bfloat16 --batch_size=64
 
 Both run the same random weights on the same inputs in one process, alternating: ours compiled,

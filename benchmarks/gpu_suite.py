@@ -73,7 +73,7 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
         yield Entry(f"sample_{name}_command_buffers_1", f"{loops} {sample} {samplers[name]}")
 
     # (d) Compiled PyTorch.
-    half = "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 PYTHONWARNINGS=ignore"
+    half = "XLA_CLIENT_MEM_FRACTION=0.5 PYTHONWARNINGS=ignore"
     flags = "--torch_compile --config.content.remat=none --config.structure.remat=none"
     flags += "" if tiny else " --dtype=bfloat16"
     samples = "structure guided", "content guided", "decoder"

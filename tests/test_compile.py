@@ -547,6 +547,15 @@ def test_the_report_of_the_sampler():
     assert "  StructureGenerator.velocity  " in text
     assert text.startswith("sampler, cpu:1 (1 devices: data 1 x fsdp 1 x tensor 1), global batch 2")
     assert report.ESTIMATE in text and "images per second" in text and "epochs" not in text
+    # Of a GPU's memory, JAX takes three quarters.
+    total = found["memory"]["total"]
+    for topology, hbm, warned in (
+        ("h100:1", 1.3, True),
+        ("h100:1", 1.4, False),
+        ("v5e:1x1", 1.3, 0),
+    ):
+        other = found | {"topology": topology, "memory": found["memory"] | {"hbm": hbm * total}}
+        assert ("XLA_CLIENT_MEM_FRACTION" in report.format_report(other)) == warned
 
 
 @pytest.fixture(scope="module")

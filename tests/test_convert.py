@@ -140,6 +140,9 @@ def test_our_safetensors_come_back_as_what_they_are(tmp_path, sizes):
     assert (metadata.resize_filter, metadata.class_names) == ("lanczos", names)
     with pytest.raises(UserError, match="holds one copy .* leave --autoencoder_weights out"):
         conversion.read_published(*files, autoencoder_weights="ema")
+    export.save({"x": np.zeros(3)}, files[1], {conversion.HEADER: "{}{"})
+    with pytest.raises(UserError, match="generator.safetensors is damaged: nvg_jax in its header"):
+        conversion.read_published(*files)
 
 
 def test_published_safetensors_and_the_names_of_wrapped_modules(files, tmp_path, caplog):

@@ -66,6 +66,8 @@ GPUS = {
     "b200": Chip(2250e12, 180e9, 8000e9, 900e9, 50e9, float32_flops=1125e12),
 }
 
+GPU_SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise
+
 
 class GpuLayout(NamedTuple):
     """What XLA needs to know to compile for a GPU, besides `GPU_CAPABILITY`.

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from nvg_jax.aot import hlo
-from nvg_jax.aot.chips import GIB, Chip, Target
+from nvg_jax.aot.chips import GIB, GPU_SHARE, GPUS, Chip, Target
 from nvg_jax.aot.lowering import Compiler, DoesNotFitError
 from nvg_jax.layers import REMAT
 from nvg_jax.models import parameter_counts
@@ -173,6 +173,8 @@ def format_report(report: dict[str, Any]) -> str:
     gib = lambda size: f"{size / GIB:.2f} GiB"
     millions = lambda count: f"{count / 1e6:,.1f} M"
     milliseconds = lambda value: f"{value * 1e3:,.1f} ms"
+    on_gpu = r["topology"].partition(":")[0] in GPUS
+    short = on_gpu and GPU_SHARE * memory["hbm"] < memory["total"] <= memory["hbm"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
     lines = [
         f"{program}, {r['topology']} ({r['devices']} devices: {mesh}), global batch "
@@ -186,7 +188,8 @@ def format_report(report: dict[str, Any]) -> str:
             f"  {name:<12} {gib(memory[name]):>12}"
             for name in ("arguments", "outputs", "temporaries", "code", "total")
         ),
-        f"  {'fits' if r['fits'] else 'DOES NOT FIT'}, {memory['total'] / memory['hbm']:.0%} used",
+        f"  {'fits' if r['fits'] else 'DOES NOT FIT'}, {memory['total'] / memory['hbm']:.0%} used"
+        + (", more than JAX takes without XLA_CLIENT_MEM_FRACTION=0.95" if short else ""),
         "",
         "Work per step, all devices",
         f"  model FLOPs     {r['model_flops']:.4g} (matrix products of the program as written)",

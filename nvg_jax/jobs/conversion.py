@@ -219,7 +219,14 @@ def to_safetensors(workdir: str | os.PathLike, out: str | os.PathLike):
 def _own_metadata(file: Path) -> RunMetadata | None:
     """The metadata in a file of `to_safetensors`, None in others."""
     text = checkpoint_files.read_header(file).get(HEADER)
-    return RunMetadata.from_json(json.loads(text)) if text else None
+    if not text:
+        return None
+    try:
+        return RunMetadata.from_json(json.loads(text))
+    except UserError as error:
+        raise UserError(f"Cannot convert {file}. {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {HEADER} in its header is {error}.") from error
 
 
 @contextlib.contextmanager

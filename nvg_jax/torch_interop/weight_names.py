@@ -218,9 +218,9 @@ def tokenizer_sizes(
     Raises:
         UserError: a tensor that determines a size is missing, or no tokenizer has these sizes.
     """
-    base = _shape(tensors, "encoder.conv_in.conv.weight")[0]
+    base = _shape(tensors, "encoder.conv_in.conv.weight", 4)[0]
     widths = [
-        _shape(tensors, f"encoder.down.{level}.block.0.conv2.conv.weight")[0]
+        _shape(tensors, f"encoder.down.{level}.block.0.conv2.conv.weight", 4)[0]
         for level in range(_count(tensors, r"encoder\.down\.(\d+)\..*"))
     ]
     if any(width % base for width in widths):
@@ -239,7 +239,7 @@ def tokenizer_sizes(
             "that was made for it."
         )
     downsamples = _count(tensors, r"encoder\.down\.(\d+)\.downsample\..*")
-    codebook_size, latent_dim = _shape(tensors, "quantize.embedding.weight")
+    codebook_size, latent_dim = _shape(tensors, "quantize.embedding.weight", 2)
     return {
         "image_size": tuple(n * 2**downsamples for n in latent_size),
         "latent_size": tuple(latent_size),
@@ -262,44 +262,50 @@ def generator_sizes(tensors: Mapping[str, np.ndarray]) -> dict:
         UserError: a tensor that determines a size is missing, or `rope_ids` is not the expected
             constant.
     """
-    _shape(tensors, "rope_ids")  # raises if there is none
-    ids = tensors["rope_ids"]
-    height, width = (int(n) + 1 for n in ids[0, 1:, -2:].max(0))
-    grid = height, width
-    if not np.array_equal(ids, rope_ids(grid)):
+    positions = _shape(tensors, "rope_ids", 3)[1] - 1
+    grids = [(h, positions // h) for h in range(1, positions + 1) if positions % h == 0]
+    same = lambda grid: np.array_equal(tensors["rope_ids"], rope_ids(grid))
+    grid = next(filter(same, grids), None)
+    if grid is None:
         raise UserError(
             "The checkpoint's rope_ids are not the positions of a grid in row-major order, which "
             "is all that the published model has."
         )
 
     def transformer(name: str, embedding: str) -> dict:
-        width = _shape(tensors, embedding)[0]
-        hidden = _shape(tensors, f"{name}_blocks.0.linear1.weight")[0]
+        width = _shape(tensors, embedding, 2)[0]
+        hidden = _shape(tensors, f"{name}_blocks.0.linear1.weight", 2)[0]
         return {
             "width": width,
             "depth": _count(tensors, rf"{name}_blocks\.(\d+)\..*"),
-            "head_dim": _shape(tensors, f"{name}_blocks.0.norm.query_norm.scale")[0],
+            "head_dim": _shape(tensors, f"{name}_blocks.0.norm.query_norm.scale", 1)[0],
             "mlp_ratio": hidden // width - 3,
         }
 
-    codebook_size, latent_dim = _shape(tensors, "cls_head.linear.weight")
+    codebook_size, latent_dim = _shape(tensors, "cls_head.linear.weight", 2)
     return {
         "content": transformer("content", "content_embed.weight"),
         "structure": transformer("structure", "structure_embed.weight"),
-        "num_classes": _shape(tensors, "content_class_embed.weight")[0] - 1,
+        "num_classes": _shape(tensors, "content_class_embed.weight", 2)[0] - 1,
         "latent_size": grid,
         "latent_dim": latent_dim,
         "codebook_size": codebook_size,
     }
 
 
-def _shape(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int) -> tuple[int, ...]:
     if name not in tensors:
         raise UserError(
             f"The checkpoint has no tensor {name!r}, so its sizes cannot be told; it has "
             f"{listed(list(tensors))}. Is it the other file, the autoencoder's or the generator's?"
         )
-    return tensors[name].shape
+    shape = tensors[name].shape
+    if len(shape) != axes or 0 in shape:
+        raise UserError(
+            f"The checkpoint's {name} has the shape {shape}, not one of {axes} axes: the file is "
+            "damaged, or of another model."
+        )
+    return shape
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
