@@ -22,7 +22,7 @@ with epy.lazy_imports():  # slow, and not needed to report a wrong flag
 FLAGS = flags.FLAGS
 NAMES = {
     "autoencoder", "generator", "from_hub", "autoencoder_weights", "generator_weights", "workdir",
-    "dtype", "to_safetensors", "out", "license", "pretrained", "from", "pretrained_dir",
+    "dtype", "to_safetensors", "out", "license", "private", "pretrained", "from", "pretrained_dir",
 }  # fmt: skip
 
 
@@ -39,14 +39,15 @@ def main(_):
         raise UserError("Give --out, a new folder to write.")
     if alone := given & {"from", "pretrained_dir"}:
         raise UserError(f"--{min(alone)} belongs to --pretrained.")
-    if FLAGS.license and not hub.is_remote(FLAGS.out):
-        raise UserError("--license is for models on the hub: give --out=hf://ORG/NAME.")
+    upload = {name: FLAGS[name].value for name in given & {"license", "private"}}
+    if upload and not hub.is_remote(FLAGS.out):
+        raise UserError(f"--{min(upload)} is for models on the hub: give --out=hf://ORG/NAME.")
     if FLAGS.to_safetensors:
         if given != {"to_safetensors", "workdir", "out"}:
             raise UserError("--to-safetensors takes --workdir and --out, and nothing else.")
         conversion.to_safetensors(FLAGS.workdir, FLAGS.out)
-    elif "workdir" in given and given <= {"workdir", "out", "dtype", "license"}:
-        conversion.export_model(FLAGS.workdir, FLAGS.out, FLAGS.dtype, FLAGS.license)
+    elif "workdir" in given and given <= {"workdir", "out", "dtype", *upload}:
+        conversion.export_model(FLAGS.workdir, FLAGS.out, FLAGS.dtype, **upload)
     else:
         if "workdir" in given or not given & {"autoencoder", "from_hub"}:
             raise UserError(
@@ -55,13 +56,13 @@ def main(_):
             )
         if "generator_weights" in given and not given & {"generator", "from_hub"}:
             raise UserError("--generator_weights belongs to --generator.")
-        files, license = (FLAGS.autoencoder, FLAGS.generator), FLAGS.license
+        files = FLAGS.autoencoder, FLAGS.generator
         if FLAGS.from_hub:
             files = hub.download_published(FLAGS.from_hub, *files)
-            if hub.is_remote(FLAGS.out):
-                license = license or hub.stated_license(FLAGS.from_hub)
+            if hub.is_remote(FLAGS.out) and "license" not in upload:
+                upload["license"] = hub.stated_license(FLAGS.from_hub)
         weights = FLAGS.autoencoder_weights, FLAGS.generator_weights
-        conversion.convert(FLAGS.out, *files, *weights, FLAGS.dtype, license)
+        conversion.convert(FLAGS.out, *files, *weights, FLAGS.dtype, **upload)
     print(f"written: {FLAGS.out}")
 
 
@@ -79,6 +80,7 @@ if __name__ == "__main__":
     flags.DEFINE_alias("to-safetensors", "to_safetensors")
     flags.DEFINE_string("out", None, "Folder to write, new or empty, or hf://ORG/NAME.")
     flags.DEFINE_string("license", None, "On the hub, such as mit; by default that of --from_hub.")
+    flags.DEFINE_boolean("private", None, "On the hub, whether others cannot see a new model.")
     flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of losses or metrics.")
     flags.DEFINE_multi_string("from", None, "Its published file, or files.")
     flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")

@@ -123,14 +123,14 @@ def convert(
     autoencoder_weights: str = weight_names.DEFAULTS["autoencoder"],
     generator_weights: str = weight_names.DEFAULTS["generator"],
     dtype: str = "float32",
-    license: str | None = None,
+    **upload,
 ):
     """Writes a folder for `Pipeline.from_pretrained`; see `read_published` for the arguments.
 
     Args:
         out: a new folder, or hf://org/name on the Hugging Face hub.
         dtype: of the weights in the files.
-        license: on the hub.
+        upload: on the hub, "license" and "private" of `Pipeline.push_to_hub`.
 
     Raises:
         UserError: as for `read_published`, or `out` exists and is not empty.
@@ -140,14 +140,11 @@ def convert(
     pipeline = Pipeline(
         *read_published(autoencoder, generator, autoencoder_weights, generator_weights)
     )
-    _write(pipeline, out, dtype, license)
+    _write(pipeline, out, dtype, upload)
 
 
 def export_model(
-    workdir: str | os.PathLike,
-    out: str | os.PathLike,
-    dtype: str = "float32",
-    license: str | None = None,
+    workdir: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", **upload
 ):
     """Writes a folder's model as an export; see `convert` for the arguments.
 
@@ -155,7 +152,7 @@ def export_model(
         UserError: the folder holds no model, or `out` exists and is not empty.
     """
     _check_new(out)
-    _write(Pipeline.from_pretrained(workdir), out, dtype, license)
+    _write(Pipeline.from_pretrained(workdir), out, dtype, upload)
 
 
 def _check_new(out: str | os.PathLike):
@@ -165,9 +162,9 @@ def _check_new(out: str | os.PathLike):
         _new_folder(out)
 
 
-def _write(pipeline: Pipeline, out: str | os.PathLike, dtype: str, license: str | None):
+def _write(pipeline: Pipeline, out: str | os.PathLike, dtype: str, upload: dict[str, Any]):
     if hub.is_remote(out):
-        pipeline.push_to_hub(os.fspath(out), dtype, license=license)
+        pipeline.push_to_hub(os.fspath(out), dtype, **upload)
     else:
         pipeline.save_pretrained(out, dtype)
 
