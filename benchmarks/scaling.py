@@ -33,10 +33,11 @@ class Curve(NamedTuple):
 
 
 def read_curve(workdir: str, part: Part) -> Curve | None:
-    """The curve of a generator that was trained alone; None if there is none."""
+    """The curve of a generator that was trained alone; None if there is none with an evaluation."""
     folder = storage_path(workdir) / part.name
-    metadata = read_metadata(folder)
-    if metadata is None:
+    metadata, (name,) = read_metadata(folder), part.networks
+    losses = curves.read_part(folder).get(f"test_{name}/loss") if metadata else None
+    if metadata is None or not losses:
         return None
     config = ml_collections.ConfigDict(metadata.config)
     trainer = registry.make_trainer(
@@ -47,9 +48,7 @@ def read_curve(workdir: str, part: Part) -> Curve | None:
     for name, columns in (("structure", length), ("tokens", 2 * length - 1)):
         batch[name] = jax.ShapeDtypeStruct((trainer.recipe.batch_size, columns), jnp.int32)
     program = trainer.trace(batch=batch)
-    (name,) = part.networks
     parameters = parameter_counts(trainer.trained(trainer.abstract_state.params))[name]
-    losses = curves.read_part(folder)[f"test_{name}/loss"]
     return Curve(parameters, forecast.flops(program.jaxpr.jaxpr), losses)
 
 
@@ -60,7 +59,9 @@ def main(_):
         if runs := {workdir: curve for workdir, curve in read.items() if curve}:
             generators[part.name] = runs
     if not generators:
-        raise app.UsageError("No generator was trained alone in these folders (part=separate).")
+        raise app.UsageError(
+            "No generator was trained alone and evaluated in these folders (part=separate)."
+        )
     canvas = figure.Figure(figsize=(4.5 * len(generators), 3.4), layout="constrained")
     axes = canvas.subplots(1, len(generators), squeeze=False)[0]
     print("| generator | run | parameters | FLOPs of a step | steps | FLOPs | held-out loss |")

@@ -154,7 +154,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch features"]:
         """The linear layer in `dtype`."""
         kernel, bias = self.parameters(x.shape[-1])
-        return x.astype(self.dtype) @ kernel + bias
+        return block_linears.add_bias(x.astype(self.dtype) @ kernel, bias)
 
 
 class Embedding(nn.Module):
@@ -170,7 +170,7 @@ class Embedding(nn.Module):
         shape = (self.count, self.width)
         table = parameter(self, "embedding", EMBEDDING_INIT, shape, (None, "embed"))
         table = lora.add(table, "embedding", self.variables["params"])
-        return unshard(table.astype(self.dtype))[ids]
+        return unshard(table)[ids].astype(self.dtype)  # gradients of a row are summed in float32
 
 
 class HeadScale(nn.Module):
@@ -232,7 +232,7 @@ class Block(nn.Module):
         if not deterministic:
             keep = 1 - drop_rate
             kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (len(x), 1, 1))
-            out = jnp.where(kept, out / keep.astype(out.dtype), 0)
+            out = jnp.where(kept, (out / keep).astype(out.dtype), 0)
         return constrain(x + out, ACTIVATION_AXES)
 
     def attend(

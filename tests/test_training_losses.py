@@ -328,6 +328,28 @@ def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monk
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("form", ["parts", "separate", "joint"])
+def test_gradients_are_summed_over_positions_in_float32(monkeypatch, form):
+    """2,048 gradients of one; in bfloat16, 256 + 1 is 256."""
+    monkeypatch.setattr(block_linears, "form", lambda *_: form)
+    filled = lambda value, *shape: jnp.full(shape, value, jnp.bfloat16)
+    x, hidden = filled(0, 1, 2048, 4), filled(0, 1, 2048, *((2, 4) if form == "parts" else (8,)))
+    linear1 = lambda bias: block_linears.linear1(x, filled(0, 4, 20), bias)
+    linear2 = lambda gate, bias: block_linears.linear2(x, hidden, gate, filled(0, 12, 4), bias)
+    dense, table = layers.Dense(4, (None, None), x.dtype), layers.Embedding(3, 4, x.dtype)
+    linear = lambda bias: dense.apply({"params": {"kernel": jnp.ones((4, 4)), "bias": bias}}, x)
+    rows = lambda rows: table.apply({"params": {"embedding": rows}}, jnp.zeros((1, 2048), int))
+    for function, arguments in (
+        (linear1, [filled(1, 20)]),
+        (linear2, [filled(1, 1, 1, 4), filled(1, 4)]),
+        (linear, [jnp.ones(4)]),
+        (rows, [jnp.ones((3, 4))]),
+    ):
+        out, backward = jax.vjp(function, *arguments)
+        for gradient in backward(jax.tree.map(jnp.ones_like, out)):
+            np.testing.assert_array_equal(gradient.ravel()[:4], 2048)
+
+
 def test_how_linear_layers_are_computed_where(monkeypatch):
     chosen = {}
     for device in ("cpu", "gpu", "tpu"):

@@ -6,6 +6,7 @@ The paper's block has one linear layer from its input to [q k v | hidden] and on
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -36,6 +37,26 @@ def form(tokens: int, width: int) -> str:
     return "joint" if platform == "gpu" and tokens <= 4 * width else "separate"
 
 
+def add_bias(y: Float[Array, "*all"], bias: Float[Array, "*last"]) -> Float[Array, "*all"]:
+    """y + bias in the dtype of y; the bias's gradient is summed in float32 and rounded once."""
+    return y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(y.dtype)
+
+
+@jax.custom_vjp
+def gated(gate: Float[Array, "B 1 C"], y: Channels) -> Channels:
+    """gate * y; the gate's gradient is summed in float32 and rounded once."""
+    return gate * y
+
+
+def _gate_gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    gate, y = saved
+    products = g.astype(jnp.float32) * y.astype(jnp.float32)
+    return products.sum(1, keepdims=True).astype(gate.dtype), gate * g
+
+
+gated.defvjp(lambda gate, y: (gate * y, (gate, y)), _gate_gradients)
+
+
 def linear1(
     x: Channels, kernel: Float[Array, "C features"], bias: Float[Array, " features"]
 ) -> tuple[Channels, Channels, Channels, Float[Array, "B N *hidden"]]:
@@ -50,14 +71,17 @@ def linear1(
     width = x.shape[-1]
     how = form(math.prod(x.shape[:-1]), width)
     if how == "joint":
-        q, k, v, hidden = jnp.split(x @ kernel + bias, (width, 2 * width, 3 * width), axis=-1)
+        q, k, v, hidden = jnp.split(
+            add_bias(x @ kernel, bias), (width, 2 * width, 3 * width), axis=-1
+        )
         return q, k, v, hidden
     parts = len(bias) // width
     kernel = unshard(kernel.reshape(width, parts, width), (None, None, "mlp"))
     bias = unshard(bias.reshape(parts, width), (None, "mlp"))
     q, k, v = (
         constrain(
-            jnp.einsum("bnc,cd->bnd", x, kernel[:, part]) + bias[part], ("batch", "length", "mlp")
+            add_bias(jnp.einsum("bnc,cd->bnd", x, kernel[:, part]), bias[part]),
+            ("batch", "length", "mlp"),
         )
         for part in range(3)
     )
@@ -66,7 +90,7 @@ def linear1(
     else:
         equation, shape, axes = "bnc,cpd->bnpd", (-1, width), (None, "mlp")
     hidden = jnp.einsum(equation, x, kernel[:, 3:].reshape(width, *shape))
-    hidden = hidden + bias[3:].reshape(shape)
+    hidden = add_bias(hidden, bias[3:].reshape(shape))
     return q, k, v, constrain(hidden, ("batch", "length", *axes))
 
 
@@ -86,11 +110,11 @@ def linear2(
     width = attended.shape[-1]
     how = form(math.prod(attended.shape[:-1]), width)
     if how == "joint":
-        return gate * (jnp.concatenate([attended, hidden], axis=-1) @ kernel + bias)
+        return gated(gate, add_bias(jnp.concatenate([attended, hidden], axis=-1) @ kernel, bias))
     kernel = unshard(kernel.reshape(-1, width, width), (None, "mlp", None))
     # Gate each product separately: for a batch of one, XLA:CPU (jax 0.10) otherwise fuses their sum
     # into the gate's gradient and gets it wrong.
-    out = gate * jnp.einsum("bnd,dc->bnc", attended, kernel[0])
+    out = gated(gate, jnp.einsum("bnd,dc->bnc", attended, kernel[0]))
     equation = "bnd,dc->bnc" if how == "separate" else "bnpd,pdc->bnc"
     kernel = kernel[1:].reshape(*hidden.shape[2:], width)
-    return out + gate * (jnp.einsum(equation, hidden, kernel) + bias)
+    return out + gated(gate, add_bias(jnp.einsum(equation, hidden, kernel), bias))

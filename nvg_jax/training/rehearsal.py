@@ -55,7 +55,7 @@ def rehearse(
     Args:
         standings: the trainer of each part and the step that it goes on from.
         fid_seconds: for the parts whose FID is measured.
-        price: of a chip for an hour; 0: not known.
+        price: of a device for an hour; 0: not known.
 
     Raises:
         UserError: what does not work, and why.
