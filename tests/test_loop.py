@@ -22,7 +22,7 @@ from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import preemption, sharding
 from nvg_jax.runtime.checkpoint import Checkpoints
 from nvg_jax.runtime.storage import storage_path
-from nvg_jax.training import loop, weights_and_biases
+from nvg_jax.training import loop, metrics, weights_and_biases
 from nvg_jax.training.changes import NEWEST, Resume
 from nvg_jax.training.length import START, training_length
 from nvg_jax.training.resume import standing
@@ -381,6 +381,19 @@ def test_weights_and_biases_offline(fit, tmp_path, monkeypatch):
     (log,) = (tmp_path / "tokenizer" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")
     content = log.read_bytes()
     assert all(word in content for word in (b"sum_loss", b"test_sum", b"goodput/data", b"nvg"))
+
+
+def test_an_interrupted_last_evaluation_goes_to_weights_and_biases(fit, monkeypatch):
+    writer, project = MagicMock(), dict(wandb_project="nvg", eval_every=STEPS, fid_every=STEPS)
+    monkeypatch.setattr(metrics, "WandbWriter", writer)
+    with pytest.raises(preemption.Preempted):
+        fit(in_evaluation=True, **project)
+    written = writer.return_value.write_scalars
+    for expected in (True, False):  # the second time, nothing is left
+        writer.reset_mock()
+        fit(**project)
+        assert writer.called == expected
+        assert any("test_sum" in call.args[1] for call in written.call_args_list) == expected
 
 
 def test_a_resume_continues_a_run_of_weights_and_biases_and_a_new_start_does_not(

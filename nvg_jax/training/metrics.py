@@ -146,7 +146,9 @@ class Reporter:
         folder, project = run.workdir / part, run.config.wandb_project
         self._events = EventWriter(folder)
         self._writers: list[EventWriter | WandbWriter] = [self._events]
-        if project and start < steps and is_main():
+        self._assessed = folder / "assessed.txt"
+        unfinished = start < steps or self.last_assessed < steps
+        if project and unfinished and is_main():
             self._writers.append(WandbWriter(project, folder, run.config_json()))
         self._forecast = forecast or Forecast([])
         self._part, self._folder, self._recipe = part, folder, trainer.recipe
@@ -155,7 +157,6 @@ class Reporter:
         self._window = []  # the metrics of the steps since the last line
         self.clock = Clock()
         self._compiled, self._warm, self._marked = False, False, time.monotonic()
-        self._assessed = folder / "assessed.txt"
         if start:
             state = "finished" if start >= steps else "resuming"
             logger.info("%s: %s at step %d of %d", part, state, start, steps)
