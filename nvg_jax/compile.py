@@ -49,9 +49,7 @@ def main(_):
         sharding.check_batch(batch_size, target.batch_shards)
     if FLAGS.find_remat:
         report = reports.best_remat(FLAGS.config, target, batch_size)
-        print(
-            f"--config.content.remat={report['remat']} --config.structure.remat={report['remat']}"
-        )
+        print(*(f"--config.{name}.remat={report['remat']}" for name in GENERATORS))
     else:
         report = reports.make_report(compiler, batch_size)
     print(reports.format_report(report))

@@ -94,9 +94,9 @@ class RunMetadata:
     @property
     def transform(self) -> Transform:
         """The preparation of the images that the model was trained with."""
-        resize = (self.config or {}).get("data", {}).get("resize")
+        resize = (self.config or {}).get("data", {}).get("resize", 0)
         size = self.model.tokenizer.image_size
-        return Transform(size, resize or None, resize_filter=self.resize_filter)
+        return Transform(size, resize, resize_filter=self.resize_filter)
 
     def check_settings(self, settings: Settings):
         """Raises UserError for settings that a distilled structure generator does not support.

@@ -12,8 +12,8 @@ class Part(NamedTuple):
     name: of the part and of its folder in the workdir.
     section: the section of the config with its recipe.
     networks: the networks that it trains.
-    images: what is made to measure its FID, "reconstructions" or "samples"; "" if it cannot be
-        measured, since a generator alone makes no image.
+    images: what is made to measure its FID, "reconstructions" or "samples"; "" if it is not
+        measured, since a generator alone makes no image (but for a grid's content generator).
     """
 
     name: str
@@ -34,8 +34,7 @@ PARTS = {part.name: part for part in (TOKENIZER, *GENERATOR_PARTS, DISTILLATION)
 # --config.part -> the parts that `train` trains, one after the other.
 CHOICES = {
     "tokenizer": (TOKENIZER,),
-    "structure": (STRUCTURE,),
-    "content": (CONTENT,),
+    **{name: (PARTS[name],) for name in GENERATORS},
     "generators": (BOTH_GENERATORS,),
     "separate": (TOKENIZER, STRUCTURE, CONTENT),
     "all": (TOKENIZER, BOTH_GENERATORS),

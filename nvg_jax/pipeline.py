@@ -164,10 +164,7 @@ class Pipeline(hub.Storable):
                 f"The classes {', '.join(texts)} can be read as names and as ids, which mean other "
                 "classes. Write id:3 for the class with the id 3."
             )
-        return [
-            readings[0].get(c, index) if isinstance(c, str) else index
-            for c, index in zip(given, ids)
-        ]
+        return [readings[0].get(c, index) for c, index in zip(given, ids)]
 
     # Reading and writing.
 

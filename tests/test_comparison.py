@@ -180,10 +180,14 @@ def test_statistics_of_a_reference_file_come_first(reference, tmp_path):
     rng = np.random.default_rng(1)
     mu, sigma = rng.normal(size=12), np.eye(12)
     file = save(tmp_path / "statistics.npz", OTHERS, mu=mu, sigma=sigma)
-    found = report.reference_features(sets.Archive(file, 4), Judge())
+    judge = Judge()
+    judge.name = "inception"
+    found = report.reference_features(sets.Archive(file, 4), judge)
     np.testing.assert_array_equal(found.pool_mean, mu)
     np.testing.assert_array_equal(found.pool_covariance, sigma)
     np.testing.assert_allclose(found.spatial_mean, OTHERS[:, 0, :, 0].mean(0) / 255, 1e-5)
+    other = report.reference_features(sets.Archive(file, 4), Judge())  # whose they are not
+    assert np.abs(other.pool_mean - mu).max() > 0.1
 
 
 def test_a_split_is_every_image_once_and_keeps_the_first_features(monkeypatch, tmp_path):

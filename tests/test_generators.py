@@ -82,7 +82,7 @@ def test_the_tokens_of_a_stage_see_the_mean_of_what_is_missing_in_their_cluster(
 def content_output(params, model, **changes):
     args = dict(
         canvas=jnp.ones((2, 4, 3)),
-        structure=jnp.ones((2, 4, 2), jnp.int32),
+        embedding=jnp.ones((2, 4, 2), jnp.int32),
         stage=jnp.array([1, 1]),
         class_ids=jnp.array([0, 3]),
         canvas_scale=jnp.array([1.0, 2.0, 3.0, 4.0]),
@@ -97,7 +97,7 @@ def test_the_content_generator_sees_each_input_and_scales_the_canvas():
     assert base.shape == (2, 4, 3) and base.dtype == jnp.float32
     for change in (
         dict(canvas=jnp.zeros((2, 4, 3))),
-        dict(structure=jnp.zeros((2, 4, 2), jnp.int32)),
+        dict(embedding=jnp.zeros((2, 4, 2), jnp.int32)),
         dict(stage=jnp.array([2, 2])),
         dict(class_ids=jnp.array([1, 1])),
     ):
@@ -120,7 +120,7 @@ def test_the_structure_generator_sees_each_input():
     args = dict(
         noisy=jnp.zeros((2, 4, 2)),
         time=jnp.array([0.5, 0.5]),
-        structure=jnp.ones((2, 4, 2), jnp.int32),
+        embedding=jnp.ones((2, 4, 2), jnp.int32),
         canvas=jnp.zeros((2, 4, 3)),
         stage=jnp.array([0, 0]),
         class_ids=jnp.array([0, 3]),
@@ -132,7 +132,7 @@ def test_the_structure_generator_sees_each_input():
     for change in (
         dict(noisy=jnp.ones((2, 4, 2))),
         dict(time=jnp.array([0.4, 0.4])),
-        dict(structure=jnp.zeros((2, 4, 2), jnp.int32)),
+        dict(embedding=jnp.zeros((2, 4, 2), jnp.int32)),
         dict(canvas=jnp.ones((2, 4, 3))),
         dict(class_ids=jnp.array([1, 1])),
     ):

@@ -15,7 +15,7 @@ from nvg_jax.aot.chips import Chip, Target
 from nvg_jax.data import open_source
 from nvg_jax.errors import UserError
 from nvg_jax.models import ModelConfig
-from nvg_jax.parts import BOTH_GENERATORS, PARTS, Part
+from nvg_jax.parts import BOTH_GENERATORS, GENERATORS, PARTS, Part
 from nvg_jax.runtime import sharding
 from nvg_jax.sampling.networks import sampling_program
 from nvg_jax.sampling.settings import check_dtype
@@ -131,7 +131,8 @@ class Compiler:
         some.
         """
         config = self.config.copy_and_resolve_references()
-        config.content.remat = config.structure.remat = "none"
+        for name in GENERATORS:
+            config[name].remat = "none"
         mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
         text = self.lower(config, batch_size, mesh)[0].as_text("hlo")
         return hlo.cost(hlo.parse(text)).flops

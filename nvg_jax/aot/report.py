@@ -11,6 +11,7 @@ from nvg_jax.aot.chips import GIB, GPU_SHARE, GPUS, Chip, Target
 from nvg_jax.aot.lowering import Compiler, DoesNotFitError
 from nvg_jax.layers import REMAT
 from nvg_jax.models import parameter_counts
+from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.hardware import device_memory
 from nvg_jax.training.length import training_length
 
@@ -144,7 +145,8 @@ def best_remat(
     model_flops = Compiler(config, target, "train").model_flops(batch_size)
     for remat in REMAT:
         changed = config.copy_and_resolve_references()
-        changed.content.remat = changed.structure.remat = remat
+        for name in GENERATORS:
+            changed[name].remat = remat
         compiler = Compiler(changed, target, "train")
         try:
             report = make_report(compiler, batch_size, model_flops)

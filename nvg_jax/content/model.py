@@ -40,7 +40,7 @@ class ContentGenerator(nn.Module):
     def predict_canvas(
         self,
         canvas: Float[Array, "B L D"],
-        structure: Int[Array, "B L K"],
+        embedding: Int[Array, "B L K"],
         stage: Int[Array, " B"],
         class_ids: Int[Array, " B"],
         canvas_scale: Float[Array, " K+2"],
@@ -51,7 +51,7 @@ class ContentGenerator(nn.Module):
 
         Args:
             canvas: the canvas before the stage; stage 0 has none and takes a learned one.
-            structure: the structure embedding of the stage, values 0, 1, 2.
+            embedding: the structure embedding of the stage, values 0, 1, 2.
             stage: 0 .. K.
             class_ids: `num_classes` for the null class.
             canvas_scale: S + 1 factors. The values of the canvas grow with every stage; these
@@ -66,7 +66,7 @@ class ContentGenerator(nn.Module):
         scaled = jnp.where((stage == 0)[:, None, None], self.start_canvas, scaled)
         class_token = self.class_embed(class_ids)
         x = jnp.concatenate([class_token[:, None], self.canvas_embed(scaled)], axis=1)
-        cos, sin = layers.rotary_tables(structure, (0,), self.grid, self.transformer.head_dim)
+        cos, sin = layers.rotary_tables(embedding, (0,), self.grid, self.transformer.head_dim)
         vec = class_token + self.stage_embed(stage)
         x, features = self.blocks(x, vec, cos, sin, deterministic, feature_block)
         final = self.canvas_head(x[:, 1:], self.canvas_head.modulations(vec))
@@ -84,7 +84,7 @@ class ContentGenerator(nn.Module):
     def __call__(
         self,
         canvas: Float[Array, "B L D"],
-        structure: Int[Array, "B L K"],
+        embedding: Int[Array, "B L K"],
         stage: Int[Array, " B"],
         class_ids: Int[Array, " B"],
         canvas_scale: Float[Array, " K+2"],
@@ -93,7 +93,7 @@ class ContentGenerator(nn.Module):
 
         Takes the arguments of `predict_canvas`.
         """
-        canvas_hat, _ = self.predict_canvas(canvas, structure, stage, class_ids, canvas_scale)
+        canvas_hat, _ = self.predict_canvas(canvas, embedding, stage, class_ids, canvas_scale)
         return self.token_logits(canvas_hat - canvas)
 
 

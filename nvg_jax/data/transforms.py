@@ -93,7 +93,7 @@ class Transform:
 
     Attributes:
         image_size: height and width of the result.
-        resize: see above; None for 288/256 of the short side of `image_size`.
+        resize: see above; 0 for 288/256 of the short side of `image_size`.
         pad: in training, the resized image is padded by this many pixels on every side, with
             copies of its edge, before the crop. If `resize` leaves no room to crop, this shifts
             the image by up to `pad` pixels.
@@ -107,7 +107,7 @@ class Transform:
     """
 
     image_size: tuple[int, int]
-    resize: int | None = None
+    resize: int = 0
     pad: int = 0
     resize_filter: str = DEFAULT_FILTER
 
@@ -122,7 +122,7 @@ class Transform:
                 f"image_size must be positive and pad not negative, got {self.image_size} and "
                 f"{self.pad}."
             )
-        if self.resize is not None and self.resize < min(self.image_size):
+        if self.resize and self.resize < min(self.image_size):
             raise UserError(
                 f"Images resized to {self.resize} pixels cannot be cropped to image_size "
                 f"{self.image_size}; resize must be at least {min(self.image_size)}."
@@ -132,7 +132,7 @@ class Transform:
     def cover(self) -> tuple[int, int]:
         """Height and width that the resized image must cover."""
         short = min(self.image_size)
-        resize = round(short * 288 / 256) if self.resize is None else self.resize
+        resize = self.resize or round(short * 288 / 256)
         height, width = self.image_size
         return round(height * resize / short), round(width * resize / short)
 

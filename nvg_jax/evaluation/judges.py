@@ -1,8 +1,8 @@
 """Judges: networks in whose features sets of images are compared.
 
-`Inception` is the network behind published metrics. A classifier that is fitted to the data set
-needs no download, and can also tell whether a sample shows the requested class. Images are uint8
-(B, H, W, 3) of any size.
+`InceptionJudge` is the network behind published metrics. A classifier that is fitted to the data
+set needs no download, and can also tell whether a sample shows the requested class. Images are
+uint8 (B, H, W, 3) of any size.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 logger = logging.getLogger("nvg_jax")
 
 JUDGES = ("inception", "classifier")  # the choices of --judge and config.evaluation.judge
-FITTED = ("classifier",)  # those that are fitted to the data set, and compare with its images
+FITTED = ("classifier",)  # fitted to the data set (`fit_classifier`), whose images it compares with
 DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
 BATCH_SIZE = 128
@@ -58,7 +58,10 @@ class Judge(Protocol):
         ...
 
     def image_features(self, images: np.ndarray) -> ImageFeatures:
-        """The float32 features of images, uint8 (B, H, W, 3), on this process's devices."""
+        """The float32 features of images, uint8 (B, H, W, 3), on this process's devices.
+
+        All three are needed: sFID takes the spatial ones, the Inception Score the logits.
+        """
         ...
 
 
@@ -70,7 +73,7 @@ class ClassJudge(Judge, Protocol):
         ...
 
 
-class Inception:
+class InceptionJudge:
     """The network behind the published metrics, on all local devices.
 
     Args:
@@ -127,7 +130,7 @@ def make_judge(
         assert fit is not None
         return fit()
     assert name == "inception", name
-    return Inception(INCEPTION_INPUTS[images], cache)
+    return InceptionJudge(INCEPTION_INPUTS[images], cache)
 
 
 def fit_classifier(data_name: str, images, labels, num_classes: int) -> ClassJudge:

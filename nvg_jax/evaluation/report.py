@@ -134,8 +134,8 @@ def gather_moments(own: Moments) -> Moments:
 def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
     """The features to compare with, cached for the next call with the same images if it can be.
 
-    Statistics stored in a reference file take precedence over those of its images. For a data set,
-    statistics are computed from all images, and precision and recall from 10,000.
+    Statistics stored in a reference file, Inception's, take precedence over those of its images.
+    For a data set, statistics are of all images, and precision and recall of 10,000.
     """
     description = {"network": judge.fingerprint, **images.describe()}
     folder = pretrained.cache_folder() / "references" / digest(description)[:16]
@@ -164,7 +164,7 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
         # On another machine.
         if not is_main() and not (file.exists() and read_arrays(file)):
             _keep(file, features)
-    if isinstance(images, Archive):
+    if isinstance(images, Archive) and judge.name == "inception":
         features = features._replace(**images.statistics())
     return features
 

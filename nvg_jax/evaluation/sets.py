@@ -226,7 +226,7 @@ class Split(ImageSet):
         self._data, self._split = data, split
         self._transform = Transform(
             image_size,
-            data["resize"] or None,
+            data["resize"],
             resize_filter=data.get("resize_filter") or DEFAULT_FILTER,
         )
         self.image_size, self.batch_size = image_size, batch_size

@@ -60,7 +60,7 @@ def encode_data_set(
     sources, settings = plan_encoding(pipeline, data, crops, seed)
     size, images = pipeline.tokenizer.config.image_size, settings["data"]
     loading = LoaderOptions(
-        Transform(size, images["resize"] or None, images["pad"], images["resize_filter"]),
+        Transform(size, images["resize"], images["pad"], images["resize_filter"]),
         process_batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from nvg_jax.errors import UserError
 from nvg_jax.jobs.scoring import fid_measurements
 from nvg_jax.metadata import read_metadata
-from nvg_jax.parts import BOTH_GENERATORS, GENERATOR_PARTS, TOKENIZER, Part
+from nvg_jax.models import generators_for
+from nvg_jax.parts import GENERATOR_PARTS, TOKENIZER, Part
 from nvg_jax.runtime import heartbeat
 from nvg_jax.runtime.processes import from_main, is_main
 from nvg_jax.runtime.storage import alone, make_folder
@@ -86,7 +87,8 @@ def train_parts(run: Run, parts: Sequence[Part]):
             loop.fit(trainer, run, scores.get(trainer.part), ahead)
     finally:
         heartbeat.stop()
-    if BOTH_GENERATORS in parts:
+    trained = {name for part in parts for name in part.networks}
+    if trained >= set(generators_for(run.model.tokenizer)):
         workdir = shlex.quote(os.fspath(run.workdir))
         command = f"python -m nvg_jax.sample --workdir={workdir} --out=samples/"
         logger.info("finished; to draw samples: %s", command)

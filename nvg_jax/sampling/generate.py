@@ -25,7 +25,7 @@ class Networks(NamedTuple):
 
     logits: (canvas (B, L, D), maps (B, L), stage, class_ids (B,)) -> (B, L, V), one row per
         cluster (rows past the stage's 2**stage clusters are not used).
-    flow_velocity: (maps, canvas, stage, class_ids, times (n,)) -> (velocity, per_time), arguments
+    flow_velocity: (canvas, maps, stage, class_ids, times (n,)) -> (velocity, per_time), arguments
         of `flow.solve`; everything that all steps share is computed once.
     add_stage: (canvas, tokens (B, L), stage) -> canvas.
     null_id: the id of the null class. latent_dim: D.
@@ -202,7 +202,7 @@ def generate(
         restarts = stage_plan.solution == "restart"
         at = restart_times if restarts else times
         velocity, per_time = networks.flow_velocity(
-            double(maps), double(canvas), stage, guidance.classes, flow.call_times(at, solver)
+            double(canvas), double(maps), stage, guidance.classes, flow.call_times(at, solver)
         )
         guided = lambda z, at_time: guidance(velocity(double(z), at_time))
         known = granularity.structure_embedding(maps, stage, num_bits) - 1.0

@@ -140,8 +140,8 @@ def bind(
         missing = granularity.cluster_means(final - canvas, maps, length)
         return apply(missing, method="token_logits")
 
-    def flow_velocity(maps, canvas, stage, classes, times):
-        structure = model.make_generator("structure")
+    def flow_velocity(canvas, maps, stage, classes, times):
+        structure = model.make_generator("structure")  # a grid model has none
         embedding = granularity.structure_embedding(maps, stage, num_bits)
         apply = apply_with(structure, params["structure"])
         condition = apply(embedding, canvas, classes, method="condition")

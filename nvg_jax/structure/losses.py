@@ -1,7 +1,4 @@
-"""Loss of the structure generator, over all stages of an image at once (paper, Section 3.3).
-
-`training.generators.loss_terms` weights and adds the losses.
-"""
+"""Loss of the structure generator, over all stages of an image at once (paper, Section 3.3)."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -52,7 +52,7 @@ class StructureGenerator(nn.Module):
         self,
         noisy: Float[Array, "B L K"],
         time: Float[Array, " B"],
-        structure: Int[Array, "B L K"],
+        embedding: Int[Array, "B L K"],
         canvas: Float[Array, "B L D"],
         stage: Int[Array, " B"],
         class_ids: Int[Array, " B"],
@@ -64,13 +64,13 @@ class StructureGenerator(nn.Module):
             noisy: the structure embedding minus 1, mixed with noise except in the known channels
                 (those below `stage`, see `flow`).
             time: values in [0, 1]; 1 is pure noise.
-            structure: the structure embedding of the stage, values 0, 1, 2.
+            embedding: the structure embedding of the stage, values 0, 1, 2.
             canvas: the canvas after the stage.
             stage: 0 .. K-2, the stage whose clusters are split.
             class_ids: `num_classes` for the null class.
             deterministic: False turns on drop path (rng "drop_path").
         """
-        condition = self.condition(structure, canvas, class_ids)
+        condition = self.condition(embedding, canvas, class_ids)
         vec = self.vector(time, stage, class_ids)
         modulation = self.head.modulations(vec)
         return self._velocity(noisy, condition, vec, None, modulation, deterministic)
@@ -80,14 +80,14 @@ class StructureGenerator(nn.Module):
 
     def condition(
         self,
-        structure: Int[Array, "B L K"],
+        embedding: Int[Array, "B L K"],
         canvas: Float[Array, "B L D"],
         class_ids: Int[Array, " B"],
     ) -> Condition:
         """What all velocities of a split share; see `__call__` for the arguments."""
         tokens = [self.class_embed(class_ids)[:, None], self.canvas_embed(canvas)]
         head_dim = self.transformer.head_dim
-        tables = layers.rotary_tables(structure, (CANVAS_KIND, 0), self.grid, head_dim)
+        tables = layers.rotary_tables(embedding, (CANVAS_KIND, 0), self.grid, head_dim)
         return Condition(jnp.concatenate(tokens, axis=1), *tables)
 
     def vector(

@@ -94,7 +94,7 @@ def check_sizes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
         if repa := generators.repa_config(config, part):
             repa.check(model.generators["content"].depth, sizes.latent_size)
     data = config.data
-    resize = None if data.name == "sequences" else data.resize or None  # they are prepared already
+    resize = 0 if data.name == "sequences" else data.resize  # they are prepared already
     resize_filter = data.resize_filter or transforms.DEFAULT_FILTER
     transform = transforms.Transform(sizes.image_size, resize, data.pad, resize_filter)
     loader.LoaderOptions(transform, process_batch_size=1, on_bad=data.on_bad)
@@ -150,9 +150,8 @@ def check_fid(config: ml_collections.ConfigDict, name: str, parts: Sequence[Part
         raise UserError(f"evaluation.judge must be {' or '.join(judges.JUDGES)}, got {judge!r}.")
     if not all(part.images for part in parts):
         raise UserError(
-            f"generator_training.fid_every needs both generators to draw samples, and "
-            f"part={config.part} trains them one at a time; set it to 0, or train with "
-            "part=generators."
+            f"{name}.fid_every is measured only where both generators are trained together "
+            f"(part=generators or all), and this is part={config.part}; set it to 0."
         )
     reference = config.evaluation.reference
     if judge in judges.FITTED and reference != "train":

@@ -41,7 +41,7 @@ class OptimizerConfig:
     weight_decay: float
     clip: float
     ema_decay: float
-    ema_warmup: bool = False
+    ema_warmup: bool
     name: str = "adamw"
 
     def __post_init__(self):

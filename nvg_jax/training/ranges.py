@@ -9,6 +9,7 @@ import numpy as np
 
 from nvg_jax import presets
 from nvg_jax.errors import UserError, did_you_mean
+from nvg_jax.parts import GENERATORS
 from nvg_jax.sampling.settings import MAX_SEED
 from nvg_jax.training.length import AUTO
 
@@ -99,8 +100,7 @@ RANGES = dict(
         COUNT,
     )
     | dict(blocks_per_level=NUMBER),
-    content=TRANSFORMER,
-    structure=TRANSFORMER,
+    **dict.fromkeys(GENERATORS, TRANSFORMER),
     tokenizer_training=RECIPE
     | dict(
         perceptual_weight=NUMBER,

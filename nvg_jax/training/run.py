@@ -107,7 +107,7 @@ class Run:
         data = self.config.data
         size = self.model.tokenizer.image_size
         return LoaderOptions(
-            Transform(size, data.resize or None, data.pad, self.resize_filter),
+            Transform(size, data.resize, data.pad, self.resize_filter),
             self.process_batch_size(batch_size),
             on_bad=data.on_bad,
             process_index=jax.process_index(),

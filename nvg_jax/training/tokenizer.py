@@ -192,10 +192,10 @@ def loss_terms(
         )
         logits_of = lambda variables, inputs: cast(Array, discriminator.apply(variables, inputs))
         variables = {"params": discriminator_params, "spectral": opponent.spectral}
-        judge = variables
+        seen = variables
         if not losses.discriminator_sees_generator_loss:
-            judge = jax.lax.stop_gradient(variables)
-        logits = logits_of(judge, inputs(restored, generator_key))
+            seen = jax.lax.stop_gradient(variables)
+        logits = logits_of(seen, inputs(restored, generator_key))
         terms["adversarial"] = generator_loss(logits)
         loss += losses.adversarial_weight * terms["adversarial"]
 
@@ -368,6 +368,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         return with_params(state, params)
 
     def evaluate(self, run: Run, state: TokenizerState, inputs: Params, metadata: RunMetadata):
+        """As of `Trainer`, of the raw parameters, with which generators are trained."""
         quality, counts, shown = {}, [], ()
         for batch in run.test_batches(run.config[self.part.section]):
             out = self.jit_eval_step(state.params, inputs, batch)

@@ -70,7 +70,8 @@ class Trainer(abc.ABC, Generic[State]):
     ):
         """
         Args:
-            config: the section of the part and `SETTINGS`, nothing else.
+            config: the section of the part without what may change (`changes.MAY_CHANGE`), and
+                `SETTINGS`.
             num_images: the size of the training data.
             origin: where a run to resume last changed its settings.
 
