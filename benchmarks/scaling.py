@@ -45,8 +45,8 @@ def read_curve(workdir: str, part: Part) -> Curve | None:
     )
     length = metadata.model.tokenizer.num_positions
     batch = {"label": trainer.abstract_batch["label"]}
-    for name, columns in (("structure", length), ("tokens", 2 * length - 1)):
-        batch[name] = jax.ShapeDtypeStruct((trainer.recipe.batch_size, columns), jnp.int32)
+    for key, columns in (("structure", length), ("tokens", 2 * length - 1)):
+        batch[key] = jax.ShapeDtypeStruct((trainer.recipe.batch_size, columns), jnp.int32)
     program = trainer.trace(batch=batch)
     parameters = parameter_counts(trainer.trained(trainer.abstract_state.params))[name]
     return Curve(parameters, forecast.flops(program.jaxpr.jaxpr), losses)

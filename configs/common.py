@@ -45,7 +45,7 @@ def base() -> ml_collections.ConfigDict:
             tokenizer_workdir="",  # a run, export, bundled or hub model; "": --workdir
             init_from="",  # model to start from; its data and classes may differ
             lora=dict(rank=0),  # the adapters' rank; 0: no adapters, all weights are trained
-            pretrained_dir="",  # of LPIPS, DINO, DINOv2, Inception; "": $NVG_CACHE
+            pretrained_dir="",  # folder of LPIPS, DINO, ...; "": $NVG_CACHE or ~/.cache/nvg_jax
             dtype="float32",  # dtype of the computation; "bfloat16" on accelerators
             fast_compile=False,  # compile with little optimization: for runs of a few steps
             wandb_project="",  # also write metrics to this project of Weights & Biases; "": do not

@@ -43,12 +43,11 @@ run() {
 take_train_arguments() {
     local argument config='' scheme code=0
     workdir=
-    packages="'jax[tpu]'"
+    packages="'jax[tpu]' 'huggingface_hub>=2,<3'" # models to start from may be there
     for argument; do
         case $argument in
             --config=*) config=${argument#*=} ;;
             --workdir=*) workdir=${argument#*=} ;;
-            --*=hf://*) packages+=" 'huggingface_hub>=2,<3'" ;;
             --check_only | --check_only=*) fail "--check_only is what the launchers ask first; --dry_run shows the rest" ;;
             --config.wandb_project=?*) packages+=" 'wandb>=0.19'" ;;
         esac

@@ -357,7 +357,7 @@ while true; do
             final=$(grep -vxE '0|75|134|137|143' <<<"$codes" | head -n 1) || true
             if grep -q 'training=other' "$answer"; then
                 delete_at_end=
-                say "error: $name trains something else; wait for its end, give another --name, or stop it with launch/tpu_vm.sh delete --name=$name --zone=$zone"
+                say "error: $name trains something else; wait for its end, give another --name, or stop it with CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT launch/tpu_vm.sh delete --name=$name --zone=$zone"
                 exit 2
             fi
             if grep -q 'training=running' "$answer" && [[ ! $final ]]; then
@@ -376,7 +376,7 @@ while true; do
                 attempt "installing and starting on all workers"
                 if install_and_start; then
                     watched=1 # an exit code is of this attempt
-                    say "training; launch/tpu_vm.sh logs --name=$name --zone=$zone shows its log"
+                    say "training; CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT launch/tpu_vm.sh logs --name=$name --zone=$zone shows its log"
                     alive=$SECONDS
                 else
                     say "the installation failed"

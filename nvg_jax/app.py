@@ -30,11 +30,11 @@ def main(_):
     if FLAGS.write_opening:
         shown.write_opening()
         return
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("GRADIO_TEMP_DIR", folder)  # uploads; not another user's /tmp/gradio
-        blocks = build(shown).queue(max_size=FLAGS.max_waiting)
-        logger.info("the page is at %s", page.serve(blocks, FLAGS.host, FLAGS.port))
-        blocks.block_thread()
+    uploads = f"{tempfile.gettempdir()}/nvg_jax-{os.getuid()}"  # /tmp/gradio may be another user's
+    os.environ.setdefault("GRADIO_TEMP_DIR", uploads)
+    blocks = build(shown).queue(max_size=FLAGS.max_waiting)
+    logger.info("the page is at %s", page.serve(blocks, FLAGS.host, FLAGS.port))
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

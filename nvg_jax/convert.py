@@ -83,5 +83,5 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("private", None, "On the hub, whether others cannot see a new model.")
     flags.DEFINE_enum("pretrained", None, pretrained.NAMES, "A network of losses or metrics.")
     flags.DEFINE_multi_string("from", None, "Its published file, or files.")
-    flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default ~/.cache/nvg_jax.")
+    flags.DEFINE_string("pretrained_dir", None, "Where it is kept; by default $NVG_CACHE.")
     cli.main(main)

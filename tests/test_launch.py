@@ -1063,6 +1063,13 @@ def test_tpu_request_that_gcloud_refuses(tmp_path):
     assert tpu.calls == ["describe", "create", "describe"]
 
 
+def test_gcloud_that_knows_no_project(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"])
+    program(tmp_path / "bin/gcloud", GCLOUD.replace("echo ours;", "echo '(unset)' >&2;"))
+    code, said = tpu.run()
+    assert (code, tpu.calls) == (2, []) and "error: gcloud knows no project; give CLOUD" in said
+
+
 def test_gcloud_that_fails_before_anything_is_requested(tmp_path):
     tpu = Tpu(tmp_path, ["error"])
     code, said = tpu.run("--delete_at_end")

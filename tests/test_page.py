@@ -164,7 +164,7 @@ LARGE = "The picture has more than 25 megapixels, or 65 as a JPEG; make it small
         ("wide.png", LARGE),
         ("wide.jpg", LARGE),
         ("bomb.png", LARGE),
-        ("a.eps", "a.eps is not a readable image (EPS is not one of PNG, JPEG, MPO, "),
+        ("a.eps", "a.eps is not a readable image (a program in EPS; make it a PNG)"),
         ("gray.png", ""),
     ],
 )
@@ -231,6 +231,16 @@ def test_too_little_memory_is_said_on_the_page(opened, caplog, monkeypatch):
     assert "Sampling." in waiting[0]
     assert said == '<p role="alert">Sampling failed; the log of this page says why.</p>'
     assert rest == [gr.skip()] * 4 and "128 GiB" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")  # of the server
+def test_who_made_the_data_of_a_bundled_model_is_said(opened, tmp_path, monkeypatch):
+    said = lambda: "Twemoji" in str(page.build(page.Page(opened.pipe, "emoji")).get_config_file())
+    assert said()
+    monkeypatch.chdir(tmp_path)
+    opened.pipe.save_pretrained("emoji")  # a model of one's own
+    assert not said()
+    gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the server

@@ -147,7 +147,9 @@ def test_sizes_that_cannot_be_told():
         weight_names.generator_sizes({"x": BIAS})
     with pytest.raises(ValueError, match="row-major"):
         weight_names.generator_sizes({"rope_ids": weight_names.rope_ids((2, 4))[:, ::-1]})
-    with pytest.raises(ValueError, match=r"rope_ids has the shape \(0,\), not one of 3 axes: the"):
+    with pytest.raises(
+        ValueError, match=r"rope_ids has the shape \(0,\), not 3 sizes above 0: the"
+    ):
         weight_names.generator_sizes({"rope_ids": np.zeros(0)})
     with pytest.raises(ValueError, match="row-major"):
         weight_names.generator_sizes({"rope_ids": np.full((1, 9, 6), np.nan)})

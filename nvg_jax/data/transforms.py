@@ -9,12 +9,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nvg_jax.data import lanczos4
-from nvg_jax.errors import UserError, is_failure, listed
+from nvg_jax.errors import UserError, is_failure
 
 RESIZE_FILTERS = ("lanczos", "published")
 DEFAULT_FILTER = "lanczos"
-# Of files; what Pillow reads by running another program, such as EPS, is not among them.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+PROGRAMS = ("EPS", "WMF")  # formats that Pillow reads by running what is in the file
 LONG = 16  # an image this many times as long as its crop is not resized whole
 
 
@@ -34,8 +33,8 @@ def decode(
             eighth of its size, without decoding it whole.
 
     Raises:
-        UserError: not an image, one of a format that is not in `FORMATS`, a damaged one, or one
-            that cannot be converted to RGB.
+        UserError: not an image, one of `PROGRAMS`, a damaged one, or one that cannot be converted
+            to RGB.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image).convert("RGB")
@@ -43,8 +42,8 @@ def decode(
         if isinstance(image, Image.Image):
             return _to_rgb(image, background)
         with Image.open(io.BytesIO(image)) as opened:
-            if opened.format not in FORMATS:
-                raise UserError(f"{opened.format} is not one of {listed(FORMATS)}")
+            if opened.format in PROGRAMS:
+                raise UserError(f"a program in {opened.format}; make it a PNG")
             if enough is not None:
                 opened.draft(None, (enough, enough))
             return _to_rgb(opened, background)

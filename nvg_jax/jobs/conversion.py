@@ -123,7 +123,7 @@ def convert(
     autoencoder_weights: str = weight_names.DEFAULTS["autoencoder"],
     generator_weights: str = weight_names.DEFAULTS["generator"],
     dtype: str = "float32",
-    **upload,
+    **upload: Any,
 ):
     """Writes a folder for `Pipeline.from_pretrained`; see `read_published` for the arguments.
 
@@ -144,7 +144,7 @@ def convert(
 
 
 def export_model(
-    workdir: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", **upload
+    workdir: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", **upload: Any
 ):
     """Writes a folder's model as an export; see `convert` for the arguments.
 
@@ -223,7 +223,9 @@ def _own_metadata(file: Path) -> RunMetadata | None:
     except UserError as error:
         raise UserError(f"Cannot convert {file}. {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: {HEADER} in its header is {error}.") from error
+        raise UserError(
+            f"{file} is damaged: {HEADER} in its header cannot be read ({error!r})."
+        ) from error
 
 
 @contextlib.contextmanager

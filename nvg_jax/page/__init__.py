@@ -480,7 +480,8 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(
         title=f"nvg_jax: {page.name}", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as blocks:
-        model = bundled.MODELS.get(page.name)
+        place = page.opening_path().parent
+        model = bundled.MODELS.get(place.name) if place.parent == bundled.FOLDER else None
         gr.Markdown(
             f"# Next Visual Granularity: {page.name}\n"
             "An image grows in stages, each with twice as many tokens. The structure says which "

@@ -302,7 +302,7 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int) -> tuple[int
     shape = tensors[name].shape
     if len(shape) != axes or 0 in shape:
         raise UserError(
-            f"The checkpoint's {name} has the shape {shape}, not one of {axes} axes: the file is "
+            f"The checkpoint's {name} has the shape {shape}, not {axes} sizes above 0: the file is "
             "damaged, or of another model."
         )
     return shape

@@ -102,9 +102,8 @@ class EventWriter:
             else:
                 with reported(f"{path} cannot be written"):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.touch()
-                    with open(path, "r+b") as file:
-                        file.seek(self._size)  # over what a failure left half written
+                    with path.open("ab") as file:
+                        file.truncate(min(file.tell(), self._size))  # a failure leaves half of it
                         file.write(self._buffer.getvalue())
         except UserError:
             raise
