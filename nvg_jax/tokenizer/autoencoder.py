@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from nvg_jax.errors import UserError
+from nvg_jax.kernels import convolution
 from nvg_jax.runtime.sharding import constrain, parameter
 
 
@@ -42,6 +42,7 @@ def conv(features: int, size: int, dtype, name: str, **kwargs) -> nn.Conv:
         kernel_init=KERNEL_INIT,
         bias_init=BIAS_INIT,
         name=name,
+        conv_general_dilated_cls=convolution.convolution,
         **kwargs,
     )
 
@@ -106,12 +107,12 @@ class Upsample(nn.Module):
         rows = []
         for row, weights in enumerate(halves(kernel, axis=0)):
             pixels = [
-                jax.lax.conv_general_dilated(
+                convolution.convolution()(
                     x,
                     window.astype(self.dtype),
-                    window_strides=(1, 1),
-                    padding=((1 - row, row), (1 - column, column)),
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    (1, 1),
+                    ((1 - row, row), (1 - column, column)),
+                    dimension_numbers=convolution.LAYOUT,
                 )
                 for column, window in enumerate(halves(weights, axis=1))
             ]
