@@ -1,5 +1,6 @@
-"""How each platform computes the parts of a transformer block fastest.
+"""How each platform computes the parts of the networks fastest.
 
 Attention (`cpu_attention`, `tpu_attention`; GPUs use cuDNN's), the rotary embedding (`rotary`) and
-the linear layers (`block_linears`). The results are the same up to rounding.
+the linear layers (`block_linears`) of a transformer block; convolutions (`convolution`). The results
+are the same up to rounding.
 """
