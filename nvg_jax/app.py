@@ -30,7 +30,7 @@ def main(_):
     if FLAGS.write_opening:
         shown.write_opening()
         return
-    uploads = f"{tempfile.gettempdir()}/nvg_jax-{os.getuid()}"  # /tmp/gradio may be another user's
+    uploads = f"{tempfile.gettempdir()}/nvg_jax-{os.getuid()}"  # Gradio's may be another user's
     os.environ.setdefault("GRADIO_TEMP_DIR", uploads)
     blocks = build(shown).queue(max_size=FLAGS.max_waiting)
     logger.info("the page is at %s", page.serve(blocks, FLAGS.host, FLAGS.port))

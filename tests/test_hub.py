@@ -336,10 +336,8 @@ def test_adapters_are_uploaded_and_opened(server, pipe, monkeypatch, base, named
 def test_a_folder_is_exported_to_the_hub(server, pipe, exported, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "good")
     conversion.export_model(exported, "hf://org/half", "float16", license="mit", private=True)
-    assert (
-        "org/half" in server.private
-        and b"license: mit\n" in server.repositories["org/half"]["README.md"]
-    )
+    assert "org/half" in server.private
+    assert b"license: mit\n" in server.repositories["org/half"]["README.md"]
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), pipe.params)
     found = Pipeline.from_pretrained("org/half").params
     jax.tree.map(np.testing.assert_array_equal, found, rounded)

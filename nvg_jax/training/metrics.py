@@ -1,6 +1,7 @@
 """The reports of a training: averaged metrics, codebook usage, progress lines, TensorBoard."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -238,11 +239,11 @@ class Reporter:
         self._forecast.measured(self._part, kind, now - self._marked)
         self._marked = now
 
-    @property
+    @functools.cached_property
     def last_assessed(self) -> int:
-        """The step of the last call of `assessed` in this folder, on every process; 0 if none.
+        """The step of the last call of `assessed` in this folder before this process; 0 if none.
 
-        Collective: every process must read it.
+        Collective: every process must read it, before it calls `assessed`.
         """
         step = 0
         if is_main() and self._assessed.exists():
