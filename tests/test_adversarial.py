@@ -57,6 +57,7 @@ def test_the_generator_sees_the_mean_logit_of_an_image():
     assert losses.generator_loss(fake) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_lecam():
     state = losses.LeCam(real=jnp.float32(1.0), fake=jnp.float32(-0.5))
     real = jnp.array([[0.5, -2.0]])  # above the fake average by 1 and not at all
@@ -87,6 +88,7 @@ def spectral_conv(width: int, kernel_size):
     return conv, variables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_size", [(1,), (9,), (3, 3)])
 def test_the_largest_singular_value_is_one(kernel_size):
     """The kernel in use is read off the answers to single impulses."""
@@ -104,6 +106,7 @@ def test_the_largest_singular_value_is_one(kernel_size):
     assert np.linalg.svd(stored, compute_uv=False)[0] > 1.2
 
 
+@pytest.mark.slow
 def test_the_gradient_passes_the_weight_and_not_its_vectors():
     """Of sum(G * W / s) with s = u^T W v it is G / s - u v^T sum(G * W) / s^2."""
     conv, variables = spectral_conv(5, (1,))
@@ -167,6 +170,7 @@ def slow_head(x, params, vectors, size: int):
     return conv(x, ("logit",))[..., 0]
 
 
+@pytest.mark.slow
 def test_heads_against_a_slow_reference():
     features = [jnp.asarray(draw(3, 2, 12, 4)), jnp.asarray(draw(4, 2, 9, 6))]
     heads = DiscriminatorHeads()

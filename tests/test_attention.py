@@ -43,6 +43,7 @@ def relative_error(found, exact):
     return np.abs(found - exact).max() / np.abs(exact).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, heads, head_dim", [(5, 3, 4), (33, 2, 64), (257, 2, 16)])
 def test_attention_on_a_cpu_is_its_definition(length, heads, head_dim):
     assert (length == 257) == (length >= cpu_attention.LENGTH_BY_HEAD)
@@ -77,6 +78,7 @@ def test_head_by_head_the_gradient_multiplies_no_more_than_all_at_once():
 SIZES = [(17, 4, 64), (9, 4, 32), (20, 1, 128), (130, 2, 64), (16, 2, 64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, heads, head_dim", SIZES)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("rotated", [True, False])
@@ -116,6 +118,7 @@ def test_the_kernel_takes_blocks_of_whole_heads():
         assert not tpu_attention.fits_kernel(arguments(9, 4, 48)[0])  # a head across two blocks
 
 
+@pytest.mark.slow
 def test_sequences_of_odd_length_are_padded_for_cudnn(monkeypatch):
     """Its gradient does not support them; the discriminator's DINO has 197 tokens.
 

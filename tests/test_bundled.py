@@ -19,6 +19,7 @@ from nvg_jax.training.run import Run
 from nvg_jax.visualize import to_uint8
 
 
+@pytest.mark.slow
 def test_the_bundled_model_draws_the_class_that_is_asked_for():
     """Samples of a class are more like others of their class than like those of another one."""
     pipe = Pipeline.from_pretrained("fashion_mnist")
@@ -39,6 +40,7 @@ def test_the_bundled_model_draws_the_class_that_is_asked_for():
     assert np.abs(finished.astype(int) - to_uint8(samples[0][:4])).mean() < 2
 
 
+@pytest.mark.slow
 def test_emoji_follow_the_outline_of_a_picture_in_another_class():
     pipe = Pipeline.from_pretrained("emoji")
     files = [ROOT / "docs/control/emoji" / f"{name}.png" for name in ("flamingo", "house")]
@@ -58,6 +60,7 @@ def test_emoji_follow_the_outline_of_a_picture_in_another_class():
         assert picture.info["weights"] == pipe.weights  # the page opens with samples of this model
 
 
+@pytest.mark.slow
 def test_a_local_change_reaches_far_pixels_and_pasting_restores_them():
     pipe = Pipeline.from_pretrained("fashion_mnist")
     boot = pipe.prepare(editing.read_picture(ROOT / "docs" / "control" / "boot.png"))

@@ -121,6 +121,7 @@ def test_every_single_bit_counts(dtype):
     assert int(checksum(jnp.asarray(swapped))) != first
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_never_gives_wrong_numbers(two, tmp_path, caplog):
     """Training and readers get the newest checkpoint or the one before it, exactly."""
     rng = np.random.default_rng(0)
@@ -311,6 +312,7 @@ def fill_disk(folder):
     os._exit(0)  # skips the cleanup, in which Orbax would raise
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_explained_and_old_checkpoints_stay(two):
     done = python(__file__, two, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert f"could not be written to {two}" in done.stdout, done

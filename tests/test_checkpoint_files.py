@@ -241,6 +241,7 @@ def uses(module: str, function: str, x) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     """os:system posix:system os:mkdir subprocess:getoutput builtins:eval builtins:exec

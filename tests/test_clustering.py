@@ -61,6 +61,7 @@ def test_drawn_4x4_map():
     np.testing.assert_array_equal(labels.reshape(5, 4, 4), maps)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     length=st.sampled_from([2, 4, 16, 32, 64]),
@@ -74,6 +75,7 @@ def test_ties_on_small_integers_go_to_the_smaller_index(length, values, seed):
     assert_sequential(points.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_real_points_of_256_positions():
     rng = np.random.default_rng(0)
     normal = rng.normal(size=(256, 8))
@@ -89,6 +91,7 @@ def test_real_points_of_256_positions():
     np.testing.assert_array_equal(labels, np.stack([sequential(one) for one in points]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_any_input_gives_even_maps(bad):
     rng = np.random.default_rng(0)
@@ -102,6 +105,7 @@ def test_any_input_gives_even_maps(bad):
     np.testing.assert_array_equal(labels[0], sequential(points[0]))
 
 
+@pytest.mark.slow
 def test_leading_axes_and_vmap_change_nothing():
     points = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8, 4)), jnp.float32)
     labels = greedy_hierarchy(points)

@@ -508,6 +508,7 @@ def test_the_remat_policy_with_the_shortest_step_that_fits(monkeypatch, caplog):
         find()
 
 
+@pytest.mark.slow
 def test_the_report_of_a_training_step_names_its_part():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     target = chips.Target("cpu:1", mesh, CHIP._replace(hbm=2**30))
@@ -525,6 +526,7 @@ def test_the_report_of_a_training_step_names_its_part():
     assert "The configured length, 12 steps" in text
 
 
+@pytest.mark.slow
 def test_the_report_of_the_sampler():
     """Compiled for the CPU, so that it runs without the TPU compiler."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

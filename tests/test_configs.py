@@ -87,6 +87,7 @@ def test_every_variant_is_a_whole_configuration(name, arg):
     assert resize >= min(sizes.image_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, arg", [(n, a) for n, a in EVERY if a and "runlocal" in a])
 def test_runlocal_is_tiny(name, arg):
     config = load(name, arg)
@@ -136,6 +137,7 @@ def test_changing_one_configuration_leaves_the_next_alone():
 # The published models.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, width, content, structure",
     [
@@ -175,6 +177,7 @@ def test_published_batch_sizes(size, epochs, batch_size, iterations, rate):
         assert optimizer.decay_start * steps == pytest.approx(1000 + 0.8 * steps, abs=1)
 
 
+@pytest.mark.slow
 def test_published_tokenizer():
     sizes = TokenizerConfig(**load("imagenet256").tokenizer)
     assert sizes.num_stages == 9
@@ -301,6 +304,7 @@ def with_value(path, value):
     return config
 
 
+@pytest.mark.slow
 def test_every_number_has_a_range_without_nan_and_infinity():
     check_config(with_value(["seed"], 0))
     for path, default in numbers(common.base()):

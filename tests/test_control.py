@@ -85,6 +85,7 @@ ONE_SOLUTION = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start, settings", [(0, {}), (2, ONE_SOLUTION)])
 def test_outside_a_region_all_maps_and_tokens_are_the_reference(pipe, reference, start, settings):
     sequence = pipe.encode(reference)
@@ -272,6 +273,7 @@ def files(tmp_path_factory, reference):
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_keeps_what_is_given_and_pastes_the_rest(pipe, reference, files):
     given = editing.edit_region(pipe, files / "image.png", files / "mask.png", 1, feather=0)
     assert (given.region.reshape(4, 4) == [0, 0, 1, 1]).all()
@@ -289,6 +291,7 @@ def test_a_job_keeps_what_is_given_and_pastes_the_rest(pipe, reference, files):
     assert describe(None)["given"] is None
 
 
+@pytest.mark.slow
 def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
     given = editing.follow_drawing(pipe, "left_right")
     assert given.structure_stages == 2 and given.token_stages == 0
@@ -302,6 +305,7 @@ def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
         assert (found[:, :stages] == kept[:stages]).all()
 
 
+@pytest.mark.slow
 def test_a_walk_begins_and_ends_at_the_structure_of_a_seed(pipe):
     job = sampling_runs.SamplingJob(pipe, [1, 2], 3, 4, 5, {}, walk_to=9)
     parts = [job.sample(batch) for batch in range(2)]

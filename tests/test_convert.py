@@ -108,6 +108,7 @@ def averaged(path):
     return {name.removeprefix("ema_model."): tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 def test_there_and_back_on_the_command_line(files, folder, tmp_path):
     """Same names, types, shapes and bytes: the raw autoencoder and the averaged generators."""
     command = ["-m", "nvg_jax.convert", f"--workdir={folder}", "--to-safetensors"]
@@ -119,6 +120,7 @@ def test_there_and_back_on_the_command_line(files, folder, tmp_path):
     same_bytes(tmp_path / "back" / "generator.safetensors", averaged(generator))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [{}, {"blocks_per_level": 0, "channel_multipliers": (1, 2)}],  # the published layout has blocks
@@ -191,6 +193,7 @@ def test_published_settings_are_those_of_the_presets():
     assert dataclasses.asdict(PUBLISHED) == common.base().sampling.to_dict()
 
 
+@pytest.mark.slow
 def test_a_converted_folder_samples(folder):
     out = Pipeline.from_pretrained(folder).sample([0, "2"], flow_steps=1)
     assert out.images.shape == (2, 4, 8, 3)
@@ -250,6 +253,7 @@ def test_weights_that_the_file_does_not_have(files, tmp_path):
         conversion.read_published(raw, files[1], autoencoder_weights="ema")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, sentence",
     [
@@ -264,6 +268,7 @@ def test_a_generator_of_another_autoencoder(files, tmp_path, config, sentence):
         conversion.read_published(other, files[1])
 
 
+@pytest.mark.slow
 def test_an_own_generator_of_another_autoencoder_of_the_same_sizes(files, tmp_path):
     for seed in (1, 2):
         ae = write_autoencoder(tmp_path / f"ae{seed}.ckpt", seed=seed)

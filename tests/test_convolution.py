@@ -10,6 +10,7 @@ from nvg_jax.kernels import convolution
 from nvg_jax.runtime import hardware, sharding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 24, 10_000])  # rows of the output at once: 1, 2, all
 @pytest.mark.parametrize(
     "size, strides, padding, pads",

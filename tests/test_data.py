@@ -605,6 +605,7 @@ def test_processes_cover_an_epoch_without_overlap():
     assert not labels[0] & labels[1] and labels[0] | labels[1] == set(range(10))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_batches():
     flags.FLAGS.unparse_flags()  # as in a notebook; Grain reads flags
     source = numbered(12)
@@ -652,6 +653,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_training_that_is_killed(tmp_path):
     file = tmp_path / "pid"
     with Process([sys.executable, "-c", WITH_A_WORKER, str(file)]) as process:
@@ -707,6 +709,7 @@ def test_unreadable_files_are_named(tmp_path):
         list(eval_batches(source, options(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_unreadable_files_are_skipped_and_counted(tmp_path, num_workers, caplog):
     broken = broken_folder(tmp_path)

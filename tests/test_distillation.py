@@ -59,6 +59,7 @@ def curvature(velocity, noise):
     return float(jnp.square(jnp.stack(velocities) - (noise - z)).mean())
 
 
+@pytest.mark.slow
 def test_reflow_straightens_the_flow_to_two_points():
     batch, length, bits = 64, 4, 2
     structure = jnp.repeat(STRUCTURE, batch, axis=0)
@@ -119,6 +120,7 @@ def test_guidance_distillation_of_a_linear_network_gives_its_guided_output():
     np.testing.assert_array_equal(student["bias"][3], 0)  # the null class is not needed
 
 
+@pytest.mark.slow
 def test_a_distillation_learns_either_solutions_or_velocities():
     # A teacher that is straight already, but not to the data: all solutions are 0.
     model = types.SimpleNamespace(

@@ -80,6 +80,7 @@ def whole(pipeline, data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_tokenizer_encodes_data_of_other_classes(pipeline, data, tmp_path):
     names = ("x", "y", "z")
     trained = pipeline.metadata.replace(model=ModelConfig(SIZES, 3), class_names=names)
@@ -169,6 +170,7 @@ def test_the_smallest_integers_that_hold_every_value(latent_size, codebook_size,
     assert " ".join(dtype[name].base.str[1:] for name in ("structure", "tokens")) == expected
 
 
+@pytest.mark.slow
 def test_every_crop_is_encoded_as_the_pipeline_encodes_it(pipeline, data, whole):
     rebuild = jax.jit(lambda params, batch: steps.encode(pipeline.tokenizer, params, batch))
     for split, crops, rows in (("train", 8, (0, 1)), ("test", 1, (0,))):
@@ -432,6 +434,7 @@ def test_wrong_use_gets_a_sentence(pipeline, data, whole, tmp_path, monkeypatch)
 # Training.
 
 
+@pytest.mark.slow
 def test_a_training_step_has_the_losses_that_it_has_from_the_images(pipeline, data, tmp_path):
     data = {**data, "resize": 8}  # no random crop
     encode_data_set(pipeline, tmp_path / "cache", data, batch_size=BATCH)

@@ -87,6 +87,7 @@ def run(command: str, *arguments: str, start=forked, **environment):
     return start("-c", script, *arguments, env=os.environ | environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", ["ConnectionError('gone')", "ValueError('ABORTED: All 1 retry attempts failed')"]
 )
@@ -96,6 +97,7 @@ def test_a_failure_ends_with_its_traceback_and_a_code_that_is_restarted(error):
     assert "Traceback" in done.stderr and error.split("'")[1] in done.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_with_one_line_and_code_2():
     mistake = "from nvg_jax.errors import UserError; raise UserError('Give --out.')"
     done = run(mistake)
@@ -150,6 +152,7 @@ cli.parse_flags(["sample", "--flow_shift=1", "--top_p="])
     assert done.stderr == "error: --top_p is empty: give a value, or leave the flag out.\n"
 
 
+@pytest.mark.slow
 def test_options_of_jax_from_outside_are_pinned_or_named():
     command = "import jax; print(jax.numpy.arange(3).dtype, jax.random.key(0).dtype)"
     changed = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
@@ -200,6 +203,7 @@ cli.main(command)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error, code, text",
     [

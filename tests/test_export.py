@@ -151,6 +151,7 @@ def test_an_export_has_no_paths_of_this_machine(pipe, tmp_path):
     assert written["tokenizer_workdir"] is None
 
 
+@pytest.mark.slow
 def test_opening_a_model_imports_nothing_that_only_training_needs():
     script = """
 import sys

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from helpers import forked
 
 from nvg_jax.jobs import figures, sampling_runs
@@ -25,6 +26,7 @@ def test_a_model_says_what_it_is(pipe):
     assert lines[5] == f"computes in float32 on {jax.local_device_count()} x cpu"
 
 
+@pytest.mark.slow
 def test_canvases_stand_above_their_maps(pipe):
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     sequence = pipe.encode(images)
@@ -50,6 +52,7 @@ def test_a_sample_is_its_two_halves(pipe):
         assert (one[~first] >= 191).all() and (other[first] >= 191).all()  # faded
 
 
+@pytest.mark.slow
 def test_samples_of_other_classes_keep_the_structure(pipe):
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     picture = figures.reuse(pipe, images, ["a", "b"], [3, 5, 3], seed=0)

@@ -137,6 +137,7 @@ def losses(velocity):
     return structure_losses(velocity, jnp.asarray(STRUCTURE), CANVASES, NOISE, TIMES)
 
 
+@pytest.mark.slow
 def test_the_exact_velocity_has_no_loss():
     target = np.repeat(TARGET, 2, axis=0)
 

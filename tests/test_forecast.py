@@ -83,6 +83,7 @@ def test_a_step_is_not_taken_for_one_of_the_warm_up():
     assert step_flops(types.SimpleNamespace(steps=2, trace=trace)) == 16
 
 
+@pytest.mark.slow
 def test_a_training_does_not_trace_its_step_again(monkeypatch):
     """The abstract arguments are those of the arrays of a run, as far as tracing sees them."""
     traced, train_step = [], TokenizerTrainer.train_step

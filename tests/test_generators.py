@@ -51,6 +51,7 @@ def examples():
     return steps.Examples(quantized(), jnp.array([0, 1]), jnp.ones(4))
 
 
+@pytest.mark.slow
 def test_content_losses_of_a_perfect_and_of_an_empty_prediction():
     q = quantized()
     final = q.canvases[:, -1]
@@ -64,6 +65,7 @@ def test_content_losses_of_a_perfect_and_of_an_empty_prediction():
     np.testing.assert_allclose(empty["canvas_loss"], np.square(final).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_tokens_of_a_stage_see_the_mean_of_what_is_missing_in_their_cluster():
     q = quantized(1)
     seen = []
@@ -91,6 +93,7 @@ def content_output(params, model, **changes):
     return apply({"params": params}, **(args | changes))[0]
 
 
+@pytest.mark.slow
 def test_the_content_generator_sees_each_input_and_scales_the_canvas():
     model, params = generator("content")
     base = content_output(params, model)
@@ -115,6 +118,7 @@ def test_the_content_generator_sees_each_input_and_scales_the_canvas():
     )
 
 
+@pytest.mark.slow
 def test_the_structure_generator_sees_each_input():
     model, params = generator("structure")
     args = dict(
@@ -139,6 +143,7 @@ def test_the_structure_generator_sees_each_input():
         assert np.abs(apply(**change) - base).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models.GENERATORS)
 def test_drop_path_and_the_key_decide_the_loss_and_nothing_else_does(name):
     model, params = generator(name)
@@ -184,6 +189,7 @@ def loss_and_gradients(name, **changes):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models.GENERATORS)
 def test_bfloat16_arithmetic_keeps_float32_parameters_and_about_the_same_loss(name):
     losses = []
@@ -236,6 +242,7 @@ def test_generators_that_are_trained_together_are_clipped_by_their_joint_norm():
     jax.tree.map(close, clipped, jax.tree.map(lambda x: x / np.hypot(*norms), free))
 
 
+@pytest.mark.slow
 def test_the_velocity_in_parts_is_that_of_the_whole():
     model, params = generator("structure")
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), params)

@@ -41,6 +41,7 @@ def test_embedding_of_a_drawn_map():
     np.testing.assert_array_equal(structure_embedding(jnp.array([9]), 4, 4), [[2, 0, 0, 2]])
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(num_bits=st.sampled_from([1, 4, 8]), seed=st.integers(0, 2**32 - 1))
 def test_embedding_and_labels_are_inverse(num_bits, seed):
@@ -128,6 +129,7 @@ def test_split_of_difficult_scores(scores, odd):
     np.testing.assert_array_equal(split(jnp.zeros(4, int), jnp.array(scores, float), 0), odd)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     bits=st.sampled_from([1, 2, 4, 5]),
@@ -178,6 +180,7 @@ def test_drawn_split_fills_up_with_the_least_unlikely():
         np.testing.assert_array_equal(children, [0, 1, 1, 0])
 
 
+@pytest.mark.slow
 def test_drawn_split_of_a_sample_does_not_depend_on_its_batch():
     rng = np.random.default_rng(0)
     labels = jnp.asarray(np.stack([random_hierarchy(rng, 16)[2] for _ in range(5)]))

@@ -37,6 +37,7 @@ def expected():
     return granularity.grid_structure((4, 4))
 
 
+@pytest.mark.slow
 def test_every_image_and_every_sample_has_these_maps(pipe, expected, tmp_path):
     images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 3)).astype(np.float32)
     encoded, out = pipe.encode(images), pipe.sample([1, 2, 3], seed=0)
@@ -49,6 +50,7 @@ def test_every_image_and_every_sample_has_these_maps(pipe, expected, tmp_path):
     np.testing.assert_array_equal(again.sample([1, 2, 3], seed=0).images, out.images)
 
 
+@pytest.mark.slow
 def test_no_structure_generator_is_trained_or_needed(run, pipe, tmp_path):
     assert set(weights(run / "content")["params"]) == {"content"}
     assert set(pipe.params) == {"tokenizer", "content"} and pipe.can_sample
@@ -74,6 +76,7 @@ def test_no_figure_of_drawings(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tokens_are_kept_and_a_region_is_sampled(pipe):
     first = pipe.sample([1, 1], seed=0).sequence
     kept = pipe.sample([1, 1], seed=1, prefix=first, structure_stages=3, token_stages=3).sequence

@@ -195,6 +195,7 @@ NETWORKS = Networks(  # stage i's flow leads to the halves of random scores i
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solves", [(), (0, 2), (0,)])
 @pytest.mark.parametrize("restart", [1.0, 0.5])
 def test_a_split_uses_the_solution_of_the_last_solve(solves, restart):

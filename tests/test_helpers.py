@@ -16,6 +16,7 @@ other()
 COMMAND = [sys.executable, "-c", STUCK]
 
 
+@pytest.mark.slow
 def test_processes_that_stand_still_are_killed_and_all_stacks_printed():
     with Process(COMMAND, timeout=2) as alone, Process(COMMAND, timeout=2) as with_another:
         with pytest.raises(AssertionError, match="did not end in time") as raised:
@@ -25,6 +26,7 @@ def test_processes_that_stand_still_are_killed_and_all_stacks_printed():
     assert alone.poll() is not None and with_another.poll() is not None
 
 
+@pytest.mark.slow
 def test_what_a_shell_started_is_killed_with_it():
     with pytest.raises(AssertionError, match="in other"):
         run(["bash", "-c", '"$@"; true', "bash", *COMMAND], timeout=2)

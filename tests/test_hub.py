@@ -343,6 +343,7 @@ def test_a_folder_is_exported_to_the_hub(server, pipe, exported, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, found, rounded)
 
 
+@pytest.mark.slow
 def test_published_checkpoints_are_found_in_a_repository(server, tmp_path, caplog, monkeypatch):
     autoencoder = write_autoencoder(tmp_path / "ae.ckpt", SQUARE)
     server.repositories["authors/model"] = {"ae.ckpt": autoencoder.read_bytes(), "README.md": b""}

@@ -15,6 +15,8 @@ from torch_files import write_legacy
 from nvg_jax import pretrained
 from nvg_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 HEADS = FOLDER / "lpips_alex.pth"
 
 

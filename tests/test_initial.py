@@ -53,6 +53,7 @@ def test_classes_are_found_by_name_and_new_ones_start_from_the_mean(model):
     jax.tree.map(np.testing.assert_array_equal, rest(jax.device_get(found)), rest(old))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_starts_from_the_weights_of_the_model(model, tmp_path):
     folder, pipe = model
     config, mesh = tiny_config(part="tokenizer", init_from=str(folder)), sharding.make_mesh()
@@ -76,6 +77,7 @@ def test_what_does_not_fit_is_named(model):
         initial.start_from(str(folder / "nowhere"), fresh(), ())
 
 
+@pytest.mark.slow
 def test_a_part_that_is_trained_later_is_checked_first(model, tmp_path):
     config = tiny_config(part="all", init_from=str(model[0]))
     config.structure.width = 64

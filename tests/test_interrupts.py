@@ -84,6 +84,7 @@ def test_the_first_is_a_request_while_there_is_work_to_save_and_the_second_ends(
     assert output.endswith("\nInterrupted. Parts are kept.\n")
 
 
+@pytest.mark.slow
 def test_whatever_a_library_waits_for_at_the_end():
     code, output, seconds = run(
         STUCK + "    from nvg_jax.runtime import preemption\n"

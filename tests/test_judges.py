@@ -225,6 +225,7 @@ def bars(count, color):
     return images.clip(-1, 1).astype(np.float32), labels
 
 
+@pytest.mark.slow
 def test_train_classifier_on_bars():
     classifier = train_classifier(*bars(200, color=0.7), num_classes=3, steps=30)
     assert classifier.gray
@@ -247,6 +248,7 @@ def test_train_classifier_on_bars():
     np.testing.assert_allclose(tinted, plain, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_train_classifier_sees_color_where_there_is_color():
     # Classes of equal brightness: more red than blue, or more blue than red.
     rng = np.random.default_rng(0)
@@ -267,6 +269,7 @@ def test_train_classifier_of_wrong_labels():
         train_classifier(flat(0, 1), [0.0, 1.0], num_classes=3)
 
 
+@pytest.mark.slow
 def test_a_classifier_stops_when_it_knows_its_images_and_is_kept(monkeypatch, tmp_path):
     """On 270 images it once took 2,400 steps, anew at each evaluation."""
     monkeypatch.setenv("NVG_CACHE", str(tmp_path))

@@ -191,6 +191,7 @@ def test_nothing_is_created_for_arguments_that_training_refuses(
     assert ("PYTHON=" in result.stderr) == (code == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "training, message",
     [
@@ -211,6 +212,7 @@ def test_training_itself_checks_the_arguments(training, message):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_launcher_asks_training_itself(tmp_path):
     """With the real Python; those above and stand-ins of Python for all scripts do the rest."""
     arguments = [*TPU, "--", "--workdir=gs://bucket/run", "--config=configs/nope.py"]
@@ -220,6 +222,7 @@ def test_a_launcher_asks_training_itself(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_valid_training_arguments_need_no_data_and_no_device(tmp_path):
     training = ["--config=configs/imagenet256.py:d24", "--workdir=gs://bucket/run"]
     result = run(
@@ -578,6 +581,7 @@ def test_gke_dry_run(tmp_path):
     assert shlex.split(command) == ["exec", "env", CACHE, *RESTART, "--distributed", *TRAIN]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("zone", [["--zone=us-east5-a"], ["--zone", "us-east5-a"]])
 @pytest.mark.parametrize("ends", ["exit 0", "exit 1", "kill -INT $PPID; exit 1"])
@@ -851,6 +855,7 @@ def test_tpu_is_asked_for_again_after_a_preemption(tmp_path):
         assert log.read_text() == "the log\n"
 
 
+@pytest.mark.slow
 @ENDINGS
 @pytest.mark.parametrize("code, expected", [(0, 0), (2, 2), (1, 1), (137, 1)])
 def test_tpu_run_ends_with_the_exit_code_of_training(tmp_path, code, expected, ending):
@@ -863,6 +868,7 @@ def test_tpu_run_ends_with_the_exit_code_of_training(tmp_path, code, expected, e
     assert {log.name[-6:] for log in tpu.workdir.glob("logs/*")} == {"-0.log", "-1.log"}
 
 
+@pytest.mark.slow
 def test_tpu_trains_another_command_and_tries_a_failed_one_again(tmp_path):
     """The exit code that an earlier command left is not that of this one."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], code=2)
@@ -926,6 +932,7 @@ def test_tpu_that_is_preempted_again_and_again(tmp_path, ending):
     assert_cannot_burn_money(tpu, said, ending)
 
 
+@pytest.mark.slow
 def test_a_new_checkpoint_resets_the_attempts(tmp_path):
     """Preempted four times, each time after a checkpoint; two attempts would be allowed."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE", "SUSPENDED"], forever=4)
@@ -940,6 +947,7 @@ def test_a_new_checkpoint_resets_the_attempts(tmp_path):
     assert tpu.calls.count("delete") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("foreground")
 @ENDINGS
 @pytest.mark.parametrize(
@@ -983,6 +991,7 @@ def test_tpu_run_that_is_interrupted_while_gcloud_stands_still(tmp_path, ending)
     assert_cannot_burn_money(tpu, said, ending)
 
 
+@pytest.mark.slow
 @ENDINGS
 @pytest.mark.parametrize("lost", ["lost_1", "ssh_fails", "ssh_hangs"])
 def test_tpu_with_a_worker_that_is_lost(tmp_path, lost, ending):
@@ -995,6 +1004,7 @@ def test_tpu_with_a_worker_that_is_lost(tmp_path, lost, ending):
     assert_cannot_burn_money(tpu, said, ending)
 
 
+@pytest.mark.slow
 def test_tpu_that_cannot_be_reached_goes_on_while_there_is_a_heartbeat(tmp_path):
     """As when the keys of ssh are gone on the machine that watches."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
@@ -1013,6 +1023,7 @@ def test_tpu_that_cannot_be_reached_goes_on_while_there_is_a_heartbeat(tmp_path)
         assert tpu.end(process)[0] == 0
 
 
+@pytest.mark.slow
 def test_tpu_training_that_stands_still_is_started_again(tmp_path):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
     code, said = tpu.run("--stall=1")
@@ -1023,6 +1034,7 @@ def test_tpu_training_that_stands_still_is_started_again(tmp_path):
         assert (tmp_path / worker / "exit_code").read_text() == "0\n"
 
 
+@pytest.mark.slow
 @ENDINGS
 def test_tpu_training_that_stands_still_each_time(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=9)
@@ -1033,6 +1045,7 @@ def test_tpu_training_that_stands_still_each_time(tmp_path, ending):
     assert (tmp_path / "began_0").read_text() == "new\n" * 2
 
 
+@pytest.mark.slow
 def test_tpu_training_with_a_heartbeat_is_left_alone(tmp_path):
     """Here in a folder that the workers mount; the first one is asked."""
     tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1)
@@ -1077,6 +1090,7 @@ def test_gcloud_that_fails_before_anything_is_requested(tmp_path):
     assert tpu.calls == ["describe"]
 
 
+@pytest.mark.slow
 @ENDINGS
 def test_gcloud_that_fails_for_long(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "ACTIVE", "error"], forever=1)
@@ -1333,6 +1347,7 @@ def get_sweep():
     assert len(set(names)) == 2 and max(map(len, names)) <= 200
 
 
+@pytest.mark.slow
 def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
     program(tmp_path / "bin/sbatch", f'echo "$1" >>{tmp_path}/jobs; [[ $1 != *=4-* ]] || exit 3')
     (tmp_path / "mine.py").write_text(
@@ -1349,6 +1364,7 @@ def test_sweep_submits_the_runs_in_turn_and_stops_at_one_that_fails(tmp_path):
     assert result.returncode == 3 and "run 2 ended with exit code 3" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_local_sweep_goes_on_after_a_run_that_fails(tmp_path):
     python = f'echo "$@" >>{tmp_path}/runs; [[ $* != *seed=3* ]] || exit 2'
     (tmp_path / "mine.py").write_text(
@@ -1364,6 +1380,7 @@ def test_a_local_sweep_goes_on_after_a_run_that_fails(tmp_path):
     assert [line for line in lines if "check_only" not in line and "seed=4" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher, code", [("slurm", 0), ("local", 1)])
 def test_a_sweep_that_is_stopped_starts_no_other_run(tmp_path, launcher, code):
     """Not even if the run was at its end and succeeded, or fails now."""
@@ -1390,6 +1407,7 @@ def test_a_sweep_that_is_stopped_starts_no_other_run(tmp_path, launcher, code):
     assert len(jobs) == 1 and "seed=3" in jobs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra, code", [([], 2), (["--", "--check"], 0)])
 def test_a_sweep_without_curves_ends_without_a_traceback(tmp_path, extra, code):
     text = "CONFIG = 'configs/digits.py'\ndef get_sweep():\n    return [{'seed': 3}]\n"

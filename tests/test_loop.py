@@ -92,7 +92,7 @@ class Sum:
         state = {"sum": state["sum"] + np.asarray(batch["image"])}
         return state, {"sum_loss": state["sum"][0, 0]}
 
-    def learning_rate(self, step):
+    def schedule(self, step):
         return np.float32(1)
 
     def evaluate(self, run, state, inputs, metadata):

@@ -22,6 +22,8 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.train import train
 from nvg_jax.training.registry import make_trainer
 
+pytestmark = pytest.mark.slow
+
 RANK = 2
 KERNELS = [f"blocks/blocks/{layer}/kernel" for layer in ("linear1", "linear2", "modulation")]
 TABLE = "class_embed/embedding"

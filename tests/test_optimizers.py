@@ -94,6 +94,7 @@ def test_what_a_generator_decays(name):
     assert decay_mask(unbox(params)) == unbox(decay_mask(params))  # boxed or not
 
 
+@pytest.mark.slow
 def test_without_a_gradient_only_the_decay_moves_a_parameter():
     params = {"matrix": jnp.full((2, 2), 8.0), "bias": jnp.full(2, 8.0)}
     config = optimizer_config(
@@ -110,6 +111,7 @@ def test_without_a_gradient_only_the_decay_moves_a_parameter():
     np.testing.assert_allclose(updates["bias"], np.full(2, -2.0))
 
 
+@pytest.mark.slow
 def test_the_tokenizers_trainer_decays_the_discriminators_biases_too():
     config = tiny_config(part="tokenizer")
     config.tokenizer_training.update(
@@ -124,6 +126,7 @@ def test_the_tokenizers_trainer_decays_the_discriminators_biases_too():
     assert (updates["bias"] < 0).all()
 
 
+@pytest.mark.slow
 def test_muon_orthogonalizes_the_updates_of_each_layer_in_blocks():
     config = optimizer_config(
         name="muon", learning_rate=1.0, schedule="constant", warmup_steps=0, clip=1e9
@@ -151,6 +154,7 @@ def test_muon_orthogonalizes_the_updates_of_each_layer_in_blocks():
     np.testing.assert_allclose(jnp.abs(head), jnp.abs(head).max(), rtol=1e-3)  # as Adam's
 
 
+@pytest.mark.slow
 def test_only_block_matrices_decay_with_muon_and_its_state_is_sharded_as_they_are():
     config = optimizer_config(name="muon", learning_rate=0.5, schedule="constant", warmup_steps=0)
     optimizer = make_optimizer(config, learning_rate_schedule(config, 256, steps=10))

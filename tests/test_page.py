@@ -79,6 +79,7 @@ def test_a_field_for_every_setting_in_plain_words_with_its_name(opened):
     }
 
 
+@pytest.mark.slow
 def test_a_drawing_is_followed_and_its_lines_make_the_same_samples(opened, tmp_path, monkeypatch):
     drawing = painted(LEFT)
     waiting, shown, first, code, links = results(opened, opened.drawing, drawing)
@@ -111,6 +112,7 @@ def test_a_drawing_is_followed_and_its_lines_make_the_same_samples(opened, tmp_p
         assert "compiles" not in waiting and f"its map: {2 ** (maps - 1)} regions" in shown
 
 
+@pytest.mark.slow
 def test_a_part_of_a_picture_is_resampled(opened):
     edit = painted(LEFT, picture=RANDOM), 1.0, True
     kept = opened.edit(*edit)
@@ -290,6 +292,7 @@ def tab(opened):
         gc.collect()  # the server's event loops, while warnings are ignored
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the browser's driver and of the server
 def test_a_visit_with_a_phone(opened, tab, tmp_path):
     def sources():
@@ -380,6 +383,7 @@ def test_a_visit_with_a_phone(opened, tab, tmp_path):
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
 
 
+@pytest.mark.slow
 def test_a_page_that_stays_open_keeps_a_limited_number_of_programs(opened, monkeypatch):
     monkeypatch.setattr(page, "PROGRAMS", 1)
     count = opened.pipe.program.sample._cache_size

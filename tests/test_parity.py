@@ -114,12 +114,14 @@ def generator(pipe, name):
 # The tokenizer.
 
 
+@pytest.mark.slow
 @COPIES
 def test_latent(load, expected, copy):
     latent = tokenize(load(copy, "raw"), expected["images_nhwc"], method="latents")
     close(latent, positions(expected[prefix(copy) + "latent"]), NETWORK)
 
 
+@pytest.mark.slow
 @COPIES
 def test_maps_tokens_and_canvases(load, expected, copy):
     name = prefix(copy)
@@ -148,6 +150,7 @@ def test_decoded_image(load, expected, copy):
     close(image, channels_last(expected[name + "decoded"]), NETWORK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, index_backprop", [("vq", False), ("vqsmooth", True)])
 def test_quantizer_in_training(raw, expected, name, index_backprop):
     """Losses, tokens and gradients; vqsmooth is the warm-up with index backpropagation."""
@@ -178,6 +181,7 @@ def test_quantizer_in_training(raw, expected, name, index_backprop):
     close(latent_grad, positions(row["grad_z"]), NETWORK)
 
 
+@pytest.mark.slow
 def test_hierarchies_of_points(expected):
     """Random, clumped and exactly tied points."""
     names = [key.removesuffix("_points") for key in expected if re.match("clust_.*_points", key)]
@@ -283,6 +287,7 @@ def same_splits(ours, theirs, scores, labels):
     return settled.sum()
 
 
+@pytest.mark.slow
 def test_splits_of_scores(expected):
     rows = [key.removesuffix("_in") for key in expected if re.fullmatch(r"gtk\d+_in", key)]
     assert rows
@@ -359,6 +364,7 @@ def training(load, expected):
     return run
 
 
+@pytest.mark.slow
 @COPIES
 def test_training_outputs_and_losses(load, training, expected, meta, copy):
     """With the generators' raw and averaged weights."""
@@ -491,6 +497,7 @@ def one_stage(load, meta):
     return predict, scores
 
 
+@pytest.mark.slow
 def test_each_stage_from_the_true_canvas_and_map(raw, expected, meta, one_stage):
     predict, scores = one_stage
     class_ids, noise = (jnp.asarray(expected[f"gentf_{k}"]) for k in ("class_label", "noise"))
@@ -520,6 +527,7 @@ def test_each_stage_from_the_true_canvas_and_map(raw, expected, meta, one_stage)
         same(split, expected["gentf_structure"][stage], f"map of stage {stage + 1}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["gen4", *(pytest.param(n, marks=SLOW) for n in ("gen25", "gen4nocfg", "gen4randn"))]
 )

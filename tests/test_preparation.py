@@ -148,6 +148,7 @@ def test_fid_during_training_prepares_images_as_the_run_does(published, monkeypa
     assert prepared == ["published"]
 
 
+@pytest.mark.slow
 def test_sequences_are_encoded_as_the_model_was_trained(published, tmp_path, caplog):
     meta = encode_data_set(published, tmp_path / "cache", DIGITS)
     assert meta["data"]["resize_filter"] == "published"

@@ -72,6 +72,7 @@ def distance_and_gradient(params, first, second):
     return distance, gradient
 
 
+@pytest.mark.slow
 def test_lpips_agrees_with_the_package(expected, lpips_cache):
     params = pretrained.load("lpips", lpips_cache)
     distance, gradient = distance_and_gradient(
@@ -100,6 +101,7 @@ def test_unit_channels():
     np.testing.assert_array_equal(jacobian, np.zeros((2, 2)))
 
 
+@pytest.mark.slow
 def test_dino_agrees_with_timm(expected, tmp_path):
     file = save_torch(tmp_path / "dino.pth", reference_weights(expected, "dino"))
     pretrained.convert("dino", [file], tmp_path)
@@ -156,6 +158,7 @@ def test_layer_norm_of_small_values():
     np.testing.assert_allclose(found, [0.5**0.5, -(0.5**0.5)], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", pretrained.NAMES)
 def test_every_network_traces_in_bfloat16(name):
     params = pretrained.abstract(name)
@@ -285,6 +288,7 @@ def test_lpips_needs_both_files(expected, tmp_path):
         pretrained.convert("lpips", [HEADS, HEADS], tmp_path)
 
 
+@pytest.mark.slow
 def test_lpips_as_the_package_saves_the_whole_of_it(expected, lpips_cache, tmp_path):
     """Five slices of VGG16, every head under two names, the normalization's constants."""
     first_of_slice = (0, 4, 9, 16, 23)
@@ -324,6 +328,7 @@ def test_files_that_cannot_be_read(tmp_path):
         pretrained.convert("dino", [tmp_path / "text.pth"], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["header", "checksum", "first value", "last value", "truncated"])
 def test_a_flipped_bit_is_an_error(lpips_cache, tmp_path, place):
     data = bytearray((lpips_cache / "lpips.safetensors").read_bytes())

@@ -109,7 +109,7 @@ def test_data_are_timed_without_what_was_made_ahead(monkeypatch):
 
 def test_only_what_is_left_is_rehearsed(monkeypatch, capsys):
     run = types.SimpleNamespace(
-        train_source="12", test_source="1", networks={}, mesh=types.SimpleNamespace(size=1),
+        train_source="12", test_source="1", pretrained={}, mesh=types.SimpleNamespace(size=1),
         config=tiny_config(wandb_project="nvg"),
     )  # fmt: skip
     parts = [types.SimpleNamespace(part=part, steps=9, open=Mock()) for part in CHOICES["all"]]

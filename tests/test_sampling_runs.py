@@ -66,6 +66,7 @@ def start(code, *arguments):
     return Process([sys.executable, *(("-c", code) if "\n" in code else ("-m", code)), *arguments])
 
 
+@pytest.mark.slow
 def test_the_array_holds_the_samples_in_order_of_their_classes(whole, expected):
     with np.load(whole) as archive:
         assert archive.files == ["arr_0"]

@@ -45,6 +45,7 @@ def test_upsampling_is_nearest_neighbor_and_a_convolution():
         assert error < tolerance * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_residual_quantization_of_a_row_of_two():
     # Mean of (1, 3) is 2 -> code 2; what is left (-1, 1) is there exactly.
     q = quantizer((1, 2), [[-1.0], [1.0], [2.0]])
@@ -65,6 +66,7 @@ def test_smoothing_is_half_a_convolution_on_top_of_the_identity():
     np.testing.assert_allclose(q.smooth(vectors, 1)[0, :, 0], [4, 6 + 0.5 * 4])
 
 
+@pytest.mark.slow
 def test_the_warm_up_reaches_every_code_and_changes_no_value():
     latents = jnp.array([[[1.0], [2.9]]])
     structure = jnp.array([[[0, 0], [0, 1]]])
@@ -82,6 +84,7 @@ def test_the_warm_up_reaches_every_code_and_changes_no_value():
     np.testing.assert_allclose(hard.canvases, soft.canvases, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "latent_size,image_size", [((2, 2), (4, 4)), ((2, 4), (8, 16)), ((4, 4), (4, 4))]
 )

@@ -152,6 +152,7 @@ def test_the_discriminator_may_see_the_generator_loss(state, plain, alone):
     assert max(np.abs(x).max() for x in jax.tree.leaves(extra)) > 1e-3
 
 
+@pytest.mark.slow
 def test_lpips_is_added_with_its_weight(state, monkeypatch):
     """With a distance in its place that is easily worked out."""
     monkeypatch.setattr(
@@ -235,6 +236,7 @@ def test_what_the_heads_on_dino_see(monkeypatch):
         np.testing.assert_allclose(found, patches + 100 + 2000 * feature_block, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own, expected", [("", "bfloat16"), ("float32", "float32")])
 def test_the_tokenizer_trains_in_its_own_precision(own, expected):
     config = digits.get_config("runlocal")
@@ -285,6 +287,7 @@ def test_alignment_is_one_minus_the_cosine_of_each_stage():
     np.testing.assert_allclose(both, [0.5, 1, 0.5], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_feature_block_is_the_output_of_a_transformer_of_so_many_blocks():
     rng = np.random.default_rng(0)
     x, vec, angles = (jnp.asarray(rng.normal(size=n)) for n in ((2, 5, 32), (2, 32), (2, 5, 8)))
@@ -304,6 +307,7 @@ def test_the_feature_block_is_the_output_of_a_transformer_of_so_many_blocks():
         assert (count == 3) == bool(np.allclose(tapped, last, atol=1e-4))
 
 
+@pytest.mark.slow
 def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monkeypatch):
     """One product or several, hidden channels as one axis or two, and padding for a kernel."""
     rng = np.random.default_rng(0)
@@ -328,6 +332,7 @@ def test_what_depends_on_the_platform_changes_neither_results_nor_gradients(monk
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parts", "separate", "joint"])
 def test_gradients_are_summed_over_positions_in_float32(monkeypatch, form):
     """2,048 gradients of one; in bfloat16, 256 + 1 is 256."""
@@ -360,6 +365,7 @@ def test_how_linear_layers_are_computed_where(monkeypatch):
     assert chosen == {"cpu": ["separate"] * 2, "gpu": ["joint", "separate"], "tpu": ["parts"] * 2}
 
 
+@pytest.mark.slow
 def test_the_gradient_of_one_image_does_not_depend_on_what_is_recomputed():
     """At this size XLA once summed the gradient of the gates over the wrong products."""
     rng = np.random.default_rng(0)

@@ -116,6 +116,7 @@ stuck()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stuck",
     ["time.sleep(60)", "ctypes.PyDLL(None).sleep(60)"],  # the second holds Python's lock
@@ -126,6 +127,7 @@ def test_what_stands_still_is_ended_with_its_stacks(stuck):
     assert done.stderr.startswith("Timeout (0:00:01)!") and "in stuck" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "slow, timeout, last", [(60, 1, "watchdog.reset(slow=True)"), (0, 0, ""), (0, 9, "")]
 )

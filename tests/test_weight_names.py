@@ -50,6 +50,7 @@ def keys(parity_dir):
     return json.loads((parity_dir / "keys.json").read_text())
 
 
+@pytest.mark.slow
 def test_autoencoder(keys):
     names = {name: tuple(shape) for name, shape in keys["ae"]["keys"].items()}
     config = TokenizerConfig(**weight_names.tokenizer_sizes(stand_ins(names)))
@@ -60,6 +61,7 @@ def test_autoencoder(keys):
     assert total == keys["ae"]["params"]["total"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, depth", [("d16", 16), ("d20", 20), ("d24", 24)])
 def test_generators(keys, name, depth):
     names = {name: tuple(shape) for name, shape in keys[name]["keys"].items()}
@@ -166,6 +168,7 @@ def test_latent_size_of_an_autoencoder(keys):
         weight_names.tokenizer_sizes(stand_ins(names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", weight_names.WEIGHTS)
 def test_there_and_back_gives_the_same_bytes(parity_dir, tmp_path, copy):
     """Published -> ours -> published -> a safetensors file, both files of the pack."""
@@ -198,6 +201,7 @@ def test_copies_of_the_weights(parity_dir):
         weight_names.read(parity_dir / "ae.legacy.ckpt", "ema")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, depths, heads",
     [

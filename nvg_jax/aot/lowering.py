@@ -104,7 +104,7 @@ class Compiler:
         config[self.part.section].batch_size = batch_size
         with sharding.in_mesh(mesh):  # run nothing eagerly inside: the devices do not exist
             trainer = make_trainer(self.part, config, model, mesh, self.images)
-            return trainer.trace().lower(), trainer.networks
+            return trainer.trace().lower(), trainer.abstract_networks
 
     # Keeps the last program: the one that --find_batch compiles last is usually reported.
     @functools.lru_cache(maxsize=1)  # noqa: B019

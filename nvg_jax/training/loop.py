@@ -115,7 +115,7 @@ def fit(trainer: Trainer, run: Run, score: Score | None = None, forecast: Foreca
             preempted = preemption.noticed()
             save = last or preempted or done % recipe.save_every == 0
             if save or any(due(done)) or done % recipe.log_every == 0:
-                rate = np.asarray(trainer.learning_rate(step)).item()
+                rate = np.asarray(trainer.schedule(step)).item()
                 reporter.progress(done, rate, checkpoints.latest_step)
 
             if save:

@@ -64,8 +64,8 @@ def rehearse(
     for line in plan.describe(run, [trainer for trainer, _ in standings]):
         report(line)
     report(f"✓ data: {len(run.train_source):,} and {len(run.test_source):,} images open")
-    if run.networks:
-        report(f"✓ pretrained networks: {', '.join(run.networks)}")
+    if run.pretrained:
+        report(f"✓ pretrained networks: {', '.join(run.pretrained)}")
     if run.config.wandb_project and is_main():
         report(f"✓ wandb: version {weights_and_biases.version()}")
     report(f"✓ workdir: a checkpoint is written and read back in {check_workdir(run):.1f} s")

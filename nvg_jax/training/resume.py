@@ -185,6 +185,6 @@ def resume(
             stored.step,
             metadata.changes[-1]["images"],
             "; ".join(f"{key} from {old!r} to {now!r}" for key, (old, now) in settings.items()),
-            np.asarray(trainer.learning_rate(stored.step)).item(),
+            np.asarray(trainer.schedule(stored.step)).item(),
         )
     return trainer, trainer.resumed(state), metadata, position, stored.step

@@ -47,7 +47,7 @@ class Run:
 
     Attributes:
         workdir: the folder with a subfolder for each trained part.
-        networks: {name: parameters} of the pretrained networks that the losses need.
+        pretrained: {name: parameters} of the pretrained networks that the losses need.
         resize_filter: how images are resized, see `Transform`.
         teacher: the metadata and parameters of the model to distill, if one is distilled.
         resume: how to go on with what the workdir holds.
@@ -58,7 +58,7 @@ class Run:
     mesh: Mesh
     train_source: Source
     test_source: Source
-    networks: dict[str, Any]
+    pretrained: dict[str, Any]
     model: ModelConfig
     resize_filter: str
     teacher: tuple[RunMetadata, dict[str, Any]] | None = None
@@ -83,7 +83,7 @@ class Run:
 
     def frozen(self, names: Iterable[str]) -> dict[str, Any]:
         """The pretrained networks with these names, replicated on every device."""
-        return jax.device_put({name: self.networks[name] for name in names}, self.replicated)
+        return jax.device_put({name: self.pretrained[name] for name in names}, self.replicated)
 
     # Batches.
 
@@ -178,21 +178,22 @@ def open_run(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
     mesh: Mesh,
-    networks: Iterable[str] = (),
+    pretrained_names: Iterable[str] = (),
     teacher: tuple[RunMetadata, dict[str, Any]] | None = None,
     resume: Resume = NEWEST,
 ) -> Run:
     """Opens the data and the pretrained networks of a run.
 
     Args:
-        networks: names of the pretrained networks of all parts, so that a missing file is
+        pretrained_names: the pretrained networks of all parts, so that a missing file is
             reported at once and not after days of training.
 
     Raises:
         UserError: data or a network is missing.
     """
     loaded = {
-        name: pretrained.load(name, config.pretrained_dir or None) for name in sorted(set(networks))
+        name: pretrained.load(name, config.pretrained_dir or None)
+        for name in sorted(set(pretrained_names))
     }
     data_dir = config.data.data_dir and os.fspath(storage_path(config.data.data_dir))
     train_source = open_source(config.data.name, "train", data_dir=data_dir)

@@ -244,7 +244,7 @@ class TokenizerTrainer(Trainer[TokenizerState]):
             dataclasses.replace(
                 self.optimizer_config, weight_decay=self.recipe.discriminator_weight_decay
             ),
-            self.learning_rate,
+            self.schedule,
             decay_all=True,
         )
 
@@ -348,10 +348,10 @@ class TokenizerTrainer(Trainer[TokenizerState]):
         return (*super().gradient_norms, *own)
 
     @property
-    def networks(self) -> Params:
+    def abstract_networks(self) -> Params:
         discriminator = self.abstract_state.discriminator
         own = {"discriminator": discriminator.params} if discriminator else {}
-        return super().networks | own
+        return super().abstract_networks | own
 
     # A run.
 

@@ -43,7 +43,7 @@ class Trainer(abc.ABC, Generic[State]):
 
     Attributes:
         steps: the length of the training.
-        learning_rate: step -> rate.
+        schedule: step -> learning rate.
         abstract_state, abstract_inputs, abstract_batch, abstract_key: the abstract arguments of
             `train_step` with their shardings, the batch of images. They are those of the arrays of
             a run to the last detail, so that what is traced with them is not traced again.
@@ -83,10 +83,8 @@ class Trainer(abc.ABC, Generic[State]):
         self.num_images, self.origin = num_images, origin
         self.steps = training_length(recipe.length, num_images, recipe.batch_size, origin)
         self.optimizer_config = OptimizerConfig(**recipe.optimizer)
-        self.learning_rate = learning_rate_schedule(
-            self.optimizer_config, recipe.batch_size, self.steps
-        )
-        self.optimizer = make_optimizer(self.optimizer_config, self.learning_rate)
+        self.schedule = learning_rate_schedule(self.optimizer_config, recipe.batch_size, self.steps)
+        self.optimizer = make_optimizer(self.optimizer_config, self.schedule)
         self.make_networks()
         replicated = sharding.replicated(mesh)
         batch = {
@@ -243,7 +241,7 @@ class Trainer(abc.ABC, Generic[State]):
         )
 
     @property
-    def networks(self) -> Params:
+    def abstract_networks(self) -> Params:
         """{name: abstract parameters} of all networks in the program."""
         networks = {
             name: tree for name, tree in self.abstract_inputs.items() if name != "canvas_scale"
