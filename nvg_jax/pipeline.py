@@ -349,7 +349,7 @@ class Pipeline(hub.Storable):
         count, region = len(ids), self._check_region(region, len(ids))
         prefix = self._check_prefix(prefix, count, structure_stages, token_stages, plan.region)
         requests = local_batch((ids, keys, noise, prefix, region), self._mesh)
-        canvas_scale = jnp.asarray(self.metadata.canvas_scale, jnp.float32)
+        canvas_scale = np.asarray(self.metadata.canvas_scale, np.float32)
         with jax.set_mesh(self._mesh):
             out = self.program.sample(
                 self.params, canvas_scale, SampleRequests(*requests), values, plan=plan
@@ -361,11 +361,8 @@ class Pipeline(hub.Storable):
         self, settings: dict[str, Any], structure_stages: int, token_stages: int, region: bool
     ):
         stages = self.tokenizer.config.num_stages
-        for name, value in (
-            ("structure_stages", structure_stages),
-            ("token_stages", token_stages),
-        ):
-            check_integer(name, value, 0, stages)
+        structure_stages = check_integer("structure_stages", structure_stages, 0, stages)
+        token_stages = check_integer("token_stages", token_stages, 0, stages)
         if token_stages > max(structure_stages, 1):
             raise UserError(
                 f"The tokens of {token_stages} stages need their maps: give at least "
@@ -397,14 +394,14 @@ class Pipeline(hub.Storable):
         return np.asarray(self._randomness(seed, first_index, count)[0])
 
     def _randomness(self, seed: int, first_index: int, count: int):
-        """(structure noise, keys of the tokens) of `count` samples."""
-        check_integer("seed", seed, 0, MAX_SEED)
-        check_integer("count", count, 1, MAX_SEED)
-        check_integer("first_index", first_index, 0, MAX_SEED - count)
+        """(structure noise, keys) of `count` samples."""
+        seed = check_integer("seed", seed, 0, MAX_SEED)
+        count = check_integer("count", count, 1, MAX_SEED)
+        first_index = check_integer("first_index", first_index, 0, MAX_SEED - count)
         keys = sample_keys(seed, first_index + np.arange(count))
         noise_keys, keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         shape = self.tokenizer.config.num_positions, self.tokenizer.config.num_stages - 1
-        return jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys), keys
+        return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(noise_keys), keys
 
     def _check_prefix(
         self,
@@ -517,7 +514,7 @@ def apply_tokenizer(tokenizer: Tokenizer, params, batch, *, method: str):
 
 def sample_keys(seed: int, indices: np.ndarray):
     """A random key for each sample index; sample i of a seed is always the same."""
-    fold = lambda index: jax.random.fold_in(jax.random.key(seed), index)
+    fold = lambda index: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
     return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
 
 
@@ -525,10 +522,13 @@ def is_integer(value) -> TypeGuard[int | np.integer]:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_integer(name: str, value, low: int, high: int):
-    """Raises UserError if a value is not an integer in low .. high."""
+def check_integer(name: str, value, low: int, high: int) -> int:
+    """The value as an int; raises UserError if it is not an integer in low .. high."""
+    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer):
+        value = value.item() if value.ndim == 0 else value
     if not is_integer(value) or not low <= value <= high:
         raise UserError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
+    return int(value)
 
 
 def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:

@@ -253,6 +253,10 @@ def test_noise_between_two_seeds_keeps_its_length():
     lengths = sorted(map(np.linalg.norm, (start, end)))
     assert 0.98 * lengths[0] < np.linalg.norm(middle) < 1.02 * lengths[1]
     np.testing.assert_allclose(control.between(start, 2 * start, 0.5), 1.5 * start)
+    both = control.between(
+        np.stack([start, 9 * start]), np.stack([end, start]), 0.5
+    )  # image by image
+    np.testing.assert_allclose(both, [middle, 5 * start])
     with pytest.raises(UserError, match=r"same shape, got \(16, 4\) and \(16, 3\)"):
         control.between(start, end[:, 1:], 0.5)
 
@@ -306,6 +310,26 @@ def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_samples_do_not_depend_on_what_a_notebook_has_set(pipe):
+    """Its precision, its generator of random numbers, its mesh, and kinds of numbers."""
+    wanted = pipe.sample([1, 2], seed=3, gumbel=True)
+
+    def check(seed=3):
+        out = pipe.sample([1, 2], seed=seed, gumbel=True)
+        for ours, theirs in zip(jax.tree.leaves(out), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+    check(seed=jnp.array(3))
+    with jax.set_mesh(jax.make_mesh((1,), ("x",))):
+        check()
+    with jax.enable_x64(True):
+        check()
+        assert pipe.structure_noise(0, np.int8(2)).dtype == np.float32
+    with jax.default_prng_impl("rbg"):
+        check()
+
+
 def test_a_walk_begins_and_ends_at_the_structure_of_a_seed(pipe):
     job = sampling_runs.SamplingJob(pipe, [1, 2], 3, 4, 5, {}, walk_to=9)
     parts = [job.sample(batch) for batch in range(2)]

@@ -251,10 +251,10 @@ def paste(
 def between(
     start: Float[np.ndarray, "*noise"], end: Float[np.ndarray, "..."], share: float
 ) -> Float[np.ndarray, "*noise"]:
-    """Spherical interpolation of two noise arrays of one shape: `start` at 0, `end` at 1.
+    """Spherical interpolation of two noise arrays (..., L, K): `start` at 0, `end` at 1.
 
-    Unlike a weighted mean, it keeps the norm that the sampler expects. `Pipeline.structure_noise`
-    gives the noise of a seed.
+    Unlike a weighted mean, it keeps the norm that the sampler expects of each image's noise.
+    `Pipeline.structure_noise` gives the noise of a seed.
 
     Raises:
         UserError: the arrays have different shapes.
@@ -263,9 +263,12 @@ def between(
         raise UserError(
             f"Both noises must have the same shape, got {np.shape(start)} and {np.shape(end)}."
         )
-    lengths = np.linalg.norm(start), np.linalg.norm(end)
-    angle = np.arccos(np.clip(np.vdot(start, end) / (lengths[0] * lengths[1]), -1, 1))
-    if np.sin(angle) < 1e-6:
-        return (1 - share) * start + share * end
-    weights = np.sin((1 - share) * angle), np.sin(share * angle)
-    return (weights[0] * start + weights[1] * end) / np.sin(angle)
+    start, end = np.asarray(start), np.asarray(end)
+    of_image = functools.partial(np.sum, axis=(-2, -1), keepdims=True)
+    lengths = np.sqrt(of_image(start**2) * of_image(end**2))
+    angle = np.arccos(np.clip(of_image(start * end) / lengths, -1, 1))
+    parallel = np.sin(angle) < 1e-6
+    sine = np.where(parallel, 1, np.sin(angle))
+    weight = np.where(parallel, 1 - share, np.sin((1 - share) * angle) / sine)
+    other = np.where(parallel, share, np.sin(share * angle) / sine)
+    return weight * start + other * end
