@@ -133,9 +133,7 @@ def split(
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
     first_by = scores
     if key is not None:
-        first_by = jnp.log(jnp.clip(scores, -1, 1) + 1) + jax.random.gumbel(
-            key, scores.shape, jnp.float32
-        )
+        first_by = jnp.log(jnp.clip(scores, -1, 1) + 1) + jax.random.gumbel(key, scores.shape)
     # A position's rank is the number of positions of its cluster that come before it. Counting
     # them pairwise takes a third as long as sorting (L = 256, CPU).
     position = jnp.arange(maps.shape[-1])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from PIL import Image
 
 from nvg_jax import bundled, granularity, hub, workdir
@@ -18,7 +19,7 @@ from nvg_jax.evaluation.image import to_float
 from nvg_jax.metadata import RunMetadata
 from nvg_jax.models import check_networks, generators_for, parameter_counts
 from nvg_jax.parts import GENERATORS
-from nvg_jax.runtime.hardware import fast_dtype, name_options
+from nvg_jax.runtime.hardware import fast_dtype, usual_options
 from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.generate import SampleRequests
@@ -60,7 +61,6 @@ class Pipeline(hub.Storable):
         """
         if dtype is not None:
             check_dtype(dtype)
-        name_options()
         self.dtype = dtype or fast_dtype()
         self.metadata = metadata
         self.class_names = metadata.class_names
@@ -255,6 +255,7 @@ class Pipeline(hub.Storable):
             return np.asarray(image).astype(np.float32) / 127.5 - 1
         return transform(image)
 
+    @usual_options()
     def encode(self, images) -> GranularitySequence:
         """The visual granularity sequences of images.
 
@@ -270,6 +271,7 @@ class Pipeline(hub.Storable):
         """
         return self._tokenize(self._check_images(images), method="encode")
 
+    @usual_options()
     def decode(self, sequence: GranularitySequence) -> np.ndarray:
         """The images of sequences, float32 (B, H, W, 3) in [-1, 1].
 
@@ -279,6 +281,7 @@ class Pipeline(hub.Storable):
         """
         return self.decode_canvas(self.canvases(sequence)[:, -1])
 
+    @usual_options()
     def canvases(self, sequence: GranularitySequence) -> np.ndarray:
         """The canvases of sequences after each stage, float32 (B, S, L, D).
 
@@ -287,6 +290,7 @@ class Pipeline(hub.Storable):
         """
         return self._tokenize(self._check_sequence(sequence, "sequence"), method="canvases")
 
+    @usual_options()
     def decode_canvas(self, canvas) -> np.ndarray:
         """The images of canvases (B, L, D) after any stage, float32 (B, H, W, 3) in [-1, 1].
 
@@ -297,12 +301,14 @@ class Pipeline(hub.Storable):
         canvas = as_finite(canvas, "canvas", (None, config.num_positions, config.latent_dim))
         return self._tokenize(canvas, method="decode")
 
+    @usual_options()
     def reconstruct(self, images) -> np.ndarray:
         """Images through the tokenizer and back, float32 (B, H, W, 3) in [-1, 1]."""
         return self.decode(self.encode(images))
 
     # Sampling.
 
+    @usual_options()
     def sample(
         self,
         class_ids: Sequence[int | str] | np.ndarray | jax.Array,
@@ -389,6 +395,7 @@ class Pipeline(hub.Storable):
             noise = as_finite(structure_noise, "structure_noise", noise.shape)
         return ids, keys, noise
 
+    @usual_options()
     def structure_noise(self, seed: int = 0, count: int = 1, first_index: int = 0) -> np.ndarray:
         """The noise from which `sample` starts the structure flows: float32 (count, L, K)."""
         return np.asarray(self._randomness(seed, first_index, count)[0])
@@ -401,7 +408,7 @@ class Pipeline(hub.Storable):
         keys = sample_keys(seed, first_index + np.arange(count))
         noise_keys, keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
         shape = self.tokenizer.config.num_positions, self.tokenizer.config.num_stages - 1
-        return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(noise_keys), keys
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys), keys
 
     def _check_prefix(
         self,
@@ -514,7 +521,8 @@ def apply_tokenizer(tokenizer: Tokenizer, params, batch, *, method: str):
 
 def sample_keys(seed: int, indices: np.ndarray):
     """A random key for each sample index; sample i of a seed is always the same."""
-    fold = lambda index: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
+    key = jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl="threefry2x32")
+    fold = lambda index: jax.random.fold_in(key, index)
     return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
 
 
@@ -524,7 +532,7 @@ def is_integer(value) -> TypeGuard[int | np.integer]:
 
 def check_integer(name: str, value, low: int, high: int) -> int:
     """The value as an int; raises UserError if it is not an integer in low .. high."""
-    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, Tracer):
         value = value.item() if value.ndim == 0 else value
     if not is_integer(value) or not low <= value <= high:
         raise UserError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")

@@ -312,22 +312,34 @@ def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
 @pytest.mark.slow
 @pytest.mark.slow
 def test_samples_do_not_depend_on_what_a_notebook_has_set(pipe):
-    """Its precision, its generator of random numbers, its mesh, and kinds of numbers."""
-    wanted = pipe.sample([1, 2], seed=3, gumbel=True)
+    """Its options of JAX and its mesh; seeds and counts of any kind of integer."""
+    images = np.linspace(-1, 1, 2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3)
 
-    def check(seed=3):
+    def results(seed=3, count=2):
         out = pipe.sample([1, 2], seed=seed, gumbel=True)
-        for ours, theirs in zip(jax.tree.leaves(out), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        return jax.tree.leaves((out, pipe.structure_noise(seed, count), pipe.encode(images)))
 
-    check(seed=jnp.array(3))
+    def check(**arguments):
+        for ours, theirs in zip(results(**arguments), wanted, strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+
+    wanted = results()
+    check(seed=jnp.array(3), count=np.int8(2))
     with jax.set_mesh(jax.make_mesh((1,), ("x",))):
         check()
-    with jax.enable_x64(True):
+    with (
+        jax.enable_x64(True),
+        jax.default_prng_impl("rbg"),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
         check()
-        assert pipe.structure_noise(0, np.int8(2)).dtype == np.float32
-    with jax.default_prng_impl("rbg"):
+    jax.config.update("jax_random_seed_offset", 1)
+    try:
         check()
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
 
 
 def test_a_walk_begins_and_ends_at_the_structure_of_a_seed(pipe):

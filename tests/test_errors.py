@@ -166,14 +166,13 @@ def test_options_of_jax_from_outside_are_pinned_or_named():
     ]
 
 
-def test_options_of_jax_in_python_are_refused_for_training(caplog):
-    """A notebook's own options are left as they are; samples come with a line that names them."""
+def test_options_of_jax_in_python_are_refused_for_training():
     with jax.enable_x64(True):
         with pytest.raises(UserError, match="Training needs jax_enable_x64=False, and .* True"):
             hardware.check_options()
-        with caplog.at_level("WARNING", "nvg_jax"):
-            hardware.name_options()
-    assert caplog.messages == ["jax_enable_x64=True: samples differ from those with False"]
+        with hardware.usual_options():
+            hardware.check_options()
+        assert hardware.changed_options() == {"jax_enable_x64": True}
     hardware.check_options()
 
 

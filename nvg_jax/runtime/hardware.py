@@ -1,5 +1,6 @@
 """What programs run with: the platform of the devices, the dtype, the options of JAX and XLA."""
 
+import contextlib
 import logging
 
 import jax
@@ -74,10 +75,18 @@ def check_options():
         )
 
 
-def name_options():
-    """Logs a line for each of the `OPTIONS` with another value, which changes samples."""
-    for name, value in changed_options().items():
-        logger.warning("%s=%s: samples differ from those with %s", name, value, OPTIONS[name])
+@contextlib.contextmanager
+def usual_options():
+    """Within it, a notebook's own values of the `OPTIONS` count for nothing.
+
+    But jax_random_seed_offset, which only `jax.random.key` reads.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, value in OPTIONS.items():
+            option = getattr(jax, name.removeprefix("jax_"), None)
+            if option is not None:
+                stack.enter_context(option(value))
+        yield
 
 
 def pin_options():

@@ -265,7 +265,7 @@ def generate(
     }
     # The first map is zero everywhere, but is read from the prefix. Workaround: libtpu 0.0.52
     # aborts on v5p if the first map is a compile-time constant.
-    canvas = jnp.zeros((batch, length, networks.latent_dim), jnp.float32)
+    canvas = jnp.zeros((batch, length, networks.latent_dim))
     carry = canvas, prefix.structure[:, 0], noise if keeps_last else None
     outputs, start = [], 0
     for stage_plan, group in itertools.groupby(plan.stages):
