@@ -325,7 +325,11 @@ def test_a_visit_with_a_phone(opened, tab, tmp_path):
     assert sources() == opening
     # The same samples again, and those of another seed, at the stage that was chosen.
     changes("document.querySelector('#seed input').value", lambda: tab.click("#random"))
+    tab.fill("#seed input", "1.5")
+    said = tab.locator("#seed").get_by_text("The seed must be a whole number")
+    said.wait_for()
     tab.fill("#seed input", "1")
+    said.wait_for(state="detached")  # before a press, which would move the button away
     tab.click("#free")
     title.get_by_text("0, seed 1").wait_for()
     stage.get_by_text("Stage 2 of 5: 2 tokens").wait_for()

@@ -529,6 +529,7 @@ def build(page: Page) -> gr.Blocks:
                     code = gr.Code(lines, language="python", elem_id="code")
                     files = gr.HTML(elem_id="files")
         first = gr.State(picture)
+        queued = dict(trigger_mode="always_last")  # a press during another waits; it is not lost
         for button, keep, inputs, said in actions:
             button.click(
                 functools.partial(page.sample, keep, len(inputs)),
@@ -537,15 +538,20 @@ def build(page: Page) -> gr.Blocks:
                 concurrency_limit=1,  # all buttons share one queue
                 concurrency_id="model",
                 show_progress_on=said,
+                **queued,
             )
         for name, field in zip(["seed", *Settings.specs()], [seed, *fields]):
             if isinstance(field, gr.Number | gr.Textbox):
                 check = functools.partial(page.check, name)
-                field.blur(lambda _: None, field, validator=check, show_progress="hidden")
+                # While one types: a message that comes or goes at a press would move the button.
+                field.input(
+                    lambda _: None, field, validator=check, show_progress="hidden", **queued
+                )
         for upload, use, said in sources:
-            upload.upload(page.upload, upload, [reference, masked, said], show_progress_on=said)
+            shown = [reference, masked, said]
+            upload.upload(page.upload, upload, shown, show_progress_on=said, **queued)
             use.click(lambda url: [{"picture": url}] * 2, first, [reference, masked])
-        ready.select(page.ready_made, ready, drawn)
+        ready.select(page.ready_made, ready, drawn, **queued)
         random.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
     return blocks
 
