@@ -34,7 +34,7 @@ def base() -> ml_collections.ConfigDict:
         fid_every=0,  # steps between FID measurements; the best model is kept; 0: never
         fid_samples=10_000,
     )
-    # ema_decay: as published, the average is kept in the checkpoints, and the raw weights are used.
+    # ema_decay: checkpoints keep the tokenizer's average; as published, its raw weights are used.
     tokenizer_optimizer = optimizer | dict(
         schedule="cosine", warmup_steps=0, final=0.0, weight_decay=0.0
     )

@@ -35,7 +35,7 @@ class RunMetadata:
     """Everything a checkpoint says about its model, stored as JSON; None where it does not apply.
 
     Attributes:
-        model: the sizes of what the checkpoint holds, in float32.
+        model: the sizes of what the checkpoint holds.
         class_names: the name of every class, in the order of the ids.
         fingerprint: a hash of the tokenizer's raw weights; None until its training has finished.
         canvas_scale: S + 1 values, 1 / std of the content generator's inputs and of the final

@@ -40,12 +40,12 @@ def check_networks(model: str, params: dict[str, Any], needed: Iterable[str], re
 
 
 def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
-    """{network: the number of its parameters}, which may be abstract."""
+    """{network: how many parameters it has}; the parameters may be abstract."""
     return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
 
 
 def generators_for(tokenizer: TokenizerConfig) -> tuple[str, ...]:
-    """The generators that sampling needs: none draws maps that are fixed."""
+    """The generators that sampling needs: without "structure" if the maps are fixed."""
     return GENERATORS if tokenizer.fixed_structure is None else ("content",)
 
 
@@ -181,6 +181,7 @@ def init_generator(
     if isinstance(model, ContentGenerator):
         args = canvas, structure, stage, class_ids, jnp.ones(num_bits + 2)
     else:
+        assert isinstance(model, StructureGenerator)
         noisy = jnp.zeros(structure.shape)
         args = noisy, jnp.zeros((1,)), structure, canvas, stage, class_ids
     params = cast(dict[str, Any], model.init(key, *args)["params"])

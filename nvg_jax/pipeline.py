@@ -453,7 +453,7 @@ class Pipeline(hub.Storable):
             )
         return np.broadcast_to(region, shape)
 
-    # Checks.
+    # Calls of the tokenizer, and checks.
 
     def _tokenize(self, batch, method: str):
         """Runs a method of the tokenizer on a batch over all devices; returns NumPy arrays."""

@@ -54,7 +54,7 @@ def test_the_generator_sees_the_mean_logit_of_an_image():
     # Means 0 and ln 3: log(1 + 1) and log(1 + 1/3).
     fake = jnp.array([[5.0, -5.0], [0.0, 2 * np.log(3)]])
     expected = (np.log(2) + np.log(4 / 3)) / 2
-    assert losses.generator_loss(fake) == pytest.approx(expected, rel=1e-6)
+    assert losses.adversarial_loss(fake) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_images_get_a_gradient():
     images = jnp.asarray(draw(6, 4, 8, 8, 3))
     variables = drawn(SMALL, images)
     variables |= jax.jit(lambda v: SMALL.apply(v, images, mutable=["spectral"])[1])(variables)
-    value = lambda images: losses.generator_loss(
+    value = lambda images: losses.adversarial_loss(
         SMALL.apply(variables, diffaug.augment(images, KEY))
     )
     grads = jax.jit(jax.grad(value))(images)

@@ -19,7 +19,7 @@ from nvg_jax.sampling.settings import Settings
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.training import generators, tokenizer
 from nvg_jax.training.checks import check_config
-from nvg_jax.training.length import fitted, training_length
+from nvg_jax.training.length import resolved, training_length
 from nvg_jax.training.optimizers import OptimizerConfig, learning_rate_schedule
 from nvg_jax.training.registry import pretrained_names
 
@@ -75,7 +75,7 @@ def test_every_variant_is_a_whole_configuration(name, arg):
     check_config(config)
     assert keys(config) == keys(importlib.import_module("configs.common").base())
     sizes = TokenizerConfig(**config.tokenizer)
-    for training in (fitted(recipe, 1000) for recipe in recipes(config)):
+    for training in (resolved(recipe, 1000) for recipe in recipes(config)):
         OptimizerConfig(**training.optimizer)
         assert training_length(training.length, 1000, training.batch_size) > 0
     for part in models.GENERATORS:
@@ -228,13 +228,13 @@ def test_the_losses_that_need_other_networks():
     """All of the paper's for ImageNet; none where a laptop or one's own images are the aim."""
     published = tokenizer.loss_config(load("imagenet256"))
     assert (published.perceptual_weight, published.adversarial_weight) == (1.0, 0.1)
-    assert published.pretrained == ("lpips", "dino")
+    assert published.pretrained_names == ("lpips", "dino")
     repa = generators.repa_config(load("imagenet256"), CONTENT)
     assert (repa.weight, repa.block) == (0.5, 8)
     for name, arg in EVERY:
         if name != "imagenet256" or "runlocal" in (arg or ""):
             config = load(name, arg)
-            assert tokenizer.loss_config(config).pretrained == ()
+            assert tokenizer.loss_config(config).pretrained_names == ()
             assert pretrained_names((BOTH_GENERATORS,), config) == set()
     assert tokenizer.loss_config(load("fashion_mnist", "adversarial")).adversarial_weight > 0
 

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from nvg_jax.errors import UserError
-from nvg_jax.training.length import fitted, training_length, warn_if_too_short
+from nvg_jax.training.length import resolved, training_length, warn_if_too_short
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def image_folder(variant):
 @pytest.mark.parametrize("num_images", [270, 2_700, 90_000])
 def test_a_small_and_a_large_folder_are_trained_seen_and_saved(variant, num_images):
     """270 images once meant 210 steps of a warm-up of 1,000, and no picture and no checkpoint."""
-    recipe = fitted(image_folder(variant).generator_training, num_images)
+    recipe = resolved(image_folder(variant).generator_training, num_images)
     steps = training_length(recipe.length, num_images, recipe.batch_size)
     assert steps >= 1000
     assert recipe.optimizer.warmup_steps <= steps / 20
@@ -67,13 +67,13 @@ def test_what_follows_from_the_length():
     recipe = image_folder("small").generator_training
     recipe.update(length="2000 steps", save_every=7)
     recipe.optimizer.ema_decay = 0.9
-    chosen = fitted(recipe, 10)
+    chosen = resolved(recipe, 10)
     assert (chosen.log_every, chosen.eval_every, chosen.save_every) == (20, 200, 7)
     assert (chosen.optimizer.warmup_steps, chosen.optimizer.ema_decay) == (100, 0.9)
     assert recipe.eval_every == -1
     recipe.update(length="333637 steps", save_every=-1)
     recipe.optimizer.ema_decay = -1
-    chosen = fitted(recipe, 10)
+    chosen = resolved(recipe, 10)
     assert (chosen.log_every, chosen.eval_every, chosen.save_every) == (100, 5000, 2500)
     # As published, for this length.
     assert (chosen.optimizer.warmup_steps, chosen.optimizer.ema_decay) == (1000, 0.9999)
@@ -81,7 +81,7 @@ def test_what_follows_from_the_length():
 
 def test_the_published_recipe_is_left_as_it_is():
     recipe = importlib.import_module("configs.imagenet256").get_config().generator_training
-    assert fitted(recipe, 270) == recipe
+    assert resolved(recipe, 270) == recipe
     assert not recipe.optimizer.ema_warmup
 
 

@@ -22,7 +22,7 @@ from nvg_jax.sampling.settings import check_dtype
 from nvg_jax.training.checks import check_recipes, check_sizes
 from nvg_jax.training.generators import sampling_settings
 from nvg_jax.training.registry import make_trainer
-from nvg_jax.training.run import fitted_config
+from nvg_jax.training.run import resolve_lengths
 
 IMAGENET = (1_281_167, 1000)  # training images and classes of tfds:imagenet2012
 BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # units in XLA's messages
@@ -78,7 +78,7 @@ class Compiler:
         else:
             check_dtype(config.dtype)
         self.images, self._num_classes = data_size(config.data)
-        self.config = fitted_config(config, self.images)
+        self.config = resolve_lengths(config, self.images)
 
     @property
     def device(self) -> Chip:

@@ -5,7 +5,7 @@ examples: the rows from process_index * process_batch_size on. The content of th
 depends only on the seed, not on the number of processes, workers or threads.
 
 An example has a "label" (int32). From a source of images it also has "image": float32 (H, W, 3) in
-[-1, 1]. From cached sequences it has "structure": int (L,), the labels of the finest stage, and
+[-1, 1]. From cached sequences it has "structure": int (L,), the finest map, and
 "tokens": int (2L - 1,), one for each cluster of stage 0, 1, ...; both in the smallest integer type
 that holds them.
 """

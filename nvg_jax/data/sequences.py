@@ -52,7 +52,7 @@ def crop_dtype(tokenizer: dict[str, Any]) -> np.dtype:
 def compact(structure: np.ndarray, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Packs full structure maps and tokens, int (N, S, L) each, into N crops of `crop_dtype`.
 
-    This stores the labels of the finest stage, whose leading bits are the labels of all others,
+    This stores the finest map, whose leading bits are the labels of all others,
     and one token for each cluster of stages 0, 1, ... K in that order.
     """
     stages, length = structure.shape[1:]

@@ -34,7 +34,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 logger = logging.getLogger("nvg_jax")
 
 JUDGES = ("inception", "classifier")  # the choices of --judge and config.evaluation.judge
-FITTED = ("classifier",)  # fitted to the data set (`fit_classifier`), whose images it compares with
+FITTED = ("classifier",)  # those that are fitted to the data set, see `fit_classifier`
 DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
 BATCH_SIZE = 128
@@ -219,7 +219,7 @@ class DigitClassifier:
 
     @staticmethod
     def features(images) -> np.ndarray:
-        """float32 (B, 64): the gray values in [-1, 1] of the images at 8x8 pixels."""
+        """float32 (B, 64): the gray values in [-1, 1] of uint8 images (B, H, W, 3) at 8x8."""
         gray = to_float(images).mean(-1, keepdims=True)
         return area_resize(gray, DIGITS_SIZE).reshape(len(gray), -1)
 

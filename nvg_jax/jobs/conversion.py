@@ -105,7 +105,7 @@ def read_published(
             )
     with _naming(generator):
         model = ModelConfig.from_sizes({**sizes, "tokenizer": own}, len(classes))
-        shapes = _shapes({name: model.abstract_params(name) for name in GENERATORS})
+        shapes = _shapes({name: model.abstract_params(name) for name in model.generators})
         shapes["canvas_scale"] = (model.tokenizer.num_stages + 1,)
         flat = weight_names.from_published(generator_tensors, shapes)
     metadata = metadata.replace(

@@ -529,7 +529,8 @@ def build(page: Page) -> gr.Blocks:
                     code = gr.Code(lines, language="python", elem_id="code")
                     files = gr.HTML(elem_id="files")
         first = gr.State(picture)
-        queued = dict(trigger_mode="always_last")  # a press during another waits; it is not lost
+        # A press while another is served waits; it is not lost.
+        queued: dict[str, Any] = dict(trigger_mode="always_last")
         for button, keep, inputs, said in actions:
             button.click(
                 functools.partial(page.sample, keep, len(inputs)),
@@ -548,8 +549,8 @@ def build(page: Page) -> gr.Blocks:
                     lambda _: None, field, validator=check, show_progress="hidden", **queued
                 )
         for upload, use, said in sources:
-            shown = [reference, masked, said]
-            upload.upload(page.upload, upload, shown, show_progress_on=said, **queued)
+            fields_to_fill = [reference, masked, said]
+            upload.upload(page.upload, upload, fields_to_fill, show_progress_on=said, **queued)
             use.click(lambda url: [{"picture": url}] * 2, first, [reference, masked])
         ready.select(page.ready_made, ready, drawn, **queued)
         random.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")

@@ -41,8 +41,8 @@ class Networks(NamedTuple):
 class SampleRequests(NamedTuple):
     """What a batch of samples is made from, besides the settings.
 
-    keys: a random key for each sample, the source of all its randomness.
-    noise: where every stage's flow starts.
+    keys: a random key for each sample, from which all but `noise` is drawn.
+    noise: normal values, where every stage's flow starts.
     prefix: maps and tokens, read if the plan has `kept`, which a region needs. The first map is
         always read, and must be zero.
     region: read if the plan says so. Positions outside keep all maps and tokens of `prefix`, and a

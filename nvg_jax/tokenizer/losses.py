@@ -18,7 +18,7 @@ RECONSTRUCTION_LOSSES = {
 }
 
 
-def generator_loss(fake: Float[Array, "B positions"]) -> Float[Array, ""]:
+def adversarial_loss(fake: Float[Array, "B positions"]) -> Float[Array, ""]:
     """Non-saturating loss: mean over the images of softplus(-m), with m an image's mean logit."""
     return jax.nn.softplus(-fake.mean(axis=1)).mean()
 

@@ -118,8 +118,8 @@ def check_recipes(config: ml_collections.ConfigDict, parts: tuple[Part, ...]):
     """
     for name in dict.fromkeys(part.section for part in PARTS.values()):
         check_dtype(config[name].get("dtype") or config.dtype, TRAINING_DTYPES)
-        fitted = length.fitted(config[name], num_images=10**6)  # the data's size comes later
-        optimizers.OptimizerConfig(**fitted.optimizer)
+        resolved = length.resolved(config[name], num_images=10**6)  # the data's size comes later
+        optimizers.OptimizerConfig(**resolved.optimizer)
         trained = [part for part in parts if part.section == name]
         if config[name].fid_every and trained:
             check_fid(config, name, trained)

@@ -195,7 +195,7 @@ class DistillationTrainer(Trainer[TrainState]):
     INIT_KEY, STEP_KEY, DATA_SEED = 1, 3, 2
 
     @classmethod
-    def pretrained(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    def pretrained_names(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
         return ()
 
     def make_networks(self):

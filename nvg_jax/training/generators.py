@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from nvg_jax import granularity, lora, pretrained, workdir
 from nvg_jax.content.losses import alignment_loss, content_losses
-from nvg_jax.content.model import RepaProjector
+from nvg_jax.content.model import ContentGenerator, RepaProjector
 from nvg_jax.data import SequenceSource
 from nvg_jax.errors import UserError
 from nvg_jax.metadata import RunMetadata
@@ -119,6 +119,8 @@ def loss_terms(
         )
         return losses.mean(), {"flow_loss": losses}
 
+    assert isinstance(model, ContentGenerator)
+
     def predict_canvas(canvas, embedding, stage):
         return apply(
             canvas,
@@ -148,7 +150,7 @@ def encode(tokenizer: Tokenizer, params: Params, batch: Batch) -> Quantized:
 
     Args:
         batch: {"image": float32 (B, H, W, 3) in [-1, 1]}, or a cached sequence: {"structure": int
-            (B, L), the labels of the finest stage, "tokens": int (B, 2L - 1), the unique tokens of
+            (B, L), the finest map, "tokens": int (B, 2L - 1), the unique tokens of
             stages 0, 1, ... K, concatenated}.
 
     Returns:
@@ -197,7 +199,7 @@ class GeneratorTrainer(Trainer[TrainState]):
     INIT_KEY, STEP_KEY, DATA_SEED = 1, 2, 1
 
     @classmethod
-    def pretrained(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    def pretrained_names(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
         return ("dinov2",) if repa_config(config, part) else ()
 
     def make_networks(self):
@@ -330,21 +332,22 @@ class GeneratorTrainer(Trainer[TrainState]):
         )
         scale = np.asarray(tokenizer.canvas_scale, np.float32)
         inputs = {"tokenizer": params, "canvas_scale": jax.device_put(scale, run.replicated)}
-        inputs |= run.frozen(self.pretrained(self.part, run.config))
+        inputs |= run.frozen(self.pretrained_names(self.part, run.config))
         if not self.rank:
             return inputs, metadata
         folder = located(run.config.init_from)
-        base = workdir.read_model(folder)
-        workdir.check_tokenizer(base[0], tokenizer, f"init_from={folder}")
-        if base[0].teacher and "structure" in self.generators:
+        base_metadata, base_params = workdir.read_model(folder)
+        workdir.check_tokenizer(base_metadata, tokenizer, f"init_from={folder}")
+        if base_metadata.teacher and "structure" in self.generators:
             raise UserError(
                 f"The structure generator of init_from={folder} was distilled, and adapters would "
                 "be trained as for one that takes many steps. Train them on its teacher, or those "
                 "of the content generator alone (--config.part=content)."
             )
         classes = metadata.class_names
+        base = base_metadata, base_params
         inputs["base"] = fit_model(folder, base, self.abstract_inputs["base"], classes)
-        marks = {name: fingerprint(base[1][name]) for name in self.generators}
+        marks = {name: fingerprint(base_params[name]) for name in self.generators}
         return inputs, metadata.replace(base=marks, base_workdir=folder)
 
     def first_state(self, run: Run, inputs: Params) -> TrainState:

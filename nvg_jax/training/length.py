@@ -62,7 +62,7 @@ def step_of(epochs: float, num_images: int, batch_size: int, origin: Origin = ST
     return origin.step + round((epochs * num_images - origin.images) / batch_size)
 
 
-def fitted(recipe: ml_collections.ConfigDict, num_images: int) -> ml_collections.ConfigDict:
+def resolved(recipe: ml_collections.ConfigDict, num_images: int) -> ml_collections.ConfigDict:
     """A recipe with numbers in place of `AUTO`, which follow from its steps.
 
     - `warmup_steps`: a twentieth of the steps, at most the published 1,000.

@@ -197,7 +197,7 @@ def open_run(
     }
     data_dir = config.data.data_dir and os.fspath(storage_path(config.data.data_dir))
     train_source = open_source(config.data.name, "train", data_dir=data_dir)
-    config = fitted_config(config, len(train_source))
+    config = resolve_lengths(config, len(train_source))
     config.data.data_dir = data_dir
     if isinstance(train_source, SequenceSource):
         config.data.resize = train_source.resize
@@ -228,11 +228,13 @@ def check_same_data(train: Source, test: Source):
         )
 
 
-def fitted_config(config: ml_collections.ConfigDict, num_images: int) -> ml_collections.ConfigDict:
+def resolve_lengths(
+    config: ml_collections.ConfigDict, num_images: int
+) -> ml_collections.ConfigDict:
     """A config whose recipes say numbers for everything that follows from the length."""
     config = config.copy_and_resolve_references()
     for section in {part.section for part in PARTS.values()}:
-        config[section] = length.fitted(config[section], num_images)
+        config[section] = length.resolved(config[section], num_images)
     return config
 
 

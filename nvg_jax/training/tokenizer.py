@@ -31,8 +31,8 @@ from nvg_jax.tokenizer.discriminator import DiscriminatorHeads, SmallFeatures
 from nvg_jax.tokenizer.losses import (
     RECONSTRUCTION_LOSSES,
     LeCam,
+    adversarial_loss,
     discriminator_loss,
-    generator_loss,
 )
 from nvg_jax.training.initial import start_from, with_params
 from nvg_jax.training.length import step_of
@@ -78,7 +78,7 @@ class TokenizerLossConfig:
                 )
 
     @property
-    def pretrained(self) -> tuple[str, ...]:
+    def pretrained_names(self) -> tuple[str, ...]:
         """The names of the pretrained networks that the losses need."""
         names = ("lpips",) if self.perceptual_weight else ()
         if self.adversarial_weight and self.discriminator == "dino":
@@ -133,7 +133,7 @@ def discriminator_inputs(
     key: PRNGKeyArray,
     dtype: DTypeLike,
 ) -> Float[Array, "B H W 3"] | list[Float[Array, "B patches 384"]]:
-    """What the discriminator sees of images: DiffAug, then its input size or DINO's tokens."""
+    """What the discriminator sees: images after DiffAug, or DINO's tokens of them."""
     input_key, augment_key = jax.random.split(key)
     images = augment(images, augment_key)
     if not isinstance(discriminator, DiscriminatorHeads):
@@ -196,7 +196,7 @@ def loss_terms(
         if not losses.discriminator_sees_generator_loss:
             seen = jax.lax.stop_gradient(variables)
         logits = logits_of(seen, inputs(restored, generator_key))
-        terms["adversarial"] = generator_loss(logits)
+        terms["adversarial"] = adversarial_loss(logits)
         loss += losses.adversarial_weight * terms["adversarial"]
 
         real, updated = cast(
@@ -232,8 +232,8 @@ class TokenizerTrainer(Trainer[TokenizerState]):
     INIT_KEY, STEP_KEY, DATA_SEED = 0, 3, 0
 
     @classmethod
-    def pretrained(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
-        return loss_config(config).pretrained
+    def pretrained_names(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+        return loss_config(config).pretrained_names
 
     def make_networks(self):
         losses = loss_config(self.config)

@@ -42,6 +42,7 @@ class Trainer(abc.ABC, Generic[State]):
     placed on a mesh; everything is traced inside `sharding.in_mesh`.
 
     Attributes:
+        config: the settings that shape the program. recipe: its section for this part.
         steps: the length of the training.
         schedule: step -> learning rate.
         abstract_state, abstract_inputs, abstract_batch, abstract_key: the abstract arguments of
@@ -124,7 +125,7 @@ class Trainer(abc.ABC, Generic[State]):
 
     @classmethod
     @abc.abstractmethod
-    def pretrained(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    def pretrained_names(cls, part: Part, config: ml_collections.ConfigDict) -> tuple[str, ...]:
         """The names of the pretrained networks that the losses need."""
 
     @abc.abstractmethod
@@ -254,7 +255,7 @@ class Trainer(abc.ABC, Generic[State]):
 
     def abstract_pretrained(self) -> Params:
         """{name: abstract parameters} of the pretrained networks."""
-        names = self.pretrained(self.part, self.config)
+        names = self.pretrained_names(self.part, self.config)
         return {name: pretrained.abstract(name) for name in names}
 
     # A run.
