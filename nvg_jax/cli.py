@@ -6,6 +6,7 @@ else is a failure, with its traceback, after which launchers run the command aga
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -86,6 +87,8 @@ def main(command, set_up=lambda: None, kept: str = ""):
     """
     interrupts.listen()
     interrupts.kept = kept
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)

@@ -121,8 +121,11 @@ def reported(what: str):
     except OSError as error:
         if not is_mistake(error):
             raise
+        file = str(error.filename or "")
+        place = "" if file in what else f" ({file})"
         raise UserError(
-            f"{what}: {error.strerror or error}. Fix the cause and run the same command again."
+            f"{what}: {error.strerror or error}{place}. Fix the cause and run the same command "
+            "again."
         ) from error
 
 

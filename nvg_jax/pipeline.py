@@ -13,6 +13,7 @@ from jax.core import Tracer
 from PIL import Image
 
 from nvg_jax import bundled, granularity, hub, workdir
+from nvg_jax.data.sources import composed
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError, did_you_mean, listed
 from nvg_jax.evaluation.image import to_float
@@ -122,6 +123,7 @@ class Pipeline(hub.Storable):
         """
         names, count = self.class_names, len(self.class_names)
         if isinstance(name, str):
+            name = composed(name)
             if name in names:
                 return names.index(name)
             digits = name.removeprefix("id:")
@@ -145,6 +147,7 @@ class Pipeline(hub.Storable):
         """
         given: list[Any] = list(classes)
         given = [c.item() if getattr(c, "ndim", None) == 0 else c for c in given]  # of NumPy or JAX
+        given = [composed(c) if isinstance(c, str) else c for c in given]
         ids = [self.class_id(c) for c in given]
         texts = [c for c in given if isinstance(c, str) and not c.startswith("id:")]
         as_names: dict[Any, int] = {

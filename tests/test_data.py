@@ -758,3 +758,36 @@ def test_loader_errors():
     ]:
         with pytest.raises(UserError, match=message):
             train_batches(numbered(7), options(**settings), seed=0)
+
+
+def test_class_names_of_other_file_systems(tmp_path, caplog):
+    composed, decomposed = "Gr\u00fcn", "Gru\u0308n"
+    for form in (composed, decomposed):
+        root = tmp_path / str(len(form))
+        for split in ("train", "test"):
+            make_folder(root / split)
+        (root / "train" / "ant").rename(root / "train" / form)
+        (root / "test" / "ant").rename(root / "test" / decomposed)
+        source = open_source("image_folder", "test", data_dir=str(root))
+        assert source.class_names == (composed, "zebra")
+        assert {item["label"] for item in source} == {0, 1}
+    assert not caplog.records
+    flat = [tmp_path / str(len(form)) / "train" for form in (composed, decomposed)]
+    for split in ("train", "test"):  # the same files are held out
+        a, b = (open_source("image_folder", split, data_dir=str(root)) for root in flat)
+        assert a.class_names == b.class_names and a.images_per_class == b.images_per_class
+    (flat[0] / decomposed).mkdir()
+    with pytest.raises(UserError, match="has two folders that are both named Gr\u00fcn"):
+        open_source("image_folder", "train", data_dir=str(flat[0]))
+
+
+def test_what_lies_beside_the_class_folders_is_named(tmp_path, caplog):
+    for split in ("train", "test", "more"):
+        make_folder(tmp_path / split)
+    (tmp_path / "train" / "loose.png").touch()
+    (tmp_path / "train" / "gone").symlink_to("nowhere")
+    open_source("image_folder", "train", data_dir=str(tmp_path))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"'{tmp_path}': only class folders are read, not more",
+        f"'{tmp_path / 'train'}': only class folders are read, not gone, loose.png",
+    ]

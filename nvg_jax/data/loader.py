@@ -93,7 +93,7 @@ def check_batch_size(source: Source, options: LoaderOptions):
         raise UserError(
             f"A batch of {options.global_batch_size} ({options.process_batch_size} for each of "
             f"{options.process_count} processes) is larger than the {len(source)} training "
-            "examples; make it smaller."
+            "examples; make the batch_size smaller."
         )
 
 
@@ -223,7 +223,9 @@ class _UnreadableError(UserError):
     """A record of the source cannot be read; the arguments are its name and the reason."""
 
     def __str__(self) -> str:
-        return "{}: {}".format(*self.args)
+        return "{}: {}. Repair or remove it, or leave out such records: data.on_bad=skip.".format(
+            *self.args
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,11 @@ import errno
 import functools
 import gzip
 import hashlib
+import logging
 import os
 import pathlib
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from typing import Any, cast
@@ -47,6 +49,8 @@ FASHION_MNIST_CLASSES = (
 )
 TFDS_DIR = "~/tensorflow_datasets"  # TFDS's own default
 DIGITS_TEST_SIZE = 300
+logger = logging.getLogger("nvg_jax")
+
 FOLDER_TEST_FRACTION = 0.1
 SPLITS = ("train", "test")
 
@@ -124,16 +128,23 @@ class ArraySource(Source):
 
 
 class FolderSource(Source):
-    """Image files below `root`; each of `files` is "class/file name"."""
+    """Image files below `root`; each of `files` is "class/file name".
+
+    File systems store a letter with an accent in one of two forms: class names have the composed
+    one, which their users type.
+    """
 
     def __init__(self, root: pathlib.Path, files: Sequence[str], class_names: Sequence[str]):
         super().__init__(class_names)
         self._root, self._files = root, files
         self._labels = {name: label for label, name in enumerate(class_names)}
 
+    def _class(self, file: str) -> str:
+        return composed(file.split("/")[0])
+
     @property
     def images_per_class(self) -> tuple[int, ...]:
-        counts = collections.Counter(file.split("/")[0] for file in self._files)
+        counts = collections.Counter(map(self._class, self._files))
         return tuple(counts[name] for name in self.class_names)
 
     @functools.cached_property
@@ -164,7 +175,7 @@ class FolderSource(Source):
         path = self._root / file
         with reported(f"{path} cannot be read"):
             image = path.read_bytes()
-        return {"image": image, "label": self._labels[file.split("/")[0]], "name": str(path)}
+        return {"image": image, "label": self._labels[self._class(file)], "name": str(path)}
 
 
 class TfdsSource(Source):
@@ -408,34 +419,63 @@ def _image_folder(split: str, root: pathlib.Path | None) -> Source:
         raise UserError(f"The data_dir '{root}' is not a folder.")
     held_out = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if (root / "train").is_dir() and held_out:
-        class_names = _subfolders(root / "train")
-        untrained = lambda held: sorted(set(_subfolders(held)) - set(class_names))
+        class_names = _class_names(root / "train")
+        untrained = lambda held: sorted(set(_class_names(held)) - set(class_names))
         fitting = [held for held in held_out if _subfolders(held) and not untrained(held)]
         folder = {"train": root / "train", "test": (fitting or held_out)[0]}[split]
         files = _list_images(folder)
+        if split == "train":
+            _warn_of_others(root, {"train", "test", "val"})
+        _warn_of_others(folder, set(_subfolders(folder)))
         if unknown := untrained(folder):
             raise UserError(
                 f"'{folder}' has the class folders {listed(unknown)}, which '{root / 'train'}' "
                 "does not have. Rename or remove them, or add images of these classes to train."
             )
         return FolderSource(folder, files, class_names)
+    class_names = _class_names(root)
     files = [file for file in _list_images(root) if _in_test(file) == (split == "test")]
     if not files:
         raise UserError(
             f"No image of '{root}' falls into the {split} split, which is chosen by a hash of the "
             "file names; add images, or make folders train and test with the class folders inside."
         )
-    return FolderSource(root, files, _subfolders(root))
+    if split == "train":
+        _warn_of_others(root, set(_subfolders(root)))
+    return FolderSource(root, files, class_names)
 
 
 def _in_test(file: str) -> bool:
-    sha = hashlib.sha256(os.fsencode(file)).digest()  # names need not be UTF-8
+    sha = hashlib.sha256(os.fsencode(composed(file))).digest()  # names need not be UTF-8
     return int.from_bytes(sha[:8], "big") < FOLDER_TEST_FRACTION * 2**64
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _class_names(folder: pathlib.Path) -> list[str]:
+    names = sorted(map(composed, _subfolders(folder)))
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"'{folder}' has two folders that are both named {twice[0]}, in other Unicode forms. "
+            "Move the images of one into the other."
+        )
+    return names
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(e.name for e in entries if _is_folder(e) and not e.name.startswith("."))
+
+
+def _warn_of_others(folder: pathlib.Path, read: set[str]):
+    """Says what lies beside the folders that are read."""
+    others = sorted(e.name for e in os.scandir(folder) if e.name[0] != "." and e.name not in read)
+    if others:
+        logger.warning("'%s': only class folders are read, not %s", folder, listed(others))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
