@@ -206,7 +206,6 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
     For a launcher, which may repeat the command, a hub that cannot be reached is a failure.
     """
     unreachable = ConnectionError if heartbeat.is_read() else UserError
-    here = "" if folder.startswith(PREFIX) else f" There is no folder {folder} here either."
     try:
         try:
             yield
@@ -220,14 +219,12 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
             raise UserError(f"{name} has no revision {revision!r}.") from error
         except errors.RepositoryNotFoundError as error:
             raise UserError(
-                f"The hub has no model {name}, or it is private. Check the name, or give "
-                f"{TOKEN}.{here}"
+                f"The hub has no model {name}, or it is private. Check the name, or give {TOKEN}."
             ) from error
         except errors.LocalEntryNotFoundError as error:
             raise unreachable(
                 f"{name} lacks a file, or the hub cannot be reached and the cache has no complete "
                 f"copy ({str(error).splitlines()[0]}). Check the name, the network and HF_ENDPOINT."
-                f"{here}"
             ) from error
         except errors.EntryNotFoundError as error:
             raise UserError(f"{name} lacks a file ({str(error).splitlines()[0]}).") from error
