@@ -1,9 +1,10 @@
 """The object that a notebook or a command uses: sample, encode, decode, reconstruct."""
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -25,7 +26,7 @@ from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import MAX_SEED, as_array, check_dtype
+from nvg_jax.sampling.settings import MAX_SEED, Settings, as_array, check_dtype
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
 
 
@@ -39,6 +40,24 @@ class SampleOutput(NamedTuple):
     images: np.ndarray
     sequence: GranularitySequence
     canvases: np.ndarray | None = None
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Around a call: a notebook's options count for nothing, and JAX must not trace it.
+
+    Raises:
+        UserError: it is called inside jax.jit, grad or vmap.
+    """
+    try:
+        with usual_options():
+            yield
+    except jax.errors.JAXTypeError as error:
+        raise UserError(
+            "A pipeline checks values and returns NumPy arrays: call it outside of jax.jit, "
+            "jax.grad and jax.vmap. Inside, use the networks: `metadata.model` makes them, and "
+            "`params` are their weights."
+        ) from error
 
 
 class Pipeline(hub.Storable):
@@ -65,7 +84,6 @@ class Pipeline(hub.Storable):
         self.dtype = dtype or fast_dtype()
         self.metadata = metadata
         self.class_names = metadata.class_names
-        self.settings = metadata.sampling
         self.tokenizer = dataclasses.replace(metadata.model, dtype="float32").make_tokenizer()
         model = dataclasses.replace(metadata.model, dtype=self.dtype)
         self._decoder = model.make_tokenizer()
@@ -90,8 +108,20 @@ class Pipeline(hub.Storable):
         return "\n  ".join(["Pipeline", *lines])
 
     @property
+    def settings(self) -> Settings:
+        """The sampling settings; `sample` and `save_pretrained` use those that are assigned."""
+        return self.metadata.sampling
+
+    @settings.setter
+    def settings(self, settings: Settings):
+        self.metadata = self.metadata.replace(sampling=settings)
+
+    @property
     def params(self) -> dict[str, Any]:
-        """The weights: {"tokenizer": tree} and, to sample, "content" and "structure"."""
+        """The weights: {"tokenizer": tree} and, to sample, "content" and "structure".
+
+        To change them, assign a whole tree: `weights` is then computed anew.
+        """
         return self._params
 
     @params.setter
@@ -258,7 +288,7 @@ class Pipeline(hub.Storable):
             return np.asarray(image).astype(np.float32) / 127.5 - 1
         return transform(image)
 
-    @usual_options()
+    @isolated()
     def encode(self, images) -> GranularitySequence:
         """The visual granularity sequences of images.
 
@@ -274,7 +304,7 @@ class Pipeline(hub.Storable):
         """
         return self._tokenize(self._check_images(images), method="encode")
 
-    @usual_options()
+    @isolated()
     def decode(self, sequence: GranularitySequence) -> np.ndarray:
         """The images of sequences, float32 (B, H, W, 3) in [-1, 1].
 
@@ -284,7 +314,7 @@ class Pipeline(hub.Storable):
         """
         return self.decode_canvas(self.canvases(sequence)[:, -1])
 
-    @usual_options()
+    @isolated()
     def canvases(self, sequence: GranularitySequence) -> np.ndarray:
         """The canvases of sequences after each stage, float32 (B, S, L, D).
 
@@ -293,7 +323,7 @@ class Pipeline(hub.Storable):
         """
         return self._tokenize(self._check_sequence(sequence, "sequence"), method="canvases")
 
-    @usual_options()
+    @isolated()
     def decode_canvas(self, canvas) -> np.ndarray:
         """The images of canvases (B, L, D) after any stage, float32 (B, H, W, 3) in [-1, 1].
 
@@ -304,14 +334,14 @@ class Pipeline(hub.Storable):
         canvas = as_finite(canvas, "canvas", (None, config.num_positions, config.latent_dim))
         return self._tokenize(canvas, method="decode")
 
-    @usual_options()
+    @isolated()
     def reconstruct(self, images) -> np.ndarray:
         """Images through the tokenizer and back, float32 (B, H, W, 3) in [-1, 1]."""
         return self.decode(self.encode(images))
 
     # Sampling.
 
-    @usual_options()
+    @isolated()
     def sample(
         self,
         class_ids: Sequence[int | str] | np.ndarray | jax.Array,
@@ -398,7 +428,7 @@ class Pipeline(hub.Storable):
             noise = as_finite(structure_noise, "structure_noise", noise.shape)
         return ids, keys, noise
 
-    @usual_options()
+    @isolated()
     def structure_noise(self, seed: int = 0, count: int = 1, first_index: int = 0) -> np.ndarray:
         """The noise from which `sample` starts the structure flows: float32 (count, L, K)."""
         return np.asarray(self._randomness(seed, first_index, count)[0])

@@ -309,7 +309,12 @@ def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
         assert (found[:, :stages] == kept[:stages]).all()
 
 
-@pytest.mark.slow
+def test_a_pipeline_inside_a_transformation_of_jax(pipe):
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    with pytest.raises(UserError, match="call it outside of jax.jit, jax.grad"):
+        jax.jit(pipe.encode)(images)
+
+
 @pytest.mark.slow
 def test_samples_do_not_depend_on_what_a_notebook_has_set(pipe):
     """Its options of JAX and its mesh; seeds and counts of any kind of integer."""

@@ -477,7 +477,10 @@ def moved(array, index, value):
         (lambda pipe: pipe.sample([0], first_index=1.5), "first_index must be .* got 1.5"),
         (lambda pipe: pipe.sample([0], top_p=0.0), "top_p must be above 0"),
         (lambda pipe: pipe.sample([0], top_k=17), "top_k must be whole numbers"),
-        (lambda pipe: pipe.sample([0], temperature=-1.0), "temperature must be 0 or more"),
+        (
+            lambda pipe: pipe.sample([0], temperature=-1.0),
+            "temperature must be 0, or at least",
+        ),
         (lambda pipe: pipe.sample([0], temperature=[1.0]), "temperature takes one number"),
         (lambda pipe: pipe.sample([0], content_guidance=[1, 2, 3]), "5 values"),
         (lambda pipe: pipe.sample([0], flow_steps=0), "flow_steps must be a whole number"),

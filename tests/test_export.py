@@ -162,3 +162,11 @@ print(*(set(sys.argv[1].split()) & set(sys.modules)))
     trained = "orbax tensorflow tensorflow_datasets clu grain sklearn optax ml_collections"
     done = python("-c", script, trained)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+def test_assigned_settings_are_saved(pipe, tmp_path):
+    pipe = Pipeline(pipe.metadata, pipe.params)  # the tests share the other one
+    pipe.settings = pipe.settings.updated({"flow_steps": 3, "temperature": 0.5})
+    pipe.save_pretrained(tmp_path)
+    again = Pipeline.from_pretrained(tmp_path).settings
+    assert (again.flow_steps, again.temperature) == (3, 0.5) and again == pipe.settings

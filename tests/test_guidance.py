@@ -119,7 +119,7 @@ def test_one_value_a_stage_is_taken_as_it_is():
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
-        ({"temperature": -0.1}, "temperature must be 0 or more, got -0.1"),
+        ({"temperature": -0.1}, "temperature must be 0, or at least 1e-6, got -0.1"),
         ({"temperature": float("nan")}, "temperature takes finite numbers, got nan"),
         ({"temperature": float("inf")}, "temperature takes finite numbers, got inf"),
         ({"top_k": -1}, r"top_k must be whole numbers from 0 .* codebook's 16, got -1"),

@@ -158,8 +158,8 @@ class Settings:
     temperature: float = setting(
         1.0,
         "Temperature of the token logits; 0 takes the most likely token.",
-        allowed="0 or more",
-        valid=lambda x, codebook_size: x >= 0,
+        allowed="0, or at least 1e-6",
+        valid=lambda x, codebook_size: (x == 0) | (x >= 1e-6),
     )
     top_k: int | tuple[int, ...] = setting(
         0,
