@@ -27,6 +27,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks.timed import resumed
+from nvg_jax import cli
 from nvg_jax.evaluation.features import class_agreement
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.evaluation.judges import fit_classifier
@@ -89,9 +90,7 @@ class Splits:
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
     pipe = Pipeline.from_pretrained(FLAGS.workdir)
-    data = pipe.metadata.config["data"]
-    data = data | {"data_dir": FLAGS.data_dir or data["data_dir"]}
-    data["resize_filter"] = pipe.metadata.resize_filter
+    data = cli.data_section(pipe.metadata)
     size = pipe.tokenizer.config.image_size
     train, test = (load_split(data, split, size) for split in ("train", "test"))
     num_classes = pipe.metadata.model.num_classes
@@ -212,7 +211,7 @@ def measure_point(pipe, point, seed, classes, judge, reference) -> dict[str, flo
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model.", required=True)
     flags.DEFINE_string("out", None, "File of results, a JSON object a line.", required=True)
-    flags.DEFINE_string("data_dir", None, "Folder of the data set, if not that of the training.")
+    cli.define_data_flags()
     flags.DEFINE_string("figure", None, "A picture of all results in the file, of any model.")
     flags.DEFINE_string("sweep", "flow_steps=1;2;4;8;25", "As evaluate's --sweep.")
     flags.DEFINE_integer("seeds", 2, "Seeds of every point.")

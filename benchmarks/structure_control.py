@@ -15,6 +15,7 @@ every k, this prints
 reconstruction. With --figure, also draws samples with the maps of the pictures in --show.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 from absl import app, flags, logging
 from scipy.optimize import linear_sum_assignment
 
+from nvg_jax import cli
 from nvg_jax.data import Transform, open_source
 from nvg_jax.data.transforms import decode
 from nvg_jax.evaluation.judges import ClassJudge, fit_classifier
@@ -92,9 +94,8 @@ def classes_to_ask(pipe: Pipeline, labels: np.ndarray) -> dict[str, np.ndarray]:
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
     pipe = Pipeline.from_pretrained(FLAGS.workdir)
-    config, data = pipe.tokenizer.config, pipe.metadata.config["data"]
-    data = data | {"data_dir": FLAGS.data_dir or data["data_dir"]}
-    transform = pipe.metadata.transform
+    config, data = pipe.tokenizer.config, cli.data_section(pipe.metadata)
+    transform = dataclasses.replace(pipe.metadata.transform, resize=data["resize"])
     source = open_source(
         "image_folder", "test", data_dir=data["data_dir"], class_names=pipe.class_names
     )
@@ -176,7 +177,7 @@ def draw(pipe: Pipeline, pictures: Pictures, names: list[str]) -> np.ndarray:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a model of emoji.", required=True)
-    flags.DEFINE_string("data_dir", "", "The folder of emoji; by default, that of the training.")
+    cli.define_data_flags()
     flags.DEFINE_integer("num_images", 256, "Held-out pictures, evenly spaced.")
     flags.DEFINE_integer("batch_size", 64, "Samples at once.")
     flags.DEFINE_integer("flow_steps", None, "As sample's; by default, the folder's.")

@@ -42,6 +42,11 @@ class SampleOutput(NamedTuple):
     canvases: np.ndarray | None = None
 
 
+def first_rows(tree: Any, count: int) -> Any:
+    """The first rows of every array on the host, as arrays that a notebook may change."""
+    return jax.tree.map(lambda x: np.array(x[:count]), jax.device_get(tree))
+
+
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Around a call: a notebook's options count for nothing, and JAX must not trace it.
@@ -393,7 +398,7 @@ class Pipeline(hub.Storable):
             out = self.program.sample(
                 self.params, canvas_scale, SampleRequests(*requests), values, plan=plan
             )
-        out = SampleOutput(*jax.tree.map(lambda x: x[:count], jax.device_get(out)))
+        out = SampleOutput(*first_rows(out, count))
         return out._replace(canvases=self.canvases(out.sequence)) if canvases else out
 
     def _plan(
@@ -431,7 +436,7 @@ class Pipeline(hub.Storable):
     @isolated()
     def structure_noise(self, seed: int = 0, count: int = 1, first_index: int = 0) -> np.ndarray:
         """The noise from which `sample` starts the structure flows: float32 (count, L, K)."""
-        return np.asarray(self._randomness(seed, first_index, count)[0])
+        return np.array(self._randomness(seed, first_index, count)[0])
 
     def _randomness(self, seed: int, first_index: int, count: int):
         """(structure noise, keys) of `count` samples."""
@@ -500,7 +505,7 @@ class Pipeline(hub.Storable):
             )
         if method == "encode":
             out = out.sequence
-        return jax.tree.map(lambda x: x[:count], jax.device_get(out))
+        return first_rows(out, count)
 
     def _check_images(self, images) -> jax.Array:
         images = as_array(images)

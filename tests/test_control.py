@@ -315,6 +315,17 @@ def test_a_pipeline_inside_a_transformation_of_jax(pipe):
         jax.jit(pipe.encode)(images)
 
 
+def test_what_a_pipeline_returns_can_be_changed_in_place(pipe):
+    images = np.linspace(-1, 1, 2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3)
+    sequence = pipe.encode(images)
+    tokens = sequence.tokens.copy()
+    sequence.tokens[:, -1] = (tokens[:, -1] + 1) % 16
+    assert (pipe.encode(images).tokens == tokens).all()  # nothing of the pipeline's own changed
+    pipe.decode(sequence)[:] = 0
+    pipe.structure_noise()[:] = 0
+    pipe.sample([0]).images[:] = 0
+
+
 @pytest.mark.slow
 def test_samples_do_not_depend_on_what_a_notebook_has_set(pipe):
     """Its options of JAX and its mesh; seeds and counts of any kind of integer."""
