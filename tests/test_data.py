@@ -791,3 +791,17 @@ def test_what_lies_beside_the_class_folders_is_named(tmp_path, caplog):
         f"'{tmp_path}': only class folders are read, not more",
         f"'{tmp_path / 'train'}': only class folders are read, not gone, loose.png",
     ]
+
+
+def test_a_camera_picture_is_read_at_a_smaller_size():
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    whole = Image.fromarray(coarse).resize((960, 640), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    whole.save(file, "JPEG", quality=95)
+    content = file.getvalue()
+    transform = Transform((32, 32))
+    read = transform.decode(content)
+    assert read.size == (240, 160)  # the smallest part that is at least 3 * 36
+    np.testing.assert_allclose(transform(read), transform(whole), atol=0.02)  # of 2
+    published = Transform((32, 32), resize_filter="published")
+    assert published.decode(content).size == whole.size

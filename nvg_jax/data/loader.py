@@ -27,7 +27,7 @@ from absl import flags
 from etils import epy
 
 from nvg_jax.data.sources import SequenceSource, Source
-from nvg_jax.data.transforms import Transform, decode
+from nvg_jax.data.transforms import Transform
 from nvg_jax.errors import UserError, comes_with
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # takes seconds
@@ -203,13 +203,13 @@ Arrays = dict[str, np.ndarray]
 
 
 def _crop(transform: Transform, item: dict[str, Any], rng: np.random.Generator | None) -> Arrays:
-    return {"image": transform(decode(item["image"]), rng)}
+    return {"image": transform(transform.decode(item["image"]), rng)}
 
 
 def _crops(
     transform: Transform, count: int, item: dict[str, Any], rng: np.random.Generator
 ) -> Arrays:
-    image = decode(item["image"])
+    image = transform.decode(item["image"])
     crops = [transform(image, rng) for _ in range(count)] or [transform(image)]
     return {"image": np.stack(crops)}
 

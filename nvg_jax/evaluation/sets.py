@@ -19,7 +19,7 @@ from PIL import Image
 
 from nvg_jax.data import SequenceSource, Transform, open_source
 from nvg_jax.data.sources import SPLITS
-from nvg_jax.data.transforms import DEFAULT_FILTER, decode
+from nvg_jax.data.transforms import DEFAULT_FILTER
 from nvg_jax.errors import UserError, reported
 from nvg_jax.runtime import watchdog
 from nvg_jax.runtime.processes import gather, own_share
@@ -288,7 +288,7 @@ class Split(ImageSet):
         try:
             item = self.source[int(index)]
             name = item["name"]
-            return decode(item["image"]), item["label"]
+            return self._transform.decode(item["image"]), item["label"]
         except UserError as error:
             raise UserError(
                 f"{name}: {error}. Repair it or remove it from the data set to evaluate."
