@@ -784,7 +784,8 @@ def test_class_names_of_other_file_systems(tmp_path, caplog):
 def test_what_lies_beside_the_class_folders_is_named(tmp_path, caplog):
     for split in ("train", "test", "more"):
         make_folder(tmp_path / split)
-    (tmp_path / "train" / "loose.png").touch()
+    for name in ("loose.png", "LICENSE.md", "index.csv"):
+        (tmp_path / "train" / name).touch()
     (tmp_path / "train" / "gone").symlink_to("nowhere")
     open_source("image_folder", "train", data_dir=str(tmp_path))
     assert [record.getMessage() for record in caplog.records] == [

@@ -13,6 +13,7 @@ import functools
 import gzip
 import hashlib
 import logging
+import mimetypes
 import os
 import pathlib
 import re
@@ -472,8 +473,15 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
 
 
 def _warn_of_others(folder: pathlib.Path, read: set[str]):
-    """Says what lies beside the folders that are read."""
-    others = sorted(e.name for e in os.scandir(folder) if e.name[0] != "." and e.name not in read)
+    """Says which pictures, folders and links lie beside the folders that are read."""
+
+    def counts(entry: os.DirEntry) -> bool:
+        kind, _ = mimetypes.guess_type(entry.name)
+        return (kind or "").startswith("image/") or entry.is_symlink() or _is_folder(entry)
+
+    with os.scandir(folder) as entries:
+        visible = [e for e in entries if e.name[0] != "." and e.name not in read]
+        others = sorted(e.name for e in visible if counts(e))
     if others:
         logger.warning("'%s': only class folders are read, not %s", folder, listed(others))
 
