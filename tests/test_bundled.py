@@ -187,3 +187,10 @@ def test_names_and_ids_that_agree_may_be_mixed():
     pipe = Pipeline.from_pretrained("fashion_mnist")
     assert pipe.class_ids(["Bag", "Dress", 0]) == [8, 3, 0]
     assert pipe.class_ids(["8", "3"]) == [8, 3]
+
+
+def test_the_model_of_the_documentation_has_the_bundled_tokenizer():
+    pipe = Pipeline.from_pretrained(ROOT / "docs" / "models" / "emoji_16")
+    assert pipe.can_sample and pipe.tokenizer.config.latent_size == (16, 16)
+    tokenizer = Pipeline.from_pretrained("emoji_tokenizer").params["tokenizer"]
+    jax.tree.map(np.testing.assert_array_equal, pipe.params["tokenizer"], tokenizer)
