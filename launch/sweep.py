@@ -94,14 +94,19 @@ def run(command: Sequence[str]) -> int:
     """Runs a command, forwards Ctrl-C and SIGTERM to it as SIGTERM, and returns its exit code."""
     if shutil.which(command[0]) is None:
         raise UserError(f"there is no command {command[0]} here; submit where it is installed.")
-    process, received = subprocess.Popen(command, cwd=ROOT), []
-
-    def stop(number, _):
-        received.append(number)
-        process.terminate()
-
+    received = []
+    stop = lambda number, _: received.append(number)
+    # Before the command starts, and with a wait that ends: a signal that arrives at the start of an
+    # endless one is only handled after it.
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    code = process.wait()
+    process = subprocess.Popen(command, cwd=ROOT)
+    forwarded, code = 0, None
+    while code is None:
+        if len(received) > forwarded:
+            forwarded = len(received)
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=0.5)
     for number, handler in before.items():
         signal.signal(number, handler)
     return 128 + received[0] if received else code  # it may have been at its end
