@@ -3,7 +3,8 @@
     python -m benchmarks.flow_steps --workdir=runs/digits --out=runs/digits_steps.jsonl \\
         --sweep="flow_steps=25;8;4;2 structure_solves=;0,1;0"
 
-For every combination of settings, this measures on the model's own data set:
+For every combination of settings, this measures, on the model's own data set or
+that of --data_name:
 
 - evaluations: of the structure generator, for one image;
 - splits: the share of positions that split as with 200 Euler steps from the same noise, canvas and

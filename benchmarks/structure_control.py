@@ -97,7 +97,7 @@ def main(_):
     config, data = pipe.tokenizer.config, cli.data_section(pipe.metadata)
     transform = dataclasses.replace(pipe.metadata.transform, resize=data["resize"])
     source = open_source(
-        "image_folder", "test", data_dir=data["data_dir"], class_names=pipe.class_names
+        data["name"], "test", data_dir=data["data_dir"], class_names=pipe.class_names
     )
     records = [source[i] for i in np.linspace(0, len(source) - 1, FLAGS.num_images).astype(int)]
     held_out = [[record[key] for record in records] for key in ("image", "label")]

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from nvg_jax import lora
+from nvg_jax.data.sources import composed
 from nvg_jax.data.transforms import DEFAULT_FILTER, Transform
 from nvg_jax.errors import UserError
 from nvg_jax.layers import TransformerConfig
@@ -189,7 +190,7 @@ class RunMetadata:
             **content
             | {
                 "model": ModelConfig.from_sizes(sizes, len(content["class_names"])),
-                "class_names": tuple(content["class_names"]),
+                "class_names": tuple(map(composed, content["class_names"])),
                 "canvas_scale": scale and tuple(scale),
                 "sampling": Settings.from_dict(sampling),
                 "changes": tuple(content.get("changes", ())),

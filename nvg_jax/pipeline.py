@@ -71,7 +71,7 @@ class Pipeline(hub.Storable):
     Attributes:
         metadata: what the folder says about its model: sizes, class names, canvas scales, settings.
         class_names: the name of every class.
-        settings: the folder's recommended sampling settings.
+        settings: the sampling settings; at first, those that the folder recommends.
         dtype: the dtype in which sampling and decoding are computed.
         tokenizer: the tokenizer module; its `config` has all sizes.
         program: the compiled sampler.
@@ -119,6 +119,7 @@ class Pipeline(hub.Storable):
 
     @settings.setter
     def settings(self, settings: Settings):
+        self.metadata.check_settings(settings)
         self.metadata = self.metadata.replace(sampling=settings)
 
     @property
@@ -380,8 +381,8 @@ class Pipeline(hub.Storable):
             canvases: whether to return the canvases too.
             settings: the fields of `nvg_jax.sampling.Settings`: temperature, top_k, top_p,
                 content_guidance, structure_guidance, flow_steps, solver, flow_shift,
-                structure_solves, flow_restart, gumbel. A setting that is missing or None takes the
-                folder's recommended value.
+                structure_solves, flow_restart, gumbel. A setting that is missing or None takes its
+                value in `settings`.
 
         Raises:
             UserError: an invalid argument; the message says what is valid.
@@ -586,6 +587,8 @@ def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:
     expected = f"({', '.join('batch' if n is None else str(n) for n in shape)})"
     try:
         values = np.asarray(values, np.float32)
+    except jax.errors.JAXTypeError:  # traced, see `isolated`
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{name} must be numbers of shape {expected} ({error}).") from error
     fits = values.ndim == len(shape) and all(

@@ -311,8 +311,10 @@ def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
 
 def test_a_pipeline_inside_a_transformation_of_jax(pipe):
     images = np.zeros((1, 8, 8, 3), np.float32)
-    with pytest.raises(UserError, match="call it outside of jax.jit, jax.grad"):
-        jax.jit(pipe.encode)(images)
+    canvas = np.zeros((1, 16, 2), np.float32)
+    for method, value in ((pipe.encode, images), (pipe.decode_canvas, canvas)):
+        with pytest.raises(UserError, match="call it outside of jax.jit, jax.grad"):
+            jax.jit(method)(value)
 
 
 def test_what_a_pipeline_returns_can_be_changed_in_place(pipe):

@@ -191,6 +191,8 @@ def test_the_student_is_a_whole_model_with_its_own_recommended_steps(teacher, st
     assert few.sample([0, 1]).images.shape == (2, 8, 8, 3)
     with pytest.raises(UserError, match="has its guidance inside; structure_guidance must be 1"):
         few.sample([0], structure_guidance=2.0)
+    with pytest.raises(UserError, match="has its guidance inside"):
+        few.settings = few.settings.updated({"structure_guidance": 2.0})
     # Trained on with its tokenizer, new generators are not distilled ones.
     assert few.metadata.teacher and workdir.read_tokenizer(student)[0].teacher is None
     job = SamplingJob(few, [0], 1, 1, 0, {"structure_guidance": 2.0})

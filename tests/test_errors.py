@@ -278,7 +278,9 @@ def test_reported_passes_failures_and_explains_mistakes(tmp_path):
     with pytest.raises(TimeoutError), reported("it cannot be read"):
         raise TimeoutError
     with (
-        pytest.raises(UserError, match="it cannot be read: No such file"),
+        pytest.raises(
+            UserError, match=r"it cannot be read: No such file or directory \(.*missing\)\. Fix"
+        ),
         reported("it cannot be read"),
     ):
         (tmp_path / "missing").read_bytes()

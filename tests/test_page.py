@@ -49,8 +49,7 @@ def painted(part, color=(0, 0, 0), picture=None):
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     pipe = random_pipeline()
-    pipe.metadata = pipe.metadata.replace(sampling=Settings(flow_steps=2, top_p=(0.9, 0.9)))
-    pipe.settings = pipe.metadata.sampling
+    pipe.settings = Settings(flow_steps=2, top_p=(0.9, 0.9))
     return page.Page(pipe, str(tmp_path_factory.mktemp("tiny")))
 
 

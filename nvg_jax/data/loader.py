@@ -223,8 +223,9 @@ class _UnreadableError(UserError):
     """A record of the source cannot be read; the arguments are its name and the reason."""
 
     def __str__(self) -> str:
-        return "{}: {}. Repair or remove it, or leave out such records: data.on_bad=skip.".format(
-            *self.args
+        name, reason = self.args
+        return (
+            f"{name}: {reason.rstrip('.')}. Repair or remove it, or leave it out with on_bad=skip."
         )
 
 
@@ -279,7 +280,8 @@ class _Load:
                 if len(unreadable) == MAX_DRAWS:
                     raise UserError(
                         f"{MAX_DRAWS} records drawn in a row are unreadable: too much of this data "
-                        f"set is damaged. Repair it or get it again. The last one is {error}"
+                        f"set is damaged. Repair it or get it again. The last one is "
+                        + "{}: {}".format(*error.args)
                     ) from error
             index = int(rng.integers(len(self.source)))
 

@@ -13,7 +13,6 @@ import functools
 import gzip
 import hashlib
 import logging
-import mimetypes
 import os
 import pathlib
 import re
@@ -24,6 +23,7 @@ from typing import Any, cast
 
 import numpy as np
 from etils import epy
+from PIL import Image
 
 from nvg_jax.errors import UserError, comes_with, is_failure, is_mistake, listed, reported
 from nvg_jax.runtime.storage import digest, local_path
@@ -70,7 +70,7 @@ class Source(abc.ABC):
     """
 
     def __init__(self, class_names: Sequence[str]):
-        self.class_names = tuple(class_names)
+        self.class_names = tuple(map(composed, class_names))
         self.unreadable: dict[str, str] = {}
 
     @property
@@ -286,7 +286,7 @@ def open_source(
     folder = local_path(data_dir, "data_dir") if data_dir else None
     with reported(f"{folder or name} cannot be read"):
         source = _open(name, split, folder)
-    if class_names is not None and tuple(class_names) != source.class_names:
+    if class_names is not None and tuple(map(composed, class_names)) != source.class_names:
         raise UserError(
             f"The model was trained with {_count_classes(class_names)}, but the data set "
             f"'{name}' has {_count_classes(source.class_names)}; give the data set that the model "
@@ -461,8 +461,8 @@ def _class_names(folder: pathlib.Path) -> list[str]:
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         raise UserError(
-            f"'{folder}' has two folders that are both named {twice[0]}, in other Unicode forms. "
-            "Move the images of one into the other."
+            f"'{folder}' has two folders that are both named {twice[0]}, in different Unicode "
+            "forms. Move the images of one into the other."
         )
     return names
 
@@ -476,14 +476,19 @@ def _warn_of_others(folder: pathlib.Path, read: set[str]):
     """Says which pictures, folders and links lie beside the folders that are read."""
 
     def counts(entry: os.DirEntry) -> bool:
-        kind, _ = mimetypes.guess_type(entry.name)
-        return (kind or "").startswith("image/") or entry.is_symlink() or _is_folder(entry)
+        suffix = os.path.splitext(entry.name)[1].lower()
+        return suffix in Image.registered_extensions() or entry.is_symlink() or _is_folder(entry)
 
     with os.scandir(folder) as entries:
         visible = [e for e in entries if e.name[0] != "." and e.name not in read]
         others = sorted(e.name for e in visible if counts(e))
     if others:
-        logger.warning("'%s': only class folders are read, not %s", folder, listed(others))
+        _say_once(f"'{folder}': not read: {listed(others)}")
+
+
+@functools.cache
+def _say_once(text: str):  # a data set is opened several times
+    logger.info(text)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

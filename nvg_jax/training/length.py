@@ -11,7 +11,7 @@ from nvg_jax.runtime.processes import is_main
 
 logger = logging.getLogger("nvg_jax")
 
-AUTO = -1  # in a recipe: follows from the length, see `fitted`
+AUTO = -1  # in a recipe: follows from the length, see `resolved`
 FORM = re.compile(
     r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?)"
     r"(?:\s*,\s*at\s+least\s+(\d+)\s*steps?)?(?:\s*,\s*at\s+most\s+(\d+)\s*steps?)?\s*"
