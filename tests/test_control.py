@@ -360,6 +360,7 @@ def test_samples_do_not_depend_on_what_a_notebook_has_set(pipe):
         jax.config.update("jax_random_seed_offset", 0)
 
 
+@pytest.mark.slow
 def test_a_walk_begins_and_ends_at_the_structure_of_a_seed(pipe):
     job = sampling_runs.SamplingJob(pipe, [1, 2], 3, 4, 5, {}, walk_to=9)
     parts = [job.sample(batch) for batch in range(2)]

@@ -280,8 +280,8 @@ class _Load:
                 if len(unreadable) == MAX_DRAWS:
                     raise UserError(
                         f"{MAX_DRAWS} records drawn in a row are unreadable: too much of this data "
-                        f"set is damaged. Repair it or get it again. The last one is "
-                        + "{}: {}".format(*error.args)
+                        "set is damaged. Repair it or get it again. The last one is "
+                        f"{': '.join(error.args)}"
                     ) from error
             index = int(rng.integers(len(self.source)))
 

@@ -34,6 +34,8 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 
     from nvg_jax.data import sequences
 
+logger = logging.getLogger("nvg_jax")
+
 NAMES = ("digits", "fashion_mnist", "image_folder", "sequences")  # and tfds:NAME
 FASHION_MNIST_DIR = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
@@ -50,8 +52,6 @@ FASHION_MNIST_CLASSES = (
 )
 TFDS_DIR = "~/tensorflow_datasets"  # TFDS's own default
 DIGITS_TEST_SIZE = 300
-logger = logging.getLogger("nvg_jax")
-
 FOLDER_TEST_FRACTION = 0.1
 SPLITS = ("train", "test")
 
@@ -138,7 +138,7 @@ class FolderSource(Source):
     def __init__(self, root: pathlib.Path, files: Sequence[str], class_names: Sequence[str]):
         super().__init__(class_names)
         self._root, self._files = root, files
-        self._labels = {name: label for label, name in enumerate(class_names)}
+        self._labels = {name: label for label, name in enumerate(self.class_names)}
 
     def _class(self, file: str) -> str:
         return composed(file.split("/")[0])
@@ -424,10 +424,8 @@ def _image_folder(split: str, root: pathlib.Path | None) -> Source:
         untrained = lambda held: sorted(set(_class_names(held)) - set(class_names))
         fitting = [held for held in held_out if _subfolders(held) and not untrained(held)]
         folder = {"train": root / "train", "test": (fitting or held_out)[0]}[split]
+        _name_others(root, ["train", "test", "val"])
         files = _list_images(folder)
-        if split == "train":
-            _warn_of_others(root, {"train", "test", "val"})
-        _warn_of_others(folder, set(_subfolders(folder)))
         if unknown := untrained(folder):
             raise UserError(
                 f"'{folder}' has the class folders {listed(unknown)}, which '{root / 'train'}' "
@@ -441,8 +439,6 @@ def _image_folder(split: str, root: pathlib.Path | None) -> Source:
             f"No image of '{root}' falls into the {split} split, which is chosen by a hash of the "
             "file names; add images, or make folders train and test with the class folders inside."
         )
-    if split == "train":
-        _warn_of_others(root, set(_subfolders(root)))
     return FolderSource(root, files, class_names)
 
 
@@ -472,7 +468,7 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
         return sorted(e.name for e in entries if _is_folder(e) and not e.name.startswith("."))
 
 
-def _warn_of_others(folder: pathlib.Path, read: set[str]):
+def _name_others(folder: pathlib.Path, read: Sequence[str]):
     """Says which pictures, folders and links lie beside the folders that are read."""
 
     def counts(entry: os.DirEntry) -> bool:
@@ -507,6 +503,7 @@ def _list_images(root: pathlib.Path) -> list[str]:
         raise UserError(
             f"'{root}' has no subfolders; image_folder expects one subfolder of images per class."
         )
+    _name_others(root, classes)
     files = []
     for name in classes:
         with os.scandir(root / name) as entries:

@@ -336,7 +336,7 @@ class GeneratorTrainer(Trainer[TrainState]):
         if not self.rank:
             return inputs, metadata
         folder = located(run.config.init_from)
-        base_metadata, base_params = workdir.read_model(folder)
+        base = base_metadata, base_params = workdir.read_model(folder)
         workdir.check_tokenizer(base_metadata, tokenizer, f"init_from={folder}")
         if base_metadata.teacher and "structure" in self.generators:
             raise UserError(
@@ -345,7 +345,6 @@ class GeneratorTrainer(Trainer[TrainState]):
                 "of the content generator alone (--config.part=content)."
             )
         classes = metadata.class_names
-        base = base_metadata, base_params
         inputs["base"] = fit_model(folder, base, self.abstract_inputs["base"], classes)
         marks = {name: fingerprint(base_params[name]) for name in self.generators}
         return inputs, metadata.replace(base=marks, base_workdir=folder)

@@ -59,5 +59,5 @@ def open_trainer(run: Run, part: Part) -> Trainer:
 
 def pretrained_names(parts: Iterable[Part], config: ml_collections.ConfigDict) -> set[str]:
     """The names of the pretrained networks that training these parts needs."""
-    trainers = [(TRAINERS[part.section], part) for part in parts]
-    return {name for kind, part in trainers for name in kind.pretrained_names(part, config)}
+    names = (TRAINERS[part.section].pretrained_names(part, config) for part in parts)
+    return set().union(*names)
