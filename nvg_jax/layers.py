@@ -57,20 +57,20 @@ def rope_split(head_dim: int, num_bits: int) -> tuple[int, ...]:
 
 
 def rotary_tables(
-    structure: Int[Array, "B L K"], kinds: Sequence[int], grid: tuple[int, int], head_dim: int
+    embedding: Int[Array, "B L K"], kinds: Sequence[int], grid: tuple[int, int], head_dim: int
 ) -> tuple[Float32[Array, "B N pairs"], Float32[Array, "B N pairs"]]:
     """(cos, sin) of `rope_angles` at the positions of `rope_positions`."""
-    positions = rope_positions(structure, kinds, grid)
-    return rope_angles(positions, rope_split(head_dim, structure.shape[-1]))
+    positions = rope_positions(embedding, kinds, grid)
+    return rope_angles(positions, rope_split(head_dim, embedding.shape[-1]))
 
 
 def rope_positions(
-    structure: Int[Array, "B L K"], kinds: Sequence[int], grid: tuple[int, int]
+    embedding: Int[Array, "B L K"], kinds: Sequence[int], grid: tuple[int, int]
 ) -> Float32[Array, "B N axes"]:
     """Rotary positions of the sequence [class token, L tokens of each kind in `kinds`].
 
     Args:
-        structure: structure embedding, values 0, 1, 2.
+        embedding: structure embedding, values 0, 1, 2.
         kinds: the kind of each group of L tokens (0: image or structure, 2: condition canvas).
         grid: (h, w) with h * w = L.
 
@@ -78,16 +78,16 @@ def rope_positions(
         The positions of N = 1 + L * len(kinds) tokens on 3 + K axes: kind, K structure channels,
         row, column. The class token is at 1 on every axis.
     """
-    batch, length, num_bits = structure.shape
+    batch, length, num_bits = embedding.shape
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     row_column = np.stack([rows.ravel(), columns.ravel()], -1).astype(np.float32)
     row_column = jnp.broadcast_to(row_column, (batch, length, 2))
-    structure = structure.astype(jnp.float32)
+    embedding = embedding.astype(jnp.float32)
     groups = [jnp.ones((batch, 1, num_bits + 3), jnp.float32)]
     for kind in kinds:
         groups.append(
             jnp.concatenate(
-                [jnp.full((batch, length, 1), kind, jnp.float32), structure, row_column], axis=-1
+                [jnp.full((batch, length, 1), kind, jnp.float32), embedding, row_column], axis=-1
             )
         )
     return jnp.concatenate(groups, axis=1)

@@ -176,14 +176,14 @@ def init_generator(
     length = model.grid[0] * model.grid[1]
     num_bits = granularity.num_stages(length) - 1
     canvas = jnp.zeros((1, length, model.latent_dim))
-    structure = jnp.ones((1, length, num_bits), jnp.int32)
+    embedding = jnp.ones((1, length, num_bits), jnp.int32)
     stage = class_ids = jnp.zeros((1,), jnp.int32)
     if isinstance(model, ContentGenerator):
-        args = canvas, structure, stage, class_ids, jnp.ones(num_bits + 2)
+        args = canvas, embedding, stage, class_ids, jnp.ones(num_bits + 2)
     else:
         assert isinstance(model, StructureGenerator)
-        noisy = jnp.zeros(structure.shape)
-        args = noisy, jnp.zeros((1,)), structure, canvas, stage, class_ids
+        noisy = jnp.zeros(embedding.shape)
+        args = noisy, jnp.zeros((1,)), embedding, canvas, stage, class_ids
     params = cast(dict[str, Any], model.init(key, *args)["params"])
     if codebook is not None and isinstance(model, ContentGenerator):
         scale = 2 * jnp.square(codebook).mean()

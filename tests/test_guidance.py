@@ -125,6 +125,8 @@ def test_one_value_a_stage_is_taken_as_it_is():
         ({"top_k": -1}, r"top_k must be whole numbers from 0 .* codebook's 16, got -1"),
         ({"top_k": 17}, "codebook's 16, got 17"),
         ({"top_k": 2.5}, "whole numbers .* got 2.5"),
+        ({"top_k": (9, 0)}, "top_k cannot go from 9 to 0"),
+        ({"top_k": (0, 5)}, "top_k cannot go from 0 to 5"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": (1.0, 1.5)}, r"top_p must be above 0 and at most 1, got \(1.0, 1.5\)"),
         ({"top_p": float("nan")}, "top_p takes finite numbers, got nan"),

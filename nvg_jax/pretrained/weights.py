@@ -37,8 +37,8 @@ from nvg_jax.torch_interop.checkpoint_files import check_tensors, read_state_dic
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a network's weights come from.
+class Published:
+    """Where a network's published weights come from.
 
     Attributes:
         files: name -> URL of each published file.
@@ -53,8 +53,8 @@ class Source:
 
 LPIPS_UNNEEDED = r"(classifier|pre_logits|head|lins|scaling_layer)\..*"
 LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
-SOURCES = {
-    "lpips": Source(
+PUBLISHED = {
+    "lpips": Published(
         {
             "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
             "vgg.pth": f"{LPIPS_HEADS}/vgg.pth",
@@ -62,7 +62,7 @@ SOURCES = {
         LPIPS_UNNEEDED,
         "tokenizer_training.perceptual_weight=0",
     ),
-    "lpips_alex": Source(
+    "lpips_alex": Published(
         {
             "alexnet-owt-7be5be79.pth": "https://download.pytorch.org/models/"
             "alexnet-owt-7be5be79.pth",
@@ -70,7 +70,7 @@ SOURCES = {
         },
         LPIPS_UNNEEDED,
     ),
-    "dino": Source(
+    "dino": Published(
         {
             "dino_deitsmall16_pretrain.pth": "https://dl.fbaipublicfiles.com/dino/"
             "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
@@ -78,7 +78,7 @@ SOURCES = {
         "",
         "tokenizer_training.adversarial_weight=0",
     ),
-    "dinov2": Source(
+    "dinov2": Published(
         {
             "dinov2_vitb14_pretrain.pth": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
             "dinov2_vitb14_pretrain.pth"
@@ -86,7 +86,7 @@ SOURCES = {
         "mask_token",
         "generator_training.repa_weight=0",
     ),
-    "inception": Source(
+    "inception": Published(
         {
             "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/"
             "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -94,7 +94,7 @@ SOURCES = {
         r"fc\.bias|.*\.num_batches_tracked",
     ),
 }
-NAMES = tuple(SOURCES)
+NAMES = tuple(PUBLISHED)
 
 logger = logging.getLogger("nvg_jax")
 LPIPS_NETWORKS = {"lpips": "vgg", "lpips_alex": "alex"}
@@ -134,7 +134,7 @@ def convert(
         UserError: an unknown name; files that are missing or cannot be read; tensors that are
             missing, unexpected, or of another shape or type, which the message lists.
     """
-    source, path = SOURCES[_known(name)], _path(name, cache)
+    source, path = PUBLISHED[_known(name)], _path(name, cache)
     paths = [local_path(file, "from") for file in files]
     tensors = {}
     for file in paths:
@@ -170,7 +170,7 @@ def load(name: str, cache: str | os.PathLike | None = None) -> dict[str, Any]:
         UserError: an unknown name; a network that was not imported, with the commands to run; a
             file that does not match its checksum.
     """
-    source, path = SOURCES[_known(name)], _path(name, cache)
+    source, path = PUBLISHED[_known(name)], _path(name, cache)
     own = "" if path == _path(name, None) else f"NVG_CACHE={path.parent} "
     command = f"{own}python -m nvg_jax.convert --pretrained={name} --from={','.join(source.files)}"
     if not path.is_file():
@@ -198,7 +198,7 @@ def load(name: str, cache: str | os.PathLike | None = None) -> dict[str, Any]:
 
 
 def _known(name: str) -> str:
-    if name not in SOURCES:
+    if name not in PUBLISHED:
         raise UserError(f"There is no pretrained network {name!r}; choose {', '.join(NAMES)}.")
     return name
 
@@ -229,7 +229,7 @@ def _path(name: str, cache: str | os.PathLike | None) -> Path:
     return cache_folder(cache) / f"{name}.safetensors"
 
 
-def _files(source: Source) -> str:
+def _files(source: Published) -> str:
     return " and ".join(f"{file} from {address}" for file, address in source.files.items())
 
 
@@ -260,7 +260,7 @@ def _check(name: str, files: Sequence[Path], tensors: dict[str, np.ndarray]):
     if problems := check_tensors(tensors, shapes):
         raise UserError(
             f"The tensors in {', '.join(map(str, files))} are not those of {name}.\n{problems}\n"
-            f"Give {_files(SOURCES[name])}."
+            f"Give {_files(PUBLISHED[name])}."
         )
 
 

@@ -37,7 +37,14 @@ def top_p_range(start: float, end: float, num_stages: int) -> Float64[np.ndarray
     return end + (start - end) * (u[-1] - u) / (u[-1] - u[0])
 
 
-def integer_range(start: float, end: float, num_stages: int) -> Float64[np.ndarray, " stages"]:
+def top_k_range(start: float, end: float, num_stages: int) -> Float64[np.ndarray, " stages"]:
+    """Top-k of every stage, linear from `start` to `end` and rounded."""
+    if (start == 0) != (end == 0):
+        raise UserError(
+            f"top_k cannot go from {start:g} to {end:g}: 0 keeps all tokens, so that a range would "
+            f"pass through the smallest k. Give the codebook's size instead of 0, or {num_stages} "
+            "values."
+        )
     return np.round(np.linspace(start, end, num_stages))
 
 
@@ -167,7 +174,7 @@ class Settings:
         kind=int,
         allowed="whole numbers from 0 (no filter) to the codebook's {V}",
         valid=lambda x, codebook_size: (x == np.round(x)) & (x >= 0) & (x <= codebook_size),
-        per_stage=integer_range,
+        per_stage=top_k_range,
     )
     top_p: float | tuple[float, ...] = setting(
         1.0,

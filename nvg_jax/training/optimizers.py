@@ -26,7 +26,8 @@ class OptimizerConfig:
         to `final` along a cosine; "constant" stays.
     name: "muon" orthogonalizes the updates of the linear layers of blocks (Jordan et al., 2024,
         with its momentum of 0.95; scaled as in Liu et al., arXiv 2502.16982), and only these decay.
-    ema_warmup: whether the decay starts as (1 + step) / (10 + step), so that the average forgets
+    ema_decay: how much of the average of the parameters a step keeps.
+    ema_warmup: whether this decay starts as (1 + step) / (10 + step), so that the average forgets
         the initial parameters.
     """
 
@@ -116,7 +117,7 @@ def make_optimizer(
         decay_all: whether AdamW's weight decay covers biases and scales too.
     """
     if config.name == "muon":
-        steps = optax.contrib.muon(
+        update = optax.contrib.muon(
             learning_rate,
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
@@ -125,11 +126,11 @@ def make_optimizer(
             consistent_rms=MUON_RMS,
         )
     else:
-        steps = optax.adamw(
+        update = optax.adamw(
             learning_rate,
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
             mask=True if decay_all else decay_mask,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip), steps)
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)

@@ -187,25 +187,25 @@ def loss_terms(
     if discriminator is not None:
         assert opponent is not None and discriminator_params is not None
         generator_key, real_key, fake_key = jax.random.split(key, 3)
-        inputs = lambda images, key: discriminator_inputs(
+        view = lambda images, key: discriminator_inputs(
             discriminator, frozen, images, key, model.dtype
         )
-        logits_of = lambda variables, inputs: cast(Array, discriminator.apply(variables, inputs))
+        logits_of = lambda variables, seen: cast(Array, discriminator.apply(variables, seen))
         variables = {"params": discriminator_params, "spectral": opponent.spectral}
-        seen = variables
+        judging = variables
         if not losses.discriminator_sees_generator_loss:
-            seen = jax.lax.stop_gradient(variables)
-        logits = logits_of(seen, inputs(restored, generator_key))
+            judging = jax.lax.stop_gradient(variables)
+        logits = logits_of(judging, view(restored, generator_key))
         terms["adversarial"] = adversarial_loss(logits)
         loss += losses.adversarial_weight * terms["adversarial"]
 
         real, updated = cast(
             tuple[Array, dict[str, Any]],
-            discriminator.apply(variables, inputs(images, real_key), mutable=["spectral"]),
+            discriminator.apply(variables, view(images, real_key), mutable=["spectral"]),
         )
         fake = logits_of(
             {"params": discriminator_params, **updated},
-            inputs(jax.lax.stop_gradient(restored), fake_key),
+            view(jax.lax.stop_gradient(restored), fake_key),
         )
         lecam = opponent.lecam.update(real, fake)
         terms["discriminator"] = discriminator_loss(real, fake)
