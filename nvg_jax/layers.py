@@ -133,12 +133,17 @@ def modulated_norm(
 
 
 class Dense(nn.Module):
-    """A linear layer with bias; `axes` are the logical axes of the stored kernel (in, out)."""
+    """A linear layer with bias; `axes` are the logical axes of the stored kernel (in, out).
+
+    precision: of the product, as in `jax.lax`; None is the fastest of the device, which rounds
+        factors of float32 to bfloat16 on TPUs and to TF32 on GPUs.
+    """
 
     features: int
     axes: tuple[str | None, str | None]
     dtype: DTypeLike
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def parameters(
@@ -154,7 +159,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch features"]:
         """The linear layer in `dtype`."""
         kernel, bias = self.parameters(x.shape[-1])
-        return block_linears.add_bias(x.astype(self.dtype) @ kernel, bias)
+        product = jnp.matmul(x.astype(self.dtype), kernel, precision=self.precision)
+        return block_linears.add_bias(product, bias)
 
 
 class Embedding(nn.Module):

@@ -10,6 +10,7 @@ import re
 import types
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from helpers import raising
@@ -379,7 +380,11 @@ def test_reconstruction(monkeypatch, tmp_path):
     stubs = {("stub", "reconstructions"): Judge()}
     monkeypatch.setattr(reconstruction, "make_judge", lambda *names: stubs[names])
     monkeypatch.setattr(pretrained, "load", lambda name: {"w": np.float32(len(name))})
-    distance = lambda params, a, b, dtype: params["w"] * abs(a - b).mean((1, 2, 3))
+
+    def distance(params, a, b, dtype):
+        assert jax.config.jax_default_matmul_precision == "highest"
+        return params["w"] * abs(a - b).mean((1, 2, 3))
+
     monkeypatch.setattr(pretrained, "lpips", distance)
     monkeypatch.setattr(pretrained, "lpips_alex", distance)
     config = types.SimpleNamespace(num_stages=2, codebook_size=4)

@@ -166,6 +166,11 @@ def test_the_token_head_starts_as_the_nearest_code_rule():
     logits = model.apply({"params": params}, missing, method="token_logits")
     distance = np.square(np.asarray(missing)[:, None] - np.asarray(codebook)).sum(-1)
     np.testing.assert_array_equal(logits.argmax(-1), distance.argmin(-1))
+    head = jax.make_jaxpr(functools.partial(model.apply, method="token_logits"))
+    (product,) = [
+        e for e in head({"params": params}, missing).eqns if e.primitive.name == "dot_general"
+    ]
+    assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2  # float32 on TPUs too
 
 
 def test_the_rotary_split_is_the_published_one_and_a_small_head_gets_a_sentence():

@@ -1,6 +1,7 @@
 """The content generator: predicts the final canvas from the current one (paper, Section 3.2)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -35,7 +36,9 @@ class ContentGenerator(nn.Module):
         self.stage_embed = layers.Embedding(self.num_stages, t.width, self.dtype)
         self.blocks = layers.Transformer(t, self.dtype)
         self.canvas_head = layers.Head(t.width, self.latent_dim, self.dtype)
-        self.token_head = layers.Dense(self.codebook_size, (None, "vocab"), jnp.float32)
+        self.token_head = layers.Dense(
+            self.codebook_size, (None, "vocab"), jnp.float32, precision=jax.lax.Precision.HIGHEST
+        )
 
     def predict_canvas(
         self,

@@ -69,12 +69,15 @@ def report(pipeline: Pipeline, images: Split, out: epath.Path, judge_name: str) 
     mesh = local_mesh()
     networks = {name: pretrained.load(name) for name in ("lpips", "lpips_alex")}
     networks = jax.device_put(networks, replicated(mesh))
-    distances = jax.jit(
-        lambda networks, a, b: (
-            pretrained.lpips(networks["lpips"], a, b, jnp.float32),
-            pretrained.lpips_alex(networks["lpips_alex"], a, b, jnp.float32),
-        )
-    )
+
+    @jax.jit
+    def distances(networks, a, b):
+        with jax.default_matmul_precision("highest"):  # as Inception: compared with others' results
+            return (
+                pretrained.lpips(networks["lpips"], a, b, jnp.float32),
+                pretrained.lpips_alex(networks["lpips_alex"], a, b, jnp.float32),
+            )
+
     config = pipeline.tokenizer.config
 
     def measure(batch: np.ndarray) -> Measurements:
