@@ -5,7 +5,8 @@
     python -m nvg_jax.data.emoji --packages=. --out=data/emoji
     python -m nvg_jax.train --config=configs/emoji.py --workdir=runs/emoji
 
-The geometry is the published one: 16 x 16 latents in nine stages. Sizes are for one CPU core.
+The geometry is the published one: 16 x 16 latents in nine stages. A CPU core trains the tokenizer;
+the generators need an accelerator (docs/data.md).
 
 `:small` has 32 x 32 pixels and 8 x 8 latents in seven stages; a CPU trains it in hours, not days,
 with finer classes (`python -m nvg_jax.data.emoji --help`).

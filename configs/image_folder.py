@@ -104,7 +104,7 @@ def finetune():
     config = common.base()
     common.without_pretrained(config)
     config.update(part="generators", init_from="models/d16", tokenizer_workdir="models/d16")
-    config.dtype = "bfloat16"
+    config.dtype, config.tokenizer_training.dtype = "bfloat16", "float32"  # as ImageNet's
     config.data.update(name="image_folder", num_workers=4)
     config.content.remat = config.structure.remat = "blocks"
     config.generator_training.update(length="20 epochs, at least 1000 steps", batch_size=64)

@@ -2,7 +2,7 @@
 
 First prepare the data (docs/data.md) and the frozen networks (docs/pretrained.md). On one machine:
 
-    python -m nvg_jax.train --config=configs/imagenet256.py:d16 --workdir=runs/imagenet-d16 \\
+    python -m nvg_jax.train --config=configs/imagenet256.py:d16 --workdir=runs/d16 \\
         --config.data.data_dir=/data/tfds
 
 On a TPU pod (docs/launch.md has SLURM and GKE):

@@ -1,4 +1,4 @@
-"""The published weights: `python -m nvg_jax.convert --autoencoder=ae.ckpt --out=checkpoints/nvg`.
+"""The published weights: `python -m nvg_jax.convert --autoencoder=ae.ckpt --out=models/d16`.
 
 With --generator=d16.ckpt, the written folder can also sample; without, it encodes and reconstructs.
 `--workdir=runs/digits --out=FOLDER` exports a run: the model alone, in the same format, with
