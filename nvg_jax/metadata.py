@@ -165,7 +165,7 @@ class RunMetadata:
         content = dataclasses.asdict(self)
         model = content.pop("model")
         content |= {name: model[name] for name in SIZES}
-        return json.loads(json.dumps(content))
+        return json.loads(json.dumps(content, default=lambda x: x.tolist()))  # settings of NumPy
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "RunMetadata":
@@ -294,7 +294,7 @@ def write_export(
     check_export(folder)
     if is_main():
         params = export.rounded(params, dtype)
-        if dtype != "float32" and metadata.fingerprint and not metadata.base:  # as it will be read
+        if metadata.fingerprint and not metadata.base:  # as it will be read
             tokenizer = jax.tree.map(lambda x: x.astype(np.float32), params["tokenizer"])
             metadata = metadata.replace(fingerprint=storage.fingerprint(tokenizer))
         export.write(folder, metadata.to_json(), params)

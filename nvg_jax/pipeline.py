@@ -5,12 +5,11 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from PIL import Image
 
 from nvg_jax import bundled, granularity, hub, workdir
@@ -26,7 +25,15 @@ from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.sampling.generate import SampleRequests
 from nvg_jax.sampling.networks import sampling_program
-from nvg_jax.sampling.settings import MAX_SEED, Settings, as_array, check_dtype
+from nvg_jax.sampling.settings import (
+    MAX_SEED,
+    Settings,
+    as_array,
+    check_dtype,
+    check_integer,
+    is_integer,
+    scalar,
+)
 from nvg_jax.tokenizer import GranularitySequence, Tokenizer
 
 
@@ -47,6 +54,17 @@ def first_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: np.array(x[:count]), jax.device_get(tree))
 
 
+class _TracedError(UserError):
+    """A pipeline is used inside jax.jit, grad or vmap."""
+
+    def __init__(self):
+        super().__init__(
+            "A pipeline checks values and returns NumPy arrays: call it outside of jax.jit, "
+            "jax.grad and jax.vmap. Inside, use the networks: `metadata.model` makes them, and "
+            "`params` are their weights."
+        )
+
+
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Around a call: a notebook's options count for nothing, and JAX must not trace it.
@@ -58,11 +76,7 @@ def isolated() -> Iterator[None]:
         with usual_options():
             yield
     except jax.errors.JAXTypeError as error:
-        raise UserError(
-            "A pipeline checks values and returns NumPy arrays: call it outside of jax.jit, "
-            "jax.grad and jax.vmap. Inside, use the networks: `metadata.model` makes them, and "
-            "`params` are their weights."
-        ) from error
+        raise _TracedError() from error
 
 
 class Pipeline(hub.Storable):
@@ -70,9 +84,9 @@ class Pipeline(hub.Storable):
 
     Attributes:
         metadata: what the folder says about its model: sizes, class names, canvas scales, settings.
-        class_names: the name of every class.
+        class_names: the name of every class, read-only.
         settings: the sampling settings; at first, those that the folder recommends.
-        dtype: the dtype in which sampling and decoding are computed.
+        dtype: the dtype in which sampling and decoding are computed, read-only.
         tokenizer: the tokenizer module; its `config` has all sizes.
         program: the compiled sampler.
     """
@@ -86,16 +100,18 @@ class Pipeline(hub.Storable):
         """
         if dtype is not None:
             check_dtype(dtype)
-        self.dtype = dtype or fast_dtype()
+        self._dtype = dtype or fast_dtype()
         self.metadata = metadata
-        self.class_names = metadata.class_names
         self.tokenizer = dataclasses.replace(metadata.model, dtype="float32").make_tokenizer()
         model = dataclasses.replace(metadata.model, dtype=self.dtype)
         self._decoder = model.make_tokenizer()
         # All local devices share the batch; the parameters are replicated on each of them.
         self._mesh = local_mesh()
-        self.params = params
+        self._params = jax.device_put(params, replicated(self._mesh))
         self.program = sampling_program(model)
+
+    def __reduce__(self):
+        return Pipeline, (self.metadata, jax.device_get(self.params), self.dtype)
 
     def __repr__(self) -> str:
         tokenizer, classes = self.tokenizer.config, self.class_names
@@ -113,14 +129,26 @@ class Pipeline(hub.Storable):
         return "\n  ".join(["Pipeline", *lines])
 
     @property
+    def dtype(self) -> str:
+        return self._dtype
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.metadata.class_names
+
+    @property
     def settings(self) -> Settings:
         """The sampling settings; `sample` and `save_pretrained` use those that are assigned."""
         return self.metadata.sampling
 
     @settings.setter
     def settings(self, settings: Settings):
+        if not isinstance(settings, Settings):
+            raise UserError(f"settings must be nvg_jax.sampling.Settings, got {settings!r}.")
+        config = self.tokenizer.config
+        settings.expand(config.num_stages, config.codebook_size)
         self.metadata.check_settings(settings)
-        self.metadata = self.metadata.replace(sampling=settings)
+        self.metadata = self.metadata.replace(sampling=settings, fid=None)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -133,6 +161,7 @@ class Pipeline(hub.Storable):
     @params.setter
     def params(self, params: dict[str, Any]):
         self.__dict__.pop("weights", None)
+        self.metadata = self.metadata.replace(fid=None)
         self._params = jax.device_put(params, replicated(self._mesh))
 
     @functools.cached_property
@@ -151,6 +180,7 @@ class Pipeline(hub.Storable):
         remedy = f"To sample, train with --config.part={part}, or convert one."
         check_networks("This folder", self.params, needed, remedy)
 
+    @isolated()
     def class_id(self, name: int | str) -> int:
         """The id of a class given by its name or, if no class has that name, by its id.
 
@@ -158,12 +188,13 @@ class Pipeline(hub.Storable):
             UserError: there is no such class.
         """
         names, count = self.class_names, len(self.class_names)
+        name = scalar(name)
         if isinstance(name, str):
             name = composed(name)
             if name in names:
                 return names.index(name)
             digits = name.removeprefix("id:")
-            name = int(digits) if digits.isdecimal() else name
+            name = int(digits) if digits.isdecimal() and len(digits) < 20 else name
         if is_integer(name) and 0 <= name < count:
             return int(name)
         hint = did_you_mean(name, names) if isinstance(name, str) else ""
@@ -172,6 +203,7 @@ class Pipeline(hub.Storable):
             f"({listed(names)})."
         )
 
+    @isolated()
     def class_ids(self, classes: Iterable[int | str]) -> list[int]:
         """The ids of classes given by ids or by names.
 
@@ -181,8 +213,14 @@ class Pipeline(hub.Storable):
             UserError: there is no such class, or strings that mean other classes as names than as
                 ids.
         """
-        given: list[Any] = list(classes)
-        given = [c.item() if getattr(c, "ndim", None) == 0 else c for c in given]  # of NumPy or JAX
+        if isinstance(classes, (np.ndarray, jax.Array)):
+            classes = classes.tolist()
+        if isinstance(classes, (str, bytes)) or not hasattr(classes, "__iter__"):
+            raise UserError(
+                f"class_ids must be a list of class ids or names, got {classes!r}; for one image "
+                f"give [{classes!r}]."
+            )
+        given: list[Any] = [scalar(c) for c in classes]
         given = [composed(c) if isinstance(c, str) else c for c in given]
         ids = [self.class_id(c) for c in given]
         texts = [c for c in given if isinstance(c, str) and not c.startswith("id:")]
@@ -259,13 +297,14 @@ class Pipeline(hub.Storable):
         adapters = workdir.Adapters.from_pretrained(folder, revision=revision)
         generators = jax.device_get({k: self.params[k] for k in GENERATORS if k in self.params})
         added = workdir.add_adapters(
-            self.metadata, generators, adapters.metadata, adapters.params, folder, scale
+            self.metadata, generators, adapters.metadata, adapters.params, folder, float(scale)
         )
         metadata = self.metadata.of_generators(adapters.metadata).replace(fid=None)
         return Pipeline(metadata, self.params | added, self.dtype)
 
     # Images and sequences.
 
+    @isolated()
     def prepare(self, image) -> np.ndarray:
         """An image of any size as the model expects it, float32 (H, W, 3) in [-1, 1].
 
@@ -356,8 +395,8 @@ class Pipeline(hub.Storable):
         *,
         first_index: int = 0,
         prefix: GranularitySequence | None = None,
-        structure_stages: int = 0,
-        token_stages: int = 0,
+        structure_stages: int | None = None,
+        token_stages: int | None = None,
         region=None,
         canvases: bool = False,
         **settings,
@@ -389,13 +428,18 @@ class Pipeline(hub.Storable):
             TypeError: an unknown setting.
         """
         self.check_can_sample()
+        if prefix is not None and structure_stages is token_stages is region is None:
+            raise UserError(
+                "Nothing of prefix is kept: give structure_stages, token_stages or region."
+            )
+        structure_stages, token_stages = structure_stages or 0, token_stages or 0
         plan, values = self._plan(settings, structure_stages, token_stages, region is not None)
         ids, keys, noise = self._batch(class_ids, seed, structure_noise, first_index)
         count, region = len(ids), self._check_region(region, len(ids))
         prefix = self._check_prefix(prefix, count, structure_stages, token_stages, plan.region)
         requests = local_batch((ids, keys, noise, prefix, region), self._mesh)
         canvas_scale = np.asarray(self.metadata.canvas_scale, np.float32)
-        with jax.set_mesh(self._mesh):
+        with self._in_mesh():
             out = self.program.sample(
                 self.params, canvas_scale, SampleRequests(*requests), values, plan=plan
             )
@@ -419,13 +463,6 @@ class Pipeline(hub.Storable):
 
     def _batch(self, class_ids, seed, structure_noise, first_index):
         """(ids, keys, noise) of a batch, checked."""
-        if isinstance(class_ids, (np.ndarray, jax.Array)):
-            class_ids = class_ids.tolist()
-        if isinstance(class_ids, (str, bytes)) or not hasattr(class_ids, "__iter__"):
-            raise UserError(
-                f"class_ids must be a list of class ids or names, got {class_ids!r}; for one "
-                f"image give [{class_ids!r}]."
-            )
         ids = np.array(self.class_ids(class_ids), np.int32)
         if ids.size == 0:
             raise UserError("class_ids is empty; give at least one class.")
@@ -494,10 +531,17 @@ class Pipeline(hub.Storable):
 
     # Calls of the tokenizer, and checks.
 
+    def _in_mesh(self):
+        """The context in which programs run; JAX refuses it inside of a traced function."""
+        try:
+            return jax.set_mesh(self._mesh)
+        except ValueError as error:
+            raise _TracedError() from error
+
     def _tokenize(self, batch, method: str):
         """Runs a method of the tokenizer on a batch over all devices; returns NumPy arrays."""
         count = len(jax.tree.leaves(batch)[0])
-        with jax.set_mesh(self._mesh):
+        with self._in_mesh():
             out = apply_tokenizer(
                 self._decoder if method == "decode" else self.tokenizer,
                 self.params["tokenizer"],
@@ -514,7 +558,12 @@ class Pipeline(hub.Storable):
         if images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
             raise UserError(
                 f"Images must have the shape (batch, {', '.join(map(str, expected))}), got "
-                f"{images.shape}. `prepare` makes a picture of any size fit."
+                + f"{images.shape}. "
+                + (
+                    "For one image give image[None]."
+                    if images.shape == expected
+                    else "`prepare` makes a picture of any size fit."
+                )
             )
         return jnp.asarray(to_float(images, slack=1e-6))
 
@@ -563,19 +612,6 @@ def sample_keys(seed: int, indices: np.ndarray):
     key = jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl="threefry2x32")
     fold = lambda index: jax.random.fold_in(key, index)
     return jax.vmap(fold)(jnp.asarray(indices, jnp.uint32))
-
-
-def is_integer(value) -> TypeGuard[int | np.integer]:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def check_integer(name: str, value, low: int, high: int) -> int:
-    """The value as an int; raises UserError if it is not an integer in low .. high."""
-    if isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, Tracer):
-        value = value.item() if value.ndim == 0 else value
-    if not is_integer(value) or not low <= value <= high:
-        raise UserError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
-    return int(value)
 
 
 def as_finite(values, name: str, shape: tuple[int | None, ...]) -> jax.Array:

@@ -239,9 +239,13 @@ def test_pasting_keeps_far_pixels_and_all_of_the_mask():
         control.paste(original, edited, mask[1:], 0)
     with pytest.raises(UserError, match="A mask must be bool .*got uint8"):
         control.paste(original, edited, np.uint8(255) * mask, 0)
-    with pytest.raises(UserError, match="feather must be 0 or more, got -1"):
+    with pytest.raises(UserError, match="feather must be a whole .*, got -1"):
         control.paste(original, edited, mask, -1)
-    with pytest.raises(UserError, match=r"images must be float in \[-1, 1\].* got uint8"):
+    with pytest.raises(UserError, match=r"as many originals .* \(4, 9, 9, 3\) and \(6, 9, 9, 3\)"):
+        control.paste(original.repeat(2, 0), edited.repeat(3, 0), mask, 0)
+    with pytest.raises(UserError, match=r"got float32 \(2, 9, 9, 3\) in \[255, 255\]"):
+        control.paste(original, 255.0 * edited, mask, 0)
+    with pytest.raises(UserError, match=r"images must be float .* got uint8"):
         control.paste(original.astype(np.uint8), edited, mask, 0)
 
 
@@ -257,8 +261,13 @@ def test_noise_between_two_seeds_keeps_its_length():
         np.stack([start, 9 * start]), np.stack([end, start]), 0.5
     )  # image by image
     np.testing.assert_allclose(both, [middle, 5 * start])
+    single = start.astype(np.float32), end.astype(np.float32)
+    found = control.between(*single, np.float64(0.5))
+    assert found.dtype == np.float32 and (found == control.between(*single, 0.5)).all()
     with pytest.raises(UserError, match=r"same shape, got \(16, 4\) and \(16, 3\)"):
         control.between(start, end[:, 1:], 0.5)
+    with pytest.raises(UserError, match="share must be a finite number, got nan"):
+        control.between(start, end, np.nan)
 
 
 # Files and the command.
@@ -311,10 +320,16 @@ def test_maps_of_a_drawing_and_of_an_image_are_kept(pipe, files):
 
 def test_a_pipeline_inside_a_transformation_of_jax(pipe):
     images = np.zeros((1, 8, 8, 3), np.float32)
-    canvas = np.zeros((1, 16, 2), np.float32)
-    for method, value in ((pipe.encode, images), (pipe.decode_canvas, canvas)):
-        with pytest.raises(UserError, match="call it outside of jax.jit, jax.grad"):
+    canvas = np.zeros((1, 16, 4), np.float32)
+    outside = pytest.raises(UserError, match="call it outside of jax.jit, jax.grad")
+    calls = [(pipe.encode, images), (pipe.decode_canvas, canvas), (pipe.prepare, images[0])]
+    for method, value in (*calls, (pipe.class_ids, np.arange(2))):
+        with outside:
             jax.jit(method)(value)
+    constant = lambda x: pipe.decode_canvas(canvas).sum() * x
+    for transform, argument in ((jax.jit, 1.0), (jax.grad, 1.0), (jax.vmap, np.ones(2))):
+        with outside:
+            transform(constant)(argument)
 
 
 def test_what_a_pipeline_returns_can_be_changed_in_place(pipe):

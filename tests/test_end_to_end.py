@@ -46,6 +46,7 @@ from nvg_jax.models import ModelConfig
 from nvg_jax.parts import TOKENIZER
 from nvg_jax.runtime import sharding
 from nvg_jax.runtime.storage import storage_path
+from nvg_jax.sampling.settings import Settings
 from nvg_jax.train import train
 from nvg_jax.training import tokenizer
 from nvg_jax.training.loop import BestModel
@@ -514,10 +515,24 @@ def moved(array, index, value):
                 prefix=changed(
                     pipe.known, structure=moved(pipe.known.structure, np.s_[:, 0, :2], 1)
                 ),
+                structure_stages=1,
             ),
             "map of stage 0",
         ),
-        (lambda pipe: pipe.encode(np.zeros((8, 8, 3), np.uint8)), "must have the shape"),
+        (lambda pipe: pipe.sample([0, 1, 2], prefix=pipe.known), "Nothing of prefix is kept"),
+        (lambda pipe: pipe.class_ids("12"), "list of class ids or names, got '12'"),
+        (lambda pipe: pipe.class_ids(None), "list of class ids or names, got None"),
+        (lambda pipe: pipe.class_id("9" * 5000), "Unknown class '999"),
+        (lambda pipe: pipe.sample([0], structure_solves=(True,)), "must be a tuple of stages"),
+        (lambda pipe: pipe.sample([0], structure_solves=(0.0,)), "must be a tuple of stages"),
+        (lambda pipe: setattr(pipe, "settings", None), "must be nvg_jax.sampling.Settings, got N"),
+        (
+            lambda pipe: setattr(pipe, "settings", Settings(temperature=-1)),
+            "temperature must be 0, or at least",
+        ),
+        (lambda pipe: Pipeline(pipe.metadata, pipe.params, np.dtype("float16")), "dtype must be"),
+        (lambda pipe: pipe.encode(np.zeros((8, 8, 3), np.uint8)), r"give image\[None\]"),
+        (lambda pipe: pipe.encode(np.zeros((1, 8, 9, 3), np.uint8)), "`prepare` makes a picture"),
         (lambda pipe: pipe.encode(np.full((1, 8, 8, 3), 2.0)), r"\[-1, 1\]"),
         (lambda pipe: pipe.encode(np.full((1, 8, 8, 3), np.nan)), r"\[-1, 1\]"),
         (lambda pipe: pipe.decode_canvas(np.zeros((16, 4))), r"shape \(batch, 16, 4\)"),

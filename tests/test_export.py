@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 
 import jax
@@ -166,7 +167,34 @@ print(*(set(sys.argv[1].split()) & set(sys.modules)))
 
 def test_assigned_settings_are_saved(pipe, tmp_path):
     pipe = Pipeline(pipe.metadata, pipe.params)  # the tests share the other one
-    pipe.settings = pipe.settings.updated({"flow_steps": 3, "temperature": 0.5})
+    pipe.metadata = pipe.metadata.replace(fid=1.5)
+    top_p = np.linspace(1, 0.5, pipe.tokenizer.config.num_stages)
+    pipe.settings = pipe.settings.updated(
+        {"flow_steps": np.int64(3), "temperature": np.float64(0.5), "top_p": top_p}
+    )
     pipe.save_pretrained(tmp_path)
-    again = Pipeline.from_pretrained(tmp_path).settings
-    assert (again.flow_steps, again.temperature) == (3, 0.5) and again == pipe.settings
+    again = Pipeline.from_pretrained(tmp_path)
+    assert (again.settings.flow_steps, again.settings.temperature) == (3, 0.5)
+    assert again.settings.top_p == tuple(top_p)
+    assert again.metadata.fid is None  # it was of the settings before
+
+
+def test_changed_weights_are_not_taken_for_the_tokenizer_of_before(pipe, tmp_path):
+    """In files of float32, too; what is known of the model's quality is forgotten."""
+    finished = fingerprint(jax.device_get(pipe.params["tokenizer"]))
+    changed = Pipeline(pipe.metadata.replace(fid=1.5, fingerprint=finished), pipe.params)
+    changed.save_pretrained(tmp_path / "same")
+    same = Pipeline.from_pretrained(tmp_path / "same").metadata
+    assert (same.fingerprint, same.fid) == (finished, 1.5)
+    changed.params = jax.tree.map(lambda x: 2 * x, pipe.params)
+    changed.save_pretrained(tmp_path / "other")
+    other = Pipeline.from_pretrained(tmp_path / "other").metadata
+    assert other.fingerprint not in (None, finished) and other.fid is None
+
+
+def test_a_pipeline_is_pickled(pipe):
+    again = pickle.loads(pickle.dumps(pipe))
+    assert (again.weights, again.dtype) == (pipe.weights, pipe.dtype)
+    assert again.metadata == pipe.metadata
+    with pytest.raises(AttributeError, match="dtype"):
+        again.dtype = "float16"

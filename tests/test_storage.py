@@ -78,6 +78,7 @@ def test_a_path_that_a_user_gives(given, expected, tmp_path):
         ("", "A path is empty"),
         ("gs://", "neither a path nor a bucket's URL"),
         ("hdfs://host/run", "neither a path nor a bucket's URL"),
+        ("https://huggingface.co/org/name", "the Hugging Face hub is hf://ORG/NAME"),
         ("s3://bucket/run", "needs the package s3fs"),
         ("~nobody_of_that_name/x", "needs a home folder"),
         ("/gs/bucket/run", "Mount or link it under another name"),

@@ -67,7 +67,7 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
             rgb.paste(background, mask=Image.fromarray(gray == image.info["transparency"]))
         return rgb
     if image.mode == "F":
-        raise UserError("floating-point values have no fixed range")
+        raise UserError("floating-point values have no fixed range; convert it to 8 bits")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, background)

@@ -8,9 +8,10 @@ from PIL import Image
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError, reported
 from nvg_jax.jobs.sampling_runs import Constraint
-from nvg_jax.pipeline import Pipeline, check_integer
+from nvg_jax.pipeline import Pipeline
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling import control
+from nvg_jax.sampling.settings import check_integer
 from nvg_jax.tokenizer import GranularitySequence
 
 MAX_REGIONS = 64  # regions of a drawing; more colors mean that its edges are smoothed

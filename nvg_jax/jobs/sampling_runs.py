@@ -18,13 +18,13 @@ from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError
 from nvg_jax.evaluation.sets import ImageSet
 from nvg_jax.parts import GENERATORS
-from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
+from nvg_jax.pipeline import Pipeline, SampleOutput
 from nvg_jax.runtime.processes import barrier, from_main, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays, write_arrays
 from nvg_jax.runtime.storage import alone, atomic_write, digest, fingerprint, storage_path
 from nvg_jax.sampling import control
-from nvg_jax.sampling.settings import MAX_SEED, Settings
+from nvg_jax.sampling.settings import MAX_SEED, Settings, check_integer
 from nvg_jax.tokenizer import GranularitySequence
 from nvg_jax.visualize import MIN_TILE, class_grid, labeled_grid, map_tile, save_png, to_uint8
 
@@ -215,7 +215,7 @@ class SamplingJob(ImageSet):
             "given": self.constraint and fingerprint(jax.tree.map(np.asarray, self.constraint)),
             **dataclasses.asdict(self.expanded_settings()),
         }
-        return json.loads(json.dumps(description))
+        return json.loads(json.dumps(description, default=lambda x: x.tolist()))  # of NumPy
 
     def facts(self) -> dict[str, Any]:
         """`describe` for metrics.json: without the classes, a long list."""

@@ -21,10 +21,10 @@ from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
 from nvg_jax.jobs.figures import picture_of
 from nvg_jax.jobs.sampling_runs import Constraint, SamplingJob, stage_images
-from nvg_jax.pipeline import Pipeline, SampleOutput, check_integer
+from nvg_jax.pipeline import Pipeline, SampleOutput
 from nvg_jax.sampling import control
 from nvg_jax.sampling.generate import SamplingPlan
-from nvg_jax.sampling.settings import MAX_SEED, Settings, text_of
+from nvg_jax.sampling.settings import MAX_SEED, Settings, check_integer, text_of
 from nvg_jax.visualize import marked, png, save_png, to_uint8
 
 SAMPLES = 4  # made at once; fixed, since every batch size compiles a new program
@@ -258,7 +258,7 @@ class Page:
                 "from nvg_jax.jobs.sampling_runs import SamplingJob",
                 "from nvg_jax.visualize import image_grid, save_png",
                 "",
-                f'pipe = Pipeline.from_pretrained("{self.name}", dtype="{self.pipe.dtype}")',
+                f"pipe = Pipeline.from_pretrained({self.name!r}, dtype={self.pipe.dtype!r})",
                 *([kept.line] if kept.line else []),
                 f"job = SamplingJob(pipe, [pipe.class_id({label!r})], {SAMPLES}, {SAMPLES}, "
                 f"seed={seed}, settings={settings!r}{', constraint=constraint' * bool(kept.line)})",

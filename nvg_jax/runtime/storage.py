@@ -84,7 +84,10 @@ def storage_path(name: str | os.PathLike) -> epath.Path:
     if url := re.fullmatch(r"(\w+)://(.*)|(gs|s3):/(.*)", text):  # pathlib merges slashes
         scheme, place = url[1] or url[3], (url[2] or url[4] or "").strip("/")
         if scheme not in BUCKETS or not place:
-            raise UserError(f"{text} is neither a path nor a bucket's URL, such as gs://BUCKET/x.")
+            raise UserError(
+                f"{text} is neither a path nor a bucket's URL, such as gs://BUCKET/x. A model of "
+                "the Hugging Face hub is hf://ORG/NAME."
+            )
         if importlib.util.find_spec(BUCKETS[scheme]) is None:
             raise UserError(f"{text} needs the package {BUCKETS[scheme]}; install it with pip.")
         if scheme == "gs":

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from nvg_jax import granularity
 from nvg_jax.errors import UserError
-from nvg_jax.sampling.settings import as_array
+from nvg_jax.sampling.settings import as_array, is_integer
 
 MAX_DIVIDED = 16  # up to this many regions, all ways to divide them are compared
 
@@ -93,9 +93,15 @@ def regions_of_positions(
     drawing: np.ndarray, latent_size: tuple[int, int]
 ) -> Int[np.ndarray, " L"]:
     """For each position of the latent, the most common value among its pixels."""
-    drawing = np.asarray(drawing)
+    drawing = as_array(drawing)
     (height, width), shape = latent_size, drawing.shape
-    if drawing.ndim != 2 or drawing.dtype.kind not in "iu" or shape[0] % height or shape[1] % width:
+    if (
+        drawing.ndim != 2
+        or not drawing.size
+        or drawing.dtype.kind not in "iu"
+        or shape[0] % height
+        or shape[1] % width
+    ):
         raise UserError(
             f"A drawing must be integers (H, W) with multiples of {height} and {width}, got "
             f"{drawing.dtype} {shape}."
@@ -218,27 +224,35 @@ def paste(
         mask: bool (H, W); all pixels in it come from the edited image.
 
     Raises:
-        UserError: the images and the mask have different sizes, the images are not float, the mask
-            is not bool, or the feather is negative.
+        UserError: the images and the mask have different sizes, the images are not float in
+            [-1, 1], the mask is not bool, or the feather is no whole number from 0.
     """
     original, edited = as_array(original), as_array(edited)
     for image in (original, edited):
-        if image.dtype.kind != "f":
+        if image.dtype.kind != "f" or image.shape[-1:] != (3,) or not (abs(image) < 1.001).all():
             raise UserError(
-                f"The images must be float in [-1, 1], as `Pipeline.prepare` and samples are; got "
-                f"{image.dtype}."
+                "The images must be float (..., H, W, 3) in [-1, 1], as `Pipeline.prepare` and "
+                f"samples are; got {image.dtype} {image.shape}"
+                + (f" in [{image.min():g}, {image.max():g}]." if image.size else ".")
             )
     mask = as_array(mask)
     if mask.dtype != bool:
         raise UserError(f"A mask must be bool (H, W), as image > 127 is; got {mask.dtype}.")
-    if feather < 0:
-        raise UserError(f"feather must be 0 or more, got {feather}.")
+    if not is_integer(feather) or feather < 0:
+        raise UserError(f"feather must be a whole number of pixels, 0 or more, got {feather!r}.")
     sizes = np.shape(original)[-3:-1], np.shape(edited)[-3:-1], np.shape(mask)
     if len(set(sizes)) > 1:
         raise UserError(
             f"The images and the mask must have the same size, got {sizes[0]}, {sizes[1]} and "
             f"{sizes[2]}."
         )
+    try:
+        np.broadcast_shapes(original.shape, edited.shape)
+    except ValueError:
+        raise UserError(
+            "There must be as many originals as edited images, or one; got images of the shapes "
+            f"{original.shape} and {edited.shape}."
+        ) from None
     weight, grown = mask.astype(np.float32), mask
     for step in range(1, feather + 1):
         padded = np.pad(grown, 1)
@@ -257,8 +271,11 @@ def between(
     `Pipeline.structure_noise` gives the noise of a seed.
 
     Raises:
-        UserError: the arrays have different shapes.
+        UserError: the arrays have different shapes, or the share is not a finite number.
     """
+    if not isinstance(share, (int, float, np.number)) or not np.isfinite(share):
+        raise UserError(f"The share must be a finite number, got {share!r}.")
+    share = float(share)  # a number of NumPy would turn the result into float64
     if np.shape(start) != np.shape(end):
         raise UserError(
             f"Both noises must have the same shape, got {np.shape(start)} and {np.shape(end)}."

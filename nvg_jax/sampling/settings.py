@@ -10,7 +10,7 @@ as `x["NAME"]` inside a stage if it has a value for each.
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jaxtyping import Float64
@@ -26,7 +26,7 @@ MAX_SEED = 2**32 - 1  # largest seed of a random key without 64-bit mode
 
 def check_dtype(dtype: str, choices: tuple[str, ...] = DTYPES):
     """Raises UserError unless the computation can be in `dtype`."""
-    if dtype not in choices:
+    if not isinstance(dtype, str) or dtype not in choices:  # np.dtype equals its name
         raise UserError(f"dtype must be {' or '.join(choices)}, got {dtype!r}.")
 
 
@@ -111,9 +111,11 @@ class Spec:
             return value
         if self.kind is tuple:
             stages = range(num_stages - 2)
-            if not isinstance(value, tuple) or any(x not in stages for x in value):
+            if not isinstance(value, tuple) or any(
+                not is_integer(x) or x not in stages for x in value
+            ):
                 raise outside
-            return tuple(sorted(set(value)))
+            return tuple(sorted(map(int, set(value))))
         values = as_array(value)
         if values.dtype.kind not in "iuf" or not (abs(values) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} takes finite numbers, got {value!r}.")
@@ -142,6 +144,23 @@ def as_array(values) -> np.ndarray:
         return np.asarray(values)
     except ValueError:
         return np.array(None)
+
+
+def scalar(value):
+    """A value, taken out of an array of NumPy or JAX that has no axes."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def is_integer(value) -> TypeGuard[int | np.integer]:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value, low: int, high: int) -> int:
+    """The value as an int; raises UserError if it is not an integer in low .. high."""
+    value = scalar(value)
+    if not is_integer(value) or not low <= value <= high:
+        raise UserError(f"{name} must be a whole number in {low} .. {high}, got {value!r}.")
+    return int(value)
 
 
 def text_of(value) -> str:
