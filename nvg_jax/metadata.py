@@ -6,7 +6,6 @@ what `runtime.export` writes: bundled and converted models, the best of a traini
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -165,7 +164,7 @@ class RunMetadata:
         content = dataclasses.asdict(self)
         model = content.pop("model")
         content |= {name: model[name] for name in SIZES}
-        return json.loads(json.dumps(content, default=lambda x: x.tolist()))  # settings of NumPy
+        return storage.as_json(content)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "RunMetadata":

@@ -30,6 +30,7 @@ from nvg_jax.sampling.settings import (
     Settings,
     as_array,
     check_dtype,
+    check_finite,
     check_integer,
     is_integer,
     scalar,
@@ -292,12 +293,11 @@ class Pipeline(hub.Storable):
         Raises:
             UserError: there are no adapters, or they were trained on another model.
         """
-        if np.ndim(scale) or np.asarray(scale).dtype.kind not in "iuf" or not np.isfinite(scale):
-            raise UserError(f"The scale of adapters must be a finite number, got {scale!r}.")
+        scale = check_finite("The scale of adapters", scale)
         adapters = workdir.Adapters.from_pretrained(folder, revision=revision)
         generators = jax.device_get({k: self.params[k] for k in GENERATORS if k in self.params})
         added = workdir.add_adapters(
-            self.metadata, generators, adapters.metadata, adapters.params, folder, float(scale)
+            self.metadata, generators, adapters.metadata, adapters.params, folder, scale
         )
         metadata = self.metadata.of_generators(adapters.metadata).replace(fid=None)
         return Pipeline(metadata, self.params | added, self.dtype)
@@ -556,14 +556,11 @@ class Pipeline(hub.Storable):
         images = as_array(images)
         expected = (*self.tokenizer.config.image_size, 3)
         if images.ndim != 4 or images.shape[1:] != expected or len(images) == 0:
+            single = images.shape == expected
+            remedy = "`prepare` makes a picture of any size fit."
             raise UserError(
                 f"Images must have the shape (batch, {', '.join(map(str, expected))}), got "
-                + f"{images.shape}. "
-                + (
-                    "For one image give image[None]."
-                    if images.shape == expected
-                    else "`prepare` makes a picture of any size fit."
-                )
+                f"{images.shape}. {'For one image give image[None].' if single else remedy}"
             )
         return jnp.asarray(to_float(images, slack=1e-6))
 

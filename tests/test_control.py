@@ -239,13 +239,15 @@ def test_pasting_keeps_far_pixels_and_all_of_the_mask():
         control.paste(original, edited, mask[1:], 0)
     with pytest.raises(UserError, match="A mask must be bool .*got uint8"):
         control.paste(original, edited, np.uint8(255) * mask, 0)
-    with pytest.raises(UserError, match="feather must be a whole .*, got -1"):
+    with pytest.raises(
+        UserError, match="feather must be a whole number of pixels, 0 or more, got -1"
+    ):
         control.paste(original, edited, mask, -1)
     with pytest.raises(UserError, match=r"as many originals .* \(4, 9, 9, 3\) and \(6, 9, 9, 3\)"):
         control.paste(original.repeat(2, 0), edited.repeat(3, 0), mask, 0)
     with pytest.raises(UserError, match=r"got float32 \(2, 9, 9, 3\) in \[255, 255\]"):
         control.paste(original, 255.0 * edited, mask, 0)
-    with pytest.raises(UserError, match=r"images must be float .* got uint8"):
+    with pytest.raises(UserError, match=r"images must be float .* in \[-1, 1\].* got uint8"):
         control.paste(original.astype(np.uint8), edited, mask, 0)
 
 

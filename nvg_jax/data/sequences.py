@@ -17,7 +17,7 @@ import numpy as np
 from etils import epy
 
 from nvg_jax.errors import UserError, comes_with, is_failure, is_mistake
-from nvg_jax.runtime.storage import atomic_path, make_folder, read_json, write_json
+from nvg_jax.runtime.storage import as_json, atomic_path, make_folder, read_json, write_json
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import grain
@@ -131,7 +131,7 @@ def begin(folder: Path, settings: dict[str, Any]):
     Raises:
         UserError: other settings, or the folder holds something else.
     """
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    settings = as_json(settings)
     stored = read_json(folder / META) or read_json(folder / UNFINISHED)
     if stored is None:
         # If this function was killed earlier, the temporary file of the settings remains.

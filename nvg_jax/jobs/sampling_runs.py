@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from nvg_jax.pipeline import Pipeline, SampleOutput
 from nvg_jax.runtime.processes import barrier, from_main, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.resumable import open_folder, own_missing, read_arrays, write_arrays
-from nvg_jax.runtime.storage import alone, atomic_write, digest, fingerprint, storage_path
+from nvg_jax.runtime.storage import alone, as_json, atomic_write, digest, fingerprint, storage_path
 from nvg_jax.sampling import control
 from nvg_jax.sampling.settings import MAX_SEED, Settings, check_integer
 from nvg_jax.tokenizer import GranularitySequence
@@ -215,7 +214,7 @@ class SamplingJob(ImageSet):
             "given": self.constraint and fingerprint(jax.tree.map(np.asarray, self.constraint)),
             **dataclasses.asdict(self.expanded_settings()),
         }
-        return json.loads(json.dumps(description, default=lambda x: x.tolist()))  # of NumPy
+        return as_json(description)
 
     def facts(self) -> dict[str, Any]:
         """`describe` for metrics.json: without the classes, a long list."""

@@ -291,6 +291,11 @@ def make_folder(folder: Path | epath.Path):
 # Fingerprints.
 
 
+def as_json(content: Any) -> Any:
+    """Content as a JSON file gives it back: tuples as lists, values of NumPy as Python's."""
+    return json.loads(json.dumps(content, default=lambda x: x.tolist()))
+
+
 def digest(content: Any) -> str:
     """The SHA-256 of JSON-serializable content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from nvg_jax import granularity
 from nvg_jax.errors import UserError
-from nvg_jax.sampling.settings import as_array, is_integer
+from nvg_jax.sampling.settings import as_array, check_finite, is_integer
 
 MAX_DIVIDED = 16  # up to this many regions, all ways to divide them are compared
 
@@ -229,12 +229,14 @@ def paste(
     """
     original, edited = as_array(original), as_array(edited)
     for image in (original, edited):
-        if image.dtype.kind != "f" or image.shape[-1:] != (3,) or not (abs(image) < 1.001).all():
-            raise UserError(
-                "The images must be float (..., H, W, 3) in [-1, 1], as `Pipeline.prepare` and "
-                f"samples are; got {image.dtype} {image.shape}"
-                + (f" in [{image.min():g}, {image.max():g}]." if image.size else ".")
-            )
+        wrong = (
+            "The images must be float (..., H, W, 3) in [-1, 1], as `Pipeline.prepare` and samples "
+            f"are; got {image.dtype} {image.shape}"
+        )
+        if image.dtype.kind != "f" or image.shape[-1:] != (3,):
+            raise UserError(f"{wrong}.")
+        if not (abs(image) < 1.001).all():
+            raise UserError(f"{wrong} in [{image.min():g}, {image.max():g}].")
     mask = as_array(mask)
     if mask.dtype != bool:
         raise UserError(f"A mask must be bool (H, W), as image > 127 is; got {mask.dtype}.")
@@ -273,9 +275,7 @@ def between(
     Raises:
         UserError: the arrays have different shapes, or the share is not a finite number.
     """
-    if not isinstance(share, (int, float, np.number)) or not np.isfinite(share):
-        raise UserError(f"The share must be a finite number, got {share!r}.")
-    share = float(share)  # a number of NumPy would turn the result into float64
+    share = check_finite("The share", share)  # one of NumPy would turn the result into float64
     if np.shape(start) != np.shape(end):
         raise UserError(
             f"Both noises must have the same shape, got {np.shape(start)} and {np.shape(end)}."

@@ -163,6 +163,14 @@ def check_integer(name: str, value, low: int, high: int) -> int:
     return int(value)
 
 
+def check_finite(name: str, value) -> float:
+    """The value as a float; raises UserError if it is not one finite number."""
+    number = as_array(value)
+    if number.ndim or number.dtype.kind not in "iuf" or not np.isfinite(number):
+        raise UserError(f"{name} must be a finite number, got {value!r}.")
+    return float(number)
+
+
 def text_of(value) -> str:
     """A value as text for a flag: the inverse of `Spec.parse`, except that a bool is 0 or 1."""
     if isinstance(value, str):
