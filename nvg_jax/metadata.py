@@ -293,7 +293,7 @@ def write_export(
     check_export(folder)
     if is_main():
         params = export.rounded(params, dtype)
-        if metadata.fingerprint and not metadata.base:  # as it will be read
+        if dtype != "float32" and metadata.fingerprint and not metadata.base:  # as it will be read
             tokenizer = jax.tree.map(lambda x: x.astype(np.float32), params["tokenizer"])
             metadata = metadata.replace(fingerprint=storage.fingerprint(tokenizer))
         export.write(folder, metadata.to_json(), params)

@@ -162,8 +162,9 @@ class Pipeline(hub.Storable):
     @params.setter
     def params(self, params: dict[str, Any]):
         self.__dict__.pop("weights", None)
-        self.metadata = self.metadata.replace(fid=None)
         self._params = jax.device_put(params, replicated(self._mesh))
+        known = self.metadata.fingerprint and fingerprint(self._params["tokenizer"])
+        self.metadata = self.metadata.replace(fingerprint=known, fid=None)
 
     @functools.cached_property
     def weights(self) -> str:
