@@ -3,8 +3,8 @@
     python -m benchmarks.sampling --config=configs/imagenet256.py:d16
 
 Times every part of the sampler separately, compiled, with random weights and inputs: the content
-generator (one call per stage), the structure generator (for each learned split, what its steps
-share and `flow_steps` evaluations), drawing tokens from filtered logits, adding a stage to the
+generator (one call per stage), the structure generator (for each solution of the flow, what its
+steps share and its evaluations), drawing tokens from filtered logits, adding a stage to the
 canvas, and the decoder. Seconds per image are the time of a call multiplied by the number of calls
 with the config's settings. In a guided stage, a call works on twice the batch.
 """
@@ -21,10 +21,10 @@ from absl import app, flags, logging
 from nvg_jax import presets
 from nvg_jax.layers import cast_blocks
 from nvg_jax.models import ModelConfig
+from nvg_jax.sampling.generate import flow_solutions, make_plan
 from nvg_jax.sampling.guidance import Guidance, filter_logits
 from nvg_jax.sampling.networks import bind
 from nvg_jax.sampling.settings import Settings
-from nvg_jax.structure.flow import SOLVERS
 
 FLAGS = flags.FLAGS
 CLASSES = 1000
@@ -83,8 +83,9 @@ def measure(params, model: ModelConfig, batch: int, settings: Settings):
     z = jax.random.normal(jax.random.key(1), (batch, length, stages - 1))
     classes = jnp.arange(batch) % CLASSES
 
-    evaluations = settings.flow_steps * SOLVERS[settings.solver]
-    times = jnp.linspace(1, 0, evaluations, endpoint=False)
+    plan = make_plan(settings, fixed=sizes.fixed_structure is not None)
+    solutions = flow_solutions(plan, length)
+    times = jnp.linspace(1, 0, 2, endpoint=False)
 
     def content(guidance, params, canvas, labels):
         doubled = map(guidance.double, (canvas, labels))
@@ -92,16 +93,16 @@ def measure(params, model: ModelConfig, batch: int, settings: Settings):
 
     def split(evaluations, guidance, params, z, canvas, labels):
         """`evaluations` evaluations of the structure generator, and what they share."""
-        doubled = map(guidance.double, (labels, canvas))
+        doubled = map(guidance.double, (canvas, labels))
         velocity, per_time = of(params)[0].flow_velocity(*doubled, stage, guidance.classes, times)
         at = lambda index: jax.tree.map(lambda x: x[index], per_time)
         step = lambda index, z: guidance(velocity(guidance.double(z), at(index)))
         return jax.lax.fori_loop(0, evaluations, step, z)
 
-    def of_stages(network, scales, *inputs):
-        """Total seconds of one call per stage, guided where its scale is not 1."""
+    def of_calls(network, guided: list[bool], *inputs):
+        """Total seconds of some calls, each guided or not."""
         total = 0.0
-        for scale, count in ((None, scales.count(1.0)), (2.0, len(scales) - scales.count(1.0))):
+        for scale, count in ((None, guided.count(False)), (2.0, guided.count(True))):
             if count:
                 guidance = Guidance(classes, CLASSES, scale)
                 call = jax.jit(functools.partial(network, guidance))
@@ -116,15 +117,18 @@ def measure(params, model: ModelConfig, batch: int, settings: Settings):
         return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, top_k, top_p))
 
     logits = jax.random.normal(jax.random.key(3), (batch, length, sizes.codebook_size))
-    learned = settings.structure_guidance[: stages - 2]
     add = jax.jit(lambda params, canvas, labels: of(params)[0].add_stage(canvas, labels, stage))
     decode = jax.jit(lambda params, canvas: of(params)[1](canvas))
-    one, two = (
-        of_stages(functools.partial(split, count), learned, z, canvas, labels) for count in (1, 2)
+    # Every solution once, with its first evaluation, and again for each of the others.
+    once = [guided for guided, _ in solutions]
+    others = [guided for guided, evaluations in solutions for _ in range(evaluations - 1)]
+    of_splits = lambda count, calls: of_calls(
+        functools.partial(split, count), calls, z, canvas, labels
     )
+    guided_content = [stage.content == "guided" for stage in plan.stages]
     return {
-        "content": of_stages(content, settings.content_guidance, canvas, labels),
-        "structure": one + (evaluations - 1) * (two - one),
+        "content": of_calls(content, guided_content, canvas, labels),
+        "structure": of_splits(1, once) + of_splits(2, others) - of_splits(1, others),
         "tokens": stages * seconds(tokens, logits),
         "canvas": stages * seconds(add, params, canvas, labels),
         "decoder": seconds(decode, params, canvas),

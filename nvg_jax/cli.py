@@ -178,14 +178,18 @@ def define_data_flags():
     flags.DEFINE_string("data_name", None, "Data set, if not the one the model was trained on.")
     flags.DEFINE_string("data_dir", None, "Folder of the data set.")
     flags.DEFINE_integer(
-        "resize", None, "Short side before the crop; 0: image size * 288 / 256.", 0
+        "resize",
+        None,
+        "Short side before the crop, if not the model's; 0: image size * 288 / 256.",
+        0,
     )
 
 
 def data_section(metadata: "RunMetadata") -> dict[str, Any]:
     """The `data` section of a model's config, overridden by the flags that were given.
 
-    No flag overrides how the model's images were resized.
+    Other data are prepared as the model's own, unless --resize or --pad say otherwise: with the
+    same filter and short side, and without its random shifts.
 
     Raises:
         UserError: there is neither a config nor --data_name.
@@ -195,8 +199,9 @@ def data_section(metadata: "RunMetadata") -> dict[str, Any]:
     changes |= {n: flags.FLAGS[n].value for n in ("data_dir", "resize", "pad") if n in flags.FLAGS}
     changes = {name: value for name, value in changes.items() if value is not None}
     if "name" in changes:
-        own["on_bad"] = ((metadata.config or {}).get("data") or {}).get("on_bad", "error")
-        return {"data_dir": "", "resize": 0, "pad": 0} | changes | own
+        of_model = (metadata.config or {}).get("data") or {}
+        own["on_bad"] = of_model.get("on_bad", "error")
+        return {"data_dir": "", "resize": of_model.get("resize", 0), "pad": 0} | changes | own
     if metadata.config is None:
         raise UserError(
             "This folder does not say what data it was trained on (converted weights do not); "

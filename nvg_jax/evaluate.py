@@ -19,7 +19,7 @@ from nvg_jax.data.sources import SPLITS
 from nvg_jax.errors import UserError, comes_with
 from nvg_jax.runtime import interrupts
 from nvg_jax.runtime.processes import barrier, is_main
-from nvg_jax.runtime.storage import storage_path
+from nvg_jax.runtime.storage import make_folder, storage_path
 from nvg_jax.sampling.settings import Settings, parse_sweep
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
@@ -41,7 +41,7 @@ def main(_):
     table = evaluate_samples(judge) if FLAGS.samples else evaluate_model(judge, settings)
     if is_main():
         print(table)
-        print(out_folder() / "metrics.json")
+        print(metrics_file())
     barrier("the metrics are written")
 
 
@@ -107,11 +107,17 @@ def out_folder() -> epath.Path:
     return folder / next((use for use in uses if getattr(FLAGS, use)), "classifier")
 
 
+def metrics_file() -> epath.Path:
+    """The file of the metrics; those of every reference have a file of their own."""
+    reference = FLAGS.reference and epath.Path(FLAGS.reference).stem
+    return out_folder() / (f"metrics_{reference}.json" if reference else "metrics.json")
+
+
 def evaluate_samples(judge: str) -> str:
     """The table for a file of samples, on process 0; so are the next two."""
     samples = sets.Archive(FLAGS.samples, FLAGS.batch_size)
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size)
-    return compare(judge, [({}, samples, {"samples": FLAGS.samples})], reference, out_folder())
+    return compare(judge, [({}, samples, {"samples": FLAGS.samples})], reference)
 
 
 def evaluate_model(judge: str, settings) -> str:
@@ -120,18 +126,17 @@ def evaluate_model(judge: str, settings) -> str:
     fitted = judge in judges.FITTED
     needs_data = FLAGS.reconstruction or fitted or FLAGS.reference in SPLITS
     data = cli.data_section(pipe.metadata) if needs_data else None
-    out = out_folder()
     if FLAGS.reconstruction:
         assert data is not None
         images = sets.Split(data, "test", pipe.tokenizer.config.image_size, FLAGS.batch_size)
-        results = reconstruction.report(pipe, images, out, judge)
+        results = reconstruction.report(pipe, images, out_folder(), judge)
         return reconstruction.table(results) if results else ""
     if fitted:
         assert data is not None
         if not pipe.can_sample:
             check_unused(OF_SAMPLES, "a tokenizer alone")
         job = sampling_job(pipe, settings) if pipe.can_sample else None
-        results = classification.report(pipe, data, job, out)
+        results = classification.report(pipe, data, job, out_folder(), FLAGS.batch_size)
         return classification.table(results, len(pipe.class_names)) if results else ""
     pipe.check_can_sample()
     job, points = sampling_job(pipe, settings), []
@@ -141,7 +146,7 @@ def evaluate_model(judge: str, settings) -> str:
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
     if isinstance(reference, sets.Split):
         classification.warn_if_classes_differ(pipe, reference.source)
-    return compare(judge, points, reference, out)
+    return compare(judge, points, reference)
 
 
 def sampling_job(pipe, settings):
@@ -151,7 +156,7 @@ def sampling_job(pipe, settings):
     )
 
 
-def compare(name: str, points, reference, out: epath.Path) -> str:
+def compare(name: str, points, reference) -> str:
     """The table of the points of a sweep, or of a single point.
 
     Args:
@@ -159,15 +164,18 @@ def compare(name: str, points, reference, out: epath.Path) -> str:
         points: for each point its settings, its images, and how they were made.
         reference: the images to compare with.
     """
+    file = metrics_file()
     report.warn_if_sizes_differ(points[0][1], reference)
     judge = judges.make_judge(name)
+    make_folder(file.parent)  # raises before anything is computed
     features = report.reference_features(reference, judge)
+    described = {"reference": {"name": FLAGS.reference, **reference.describe()}}
+    points = [(point, images, facts | described) for point, images, facts in points]
     if FLAGS.sweep:
-        results = report.sweep(points, features, judge, out)
+        results = report.sweep(points, features, judge, file)
     else:
         ((_, images, facts),) = points
-        facts = {"reference": FLAGS.reference, **facts}
-        results = [report.compare(images, features, judge, out, facts)]
+        results = [report.compare(images, features, judge, file, facts)]
     return report.table(results) if is_main() else ""
 
 

@@ -86,20 +86,29 @@ def expected_metrics():
 def test_batches_give_the_metrics_of_all_images_at_once(samples, reference, tmp_path):
     judge = Judge()
     known = report.reference_features(reference, judge)
-    found = report.compare(samples, known, judge, tmp_path / "out", {"samples": "a"})
+    found = report.compare(samples, known, judge, tmp_path / "out/own.json", {"samples": "a"})
     for name, value in expected_metrics().items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
     assert found["images"] == 23 and found["reference_images"] == 17 and found["samples"] == "a"
-    assert (tmp_path / "out" / "metrics.json").is_file()
+    assert (tmp_path / "out" / "own.json").is_file()
 
 
-def test_the_judge_is_the_one_that_is_named(samples, reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "make_judge", {"stub": Judge()}.__getitem__)
+def test_every_reference_has_metrics_of_its_own(samples, reference, tmp_path, monkeypatch):
+    judge = Judge()
+    monkeypatch.setattr(judges, "make_judge", {"stub": judge}.__getitem__)
     flags = dict(samples=str(samples.path), reference=str(reference.path), workdir=None, sweep=None)
     flags |= dict(batch_size=5, out=tmp_path / "out")
     monkeypatch.setattr(evaluate, "FLAGS", types.SimpleNamespace(**flags))
     assert "precision" in evaluate.evaluate_samples("stub")
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["judge"] == "stub"
+    seen, other = judge.seen, save(tmp_path / "other.npz", OTHERS[:9])
+    evaluate.FLAGS.reference = str(other)
+    assert evaluate.evaluate_samples("stub")
+    assert judge.seen - seen == 10  # the new reference alone, in two batches
+    for path, count in ((reference.path, 17), (other, 9)):
+        content = json.loads((tmp_path / f"out/metrics_{path.stem}.json").read_text())
+        assert content["judge"] == "stub" and content["reference_images"] == count
+        assert content["reference"]["name"] == str(path)
+        assert content["reference"]["shape"] == [count, 8, 8, 3]
 
 
 def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
@@ -153,7 +162,7 @@ def test_features_that_cannot_be_kept_are_still_computed(reference, monkeypatch,
 
 def test_two_commands_with_one_reference(reference, monkeypatch):
     """The second one leaves alone what the first one has computed so far."""
-    monkeypatch.setattr(report, "read_arrays", lambda path: None)
+    monkeypatch.setattr(report, "read_kept", lambda path: None)
     report.reference_features(reference, Judge())
     (file,) = (pretrained.cache_folder() / "references").iterdir()
     parts = file.with_suffix("")
@@ -254,7 +263,7 @@ def test_other_sizes_and_too_few_images_are_said(samples, reference, tmp_path, w
     assert "8 x 8 pixels and the reference 16 x 8" in warnings.text
     few = sets.Archive(save(tmp_path / "few.npz", IMAGES[:9]), 4)
     known = report.reference_features(reference, Judge())
-    report.compare(few, known, Judge(), tmp_path / "few", {})
+    report.compare(few, known, Judge(), tmp_path / "few/metrics.json", {})
     assert "9 samples for 12 features: the covariance is rank deficient" in warnings.text
 
 
@@ -321,12 +330,13 @@ def test_a_model_stands_beside_real_images_and_chance():
     results = {
         "test_psnr": 21.04, "rfid": 12.0, "classifier_accuracy_on_reconstructions": 0.7,
         "classifier_accuracy_on_real_test_images": 0.74074, "class_agreement": 0.35,
+        "class_agreement_of_real_test_images": 0.6667,
         "copying": {"near_share": 0.25}, "metrics_of_samples": five,
         "metrics_of_real_test_images": five | {"fid": 1.0}, "metrics_images": 27, "features": 64,
     }  # fmt: skip
     lines = classification.table(results, num_classes=3).splitlines()
     assert lines[0].split() == ["model", "real", "images", "chance"]
-    assert "class agreement         0.350        0.741    0.333" in lines
+    assert "class agreement         0.350        0.667    0.333" in lines
     assert "near copies             0.250       0.0500" in lines
     assert "FID                      2.00         1.00" in lines
     assert any(line.startswith("too few images for FID: 27") for line in lines)
@@ -343,6 +353,37 @@ def test_samples_and_real_images_have_as_many_of_every_class():
         assert np.bincount(labels[chosen], minlength=4).tolist() == [3, 1, 2, 0]
     with pytest.raises(UserError, match="have 3 images of the same classes.* draw more samples"):
         classification.in_common(samples[:3], real, 4)
+
+
+def test_samples_are_compared_with_real_images_of_the_same_classes(tmp_path, monkeypatch):
+    """Of two classes, one lies much nearer to its training images: a mixture is no copy."""
+    rng, shape = np.random.default_rng(1), (8, 8, 3)
+    base = rng.integers(60, 190, (2, *shape))
+
+    def images(*counts):
+        labels = np.repeat([0, 1], counts)
+        noise = rng.normal(0, np.where(labels, 40, 4)[:, None, None, None], (len(labels), *shape))
+        return sets.LabeledImages(np.clip(base[labels] + noise, 0, 255).astype(np.uint8), labels)
+
+    judge = Judge()
+    judge.predict = lambda images: (images.mean((1, 2, 3)) > base.mean()).astype(int)
+    train, test, samples = images(10, 190), images(20, 180), images(100, 100)
+    found = classification.sample_metrics(judge, samples, ("near", "far"), train, test)
+    assert found["metrics_images"] == 120  # 20 and 100
+    copying = found["copying"]
+    assert copying["near_share"] < 0.1  # half of all samples is nearer than 5% of `test`
+    expected = np.concatenate([test.images[:20], test.images[20:120]])
+    right = judge.predict(expected) == np.repeat([0, 1], (20, 100))
+    assert found["class_agreement_of_real_test_images"] == pytest.approx(right.mean())
+
+
+def test_few_samples_are_of_classes_all_over():
+    model = types.SimpleNamespace(num_classes=10)
+    config = types.SimpleNamespace(fixed_structure=None)
+    pipe = types.SimpleNamespace(metadata=types.SimpleNamespace(model=model), tokenizer=config)
+    classes = lambda n: sampling_runs.SamplingJob.cycling(pipe, n, 4, 0, {}).classes
+    assert classes(5) == [0, 2, 4, 6, 8]
+    assert classes(13) == [*range(10), 0, 1, 2]
 
 
 def test_classes_with_other_names_are_named(caplog):

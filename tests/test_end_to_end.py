@@ -650,7 +650,7 @@ def test_too_few_held_out_images_are_an_error_before_anything_is_sampled(
 ):
     monkeypatch.setitem(sets.MAX_IMAGES, "test", 3)
     with pytest.raises(UserError, match="digits has 3 held-out images, .* needs at least 4"):
-        classification.report(pipe, pipe.metadata.config["data"], None, tmp_path)
+        classification.report(pipe, pipe.metadata.config["data"], None, tmp_path, 64)
 
 
 def test_the_command_lines_write_pictures_and_metrics(trained, pipe, tmp_path):

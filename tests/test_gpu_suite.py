@@ -7,10 +7,11 @@ import re
 import signal
 from pathlib import Path
 
+import jax
 import pytest
-from helpers import ROOT, wait_for
+from helpers import ROOT, tiny_config, wait_for
 
-from benchmarks import gpu_suite, timed
+from benchmarks import gpu_suite, sampling, timed
 from benchmarks.timed import Entry, run_all
 
 HANGS = "sleep 60"
@@ -136,3 +137,20 @@ def test_the_entries(tmp_path, tiny):
     (encoded / "meta.json").touch()
     assert names[8] == "emoji_encode"
     assert [entry.name for entry in gpu_suite.entries(args)] == names[:8] + names[9:]
+
+
+@pytest.mark.parametrize(
+    "tokenizer, solves, solutions", [({}, (), 3), ({}, (0, 2), 2), ({"structure": "grid"}, (), 0)]
+)
+def test_every_part_of_the_sampler_is_timed_as_often_as_it_runs(
+    monkeypatch, tokenizer, solves, solutions
+):
+    monkeypatch.setattr(
+        sampling, "seconds", lambda call, *inputs: bool(jax.eval_shape(call, *inputs))
+    )
+    config = tiny_config(tokenizer=tokenizer, sampling={"structure_solves": solves})
+    model, settings = sampling.read_config(config)
+    assert model.tokenizer.num_stages == 5
+    parts = sampling.measure(sampling.random_params(model), model, 2, settings)
+    once = {"decoder": 1, "structure": solutions}
+    assert parts == dict.fromkeys(("content", "tokens", "canvas"), 5) | once

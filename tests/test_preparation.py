@@ -131,8 +131,11 @@ def test_commands_prepare_images_as_the_model_was_trained(monkeypatch):
     metadata = types.SimpleNamespace(config=config, resize_filter="published")
     assert cli.data_section(metadata) == of_the_model | own
     values(["command", "--data_dir=/images", "--data_name=image_folder"])
-    anew = {"resize": 0, "pad": 0, "name": "image_folder", "on_bad": "skip"}
-    assert cli.data_section(metadata) == anew | own
+    other = {"resize": 9, "pad": 0, "name": "image_folder", "on_bad": "skip"}
+    assert cli.data_section(metadata) == other | own
+    metadata = types.SimpleNamespace(config=None, resize_filter="published")  # converted
+    unknown = {"resize": 0, "pad": 0, "name": "image_folder", "on_bad": "error"}
+    assert cli.data_section(metadata) == unknown | own
 
 
 def test_fid_during_training_prepares_images_as_the_run_does(published, monkeypatch):

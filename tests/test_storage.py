@@ -82,6 +82,7 @@ def test_a_path_that_a_user_gives(given, expected, tmp_path):
         ("s3://bucket/run", "needs the package s3fs"),
         ("~nobody_of_that_name/x", "needs a home folder"),
         ("/gs/bucket/run", "Mount or link it under another name"),
+        ("/tmp/" + 300 * "x", "cannot be used: File name too long"),
     ],
 )
 def test_paths_that_are_refused(given, message, monkeypatch):

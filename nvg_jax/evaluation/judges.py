@@ -24,7 +24,7 @@ from nvg_jax.errors import UserError, comes_with
 from nvg_jax.evaluation.image import to_float
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
 from nvg_jax.runtime.processes import from_main
-from nvg_jax.runtime.resumable import read_arrays, write_arrays
+from nvg_jax.runtime.resumable import read_kept, write_arrays
 from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import digest, fingerprint, make_folder
 
@@ -298,7 +298,7 @@ def cached_classifier(images: np.ndarray, labels: np.ndarray, num_classes: int) 
     data = {"images": images, "labels": labels, "classes": np.array(num_classes)}
     recipe = {"steps": STEPS, "known_loss": KNOWN_LOSS, "data": fingerprint(data)}
     file = pretrained.cache_folder() / "judges" / f"{digest(recipe)[:16]}.npz"
-    stored = read_arrays(file) if file.exists() else None
+    stored = read_kept(file)
     if stored is not None:
         logger.info("classifier of these images: %s", file)
         gray = bool(stored.pop("gray"))

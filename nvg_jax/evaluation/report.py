@@ -1,4 +1,4 @@
-"""From a judge, a set of images and a reference to numbers, and to metrics.json and tables.
+"""From a judge, a set of images and a reference to numbers, and to JSON files and tables.
 
 All processes share the work; its unit is a batch. A command stores the features of each batch in a
 folder, so that a run that was killed resumes where it stopped; during training, nothing is stored.
@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from nvg_jax.runtime.processes import (
     gather_rows,
     is_main,
 )
-from nvg_jax.runtime.resumable import own_parts, read_arrays, write_arrays
+from nvg_jax.runtime.resumable import own_parts, read_kept, write_arrays
 from nvg_jax.runtime.storage import digest, locked, make_folder, write_file
 from nvg_jax.sampling.settings import text_of
 
@@ -141,7 +142,7 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
     folder = pretrained.cache_folder() / "references" / digest(description)[:16]
     keep = None if isinstance(images, Archive) else REFERENCE_IMAGES
     file = folder.with_suffix(".npz")
-    stored = read_arrays(file) if file.exists() else None
+    stored = read_kept(file)
     # Each machine may have its own cache, but all processes must take the same branch.
     if everywhere(stored is not None):
         assert stored is not None
@@ -152,9 +153,9 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
         if is_main():
             with pretrained.keeping("these features are"):
                 make_folder(folder)
-        kept = bool(from_main(folder.is_dir()))
+        kept = bool(from_main(os.path.isdir(folder)))
         with locked(folder) if kept else contextlib.nullcontext(False) as free:
-            parts = folder / "parts" if free and everywhere(folder.is_dir()) else None
+            parts = folder / "parts" if free and everywhere(os.path.isdir(folder)) else None
             features = features_of(images, judge, parts, keep)
             if is_main() and kept:
                 _keep(file, features)
@@ -162,7 +163,7 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
                     shutil.rmtree(folder, ignore_errors=True)
         barrier("the features of the reference are there")
         # On another machine.
-        if not is_main() and not (file.exists() and read_arrays(file)):
+        if not is_main() and read_kept(file) is None:
             _keep(file, features)
     if isinstance(images, Archive) and judge.name == "inception":
         features = features._replace(**images.statistics())
@@ -179,12 +180,13 @@ def _keep(file: Path, features: FeatureSet):
 
 
 def compare(
-    images: ImageSet, reference: FeatureSet, judge: Judge, out: epath.Path, facts: dict[str, Any]
+    images: ImageSet, reference: FeatureSet, judge: Judge, file: epath.Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """The five metrics of a set of images; writes metrics.json into `out`.
+    """The five metrics of a set of images; writes them as JSON.
 
     Args:
-        facts: how the images were made, to be included in the result.
+        file: to write; beside it, "features" keeps the features of the images.
+        facts: how the images were made, and what they are compared with, to be included.
 
     Returns:
         {"fid", "sfid", "inception_score", "precision", "recall", "images", ...} on process 0, {} on
@@ -193,13 +195,13 @@ def compare(
     Raises:
         UserError: images that cannot be read, or too few of them.
     """
-    results = measure(images, judge, reference, out / "features")
+    results = measure(images, judge, reference, file.parent / "features")
     if not is_main():
         return {}
     results |= {"images": len(images), "reference_images": reference.count}
     results |= {"features": len(reference.pool_mean)}
     results |= {"judge": judge.name, "network": judge.fingerprint, **facts}
-    write_results(out / "metrics.json", results)
+    write_results(file, results)
     return results
 
 
@@ -207,12 +209,12 @@ def sweep(
     points: Sequence[tuple[dict[str, Any], ImageSet, dict[str, Any]]],
     reference: FeatureSet,
     judge: Judge,
-    out: epath.Path,
+    file: epath.Path,
 ) -> list[dict[str, Any]]:
-    """`compare` for every point of a sweep, each in its own folder; writes metrics.json.
+    """`compare` for every point of a sweep, each in a folder of its own beside the file of all.
 
     Args:
-        points: for each point its settings, its images, and how they were made.
+        points: for each point its settings, its images, and its facts.
 
     Returns:
         The results of all points, each with its settings as "sweep"; [] on all processes but 0.
@@ -220,11 +222,11 @@ def sweep(
     results = []
     for number, (point, images, facts) in enumerate(points, 1):
         logger.info("sweep: %d of %d: %s", number, len(points), point)
-        folder = out / digest(point)[:8]
-        results.append({"sweep": point, **compare(images, reference, judge, folder, facts)})
+        own = file.parent / digest(point)[:8] / file.name
+        results.append({"sweep": point, **compare(images, reference, judge, own, facts)})
     if not is_main():
         return []
-    write_results(out / "metrics.json", results)
+    write_results(file, results)
     return results
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import logging
-import time
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,11 @@ COPY_CHECK_IMAGES = 2_000  # samples and held-out images compared with all train
 
 
 def report(
-    pipeline: Pipeline, data: dict[str, Any], job: SamplingJob | None, out: epath.Path
+    pipeline: Pipeline,
+    data: dict[str, Any],
+    job: SamplingJob | None,
+    out: epath.Path,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Writes metrics.json and pictures into `out`; all processes share the work.
 
@@ -51,6 +54,7 @@ def report(
             are resized with the filter that the model was trained with.
         job: the samples to measure, one for each entry of `classes`; None measures the tokenizer
             alone.
+        batch_size: images that the tokenizer encodes and decodes at once.
 
     Returns:
         The metrics on process 0, {} on the others.
@@ -70,7 +74,8 @@ def report(
             f"{data['name']} has {len(test)} held-out image{'s' if len(test) > 1 else ''}, and an "
             f"evaluation needs at least {MIN_IMAGES}; add images."
         )
-    restored = Reconstructions(pipeline, test).collect("reconstruction")
+    originals = dataclasses.replace(test, batch_size=batch_size)
+    restored = Reconstructions(pipeline, originals).collect("reconstruction")
     restored = dataclasses.replace(test, images=restored)
     train = load_split(data, "train", size)
     if job and len(train) < len(source):
@@ -83,12 +88,10 @@ def report(
     classifier = fit_classifier(data["name"], train.images, train.labels, num_classes)
     if job:
         in_common(np.array(job.classes), test.labels, num_classes)
-        start = time.monotonic()
         samples = LabeledImages(job.collect("sampling"), np.array(job.classes))
-        seconds = time.monotonic() - start
     results = reconstruction_metrics(classifier, restored, test)
     if job:
-        results |= {"samples": len(job), "seconds_per_sample": seconds / len(job)}
+        results["samples"] = len(job)
         results |= sample_metrics(classifier, samples, pipeline.class_names, train, test)
     if not is_main():
         return {}
@@ -96,7 +99,8 @@ def report(
     save_png(out / "reconstructions.png", pictures)
     if job:
         order = np.argsort(samples.labels, kind="stable")
-        shown = (turns(samples.labels) < COLUMNS) & (samples.labels < CLASSES_SHOWN)
+        rows = np.unique(samples.labels)[:CLASSES_SHOWN]
+        shown = (turns(samples.labels) < COLUMNS) & np.isin(samples.labels, rows)
         shown = order[shown[order]]
         names = [pipeline.class_names[label] for label in samples.labels[shown]]
         save_png(out / "samples.png", class_grid(samples.images[shown], names, COLUMNS))
@@ -158,23 +162,31 @@ def sample_metrics(
     train: LabeledImages,
     test: LabeledImages,
 ) -> dict[str, Any]:
-    """Metrics of samples, whose labels are the requested classes; FID etc. only on process 0."""
+    """Metrics of samples, whose labels are the requested classes; FID etc. only on process 0.
+
+    All but the agreement of the samples is of the images that both sets have of every class.
+    """
     agreement, per_class = class_agreement(classifier.predict(samples.images), samples.labels)
+    counts = in_common(samples.labels, test.labels, len(class_names))
+    samples, test = (
+        images.select(np.flatnonzero(turns(images.labels) < counts[images.labels]))
+        for images in (samples, test)
+    )
+    real_agreement, _ = class_agreement(classifier.predict(test.images), test.labels)
     results = {
         "class_agreement": agreement,
         "class_agreement_per_class": {class_names[i]: share for i, share in per_class.items()},
+        "class_agreement_of_real_test_images": real_agreement,
         "copying": copying_report(
-            samples.images[:COPY_CHECK_IMAGES],
+            samples.images[balanced(samples.labels, COPY_CHECK_IMAGES)],
             train.images,
             test.images[balanced(test.labels, COPY_CHECK_IMAGES)],
         ),
     }
     shuffled = train.select(np.random.default_rng(0).permutation(len(train)))
     reference = features_of(shuffled, classifier, keep=REFERENCE_IMAGES)
-    counts = in_common(samples.labels, test.labels, len(class_names))
     for name, images in (("samples", samples), ("real_test_images", test)):
-        chosen = np.flatnonzero(turns(images.labels) < counts[images.labels])
-        results[f"metrics_of_{name}"] = measure(images.select(chosen), classifier, reference)
+        results[f"metrics_of_{name}"] = measure(images, classifier, reference)
     results |= {"metrics_images": int(counts.sum()), "features": len(reference.pool_mean)}
     return results
 
@@ -215,7 +227,12 @@ def table(results: dict[str, Any], num_classes: int) -> str:
     if "class_agreement" in results:
         copying = results["copying"]
         rows += [
-            ("class agreement", results["class_agreement"], rows[-1][2], 1 / num_classes),
+            (
+                "class agreement",
+                results["class_agreement"],
+                results["class_agreement_of_real_test_images"],
+                1 / num_classes,
+            ),
             ("near copies", copying["near_share"], LOW_QUANTILE, None),
         ]
         model, real = results["metrics_of_samples"], results["metrics_of_real_test_images"]
@@ -231,7 +248,7 @@ def table(results: dict[str, Any], num_classes: int) -> str:
 
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:
     """Indices of at most `count` images, cycling through the classes while they last."""
-    return np.argsort(turns(labels), kind="stable")[:count]
+    return np.lexsort((labels, turns(labels)))[:count]
 
 
 def turns(labels: np.ndarray) -> np.ndarray:

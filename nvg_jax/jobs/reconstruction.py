@@ -9,19 +9,20 @@ import numpy as np
 from etils import epath
 
 from nvg_jax import pretrained
-from nvg_jax.evaluation.features import frechet_distance
+from nvg_jax.evaluation.features import Moments, frechet_distance
 from nvg_jax.evaluation.image import psnr, structural_similarity, to_float
 from nvg_jax.evaluation.judges import make_judge
-from nvg_jax.evaluation.report import digits, explain, too_few, write_results
+from nvg_jax.evaluation.report import digits, explain, gather_moments, too_few, write_results
 from nvg_jax.evaluation.sets import ImageSet, Split
 from nvg_jax.pipeline import Pipeline
-from nvg_jax.runtime.processes import gather_rows, is_main
+from nvg_jax.runtime.processes import from_all, gather_rows, is_main
 from nvg_jax.runtime.resumable import own_parts
 from nvg_jax.runtime.sharding import local_batch, local_mesh, replicated
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.tokenizer import codebook_usage
 from nvg_jax.visualize import reconstruction_grid, save_png, to_uint8
 
+DISTANCES = ("lpips_vgg", "lpips_alex", "psnr", "ssim")  # between an image and its reconstruction
 EXTREMES = 8  # best and worst reconstructions in the picture
 
 
@@ -46,10 +47,7 @@ class Measurements(NamedTuple):
 
     real: Any  # float32 (B, D), the judge's pool features
     restored: Any
-    lpips_vgg: Any  # (B,); so are the next three
-    lpips_alex: Any
-    psnr: Any
-    ssim: Any
+    distances: Any  # float32 (B, 4), see DISTANCES
     codes: Any  # bool (S, V), whether the batch uses a code in a stage
 
 
@@ -71,7 +69,7 @@ def report(pipeline: Pipeline, images: Split, out: epath.Path, judge_name: str) 
     networks = jax.device_put(networks, replicated(mesh))
 
     @jax.jit
-    def distances(networks, a, b):
+    def perceptual(networks, a, b):
         with jax.default_matmul_precision("highest"):  # as Inception: compared with others' results
             return (
                 pretrained.lpips(networks["lpips"], a, b, jnp.float32),
@@ -87,56 +85,53 @@ def report(pipeline: Pipeline, images: Split, out: epath.Path, judge_name: str) 
         for stage in range(config.num_stages):
             codes[stage, sequence.tokens[:, stage]] = True
         with jax.set_mesh(mesh):
-            lpips = distances(networks, *local_batch((to_float(batch), to_float(restored)), mesh))
-        vgg, alex = (np.asarray(distance)[: len(batch)] for distance in lpips)
+            lpips = perceptual(networks, *local_batch((to_float(batch), to_float(restored)), mesh))
+        distances = [np.asarray(distance)[: len(batch)] for distance in lpips]
+        distances += [psnr(batch, restored), structural_similarity(batch, restored)]
         return Measurements(
             judge.image_features(batch).pool,
             judge.image_features(restored).pool,
-            vgg,
-            alex,
-            psnr(batch, restored),
-            structural_similarity(batch, restored),
+            np.stack(distances, axis=1).astype(np.float32),
             codes,
         )
 
-    count, num_batches = len(images), images.num_batches
+    count, size, num_batches = len(images), images.batch_size, images.num_batches
     description = {
         "network": judge.fingerprint,
         "lpips": [fingerprint(network) for network in networks.values()],
         "tokenizer": fingerprint(pipeline.params["tokenizer"]),
         "dtype": pipeline.dtype,
-        "batch_size": images.batch_size,
+        "batch_size": size,
         **images.describe(),
     }
-    parts = own_parts(
+    real, restored, distances = Moments(), Moments(), []
+    codes = np.zeros((config.num_stages, config.codebook_size), int)
+    for number, part in own_parts(
         lambda numbers: map(measure, images.filled(numbers)),
         num_batches,
-        min(images.batch_size, count),
+        min(size, count),
         "reconstructions",
         out / "reconstructions",
         description,
-    )
-    parts = [part for _, part in parts]
-
-    def gathered(name: str) -> np.ndarray:
-        rows = [part[name].astype(np.float32).reshape(len(part[name]), -1) for part in parts]
-        return gather_rows(rows, num_batches)
-
-    measured = Measurements(*map(gathered, Measurements._fields))
+    ):
+        own = slice(min(size, count - number * size))  # the last batch was filled up
+        real += Moments.of(part["real"][own])
+        restored += Moments.of(part["restored"][own])
+        distances.append(part["distances"])
+        codes += part["codes"]
+    real, restored = gather_moments(real).statistics, gather_moments(restored).statistics
+    distances, codes = gather_rows(distances, num_batches)[:count], from_all(codes).sum(0)
     if not is_main():
         return {}
-    codes = measured.codes.reshape(num_batches, config.num_stages, -1)
-    measured = jax.tree.map(lambda x: x[:count], measured)
-    results: dict[str, Any] = {"rfid": frechet_distance(measured.real, measured.restored)}
-    for name in ("lpips_vgg", "lpips_alex", "psnr", "ssim"):
-        results[name] = float(getattr(measured, name).mean(dtype=np.float64))
-    usage = codebook_usage(codes.sum(0))
+    results: dict[str, Any] = {"rfid": frechet_distance(real, restored)}
+    results |= zip(DISTANCES, distances.mean(0, dtype=np.float64).tolist())
+    usage = codebook_usage(codes)
     results["codebook_usage"] = float(usage["codebook_usage"])
     results["codebook_usage_of_stages"] = usage["codebook_usage_stage"].tolist()
-    results |= {"images": count, "features": measured.real.shape[1]}
+    results |= {"images": count, "features": len(real[0])}
     results |= {"judge": judge.name, "network": judge.fingerprint, "dtype": pipeline.dtype}
     results["data"] = images.describe()
-    save_png(out / "extremes.png", extremes(pipeline, images, measured.lpips_vgg[:, 0]))
+    save_png(out / "extremes.png", extremes(pipeline, images, distances[:, 0]))
     write_results(out / "metrics.json", results)
     return results
 

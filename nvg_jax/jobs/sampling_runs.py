@@ -101,8 +101,13 @@ class SamplingJob(ImageSet):
         seed: int,
         settings: dict[str, Any],
     ) -> "SamplingJob":
-        """`count` samples to measure: of each class in turn, again and again."""
-        classes = [index % pipeline.metadata.model.num_classes for index in range(count)]
+        """`count` samples to measure: of each class in turn, again and again.
+
+        Fewer samples than classes are of classes spread over all.
+        """
+        num_classes = pipeline.metadata.model.num_classes
+        shown = min(count, num_classes)
+        classes = [index % shown * num_classes // shown for index in range(count)]
         return cls(pipeline, classes, 1, min(batch_size, count), seed, settings)
 
     def __len__(self) -> int:
@@ -223,9 +228,8 @@ class SamplingJob(ImageSet):
 
 def stage_images(pipeline: Pipeline, sequence: GranularitySequence) -> np.ndarray:
     """The canvas decoded after every stage, float32 (B, S, H, W, 3) in [-1, 1]."""
-    canvases = pipeline.canvases(sequence)
-    images = pipeline.decode_canvas(canvases.reshape(-1, *canvases.shape[2:]))
-    return images.reshape(*canvases.shape[:2], *images.shape[1:])
+    canvases = pipeline.canvases(sequence).swapaxes(0, 1)
+    return np.stack([pipeline.decode_canvas(canvas) for canvas in canvases], axis=1)
 
 
 def stages_picture(

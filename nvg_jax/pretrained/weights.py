@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
-from nvg_jax.errors import UserError, listed
+from nvg_jax.errors import UserError, listed, reported
 from nvg_jax.pretrained.inception_v3 import IMAGE_SIZE, NUM_LOGITS, POOL_WIDTH, Inception
 from nvg_jax.pretrained.networks import (
     DEPTH,
@@ -138,7 +138,9 @@ def convert(
     paths = [local_path(file, "from") for file in files]
     tensors = {}
     for file in paths:
-        found = _read(file, source.unneeded)
+        if not file.is_file():
+            raise UserError(f"There is no file {file}.")
+        found = read_state_dict(file, lambda key: not re.fullmatch(source.unneeded, key))
         # lpips keeps torchvision's layer numbers, but divides the layers into five slices.
         found = {re.sub(r"^net\.slice\d\.", "features.", key): x for key, x in found.items()}
         if twice := [key for key in found if key in tensors]:
@@ -173,14 +175,14 @@ def load(name: str, cache: str | os.PathLike | None = None) -> dict[str, Any]:
     source, path = PUBLISHED[_known(name)], _path(name, cache)
     own = "" if path == _path(name, None) else f"NVG_CACHE={path.parent} "
     command = f"{own}python -m nvg_jax.convert --pretrained={name} --from={','.join(source.files)}"
-    if not path.is_file():
+    if not os.path.lexists(path):
         without = f" Or train without: --config.{source.without}." if source.without else ""
         raise UserError(
             f"The weights of {name} are missing ({path}). Download {_files(source)}, and run "
             f"`{command}`.{without}"
         )
     try:
-        with safe_open(path, "numpy") as file:
+        with reported(f"{path} cannot be read"), safe_open(path, "numpy") as file:
             checksum = (file.metadata() or {}).get("checksum")
             flat = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
@@ -231,18 +233,6 @@ def _path(name: str, cache: str | os.PathLike | None) -> Path:
 
 def _files(source: Published) -> str:
     return " and ".join(f"{file} from {address}" for file, address in source.files.items())
-
-
-def _read(file: Path, unneeded: str) -> dict[str, np.ndarray]:
-    if not file.is_file():
-        raise UserError(f"There is no file {file}.")
-    keep = lambda key: not re.fullmatch(unneeded, key)
-    if file.suffix != ".safetensors":
-        return read_state_dict(file, keep)
-    try:
-        return {key: tensor for key, tensor in load_file(file).items() if keep(key)}
-    except SafetensorError as error:
-        raise UserError(f"Cannot read {file}, it is not a safetensors file: {error}.") from error
 
 
 def _check(name: str, files: Sequence[Path], tensors: dict[str, np.ndarray]):

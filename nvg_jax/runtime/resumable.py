@@ -7,6 +7,7 @@ import contextlib
 import fnmatch
 import json
 import logging
+import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -145,6 +146,11 @@ def write_arrays(path: Path | epath.Path, arrays: dict[str, Any], shared: bool =
     """Writes an .npz for `read_arrays`; `shared` as for `atomic_path`."""
     with atomic_write(path, shared) as file:
         np.savez(file, **arrays)
+
+
+def read_kept(path: Path) -> dict[str, np.ndarray] | None:
+    """`read_arrays` of a file in a cache, or None if there is none that can be seen."""
+    return read_arrays(path) if os.path.exists(path) else None
 
 
 def read_arrays(path: Path | epath.Path) -> dict[str, np.ndarray] | None:

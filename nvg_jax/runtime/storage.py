@@ -29,6 +29,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow, and only for
     import gcsfs
     from gcsfs import retry
 
+MISSING = FileNotFoundError, NotADirectoryError
 RETRIES = 11  # a request to Cloud Storage is repeated after 1, 2, 4, 8, 16, 32, 32, ... seconds
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a URL -> the package that epath reaches it with
 
@@ -76,7 +77,8 @@ def storage_path(name: str | os.PathLike) -> epath.Path:
     `~` is expanded, and a slash at the end dropped. A path that this returned stays as it is.
 
     Raises:
-        UserError: a URL that is no path in a bucket, or a home folder that does not exist.
+        UserError: a URL that is no path in a bucket, a home folder that does not exist, or a path
+            that cannot be looked at: its name is too long, a folder above it may not be entered.
     """
     text = os.fspath(name)
     if not text:
@@ -105,6 +107,8 @@ def storage_path(name: str | os.PathLike) -> epath.Path:
             f"{path} cannot be used: libraries take /{path.split('/')[1]} for a bucket. Mount or "
             "link it under another name."
         )
+    with reported(f"{path} cannot be used"), contextlib.suppress(*MISSING):
+        os.stat(path)
     return epath.Path(path)
 
 
@@ -279,12 +283,14 @@ def make_folder(folder: Path | epath.Path):
             if not bucket.exists():
                 raise UserError(f"There is no bucket {bucket}. Create it, or correct its name.")
         return
-    for place in (folder, *folder.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"{place} is a file, so it cannot be a folder; give another name.")
-            break
     with reported(f"{folder} cannot be created"):
+        for place in (folder, *folder.parents):
+            if place.exists():
+                if not place.is_dir():
+                    raise UserError(
+                        f"{place} is a file, so it cannot be a folder; give another name."
+                    )
+                break
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -334,7 +340,7 @@ def read_json(path: Path | epath.Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
         stored = content.pop("digest")
-    except (FileNotFoundError, NotADirectoryError):
+    except MISSING:
         return None
     except (ValueError, KeyError, AttributeError):
         content = stored = None

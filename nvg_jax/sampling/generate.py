@@ -126,17 +126,27 @@ def make_plan(
     )
 
 
-def flow_evaluations(plan: SamplingPlan, num_positions: int) -> int:
-    """How often the structure generator runs for one image with L = `num_positions`."""
-    settings, count = plan.settings, 0
+def flow_solutions(plan: SamplingPlan, num_positions: int) -> list[tuple[bool, int]]:
+    """(whether it is guided, evaluations of the velocity) of each solution of the flow.
+
+    Args:
+        num_positions: L.
+    """
+    settings, solutions = plan.settings, []
     times = flow.shifted_times(settings.flow_steps, num_positions, settings.flow_shift)
     for stage in plan.stages:
         if stage.split in ("plain", "guided") and stage.solution != "reuse":
             steps = settings.flow_steps
             if stage.solution == "restart":
                 steps = 1 + int((times[:-1] < settings.flow_restart).sum())
-            count += steps * flow.SOLVERS[settings.solver] * (2 if stage.split == "guided" else 1)
-    return count
+            solutions.append((stage.split == "guided", steps * flow.SOLVERS[settings.solver]))
+    return solutions
+
+
+def flow_evaluations(plan: SamplingPlan, num_positions: int) -> int:
+    """How often the structure generator runs for one image with L = `num_positions`."""
+    solutions = flow_solutions(plan, num_positions)
+    return sum((2 if guided else 1) * evaluations for guided, evaluations in solutions)
 
 
 def generate(

@@ -28,8 +28,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from nvg_jax.errors import UserError, listed
+from nvg_jax.errors import UserError, listed, reported
 
+EXPECTED = "Expected a complete checkpoint, written by torch.save or as safetensors"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -64,13 +65,13 @@ def read_state_dict(
         change while the arrays are in use.
 
     Raises:
-        UserError: the file is empty, truncated, damaged or of neither kind, or its
-            state_dict is not a dictionary of tensors with supported element types.
+        UserError: the file is missing, unreadable, empty, truncated, damaged or of neither kind, or
+            its state_dict is not a dictionary of tensors with supported element types.
     """
     path = Path(path)
-    with path.open("rb") as file:
+    with reported(f"{path} cannot be read"), path.open("rb") as file:
         if not file.read(1):
-            raise UserError(f"{path} is empty. Expected a checkpoint written by torch.save.")
+            raise UserError(f"{path} is empty. {EXPECTED}.")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         if _is_safetensors(data):
@@ -97,9 +98,7 @@ def read_state_dict(
                 arrays[name] = _view(data, locate, *tensor)
         return arrays
     except ValueError as error:
-        raise UserError(
-            f"Cannot read {path}: {error}. Expected a complete checkpoint written by torch.save."
-        ) from error
+        raise UserError(f"Cannot read {path}: {error}. {EXPECTED}.") from error
 
 
 def read_header(path: str | Path) -> dict[str, str]:
@@ -116,7 +115,7 @@ def safetensors_names(path: str | Path) -> list[str] | None:
 
 @contextlib.contextmanager
 def _safetensors_or_none(path: str | Path):
-    with Path(path).open("rb") as file:
+    with reported(f"{path} cannot be read"), Path(path).open("rb") as file:
         is_safetensors = _is_safetensors(file.read(9))
     try:
         with _open_safetensors(path) if is_safetensors else contextlib.nullcontext() as file:
