@@ -43,13 +43,13 @@ run() {
 take_train_arguments() {
     local argument config='' scheme code=0
     workdir=
-    packages="'jax[tpu]' 'huggingface_hub>=2,<3'" # models to start from may be there
+    # Models to start from may be on the hub, and metrics may go to Weights & Biases.
+    packages="'jax[tpu]' 'huggingface_hub>=2,<3' 'wandb>=0.19'"
     for argument; do
         case $argument in
             --config=*) config=${argument#*=} ;;
             --workdir=*) workdir=${argument#*=} ;;
             --check_only | --check_only=*) fail "--check_only is what the launchers ask first; --dry_run shows the rest" ;;
-            --config.wandb_project=?*) packages+=" 'wandb>=0.19'" ;;
         esac
     done
     [[ $workdir == *://* ]] && scheme=${workdir%%://*}:// || scheme=

@@ -169,6 +169,7 @@ call() {
 pause() {
     local before=$SECONDS
     call 0 sleep "$poll_seconds"
+    touch -c "$archive" # some systems remove what is old from temporary folders
     if ((SECONDS - before > poll_seconds + 60)); then
         alive=$SECONDS # this machine was asleep, not the TPU
     fi
@@ -226,11 +227,14 @@ train+='; echo $? >../exit_code'
 # What a worker was told to train last.
 command=$(cksum <<<"$train" | tr ' ' -)
 
-# One line per worker: training=idle, training=running, training=other (another command goes on) or
-# training=EXIT_CODE.
+running='tmux has-session -t nvg_jax 2>/dev/null'
+# One line per worker: training=idle, training=running, training=other (another command goes on, or
+# that of another user) or training=EXIT_CODE.
 # shellcheck disable=SC2016 # expanded on the worker
-look='if tmux has-session -t nvg_jax 2>/dev/null; then $same && echo training=running || echo training=other; elif $same && [ -s exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
-look="same='grep -qxs $command command'; $look"
+others='ps -eo euid=,args= | awk -v "me=$(id -u)" "\$1 != me && /nvg_jax[.]train/ { found = 1 } END { exit ! found }"'
+# shellcheck disable=SC2016
+look='$same && echo training=running || echo training=other; elif $same && [ -s exit_code ]; then echo training=$(cat exit_code); else echo training=idle; fi'
+look="same='grep -qxs $command command'; if $others; then echo training=other; elif $running; then $look"
 
 # The runtime's own Python is too old; uv installs a newer one.
 install='rm -rf nvg_jax && mkdir nvg_jax && tar -xzf nvg_jax.tar.gz -C nvg_jax'
@@ -238,21 +242,21 @@ install+=' && python3 -m pip install --user --quiet uv'
 install+=' && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 env'
 install+=" && ~/.local/bin/uv pip install --quiet --python env --requirement nvg_jax/requirements.txt $packages"
 install+=${setup:+" && bash -ec $(quote "$setup")"}
-# A worker whose training goes on keeps its code. No exit code of an earlier attempt is left before
-# the first worker starts.
-install="tmux has-session -t nvg_jax 2>/dev/null || { rm -f exit_code; $install; }"
-start="tmux has-session -t nvg_jax 2>/dev/null || { echo $command >command; tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
 # Training may no longer react to other signals. The process of the pane leads the group of all.
 # shellcheck disable=SC2016 # expanded on the worker
 stop='kill -KILL -- -$(tmux list-panes -t nvg_jax -F "#{pane_pid}"); tmux kill-session -t nvg_jax; true'
 
+# A worker whose training goes on keeps its code. No exit code of an earlier attempt is left before
+# the first worker starts. gcloud may skip workers and succeed: training starts only where the code
+# that was sent has been installed.
 install_and_start() {
-    [[ $dry_run || -e $archive ]] || pack "$archive" # temporary folders may be cleaned up
+    local sum=CHECKSUM
+    [[ $dry_run ]] || sum=$(cksum <"$archive" | tr ' ' -)
     call "$stall" "${queued[@]}" scp "$archive" "$name:nvg_jax.tar.gz" "--zone=$zone" \
         ${ssh_flags[@]+"${ssh_flags[@]}"} --node=all --worker=all || return
-    on_workers all "$install"
+    on_workers all "$running || { rm -f exit_code installed; [ \$(cksum <nvg_jax.tar.gz | tr ' ' -) = $sum ] && $install && echo $sum >installed; }"
     call "$stall" "${ssh[@]}" || return
-    on_workers all "$start"
+    on_workers all "$running || { grep -qx $sum installed && echo $command >command && tmux new-session -d -s nvg_jax bash -c $(quote "$train"); }"
     call 300 "${ssh[@]}"
 }
 
@@ -332,6 +336,7 @@ if [[ $now == NOT_FOUND ]]; then
     ours=1
     call 300 "${create[@]}" || give_up "the request for $name failed, see above"
 fi
+wanted= # what was preempted is deleted, and not requested again yet
 was_active=
 watched=
 shown=
@@ -344,10 +349,15 @@ while true; do
     case $now in
         ACTIVE)
             was_active=1
-            if call 120 "${read_heartbeat[@]}" >"$answer" 2>"$folder/unread" &&
-                [[ $(<"$answer") != "$beat" ]]; then
-                beat=$(<"$answer")
-                alive=$SECONDS
+            wanted=
+            unread= # whether there may be a heartbeat that cannot be read
+            if call 120 "${read_heartbeat[@]}" >"$answer" 2>"$folder/unread"; then
+                if [[ $(<"$answer") != "$beat" ]]; then
+                    beat=$(<"$answer")
+                    alive=$SECONDS
+                fi
+            elif ! grep -qE 'matched no objects|No such file' "$folder/unread"; then
+                unread=1
             fi
             reached=1
             on_workers all "$look"
@@ -384,6 +394,10 @@ while true; do
             elif [[ $codes == 0 ]] && ! grep -q 'training=running' "$answer"; then
                 say "training is done"
                 exit 0
+            elif silent && [[ $unread ]]; then
+                say "the heartbeat in $workdir cannot be read, so training that stands still would not be started again:"
+                cat "$folder/unread" >&2
+                alive=$SECONDS
             elif silent; then
                 say "no new heartbeat in $workdir for $((SECONDS - alive)) s; stopping training to start it again"
                 cat "$folder/unread" >&2
@@ -397,16 +411,27 @@ while true; do
                 give_up "the request for $name failed"
             fi
             attempt "requesting new TPU VMs"
-            if call 1200 "${delete[@]}"; then
-                until call 300 "${create[@]}"; do
-                    pause
-                    attempt "requesting new TPU VMs"
-                done
+            ours=1
+            wanted=1
+            if call 1200 "${delete[@]}" && call 300 "${create[@]}"; then
+                wanted=
                 shown=
             fi
             ;;
-        unknown | NOT_FOUND) ! silent || give_up "nothing is known of $name for $((SECONDS - alive)) s" ;;
-        *) alive=$SECONDS ;; # waiting, which costs nothing
+        NOT_FOUND)
+            if [[ $wanted ]]; then
+                attempt "requesting new TPU VMs"
+                ! call 300 "${create[@]}" || wanted=
+            else
+                ! silent || give_up "$name does not exist any more for $((SECONDS - alive)) s"
+            fi
+            ;;
+        unknown) ! silent || give_up "nothing is known of $name for $((SECONDS - alive)) s" ;;
+        DELETING) alive=$SECONDS ;;
+        *) # waiting, which costs nothing
+            alive=$SECONDS
+            wanted=
+            ;;
     esac
     pause
 done

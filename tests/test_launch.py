@@ -494,11 +494,18 @@ def test_slurm_asks_for_the_signal_and_the_requeue():
     assert {"--requeue", "--signal=TERM@300", "--open-mode=append"} <= set(directives)
 
 
-def slurm_job(folder: Path, srun: str, training=MINIMAL[1:]):
-    """Runs a copy of the job script, as SLURM does; returns (exit code, what was requeued)."""
+def slurm_job(folder: Path, srun: str, training=MINIMAL[1:], requeue="", read='cat "$3"'):
+    """Runs a copy of the job script, as SLURM does; returns (exit code, what was requeued).
+
+    Args:
+        requeue: what scontrol does besides.
+        read: what Python does to read the heartbeat.
+    """
     shutil.copytree(LAUNCH, folder / "launch", dirs_exist_ok=True)
     program(folder / "bin/srun", srun)
-    program(folder / "bin/scontrol", f'echo "$@" >>{folder}/scontrol')
+    program(folder / "bin/scontrol", f'echo "$@" >>{folder}/scontrol; {requeue}')
+    program(folder / "bin/sleep", "")
+    program(folder / "bin/python", f"if [[ $1 == -c ]]; then {read}; fi")
     script = shutil.copy(LAUNCH / "slurm.sbatch", folder / "slurm_script")
     environment = SLURM | {"SLURM_SUBMIT_DIR": str(folder)}
     environment["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
@@ -543,12 +550,25 @@ def test_slurm_does_not_requeue_for_ever_what_never_saves(tmp_path, code):
     ]
 
 
-def test_slurm_reads_the_heartbeat_of_a_bucket(tmp_path):
-    program(tmp_path / "bin/gcloud", 'echo "{\\"start\\": 400}"; echo "$@" >>gcloud')
-    job = lambda: slurm_job(tmp_path, "exit 143", ["--config=c", "--workdir=gs://bucket/run"])
-    assert [job(), job()] == [(0, "requeue 7\n"), (143, "requeue 7\n")]
-    calls = (tmp_path / "gcloud").read_text().splitlines()
-    assert calls == ["storage cat gs://bucket/run/heartbeat.json"] * 2
+def test_slurm_reads_the_heartbeat_as_training_does(tmp_path):
+    """Nodes may have no gcloud for a bucket; a heartbeat that cannot be read ends nothing."""
+    real = f'exec {sys.executable} "$@"'
+    arguments = ["--config=c", f"--workdir={tmp_path}/run"]
+    job = lambda: slurm_job(tmp_path, "exit 143", arguments, read=real)
+    marker = tmp_path / "nvg_jax-7.start"
+    assert job() == (0, "requeue 7\n") and marker.read_text() == "\n"  # there is none
+    (tmp_path / "run/heartbeat.json").mkdir(parents=True)
+    assert job() == (0, "requeue 7\n" * 2)
+    (tmp_path / "run/heartbeat.json").rmdir()
+    beat(tmp_path / "run", 400)
+    assert job()[0] == 0 and '"start": 400' in marker.read_text()
+    assert job()[0] == 143
+
+
+def test_slurm_requeues_with_patience(tmp_path):
+    busy = f"(($(wc -l <{tmp_path}/scontrol) > 2))"
+    assert slurm_job(tmp_path, "exit 75", requeue=busy) == (0, "requeue 7\n" * 3)
+    assert slurm_job(tmp_path / "b", "exit 75", requeue="false") == (75, "requeue 7\n" * 4)
 
 
 # GKE.
@@ -632,10 +652,12 @@ def test_tpu_dry_run(tmp_path):
         assert ssh[:-1] == [*QUEUED, "ssh", "nvg", zone, *everywhere]
     assert copy == [*QUEUED, "scp", archive, "nvg:nvg_jax.tar.gz", zone, *everywhere]
     assert "jax[tpu]" in install[-1] and "requirements.txt" in install[-1]
-    setup = shlex.split(install[-1].removesuffix("; }").split(" && ")[-1])
+    setup = shlex.split(install[-1].split(" && ")[-2])
     assert setup == ["bash", "-ec", "gcsfuse 'my data' ~/data"]
     assert found[10:] == [[*QUEUED, "delete", "nvg", zone, "--force", "--quiet"], create]
 
+    assert re.search("= CHECKSUM .* && echo CHECKSUM >installed; }$", install[-1])
+    assert "{ grep -qx CHECKSUM installed && " in start[-1]
     in_tmux = shlex.split(start[-1].split("new-session -d -s nvg_jax ")[1].removesuffix("; }"))
     assert in_tmux[:2] == ["bash", "-c"]
     training = [*RESTART[:2], "../env/bin/python", *RESTART[3:], "--distributed", *TRAIN]
@@ -1061,6 +1083,65 @@ def test_tpu_training_with_a_heartbeat_is_left_alone(tmp_path):
     assert "kill-session" not in (tmp_path / "0/tmux").read_text()
 
 
+@pytest.mark.slow
+def test_tpu_training_whose_heartbeat_cannot_be_read_is_left_alone(tmp_path):
+    """As when the login of the machine that watches has expired."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], forever=1, files=["cat_fails"])
+    with tpu.start("--stall=1") as process:
+        wait_for(lambda: tpu.calls.count("ssh") >= 4)
+        time.sleep(4)
+        process.terminate()
+        code, said = tpu.end(process)
+    assert code == 143 and "cannot be read, so training that stands still would not be" in said
+    assert "kill-session" not in (tmp_path / "0/tmux").read_text()
+
+
+def test_tpu_training_of_another_user_is_left_alone(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"])
+    program(tmp_path / "bin/ps", 'echo "1 /sbin/init"; echo "4242 python -m nvg_jax.train --x"')
+    code, said = tpu.run("--delete_at_end")
+    assert code == 2 and "nvg trains something else" in said
+    assert "scp" not in tpu.calls and tpu.exists
+
+
+def test_tpu_worker_that_gcloud_skips_does_not_train_old_code(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"])
+    skips = GCLOUD.replace("scp) for worker in 0 1;", "scp) for worker in 0 $(ls $FAKE/both);")
+    program(tmp_path / "bin/gcloud", skips)
+    for worker in "01":
+        (tmp_path / worker).mkdir()
+        (tmp_path / worker / "nvg_jax.tar.gz").write_text("old")
+        (tmp_path / worker / "installed").write_text("1-1")
+    with tpu.start("--attempts=9") as process:
+        wait_for(lambda: tpu.calls.count("scp") == 2)
+        assert not (tmp_path / "1" / "seen").exists()
+        (tmp_path / "both").mkdir()
+        (tmp_path / "both" / "1").touch()
+        code, said = tpu.end(process)
+    assert code == 0 and "the installation failed" in said
+    assert (tmp_path / "1" / "seen").exists()
+
+
+@pytest.mark.parametrize(
+    "verb, count, after",
+    [("delete", 1, "DELETING none ACTIVE"), ("create", 2, "WAITING_FOR_RESOURCES ACTIVE")],
+)
+def test_tpu_is_asked_for_again_if_only_the_answer_is_lost(tmp_path, verb, count, after):
+    """`gcloud` fails, but the request has reached the service."""
+    tpu = Tpu(tmp_path, ["none", "ACTIVE", "SUSPENDED"], forever=1)
+    (tmp_path / "later").write_text(after.replace(" ", "\n") + "\n")
+    lost = f'[[ $verb == {verb} && $(grep -c {verb} "$FAKE/calls") == {count} ]]'
+    program(
+        tmp_path / "bin/gcloud",
+        f'{GCLOUD}! {lost} || {{ mv "$FAKE/later" "$FAKE/states"; exit 1; }}',
+    )
+    code, said = tpu.run()
+    assert code == 0, said
+    assert [call for call in tpu.calls if call in ("delete", "create")] == [
+        "create", "delete", "create"
+    ]  # fmt: skip
+
+
 @ENDINGS
 def test_failed_tpu_request_is_an_error(tmp_path, ending):
     tpu = Tpu(tmp_path, ["none", "FAILED", "quota", "FAILED"])
@@ -1339,7 +1420,7 @@ def test_sweep_names_stay_within_the_file_system(tmp_path):
     text = """
 CONFIG = "configs/digits.py"
 def get_sweep():
-    return [{"data.data_dir": "x" * 300 + end} for end in "ab"]
+    return [{"data.data_dir": "x/" * 150 + end} for end in "ab"]
 """
     result = sweep(text=text, folder=tmp_path)
     assert result.returncode == 0, result.stderr
