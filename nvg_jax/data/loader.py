@@ -93,7 +93,8 @@ def check_batch_size(source: Source, options: LoaderOptions):
         raise UserError(
             f"A batch of {options.global_batch_size} ({options.process_batch_size} for each of "
             f"{options.process_count} processes) is larger than the {len(source)} training "
-            "examples; make the batch_size smaller."
+            "examples; add images, or make the batch smaller "
+            "(--config.tokenizer_training.batch_size or --config.generator_training.batch_size)."
         )
 
 
