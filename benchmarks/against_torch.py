@@ -26,20 +26,21 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import torch.nn.functional as F
+import torch  # type: ignore[reportMissingImports]
+import torch.nn.functional as F  # type: ignore[reportMissingImports]
 from absl import app, flags, logging
+from flax.traverse_util import flatten_dict
 
 from benchmarks.sampling import random_params, read_config
 from nvg_jax import granularity, layers, presets
 from nvg_jax.layers import TransformerConfig
 from nvg_jax.models import ModelConfig
-from nvg_jax.structure.flow import SOLVERS
+from nvg_jax.sampling.generate import flow_solutions, make_plan
 from nvg_jax.structure.model import CANVAS_KIND
 from nvg_jax.tokenizer import TokenizerConfig
 from nvg_jax.tokenizer.autoencoder import group_count
@@ -59,7 +60,7 @@ def device() -> str:
 def to_torch(params, gradients: bool, dtype: str = "float32") -> dict[str, torch.Tensor]:
     """Our weights as PyTorch's: {"blocks/linear1/kernel": tensor}, kernels (out, in, ...)."""
     weights = {}
-    for path, x in flax.traverse_util.flatten_dict(params, sep="/").items():
+    for path, x in flatten_dict(params, sep="/").items():
         x = torch.from_numpy(np.array(x, np.float32)).to(device(), getattr(torch, dtype))
         if path.endswith("kernel"):
             x = x.permute(3, 2, 0, 1) if x.ndim == 4 else x.transpose(-1, -2)
@@ -248,7 +249,7 @@ class Row:
         if FLAGS.torch_compile:
             theirs = torch.compile(theirs)
 
-        def call():
+        def call() -> Any:
             if not gradients:
                 with torch.inference_mode():
                     out = theirs(weights, *tensors)
@@ -268,13 +269,13 @@ class Row:
             return out
 
         self.theirs = run
-        values, expected = self.ours(), run()
+        result, reference = self.ours(), run()
         if gradients:
-            values = to_torch(values, False)
-            expected = {name: expected.get(name, torch.zeros(())) for name in values}
+            values = to_torch(result, False)
+            expected = {name: reference.get(name, torch.zeros(())) for name in values}
         else:
-            values = {"output": torch.from_numpy(np.array(values, np.float32))}
-            expected = {"output": expected}
+            values = {"output": torch.from_numpy(np.array(result, np.float32))}
+            expected = {"output": reference}
         # Gradients that vanish, such as of a bias before a normalization, are rounding errors; in
         # bfloat16, so are those that are sums of many terms, and all are compared together.
         norms = {name: float(y.float().norm()) for name, y in expected.items()}
@@ -304,6 +305,7 @@ class Row:
         if device() == "cpu":
             return peak_memory(self.ours), peak_memory(self.theirs)
         stats = self.compiled.memory_analysis()
+        assert stats is not None  # GPUs have it
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.theirs()
@@ -342,7 +344,7 @@ def rows(params, model: ModelConfig):
         return Row(ours, theirs, params[name], inputs, gradients)
 
     def autoencoder(encode, gradients, batch):
-        tokenizer = model.make_tokenizer()
+        tokenizer: Any = model.make_tokenizer()
         size, channels = (sizes.image_size, 3) if encode else (sizes.latent_size, sizes.latent_dim)
         x = jax.random.normal(next(keys), (batch, *size, channels))
         method = "latents" if encode else "decode_unclamped"
@@ -395,14 +397,14 @@ def main(_):
         row = makers[name](gradients, images * (2 if kind == "guided" else 1))
         times[label] = np.array(row.seconds(FLAGS.rounds))
         report(label, images, *times[label], *row.memory())
-    evaluations = settings.flow_steps * SOLVERS[settings.solver]
+    plan = make_plan(settings, fixed=sizes.fixed_structure is not None)
     calls = {
-        "structure guided": evaluations * (sizes.num_stages - 2),
+        "structure guided": sum(count for _, count in flow_solutions(plan, sizes.num_positions)),
         "content guided": sizes.num_stages,
         "decoder": 1,
     }
     if set(calls) <= set(times):
-        total = sum(count * times[label] for label, count in calls.items())
+        total = sum((n * times[label] for label, n in calls.items()), start=np.zeros(2))
         report("samples (sum)", FLAGS.batch_size, *total)
 
 

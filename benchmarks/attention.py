@@ -35,7 +35,7 @@ def ours(q, k, v):
 
 def tokamax_attention(q, k, v, rotary=None, length=None):
     """`nvg_jax.attention.attention` by tokamax's fastest kernel for this machine."""
-    import tokamax
+    import tokamax  # type: ignore[reportMissingImports]
 
     if rotary is not None:
         q, k = normalize_and_rotate(q, k, rotary)

@@ -59,13 +59,16 @@ def main():
             params = jax.jit(lambda key: sharding.unbox(init_tokenizer(tokenizer, key)))(
                 jax.random.key(0)
             )
-            sequence = jax.jit(
-                lambda params, images: encode(tokenizer, params, {"image": images}).sequence
-            )(params, images)
-            stored = compact(*map(np.asarray, sequence), crop_dtype(config.tokenizer))
+            encoded = jax.jit(lambda params, images: encode(tokenizer, params, {"image": images}))
+            sequence = encoded(params, images).sequence
+            assert sequence is not None
+            structure, tokens = map(np.asarray, sequence)
+            stored = compact(structure, tokens, crop_dtype(config.tokenizer))
             batches = {
                 "images": {"image": images},
-                "sequences": {key: np.ascontiguousarray(stored[key]) for key in stored.dtype.names},
+                "sequences": {
+                    key: np.ascontiguousarray(stored[key]) for key in stored.dtype.names or ()
+                },
             }
             trainer = make_trainer(BOTH_GENERATORS, config, model, mesh, num_images=100_000)
             seconds = step_seconds(trainer, batches, params, args.repeats)

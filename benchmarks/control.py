@@ -63,7 +63,7 @@ def changes(tokenizer: Tokenizer, params, canvas, vectors):
     count = len(canvas)
     canvas = jnp.repeat(canvas[None], count + 1, axis=0)  # the first one stays
     canvas = canvas.at[jnp.arange(1, count + 1), jnp.arange(count)].set(vectors)
-    decode = lambda: tokenizer.apply({"params": params}, canvas, method="decode_unclamped")
+    decode = lambda: tokenizer.bind({"params": params}).decode_unclamped(canvas)
     plain = decode()
     with nn.intercept_methods(fixed_statistics):
         fixed = decode()
@@ -147,8 +147,14 @@ def measure_control(pipe: Pipeline):
     ):
         region = control.region_of_mask(mask, latent)
         for start in (0, 1, 2):
-            given = dict(prefix=sequence, structure_stages=start, token_stages=start, region=region)
-            edited = pipe.sample(wanted, seed=0, **given).images
+            edited = pipe.sample(
+                wanted,
+                seed=0,
+                prefix=sequence,
+                structure_stages=start,
+                token_stages=start,
+                region=region,
+            ).images
             names = judge.predict(edited)
             error = np.square(edited - restored)[:, ~mask].mean()
             print(

@@ -20,7 +20,7 @@ from PIL import Image
 from nvg_jax.data import LoaderOptions, Transform, open_source, train_batches
 from nvg_jax.data.transforms import RESIZE_FILTERS
 
-flags.DEFINE_integer("images", 256, "Number of different images.")
+flags.DEFINE_integer("images", 256, "Number of different images.", lower_bound=128)
 flags.DEFINE_integer("batches", 20, "Number of timed batches of 64 images.")
 flags.DEFINE_float(
     "need", None, "Images per second that training needs; prints the number of cores."
@@ -64,8 +64,9 @@ def main(_):
                 f"{resize_filter}, {threads} threads: {count / cpu:.0f} images per second of CPU "
                 f"time ({count / wall:.0f} per second of wall time)"
             )
-        if FLAGS.need:
-            print(f"{FLAGS.need:.0f} images per second need {FLAGS.need / (count / cpu):.1f} cores")
+            if FLAGS.need:
+                cores = FLAGS.need * cpu / count
+                print(f"  {FLAGS.need:.0f} images per second need {cores:.1f} cores")
 
 
 if __name__ == "__main__":

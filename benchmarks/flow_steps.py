@@ -19,6 +19,7 @@ Each point is measured with two seeds, whose difference shows the noise. Every r
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -47,13 +48,13 @@ METRICS = ("fid", "precision", "recall")
 
 
 def spread(images: np.ndarray, labels: np.ndarray) -> float:
-    """The mean pixel distance between two images of the same class."""
+    """The mean pixel distance between two images of the same class; NaN without two of one."""
     images, distances = to_float(images), []
     for label in np.unique(labels):
         own = images[labels == label].reshape((labels == label).sum(), -1)
         if half := len(own) // 2:
             distances.append(np.linalg.norm(own[:half] - own[half : 2 * half], axis=1).mean())
-    return float(np.mean(distances))
+    return float(np.mean(distances)) if distances else math.nan
 
 
 class Splits:
@@ -66,7 +67,8 @@ class Splits:
         self._canvases = pipe.canvases(self._sequence)
         shape = (len(images), config.num_positions, config.num_stages - 1)
         self._noise = jax.random.normal(jax.random.key(0), shape)
-        guidance = settings.expand(config.num_stages, config.codebook_size).structure_guidance
+        expanded = settings.expand(config.num_stages, config.codebook_size)
+        guidance = expanded.per_stage("structure_guidance")
         self._guidance = None if set(guidance) == {1.0} else jnp.asarray(guidance)
         exact = dict(flow_steps=EXACT_STEPS, solver="euler", structure_solves=())
         self.exact = self(settings.updated(exact))
@@ -78,7 +80,7 @@ class Splits:
         model = pipe.metadata.model.make_generator("structure")
         times = flow.shifted_times(settings.flow_steps, config.num_positions, settings.flow_shift)
         velocity = guided_velocity(model, pipe.params["structure"], self._labels, self._guidance)
-        solve = solution(velocity, np.float32(times), settings.solver)
+        solve = solution(velocity, times.astype(np.float32), settings.solver)
         structure = jnp.asarray(self._sequence.structure)
         solved = jax.jit(lambda *given: solve_stages(solve, *given))
         solutions = solved(structure, self._canvases, self._noise)
@@ -106,7 +108,7 @@ def main(_):
     out = Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Without those of other weights in this folder: the run may have been trained further.
-    is_old = lambda row: row["workdir"] == FLAGS.workdir and row.get("weights") != pipe.weights
+    is_old = lambda row: row["workdir"] == FLAGS.workdir and row.get("weights") != pipe.fingerprint
     done = [row for row in resumed(out) if not is_old(row)]
     points = parse_sweep(FLAGS.sweep)
     of = lambda result: (result["num_samples"], result["seed"], tuple(map(tuple, result["point"])))
@@ -115,7 +117,7 @@ def main(_):
     print(" agreement | spread | ms |\n" + "|---" * (len(points[0]) + 8) + "|")
     for point in points:
         named = [(name, text_of(value)) for name, value in point.items()]
-        shared = {"workdir": FLAGS.workdir, "weights": pipe.weights, "point": named}
+        shared = {"workdir": FLAGS.workdir, "weights": pipe.fingerprint, "point": named}
         shared["num_samples"] = FLAGS.num_samples
         rows = [shared | {"seed": seed} for seed in range(FLAGS.seeds)]
         shared["evaluations"] = evaluations(pipe, pipe.settings.updated(point))

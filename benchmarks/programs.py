@@ -47,7 +47,7 @@ def replace_parts():
     if FLAGS.attention == "tokamax":
         layers.attention = tokamax_attention
     if FLAGS.products:
-        import qwix
+        import qwix  # type: ignore[reportMissingImports]
 
         forward, gradient = PRODUCTS[FLAGS.products]
         rule = qwix.QtRule(

@@ -111,10 +111,10 @@ def measure(params, model: ModelConfig, batch: int, settings: Settings):
 
     @jax.jit
     def tokens(logits):
-        top_k = max(settings.top_k) if any(settings.top_k) else None
-        top_p = min(settings.top_p) if min(settings.top_p) < 1 else None
+        top_k, top_p = int(max(settings.per_stage("top_k"))), min(settings.per_stage("top_p"))
+        filtered = filter_logits(logits, top_k or None, top_p if top_p < 1 else None)
         keys = jax.random.split(jax.random.key(2), batch)
-        return jax.vmap(jax.random.categorical)(keys, filter_logits(logits, top_k, top_p))
+        return jax.vmap(jax.random.categorical)(keys, filtered)
 
     logits = jax.random.normal(jax.random.key(3), (batch, length, sizes.codebook_size))
     add = jax.jit(lambda params, canvas, labels: of(params)[0].add_stage(canvas, labels, stage))

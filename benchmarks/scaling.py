@@ -37,7 +37,7 @@ def read_curve(workdir: str, part: Part) -> Curve | None:
     folder = storage_path(workdir) / part.name
     metadata, (name,) = read_metadata(folder), part.networks
     losses = curves.read_part(folder).get(f"test_{name}/loss") if metadata else None
-    if metadata is None or not losses:
+    if metadata is None or metadata.num_images is None or not losses:
         return None
     config = ml_collections.ConfigDict(metadata.config)
     trainer = registry.make_trainer(

@@ -100,10 +100,10 @@ def main(_):
         data["name"], "test", data_dir=data["data_dir"], class_names=pipe.class_names
     )
     records = [source[i] for i in np.linspace(0, len(source) - 1, FLAGS.num_images).astype(int)]
-    held_out = [[record[key] for record in records] for key in ("image", "label")]
+    images, labels = ([record[key] for record in records] for key in ("image", "label"))
     train = load_split(data, "train", config.image_size)
     judge = fit_classifier(data["name"], train.images, train.labels, len(pipe.class_names))
-    measure(pipe, judge, Pictures(*held_out, transform))
+    measure(pipe, judge, Pictures(images, labels, transform))
     if FLAGS.figure:
         files = [Path(data["data_dir"], file) for file in FLAGS.show]
         labels = [pipe.class_id(file.parent.name) for file in files]

@@ -197,8 +197,10 @@ class RunMetadata:
         )
 
 
-def check_keys(kind: type, content: Mapping[str, Any]):
+def check_keys(kind: type, content: Any):
     """Raises UserError if stored content lacks a field of a dataclass, or has an unknown one."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"The metadata are damaged: {content!r} is no {kind.__name__}.")
     fields = dataclasses.fields(kind)
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     wrong = needed - content.keys() | content.keys() - {field.name for field in fields}

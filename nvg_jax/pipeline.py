@@ -167,7 +167,7 @@ class Pipeline(hub.Storable):
         self.metadata = self.metadata.replace(fingerprint=known, fid=None)
 
     @functools.cached_property
-    def weights(self) -> str:
+    def fingerprint(self) -> str:
         """The fingerprint of all parameters."""
         return fingerprint(self.params)
 
@@ -313,7 +313,8 @@ class Pipeline(hub.Storable):
         image that has the model's size already keeps its pixels.
 
         Args:
-            image: a PIL image, or uint8 (h, w) or (h, w, 3).
+            image: a PIL image (integers of mode I are 16 bits, 0..65535), or uint8 (h, w) or
+                (h, w, 3).
 
         Raises:
             UserError: an image of another shape or type.

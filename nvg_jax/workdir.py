@@ -213,6 +213,11 @@ class Adapters(hub.Storable):
             content, checksums = stored
             params = export.read(folder, checksums, content["base"])
             return cls(RunMetadata.from_json(content), params)
+        if not folder.is_dir():
+            raise UserError(
+                f"There is no folder {folder}. Give the workdir of a training with lora.rank, or "
+                "saved adapters."
+            )
         metadata, adapters, base = None, {}, {}
         for name, (part_folder, part_metadata) in trained_generators(folder).items():
             if part_metadata.base:

@@ -223,6 +223,8 @@ def test_ready_made_drawings_halve_the_image(name):
         assert agree.mean() > 0.93
     with pytest.raises(UserError, match="circle_left"):
         control.ready_made("cricle")
+    with pytest.raises(UserError, match="size must be a whole number in 1 .* got 0"):
+        control.ready_made(name, 0)
 
 
 # Pixels and noise.

@@ -194,7 +194,7 @@ def test_changed_weights_are_not_taken_for_the_tokenizer_of_before(pipe, tmp_pat
 
 def test_a_pipeline_is_pickled(pipe):
     again = pickle.loads(pickle.dumps(pipe))
-    assert (again.weights, again.dtype) == (pipe.weights, pipe.dtype)
+    assert (again.fingerprint, again.dtype) == (pipe.fingerprint, pipe.dtype)
     assert again.metadata == pipe.metadata
     with pytest.raises(AttributeError, match="dtype"):
         again.dtype = "float16"

@@ -110,6 +110,10 @@ def test_a_pair_is_a_range_over_the_stages():
     np.testing.assert_allclose(got.top_p, [1, 0.9309644, 0.8333333, 0.6952621, 0.5], atol=1e-7)
 
 
+def test_stages_to_solve_at_are_sorted_and_different():
+    assert Settings(structure_solves=[2, 0, 2]).expand(5, 16).structure_solves == (0, 2)  # type: ignore[reportArgumentType]
+
+
 def test_one_value_a_stage_is_taken_as_it_is():
     assert Settings(top_p=(1, 0.2, 0.7)).expand(3, 16).top_p == (1, 0.2, 0.7)
     # With two stages a pair is both.
@@ -140,8 +144,8 @@ def test_one_value_a_stage_is_taken_as_it_is():
         ({"top_p": ()}, r"top_p takes .* got \(\)"),
         ({"content_guidance": (1,) * 6}, "content_guidance takes .* 5 values"),
         ({"structure_guidance": ((1, 2),)}, "structure_guidance takes .* 5 values"),
-        ({"structure_solves": (0, 3)}, r"must be a tuple of stages from 0 to 2, .* got \(0, 3\)"),
-        ({"structure_solves": 2}, "structure_solves must be a tuple of stages from 0 to 2"),
+        ({"structure_solves": (0, 3)}, r"must be a list of stages from 0 to 2, .* got \(0, 3\)"),
+        ({"structure_solves": 2}, "structure_solves must be a list of stages from 0 to 2"),
         ({"flow_restart": 0.0}, "flow_restart must be above 0 and at most 1, got 0.0"),
     ],
 )

@@ -225,6 +225,8 @@ def test_adapters_are_saved_merged_and_refused_where_they_do_not_belong(base, ru
     for place in (folder, tmp_path / "merged"):
         with pytest.raises(UserError, match="There are no adapters in .* Train some with"):
             pipe.load_lora(place)
+    with pytest.raises(UserError, match="There is no folder .*nowhere. Give the workdir"):
+        pipe.load_lora(tmp_path / "nowhere")
     with pytest.raises(UserError, match="must be a finite number, got inf"):
         pipe.load_lora(run, float("inf"))
     shutil.copytree(run, tmp_path / "two")

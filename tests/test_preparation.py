@@ -64,6 +64,8 @@ def test_metadata_of_another_version_is_named_and_other_errors_pass(published, m
         RunMetadata.from_json({k: v for k, v in content.items() if k != "class_names"} | {"age": 1})
     with pytest.raises(UserError, match="TransformerConfig: missing or unknown depth, heads"):
         RunMetadata.from_json(content | {"content": {"width": 32, "heads": 2}})
+    with pytest.raises(UserError, match=r"are damaged: \['top_k'\] is no Settings"):
+        RunMetadata.from_json(content | {"sampling": ["top_k"]})
     monkeypatch.setattr(Settings, "from_dict", raising(TypeError("a mistake in the code")))
     with pytest.raises(TypeError, match="a mistake in the code"):
         RunMetadata.from_json(content)

@@ -53,5 +53,5 @@ def test_the_command_exports_the_model_with_what_it_found(tmp_path):
     points = [point.settings for point in tuning.candidates(pipe)]
     assert tuned.settings == pipe.settings or found in points
     assert tuned.settings == pipe.settings.updated(found)
-    assert tuned.weights == pipe.weights
+    assert tuned.fingerprint == pipe.fingerprint
     assert "times fewer evaluations" in done.stdout

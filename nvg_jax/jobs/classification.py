@@ -107,7 +107,7 @@ def report(
         visual = GranularitySequence(*(part[:STAGES_SHOWN] for part in job.sample(0).sequence))
         names = [pipeline.class_names[job.classes[i]] for i in range(len(visual.structure))]
         save_png(out / "stages.png", stages_picture(pipeline, visual, names))
-    facts = job.facts() if job else {"dtype": pipeline.dtype, "tokenizer": pipeline.weights}
+    facts = job.facts() if job else {"dtype": pipeline.dtype, "tokenizer": pipeline.fingerprint}
     results |= {"judge": classifier.name, "network": classifier.fingerprint, **facts}
     results["data"] = {name: data[name] for name in ("name", "data_dir", "resize", "resize_filter")}
     write_results(out / "metrics.json", results)

@@ -207,7 +207,7 @@ class SamplingJob(ImageSet):
         """
         metadata = self.pipeline.metadata.to_json()
         model = {name: metadata[name] for name in ("tokenizer", "canvas_scale", *GENERATORS)}
-        model["weights"] = self.pipeline.weights
+        model["weights"] = self.pipeline.fingerprint
         description = {
             "model": digest(model)[:16],
             "dtype": self.pipeline.dtype,

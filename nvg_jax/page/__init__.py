@@ -327,7 +327,7 @@ class Page:
         sheet = self.stages(out).swapaxes(2, 3)
         height, stages, width = sheet.shape[2:5]
         sheet = sheet.reshape(-1, stages * width, 3)
-        save_png(self.opening_path(), sheet, weights=self.pipe.weights)
+        save_png(self.opening_path(), sheet, weights=self.pipe.fingerprint)
 
     def opening(self) -> np.ndarray | None:
         """The samples that `write_opening` wrote for a model of these weights, as of `stages`."""
@@ -335,7 +335,7 @@ class Page:
         if not path.is_file():
             return None
         with Image.open(io.BytesIO(path.read_bytes())) as sheet:
-            if sheet.info.get("weights") != self.pipe.weights:
+            if sheet.info.get("weights") != self.pipe.fingerprint:
                 return None
             (height, width), stages = sizes.image_size, sizes.num_stages
             return np.asarray(sheet).reshape(2, -1, height, stages, width, 3).swapaxes(2, 3)

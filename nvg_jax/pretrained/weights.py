@@ -11,13 +11,14 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -38,63 +39,26 @@ from nvg_jax.torch_interop.checkpoint_files import check_tensors, read_state_dic
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Where a network's published weights come from.
+    """A network and where its published weights come from.
 
     Attributes:
+        module: the network.
+        images: shapes of the images that it takes.
+        shapes: (name, published tensors) -> {tensor name: the shape that it must have}.
+        params: (name, published float32 tensors) -> the parameters of `module`.
         files: name -> URL of each published file.
         unneeded: pattern of tensor names that are ignored.
         without: for a network used in training, the setting that makes it unnecessary.
     """
 
+    module: nn.Module
+    images: tuple[tuple[int, ...], ...]
+    shapes: Callable[[str, dict[str, np.ndarray]], dict[str, tuple[int, ...]]]
+    params: Callable[[str, dict[str, np.ndarray]], dict[str, Any]]
     files: dict[str, str]
     unneeded: str
     without: str = ""
 
-
-LPIPS_UNNEEDED = r"(classifier|pre_logits|head|lins|scaling_layer)\..*"
-LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
-PUBLISHED = {
-    "lpips": Published(
-        {
-            "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
-            "vgg.pth": f"{LPIPS_HEADS}/vgg.pth",
-        },
-        LPIPS_UNNEEDED,
-        "tokenizer_training.perceptual_weight=0",
-    ),
-    "lpips_alex": Published(
-        {
-            "alexnet-owt-7be5be79.pth": "https://download.pytorch.org/models/"
-            "alexnet-owt-7be5be79.pth",
-            "alex.pth": f"{LPIPS_HEADS}/alex.pth",
-        },
-        LPIPS_UNNEEDED,
-    ),
-    "dino": Published(
-        {
-            "dino_deitsmall16_pretrain.pth": "https://dl.fbaipublicfiles.com/dino/"
-            "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
-        },
-        "",
-        "tokenizer_training.adversarial_weight=0",
-    ),
-    "dinov2": Published(
-        {
-            "dinov2_vitb14_pretrain.pth": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
-            "dinov2_vitb14_pretrain.pth"
-        },
-        "mask_token",
-        "generator_training.repa_weight=0",
-    ),
-    "inception": Published(
-        {
-            "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/"
-            "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-        },
-        r"fc\.bias|.*\.num_batches_tracked",
-    ),
-}
-NAMES = tuple(PUBLISHED)
 
 logger = logging.getLogger("nvg_jax")
 LPIPS_NETWORKS = {"lpips": "vgg", "lpips_alex": "alex"}
@@ -104,13 +68,8 @@ BATCH_NORM_EPS = 1e-3  # Inception's
 
 def abstract(name: str) -> dict[str, Any]:
     """The parameters that `load` returns, as `jax.ShapeDtypeStruct`, all float32."""
-    if _known(name) in LPIPS_NETWORKS:
-        model, images = Lpips(LPIPS_NETWORKS[name]), ((1, 64, 64, 3),) * 2
-    elif name == "inception":
-        model, images = Inception(), ((1, IMAGE_SIZE, IMAGE_SIZE, 3),)
-    else:
-        model, images = VisionTransformer(**SIZES[name]), ((1, VIT_IMAGE, VIT_IMAGE, 3),)
-    init = lambda: model.init(jax.random.key(0), *map(jnp.zeros, images))
+    network = PUBLISHED[_known(name)]
+    init = lambda: network.module.init(jax.random.key(0), *map(jnp.zeros, network.images))
     return jax.eval_shape(init)["params"]
 
 
@@ -146,14 +105,13 @@ def convert(
         if twice := [key for key in found if key in tensors]:
             raise UserError(f"{file} repeats tensors of another file: {listed(twice)}.")
         tensors |= found
-    _check(name, paths, tensors)
+    if problems := check_tensors(tensors, source.shapes(name, tensors)):
+        raise UserError(
+            f"The tensors in {', '.join(map(str, paths))} are not those of {name}.\n{problems}\n"
+            f"Give {_files(source)}."
+        )
     tensors = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
-    if name in LPIPS_NETWORKS:
-        params = _lpips_params(name, tensors)
-    elif name == "inception":
-        params = _inception_params(tensors)
-    else:
-        params = _vit_params(tensors, **SIZES[name])
+    params = source.params(name, tensors)
     make_folder(path.parent)
     flat = {key: np.ascontiguousarray(x) for key, x in flatten_dict(params, sep="/").items()}
     checksum = fingerprint(unflatten_dict(flat, sep="/"))
@@ -235,25 +193,6 @@ def _files(source: Published) -> str:
     return " and ".join(f"{file} from {address}" for file, address in source.files.items())
 
 
-def _check(name: str, files: Sequence[Path], tensors: dict[str, np.ndarray]):
-    """Raises UserError unless the tensors are those of the published files."""
-    if name in LPIPS_NETWORKS:
-        shapes = _lpips_shapes(name)
-    elif name == "inception":
-        shapes = _inception_shapes()
-    else:
-        shapes = _vit_shapes(name)
-        # timm's networks for 224 x 224 pixels already have these positions.
-        needed = (1, 1 + (VIT_IMAGE // SIZES[name]["patch"]) ** 2, SIZES[name]["width"])
-        if "pos_embed" in tensors and tensors["pos_embed"].shape == needed:
-            shapes["pos_embed"] = needed
-    if problems := check_tensors(tensors, shapes):
-        raise UserError(
-            f"The tensors in {', '.join(map(str, files))} are not those of {name}.\n{problems}\n"
-            f"Give {_files(PUBLISHED[name])}."
-        )
-
-
 def _lpips_modules(name: str) -> list[str]:
     """Published name of each convolution: features.N, where N counts ReLUs and pools too."""
     if LPIPS_NETWORKS[name] == "alex":
@@ -267,7 +206,7 @@ def _lpips_modules(name: str) -> list[str]:
     return names
 
 
-def _lpips_shapes(name: str) -> dict[str, tuple[int, ...]]:
+def _lpips_shapes(name: str, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     params, shapes = abstract(name), {}
     convolutions = params.pop(LPIPS_NETWORKS[name])
     for i, module in enumerate(_lpips_modules(name)):
@@ -293,7 +232,7 @@ def _inception_modules() -> dict[tuple[str, ...], Any]:
     return flatten_dict(params, is_leaf=lambda _, tree: "kernel" in tree)
 
 
-def _inception_shapes() -> dict[str, tuple[int, ...]]:
+def _inception_shapes(name: str, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (NUM_LOGITS, POOL_WIDTH)}
     for path, conv in _inception_modules().items():
         module = ".".join(path)
@@ -303,7 +242,7 @@ def _inception_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _inception_params(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def _inception_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Our parameters, with each batch norm folded into the convolution before it, in float64."""
     params: dict[tuple[str, ...], Any] = {("fc",): {"kernel": tensors["fc.weight"].T}}
     for path in _inception_modules():
@@ -332,9 +271,12 @@ def _conv(tensors: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     return {"kernel": kernel, "bias": tensors[f"{name}.bias"]}
 
 
-def _vit_shapes(name: str) -> dict[str, tuple[int, ...]]:
+def _vit_shapes(name: str, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     width, patch = SIZES[name]["width"], SIZES[name]["patch"]
-    grid = PUBLISHED_DINOV2_GRID if name == "dinov2" else VIT_IMAGE // patch
+    grid = VIT_IMAGE // patch
+    resampled = "pos_embed" in tensors and tensors["pos_embed"].shape == (1, 1 + grid**2, width)
+    if name == "dinov2" and not resampled:  # as timm's network for 224 x 224 pixels is
+        grid = PUBLISHED_DINOV2_GRID
     shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + grid**2, width),
@@ -359,7 +301,9 @@ def _vit_shapes(name: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _vit_params(tensors: dict[str, np.ndarray], width: int, patch: int) -> dict[str, Any]:
+def _vit_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    width, patch = SIZES[name]["width"], SIZES[name]["patch"]
+
     def stacked(key: str) -> np.ndarray:
         return np.stack([tensors[f"blocks.{i}.{key}"] for i in range(DEPTH)])
 
@@ -395,3 +339,69 @@ def _resampled(position: np.ndarray, grid: int) -> np.ndarray:
     n, width = round(rest.shape[1] ** 0.5), rest.shape[2]
     rest = jax.image.resize(rest.reshape(n, n, width), (grid, grid, width), "cubic", antialias=True)
     return np.concatenate([first, np.asarray(rest).reshape(1, -1, width)], axis=1)
+
+
+LPIPS_UNNEEDED = r"(classifier|pre_logits|head|lins|scaling_layer)\..*"
+LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
+PUBLISHED = {
+    "lpips": Published(
+        Lpips("vgg"),
+        ((1, 64, 64, 3),) * 2,
+        _lpips_shapes,
+        _lpips_params,
+        {
+            "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
+            "vgg.pth": f"{LPIPS_HEADS}/vgg.pth",
+        },
+        LPIPS_UNNEEDED,
+        "tokenizer_training.perceptual_weight=0",
+    ),
+    "lpips_alex": Published(
+        Lpips("alex"),
+        ((1, 64, 64, 3),) * 2,
+        _lpips_shapes,
+        _lpips_params,
+        {
+            "alexnet-owt-7be5be79.pth": "https://download.pytorch.org/models/"
+            "alexnet-owt-7be5be79.pth",
+            "alex.pth": f"{LPIPS_HEADS}/alex.pth",
+        },
+        LPIPS_UNNEEDED,
+    ),
+    "dino": Published(
+        VisionTransformer(**SIZES["dino"]),
+        ((1, VIT_IMAGE, VIT_IMAGE, 3),),
+        _vit_shapes,
+        _vit_params,
+        {
+            "dino_deitsmall16_pretrain.pth": "https://dl.fbaipublicfiles.com/dino/"
+            "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+        },
+        "",
+        "tokenizer_training.adversarial_weight=0",
+    ),
+    "dinov2": Published(
+        VisionTransformer(**SIZES["dinov2"]),
+        ((1, VIT_IMAGE, VIT_IMAGE, 3),),
+        _vit_shapes,
+        _vit_params,
+        {
+            "dinov2_vitb14_pretrain.pth": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
+            "dinov2_vitb14_pretrain.pth"
+        },
+        "mask_token",
+        "generator_training.repa_weight=0",
+    ),
+    "inception": Published(
+        Inception(),
+        ((1, IMAGE_SIZE, IMAGE_SIZE, 3),),
+        _inception_shapes,
+        _inception_params,
+        {
+            "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/"
+            "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+        },
+        r"fc\.bias|.*\.num_batches_tracked",
+    ),
+}
+NAMES = tuple(PUBLISHED)

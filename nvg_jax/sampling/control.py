@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from nvg_jax import granularity
 from nvg_jax.errors import UserError
-from nvg_jax.sampling.settings import as_array, check_finite, is_integer
+from nvg_jax.sampling.settings import as_array, check_finite, check_integer, is_integer
 
 MAX_DIVIDED = 16  # up to this many regions, all ways to divide them are compared
 
@@ -201,11 +201,11 @@ def ready_made(name: str, size: int = 256) -> Int32[np.ndarray, "{size} {size}"]
     """A drawing by its name in `DRAWINGS`.
 
     Raises:
-        UserError: there is no such drawing.
+        UserError: there is no such drawing, or the size is no whole number in 1 .. 4096.
     """
     if name not in DRAWINGS:
         raise UserError(f"Unknown drawing {name!r}; choose one of {', '.join(DRAWINGS)}.")
-    return DRAWINGS[name](size).astype(np.int32)
+    return DRAWINGS[name](check_integer("size", size, 1, 4096)).astype(np.int32)
 
 
 # Pixels and noise.

@@ -111,7 +111,7 @@ class Spec:
             return value
         if self.kind is tuple:
             stages = range(num_stages - 2)
-            if not isinstance(value, tuple) or any(
+            if not isinstance(value, (tuple, list)) or any(
                 not is_integer(x) or x not in stages for x in value
             ):
                 raise outside
@@ -249,7 +249,7 @@ class Settings:
         "The stages at which the structure flow is solved, such as 0,3; the other splits use the "
         "last solution, which predicts all bits at once. Empty: all.",
         kind=tuple,
-        allowed="a tuple of stages from 0 to {last_split}, or () for all",
+        allowed="a list of stages from 0 to {last_split}, or empty for all",
         traced=False,
     )
     flow_restart: float = setting(
