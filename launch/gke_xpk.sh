@@ -60,7 +60,8 @@ require_shared_workdir
 # exec, because Kubernetes signals the process that xpk started, and that must be restart.sh.
 # restart.sh restarts a crashed process in its pod. The exit codes it returns after a signal
 # (75 and 128 + signal) restart the workload; 1 and 2 end it.
-command="exec $(quote env "$jax_cache" bash launch/restart.sh python -m nvg_jax.train --distributed "${train_arguments[@]}")"
+# Without JAX_PLATFORMS, JAX goes on with the CPU where it cannot start the TPU.
+command="exec $(quote env JAX_PLATFORMS=tpu,cpu "$jax_cache" bash launch/restart.sh python -m nvg_jax.train --distributed "${train_arguments[@]}")"
 if [[ $docker_image ]]; then
     image=("--docker-image=$docker_image")
 else

@@ -23,9 +23,10 @@
 #     --setup="COMMANDS"       run on every worker after the installation, to mount the data
 #                              for example; the first that fails ends the attempt
 #     --stall=SECONDS          without a sign of life (a new heartbeat in the workdir) for this
-#                              long, training is started again; without one from workers that
-#                              cannot be reached, or from gcloud, the script gives up. Also the
-#                              time limit of an installation. (3600; 0: never)
+#                              long, training is started again, unless there is one that cannot
+#                              be read (the log says so); without one from workers that cannot be
+#                              reached, or from gcloud, the script gives up. Also the time limit
+#                              of an installation. (3600; 0: never)
 #     --attempts=N             give up after so many attempts in a row (to request TPU VMs, to
 #                              install, to train) without a new checkpoint (5)
 #     --poll_seconds=N         seconds between two checks (60)
@@ -221,7 +222,8 @@ finish() {
     exit "$code"
 }
 
-train="cd nvg_jax && $(quote env "$jax_cache" NVG_LOG=../train.log "NVG_LOG_FOLDER=$workdir/logs" \
+# Without JAX_PLATFORMS, JAX goes on with the CPU where it cannot start the TPU.
+train="cd nvg_jax && $(quote env JAX_PLATFORMS=tpu,cpu "$jax_cache" NVG_LOG=../train.log "NVG_LOG_FOLDER=$workdir/logs" \
     bash launch/restart.sh ../env/bin/python -m nvg_jax.train --distributed "${train_arguments[@]}")"
 train+='; echo $? >../exit_code'
 # What a worker was told to train last.
@@ -334,7 +336,10 @@ attempt() {
 
 if [[ $now == NOT_FOUND ]]; then
     ours=1
-    call 300 "${create[@]}" || give_up "the request for $name failed, see above"
+    if ! call 300 "${create[@]}"; then
+        state # only the answer may be lost
+        [[ $now != NOT_FOUND ]] || give_up "the request for $name failed, see above"
+    fi
 fi
 wanted= # what was preempted is deleted, and not requested again yet
 was_active=
@@ -367,7 +372,7 @@ while true; do
             final=$(grep -vxE '0|75|134|137|143' <<<"$codes" | head -n 1) || true
             if grep -q 'training=other' "$answer"; then
                 delete_at_end=
-                say "error: $name trains something else; wait for its end, give another --name, or stop it with CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT launch/tpu_vm.sh delete --name=$name --zone=$zone"
+                say "error: $name trains something else; wait for its end, log in as who started it, give another --name, or stop it with CLOUDSDK_CORE_PROJECT=$CLOUDSDK_CORE_PROJECT launch/tpu_vm.sh delete --name=$name --zone=$zone"
                 exit 2
             fi
             if grep -q 'training=running' "$answer" && [[ ! $final ]]; then
@@ -395,8 +400,7 @@ while true; do
                 say "training is done"
                 exit 0
             elif silent && [[ $unread ]]; then
-                say "the heartbeat in $workdir cannot be read, so training that stands still would not be started again:"
-                cat "$folder/unread" >&2
+                say "the heartbeat in $workdir cannot be read, so training that stands still would not be started again: $(grep . "$folder/unread" || echo "no answer in 120 s")"
                 alive=$SECONDS
             elif silent; then
                 say "no new heartbeat in $workdir for $((SECONDS - alive)) s; stopping training to start it again"

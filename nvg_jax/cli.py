@@ -21,6 +21,7 @@ from absl import app, flags
 
 from nvg_jax.errors import UserError, did_you_mean, is_failure
 from nvg_jax.runtime import hardware, heartbeat, interrupts, preemption
+from nvg_jax.runtime.processes import is_restarted
 from nvg_jax.sampling.settings import DTYPES, MAX_SEED, Settings
 
 if TYPE_CHECKING:  # not every command imports it
@@ -119,7 +120,9 @@ def main(command, set_up=lambda: None, kept: str = ""):
     except KeyboardInterrupt:  # before `interrupts` listened
         interrupts.end()
     except jax.errors.JaxRuntimeError as error:
-        if not OUT_OF_MEMORY.search(str(error)) or flags.FLAGS.verbosity > 0:
+        # What fitted before fits again: the memory may be another's, such as a killed process's.
+        passes = is_restarted() and heartbeat.has_trained()
+        if not OUT_OF_MEMORY.search(str(error)) or passes or flags.FLAGS.verbosity > 0:
             raise
         exit_with_error(
             f"The devices have too little memory ({str(error).splitlines()[0]}). Use a smaller "
@@ -279,7 +282,7 @@ def join_processes():
         try:
             jax.distributed.initialize()
         except ValueError as error:
-            if heartbeat.is_read():  # by a launcher: what tells JAX may be down for now
+            if is_restarted():  # what tells JAX may be down for now
                 raise
             raise UserError(
                 f"JAX finds no cluster here ({error}). Omit --distributed for a single process, "
@@ -298,7 +301,10 @@ def find_devices():
     except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without its plugin
         # JAX adds its options to `config` when it is imported.
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-        if not platforms or is_failure(error) or "already in use" in str(error):
+        # A launcher asks for the TPU that is there; that it cannot be started may pass.
+        of_tpu = "Unable to initialize backend 'tpu'" in str(error)
+        passes = is_restarted() if of_tpu else is_failure(error)
+        if not platforms or passes or "already in use" in str(error):
             raise
         raise UserError(
             f"JAX cannot use JAX_PLATFORMS={platforms} on this machine"

@@ -108,7 +108,7 @@ def out_folder() -> epath.Path:
 
 
 def metrics_file() -> epath.Path:
-    """The file of the metrics; those of every reference have a file of their own."""
+    """The file of the metrics; those of each name of a reference have a file of their own."""
     reference = FLAGS.reference and epath.Path(FLAGS.reference).stem
     return out_folder() / (f"metrics_{reference}.json" if reference else "metrics.json")
 

@@ -15,7 +15,8 @@ from etils import epath, epy
 from nvg_jax.errors import UserError, comes_with, listed
 from nvg_jax.metadata import RunMetadata, write_export
 from nvg_jax.models import parameter_counts
-from nvg_jax.runtime import export, heartbeat
+from nvg_jax.runtime import export
+from nvg_jax.runtime.processes import is_restarted
 from nvg_jax.runtime.storage import storage_path
 
 with epy.lazy_imports(error_callback=comes_with("hub")):
@@ -205,7 +206,7 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
 
     For a launcher, which may repeat the command, a hub that cannot be reached is a failure.
     """
-    unreachable = ConnectionError if heartbeat.is_read() else UserError
+    unreachable = ConnectionError if is_restarted() else UserError
     try:
         try:
             yield

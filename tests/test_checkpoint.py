@@ -252,6 +252,20 @@ def test_a_read_that_fails_is_repeated_and_is_no_damage(two, monkeypatch):
     assert pauses == [1, 2, 4]
 
 
+@pytest.mark.parametrize("number", [3, 6])  # the checksum of the metadata, those of the arrays
+def test_what_another_process_reads_damaged_is_damaged_here(two, monkeypatch, number):
+    """Otherwise they would go on with different checkpoints, or wait for each other forever."""
+    from_all, asked = processes.from_all, []
+
+    def with_another(value):
+        asked.append(value)
+        there = np.asarray(value) | (len(asked) == number)
+        return np.concatenate([from_all(value), from_all(there)])
+
+    monkeypatch.setattr(processes, "from_all", with_another)
+    assert restore(two)[2] == 1
+
+
 @pytest.mark.parametrize("denied", [DENIED, OSError("Forbidden: PERMISSION_DENIED")])
 def test_a_read_that_fails_for_minutes_is_a_failure(two, monkeypatch, denied):
     pauses = failing(monkeypatch, [denied] * 100)

@@ -184,6 +184,8 @@ def test_a_reference_that_another_machine_lacks_is_computed_by_all(reference, mo
     again = report.reference_features(reference, judge)
     assert judge.seen > 0
     np.testing.assert_array_equal(first.pool, again.pool)
+    left = (pretrained.cache_folder() / "references").iterdir()
+    assert [path.suffix for path in left] == [".npz"]  # nothing that seems shared
 
 
 def test_statistics_of_a_reference_file_come_first(reference, tmp_path):
@@ -372,9 +374,11 @@ def test_samples_are_compared_with_real_images_of_the_same_classes(tmp_path, mon
     assert found["metrics_images"] == 120  # 20 and 100
     copying = found["copying"]
     assert copying["near_share"] < 0.1  # half of all samples is nearer than 5% of `test`
-    expected = np.concatenate([test.images[:20], test.images[20:120]])
-    right = judge.predict(expected) == np.repeat([0, 1], (20, 100))
-    assert found["class_agreement_of_real_test_images"] == pytest.approx(right.mean())
+    for name, given in (("", samples), ("_of_real_test_images", test)):
+        near, far = (judge.predict(given.images[given.labels == k]) == k for k in (0, 1))
+        assert near.mean() - far.mean() > 0.05
+        expected = (20 * near.mean() + 100 * far.mean()) / 120
+        assert found[f"class_agreement{name}"] == pytest.approx(expected)
 
 
 def test_few_samples_are_of_classes_all_over():

@@ -44,7 +44,7 @@ from nvg_jax.jobs import classification
 from nvg_jax.metadata import RunMetadata, read_export_metadata
 from nvg_jax.models import ModelConfig
 from nvg_jax.parts import TOKENIZER
-from nvg_jax.runtime import sharding
+from nvg_jax.runtime import heartbeat, sharding
 from nvg_jax.runtime.storage import storage_path
 from nvg_jax.sampling.settings import Settings
 from nvg_jax.train import train
@@ -426,7 +426,7 @@ def test_weights_and_metadata_come_from_one_checkpoint(trained, tmp_path):
     gc.collect()  # the complaints come here, where they are ignored
 
 
-def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys):
+def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys, tmp_path):
     def main(_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
@@ -436,6 +436,14 @@ def test_too_little_memory_ends_in_a_sentence(monkeypatch, capsys):
         cli.main(main)
     assert end.value.code == 2
     assert "error: The devices have too little memory (RESOURCE" in capsys.readouterr().err
+    monkeypatch.setattr(heartbeat, "_step", 0)
+    monkeypatch.setenv("NVG_HEARTBEAT", str(tmp_path / "beat"))
+    with pytest.raises(SystemExit):
+        cli.main(main)
+    heartbeat.beat(storage_path(tmp_path), "tokenizer", 0, 100)
+    heartbeat.stop()
+    with pytest.raises(jax.errors.JaxRuntimeError):  # it did fit: a launcher tries again
+        cli.main(main)
     busy = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Too many requests")
     monkeypatch.setattr(cli.app, "run", raising(busy))
     with pytest.raises(jax.errors.JaxRuntimeError):

@@ -124,13 +124,18 @@ def test_a_mistake_in_a_config_file_is_named_with_its_line(tmp_path, line, said)
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("platforms", ["cuda", "gpu,cpu", "quantum"])
+@pytest.mark.parametrize("platforms", ["cuda", "gpu,cpu", "quantum", "tpu,cpu"])
 def test_a_platform_that_is_not_there_is_a_mistake(platforms):
     done = run("print('never')", JAX_PLATFORMS=platforms)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(
         rf"error: JAX cannot use JAX_PLATFORMS={platforms} on this machine.*\n", done.stderr
     )
+
+
+def test_a_tpu_that_a_launcher_asks_for_may_come_back(tmp_path):
+    environment = {"JAX_PLATFORMS": "tpu,cpu", "NVG_HEARTBEAT": str(tmp_path / "beat")}
+    assert run("print('never')", **environment).returncode == 1
 
 
 def test_what_is_left_over_on_the_command_line_is_refused():

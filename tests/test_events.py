@@ -44,6 +44,16 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content))), picture)
 
 
+def test_only_a_few_steps_are_queued(tmp_path, monkeypatch):
+    """Each holds its batch in memory, and all have to end before a preempted run is saved."""
+    ended = []
+    monkeypatch.setattr(metrics.jax, "block_until_ready", ended.append)
+    reporter = make_reporter(tmp_path, "tokenizer")
+    for step in range(5):
+        reporter.add({"loss": step})
+    assert ended == [{"loss": 0}, {"loss": 1}, {"loss": 2}]
+
+
 def test_an_evaluation_that_is_noted_as_done_is_in_the_file(tmp_path):
     """A process that is killed then would not repeat it."""
     reporter = make_reporter(tmp_path, "tokenizer")

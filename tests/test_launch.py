@@ -477,8 +477,10 @@ def test_local_processes_end_together(tmp_path):
 )
 def test_slurm_dry_run(per, tasks, devices):
     srun, requeue = commands(
-        "slurm.sbatch", "--dry_run", "--", *TRAIN, NVG_PROCESS_PER=per, **SLURM
+        *["slurm.sbatch", "--dry_run", "--", *TRAIN],
+        **SLURM | {"NVG_PROCESS_PER": per, "JAX_PLATFORMS": ""},
     )
+    devices = ["JAX_PLATFORMS=cuda,cpu", *devices]
     assert srun == [
         *["srun", "--nodes=2", f"--ntasks={tasks[0]}", f"--ntasks-per-node={tasks[1]}"],
         *[f"--cpus-per-task={tasks[2]}", "--gpu-bind=none", "--kill-on-bad-exit=0"],
@@ -551,7 +553,7 @@ def test_slurm_does_not_requeue_for_ever_what_never_saves(tmp_path, code):
 
 
 def test_slurm_reads_the_heartbeat_as_training_does(tmp_path):
-    """Nodes may have no gcloud for a bucket; a heartbeat that cannot be read ends nothing."""
+    """Nodes may have no gcloud for a bucket; a heartbeat that cannot be read ends nothing, once."""
     real = f'exec {sys.executable} "$@"'
     arguments = ["--config=c", f"--workdir={tmp_path}/run"]
     job = lambda: slurm_job(tmp_path, "exit 143", arguments, read=real)
@@ -559,6 +561,7 @@ def test_slurm_reads_the_heartbeat_as_training_does(tmp_path):
     assert job() == (0, "requeue 7\n") and marker.read_text() == "\n"  # there is none
     (tmp_path / "run/heartbeat.json").mkdir(parents=True)
     assert job() == (0, "requeue 7\n" * 2)
+    assert job() == (143, "requeue 7\n" * 2)
     (tmp_path / "run/heartbeat.json").rmdir()
     beat(tmp_path / "run", 400)
     assert job()[0] == 0 and '"start": 400' in marker.read_text()
@@ -569,6 +572,8 @@ def test_slurm_requeues_with_patience(tmp_path):
     busy = f"(($(wc -l <{tmp_path}/scontrol) > 2))"
     assert slurm_job(tmp_path, "exit 75", requeue=busy) == (0, "requeue 7\n" * 3)
     assert slurm_job(tmp_path / "b", "exit 75", requeue="false") == (75, "requeue 7\n" * 4)
+    canceled = "kill -TERM $PPID; false"
+    assert slurm_job(tmp_path / "c", "exit 75", requeue=canceled) == (75, "requeue 7\n")
 
 
 # GKE.
@@ -598,7 +603,15 @@ def test_gke_dry_run(tmp_path):
         program(tmp_path / "bin" / name, f"exit {code}")
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     assert run(["bash", "-c", install], env={"PATH": path}).returncode == 75
-    assert shlex.split(command) == ["exec", "env", CACHE, *RESTART, "--distributed", *TRAIN]
+    assert shlex.split(command) == [
+        "exec",
+        "env",
+        "JAX_PLATFORMS=tpu,cpu",
+        CACHE,
+        *RESTART,
+        "--distributed",
+        *TRAIN,
+    ]
 
 
 @pytest.mark.slow
@@ -663,8 +676,8 @@ def test_tpu_dry_run(tmp_path):
     training = [*RESTART[:2], "../env/bin/python", *RESTART[3:], "--distributed", *TRAIN]
     words = shlex.split(in_tmux[2].removesuffix("; echo $? >../exit_code"))
     logs = ["NVG_LOG=../train.log", "NVG_LOG_FOLDER=gs://bucket/my run/logs"]
-    assert words[:7] == ["cd", "nvg_jax", "&&", "env", CACHE, *logs]
-    assert words[7:] == training
+    assert words[:4] == ["cd", "nvg_jax", "&&", "env"]
+    assert words[4:] == ["JAX_PLATFORMS=tpu,cpu", CACHE, *logs, *training]
 
 
 @pytest.mark.parametrize(
@@ -715,6 +728,7 @@ case $verb in
             mkdir -p "$FAKE/$worker/.local/bin"
             cp "$FAKE/uv" "$FAKE/$worker/.local/bin/uv"
         done
+        [[ ! -e $FAKE/create_unanswered ]]
         ;;
     delete) rm -r "$FAKE/0" "$FAKE/1"; echo none >"$FAKE/states" ;;
     scp) for worker in 0 1; do cp "$5" "$FAKE/$worker/${6#*:}"; done ;;
@@ -780,6 +794,7 @@ class Tpu:
         program(folder / "bin/timeout", TIMEOUT)
         program(folder / "bin/python3", "")
         program(folder / "bin/hostname", 'basename "$HOME"')
+        program(folder / "bin/ps", "")
         program(folder / "uv", UV)
         program(
             folder / "python",
@@ -1154,7 +1169,13 @@ def test_tpu_request_that_gcloud_refuses(tmp_path):
     tpu = Tpu(tmp_path, ["none"], files=["create_fails"])
     code, said = tpu.run("--delete_at_end")
     assert code == 1 and "nothing runs" in said.splitlines()[-1]
-    assert tpu.calls == ["describe", "create", "describe"]
+    assert tpu.calls == ["describe", "create", "describe", "describe"]
+
+
+def test_tpu_request_whose_answer_is_lost(tmp_path):
+    tpu = Tpu(tmp_path, ["none", "ACTIVE"], files=["create_unanswered"])
+    code, _ = tpu.run("--delete_at_end")
+    assert code == 0 and tpu.calls.count("create") == 1 and not tpu.exists
 
 
 def test_gcloud_that_knows_no_project(tmp_path):

@@ -246,6 +246,14 @@ def test_missing_weights_say_what_to_do(name, file, address, setting, tmp_path, 
         assert "--config" not in str(error.value)
     with pytest.raises(ValueError, match=f"`NVG_CACHE={tmp_path}/other python -m"):
         pretrained.load(name, tmp_path / "other")
+    file = tmp_path / f"{name}.safetensors"
+    file.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"The weights of {name} are missing"):
+        pretrained.load(name)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=f"{file} cannot be read: Is a directory"):
+        pretrained.load(name)
 
 
 def test_unknown_name(tmp_path):

@@ -303,6 +303,8 @@ def test_a_checkpoint_to_go_back_to_that_was_found_damaged_is_not_missed(tmp_pat
     assert step() == 8
     (tmp_path / "tokenizer" / "damaged_8").mkdir(parents=True)
     assert step() is None
+    later = metadata().replace(step=9)  # it was damaged long ago
+    assert resume.step_to_go_back_to(trainer, run, later, metadata()) == 8
     (tmp_path / "tokenizer" / "8").mkdir()  # it came there again
     assert step() == 8
 

@@ -292,9 +292,13 @@ import sys, jax
 from pathlib import Path
 jax.distributed.initialize("127.0.0.1:{port}", 2, int(sys.argv[1]))
 from nvg_jax import Pipeline
+from nvg_jax.evaluation.sets import load_split
 from nvg_jax.jobs import classification, sampling_runs
 from nvg_jax.runtime.processes import barrier
 folder = Path({folder!r})
+few = dict(name="image_folder", data_dir=str(folder / "few"), resize=8, on_bad="skip")
+left = load_split(few, "train", (8, 8)).images[:, 0, 0, 0].tolist()
+(folder / ("left_%d" % jax.process_index())).write_text(repr(left))
 pipe = Pipeline.from_pretrained({workdir!r})
 samples = sampling_runs.SamplingJob(pipe, {classes}, {per_class}, {batch}, 4, dict())
 make, made = sampling_runs.SamplingJob.sample, []
@@ -327,9 +331,18 @@ def test_two_processes_share_the_work(pipe, exported, whole, tmp_path):
         port=free_port(), folder=str(tmp_path), workdir=str(exported), data=DATA, classes=CLASSES,
         per_class=PER_CLASS, batch=BATCH, tests=str(Path(__file__).parent),
     )  # fmt: skip
+    for split in ("train", "test"):
+        (tmp_path / "few" / split / "cat").mkdir(parents=True)
+    for number in range(7):  # numbers 2 and 5 are no pictures, process 0 looks at one of them
+        file = tmp_path / "few" / "train" / "cat" / f"{number}.png"
+        Image.new("L", (8, 8), number).save(file)
+        if number in (2, 5):
+            file.write_bytes(b"no image")
     with start(code, "0") as one, start(code, "1") as two:
         for done in finish(one, two):
             assert done.returncode == 0, done.stderr
+    for index in (0, 1):
+        assert (tmp_path / f"left_{index}").read_text() == "[0, 1, 3, 4, 6]"
     assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
     assert not (tmp_path / "all.npz.parts").exists()
     # Batches 0 and 2, and 1 and 3: once for the array and once for the pictures.

@@ -1,15 +1,18 @@
 """Paths on disks and in buckets, and what commands refuse before they do any work."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from nvg_jax.errors import UserError
-from nvg_jax.runtime import checkpoint
+from nvg_jax.runtime import checkpoint, storage
 from nvg_jax.runtime.storage import (
+    alone,
     atomic_path,
     atomic_write,
     in_bucket,
@@ -34,6 +37,22 @@ def test_where_only_files_can_be_locked_a_file_is(tmp_path, monkeypatch):
         assert first and not second
     with locked(tmp_path) as again:
         assert again
+
+
+def test_a_lock_that_outlives_its_machine_is_waited_for(tmp_path, monkeypatch):
+    stack = contextlib.ExitStack()
+    assert stack.enter_context(locked(tmp_path))
+    waits = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: waits.append(seconds) or stack.close())
+    with pytest.raises(UserError, match="Another command is writing to"), alone(tmp_path):
+        pass
+    assert not waits  # nobody starts the command again
+    monkeypatch.setenv("NVG_HEARTBEAT", str(tmp_path / "beat"))
+    with alone(tmp_path):
+        assert waits
+        monkeypatch.setattr(storage, "PATIENCE", 0)
+        with pytest.raises(UserError, match="Another command is writing to"), alone(tmp_path):
+            pass
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,11 +156,16 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
                 make_folder(folder)
         kept = bool(from_main(os.path.isdir(folder)))
         with locked(folder) if kept else contextlib.nullcontext(False) as free:
-            parts = folder / "parts" if free and everywhere(os.path.isdir(folder)) else None
+            # A folder of this name may have been left in the own cache of any machine.
+            new = folder / f"shared_{int(from_main(secrets.randbits(48)))}"
+            if is_main() and free:
+                new.touch()
+            barrier("it is known whether the cache is shared")
+            parts = folder / "parts" if everywhere(os.path.exists(new)) else None
             features = features_of(images, judge, parts, keep)
             if is_main() and kept:
                 _keep(file, features)
-                if parts:
+                if free:
                     shutil.rmtree(folder, ignore_errors=True)
         barrier("the features of the reference are there")
         # On another machine.

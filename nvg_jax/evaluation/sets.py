@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -22,7 +23,7 @@ from nvg_jax.data.sources import SPLITS
 from nvg_jax.data.transforms import DEFAULT_FILTER
 from nvg_jax.errors import UserError, reported
 from nvg_jax.runtime import watchdog
-from nvg_jax.runtime.processes import gather, own_share
+from nvg_jax.runtime.processes import from_all, gather, own_share
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
 from nvg_jax.runtime.storage import local_path, storage_path
@@ -235,11 +236,18 @@ class Split(ImageSet):
 
     @functools.cached_property
     def _indices(self) -> np.ndarray:
-        """The records of the images, without those to leave out."""
+        """The records of the images, without those to leave out; all processes share the work.
+
+        Collective: the first time, every process must read it.
+        """
         if self._data.get("on_bad") != "skip":
             return self._order
+        count = len(self._order)
+        readable = np.zeros(-(-count // jax.process_count()), bool)
         with concurrent.futures.ThreadPoolExecutor(DECODING_THREADS) as threads:
-            indices = self._order[np.fromiter(threads.map(self._is_readable, self._order), bool)]
+            own = self._order[own_share(count)]
+            readable[: len(own)] = list(threads.map(self._is_readable, own))
+        indices = self._order[from_all(readable).T.reshape(-1)[:count]]
         if not len(indices):
             raise UserError(f"None of the {len(self._order)} images to evaluate with can be read.")
         return indices

@@ -164,19 +164,23 @@ def sample_metrics(
 ) -> dict[str, Any]:
     """Metrics of samples, whose labels are the requested classes; FID etc. only on process 0.
 
-    All but the agreement of the samples is of the images that both sets have of every class.
+    Both sets are compared with as many images of every class: agreements are means over the
+    classes with these numbers as weights, and everything else is of that many images.
     """
-    agreement, per_class = class_agreement(classifier.predict(samples.images), samples.labels)
     counts = in_common(samples.labels, test.labels, len(class_names))
+    of_samples, of_test = (
+        class_agreement(classifier.predict(images.images), images.labels)[1]
+        for images in (samples, test)
+    )
+    weighted = lambda shares: sum(counts[i] * shares[i] for i in np.flatnonzero(counts))
     samples, test = (
         images.select(np.flatnonzero(turns(images.labels) < counts[images.labels]))
         for images in (samples, test)
     )
-    real_agreement, _ = class_agreement(classifier.predict(test.images), test.labels)
     results = {
-        "class_agreement": agreement,
-        "class_agreement_per_class": {class_names[i]: share for i, share in per_class.items()},
-        "class_agreement_of_real_test_images": real_agreement,
+        "class_agreement": float(weighted(of_samples) / counts.sum()),
+        "class_agreement_per_class": {class_names[i]: share for i, share in of_samples.items()},
+        "class_agreement_of_real_test_images": float(weighted(of_test) / counts.sum()),
         "copying": copying_report(
             samples.images[balanced(samples.labels, COPY_CHECK_IMAGES)],
             train.images,

@@ -101,6 +101,7 @@ def report(pipeline: Pipeline, images: Split, out: epath.Path, judge_name: str) 
         "lpips": [fingerprint(network) for network in networks.values()],
         "tokenizer": fingerprint(pipeline.params["tokenizer"]),
         "dtype": pipeline.dtype,
+        "distances": list(DISTANCES),
         "batch_size": size,
         **images.describe(),
     }

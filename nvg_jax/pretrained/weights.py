@@ -131,16 +131,18 @@ def load(name: str, cache: str | os.PathLike | None = None) -> dict[str, Any]:
             file that does not match its checksum.
     """
     source, path = PUBLISHED[_known(name)], _path(name, cache)
-    own = "" if path == _path(name, None) else f"NVG_CACHE={path.parent} "
+    own = f"NVG_CACHE={path.parent} " if cache else ""
     command = f"{own}python -m nvg_jax.convert --pretrained={name} --from={','.join(source.files)}"
-    if not os.path.lexists(path):
+    if not path.exists():
         without = f" Or train without: --config.{source.without}." if source.without else ""
         raise UserError(
             f"The weights of {name} are missing ({path}). Download {_files(source)}, and run "
             f"`{command}`.{without}"
         )
     try:
-        with reported(f"{path} cannot be read"), safe_open(path, "numpy") as file:
+        with reported(f"{path} cannot be read"), path.open("rb"):  # safe_open does not say why
+            pass
+        with safe_open(path, "numpy") as file:
             checksum = (file.metadata() or {}).get("checksum")
             flat = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:

@@ -264,13 +264,13 @@ def newest(
         if last is not None and step > last:
             continue
         content, reason = attempt(manager, folder, step, meta=ocp.args.JsonRestore())
-        reason = reason or damage(content)
+        reason = agreed(reason or damage(content))
         if reason is None:
             state = abstract = abstract_of(content["meta"])
             check_leaves(content["leaves"], abstract, folder)
             if jax.tree.leaves(abstract):
                 state, reason = attempt(manager, folder, step, state=restore(abstract))
-            reason = reason or difference(content["leaves"], state)
+            reason = agreed(reason or difference(content["leaves"], state))
         if reason is None:
             return (step, content, state), list(damaged)
         logger.warning(
@@ -289,6 +289,12 @@ def newest(
             "or delete the folder to start over."
         )
     return None, []
+
+
+def agreed(reason: Exception | str | None) -> Exception | str | None:
+    """Why something counts as damaged, on every process if on any: all take the same branch."""
+    damaged = processes.from_all(reason is not None).any()
+    return (reason or "another process cannot read it") if damaged else None
 
 
 def partial_restore(part) -> "ocp.args.PyTreeRestore":
@@ -319,8 +325,8 @@ def attempt(
                 failure = error
         # A disk's error; of a bucket's, permissions may yet change.
         mistake = isinstance(failure, OSError) and bool(failure.errno) and is_mistake(failure)
-        states = [failure is not None, reason is not None, mistake]
-        failed, damaged, mistake = np.any(processes.from_all(states), axis=0)
+        states = [failure is not None, mistake]
+        failed, mistake = np.any(processes.from_all(states), axis=0)
         if not failed:
             break
         if pause is None or mistake:
@@ -333,9 +339,7 @@ def attempt(
         logger.warning("Step %d in %s: %s; reading again in %d s", step, folder, why, pause)
         watchdog.reset(slow=True)
         time.sleep(pause)
-    if damaged:
-        reason = reason or "another process cannot read it"
-    return result, reason
+    return result, agreed(reason)
 
 
 def short(error: Exception | str) -> str:

@@ -1,13 +1,22 @@
 """Several processes working on one job: how they divide the work and synchronize."""
 
+import os
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+HEARTBEAT = "NVG_HEARTBEAT"  # names a file on this machine, which launch/restart.sh reads
 
 
 def is_main() -> bool:
     """Whether this is process 0, which writes everything that is written only once."""
     return jax.process_index() == 0
+
+
+def is_restarted() -> bool:
+    """Whether a launcher repeats this command after a failure: one that reads its heartbeat."""
+    return bool(os.environ.get(HEARTBEAT))
 
 
 def barrier(name: str):

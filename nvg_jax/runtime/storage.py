@@ -12,6 +12,7 @@ import posixpath
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,13 +24,14 @@ import numpy as np
 from etils import epath, epy
 
 from nvg_jax.errors import UserError, comes_with, reported
-from nvg_jax.runtime.processes import everywhere, from_main, is_main
+from nvg_jax.runtime.processes import everywhere, from_main, is_main, is_restarted
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow, and only for gs://
     import gcsfs
     from gcsfs import retry
 
 MISSING = FileNotFoundError, NotADirectoryError
+PATIENCE = 180  # seconds; a lock of NFSv4 lives for 90 after its machine
 RETRIES = 11  # a request to Cloud Storage is repeated after 1, 2, 4, 8, 16, 32, 32, ... seconds
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # scheme of a URL -> the package that epath reaches it with
 
@@ -77,8 +79,8 @@ def storage_path(name: str | os.PathLike) -> epath.Path:
     `~` is expanded, and a slash at the end dropped. A path that this returned stays as it is.
 
     Raises:
-        UserError: a URL that is no path in a bucket, a home folder that does not exist, or a path
-            that cannot be looked at: its name is too long, a folder above it may not be entered.
+        UserError: a URL that is no path in a bucket, a home folder that does not exist, or a name
+            that is too long.
     """
     text = os.fspath(name)
     if not text:
@@ -107,8 +109,11 @@ def storage_path(name: str | os.PathLike) -> epath.Path:
             f"{path} cannot be used: libraries take /{path.split('/')[1]} for a bucket. Mount or "
             "link it under another name."
         )
-    with reported(f"{path} cannot be used"), contextlib.suppress(*MISSING):
+    try:
         os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{path} cannot be used: {error.strerror}.") from error
     return epath.Path(path)
 
 
@@ -202,10 +207,13 @@ def write_file(path: Path | epath.Path, content: str | bytes, shared: bool = Fal
 
 
 @contextlib.contextmanager
-def locked(folder: Path | epath.Path) -> Iterator[bool]:
+def locked(folder: Path | epath.Path, patience: float = 0) -> Iterator[bool]:
     """Creates a folder and, inside, locks it against other commands; every process must call it.
 
     Process 0 locks it. In buckets and on some network disks nothing can be locked.
+
+    Args:
+        patience: for how many seconds to wait for another command to unlock it.
 
     Yields:
         Whether no other command has locked it, the same on every process.
@@ -218,7 +226,9 @@ def locked(folder: Path | epath.Path) -> Iterator[bool]:
         if is_main():
             make_folder(folder)
             if not in_bucket(folder):
-                free = _lock(folder, os.O_RDONLY, stack)
+                end = time.monotonic() + patience
+                while not (free := _lock(folder, os.O_RDONLY, stack)) and time.monotonic() < end:
+                    time.sleep(5)
         yield bool(from_main(free))
 
 
@@ -226,13 +236,14 @@ def _lock(path: os.PathLike, flags: int, stack: contextlib.ExitStack) -> bool:
     """Locks a folder or file until the stack ends; whether no other command has."""
     with reported(f"{path} cannot be locked"):
         descriptor = os.open(path, flags, 0o666)
-    stack.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        os.close(descriptor)
         if error.errno == errno.EBADF and flags == os.O_RDONLY:  # NFS: only what is written
             return _lock(Path(path, ".lock"), os.O_RDWR | os.O_CREAT, stack)
         return not isinstance(error, BlockingIOError)
+    stack.callback(os.close, descriptor)
     return True
 
 
@@ -240,13 +251,16 @@ def _lock(path: os.PathLike, flags: int, stack: contextlib.ExitStack) -> bool:
 def alone(folder: Path | epath.Path, name: os.PathLike | None = None):
     """Keeps other commands from writing to a folder, as `locked`; every process must call it.
 
+    On a network disk, the lock of a machine that has died may outlive it by some minutes, in which
+    its job is started on another one: under a launcher, this waits.
+
     Args:
         name: of what is written there; by default the folder.
 
     Raises:
         UserError: another command is writing to it, or it cannot be created.
     """
-    with locked(folder) as free:
+    with locked(folder, PATIENCE if is_restarted() else 0) as free:
         if not free:
             raise UserError(
                 f"Another command is writing to {name or folder}. Wait until it has ended, or give "

@@ -43,6 +43,7 @@ SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessI
 Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 TensorProto: Any = tensor_pb2.TensorProto  # pyright: ignore[reportAttributeAccessIssue]
 FLUSH_SECONDS = 120
+STEPS_IN_FLIGHT = 2  # besides the last one; enough that the devices never wait for the host
 EVENTS = "events.out.tfevents."  # how the names of the files begin
 
 
@@ -184,8 +185,14 @@ class Reporter:
             self._compiled = True
 
     def add(self, metrics: dict[str, Any]):
-        """Adds the metrics of a step; they stay on the devices until the next line."""
+        """Adds the metrics of a step; they stay on the devices until the next line.
+
+        Waits for an earlier step: every step that is queued holds its batch in the devices' memory,
+        and has to end before a preempted run can save.
+        """
         self._window.append(metrics)
+        if len(self._window) > STEPS_IN_FLIGHT:
+            jax.block_until_ready(self._window[-1 - STEPS_IN_FLIGHT])
 
     def progress(self, step: int, learning_rate: float, checkpoint: int | None):
         """Writes the mean metrics since the last call.

@@ -99,9 +99,12 @@ def step_to_go_back_to(
     step, folder = run.resume.step, run.workdir / trainer.part.name
     if step is None:
         return None
-    if (folder / f"damaged_{step}").exists() and not (folder / str(step)).exists():
+    if latest is None:
+        return step
+    lost = (folder / f"damaged_{step}").exists() and not (folder / str(step)).exists()
+    if lost and latest.step is not None and latest.step < step:
         return None
-    if latest is None or not latest.went_back_to(step):
+    if not latest.went_back_to(step):
         return step
     if changed_settings(latest, new, trainer.part.section):
         return step
