@@ -155,13 +155,13 @@ class Pipeline(hub.Storable):
     def params(self) -> dict[str, Any]:
         """The weights: {"tokenizer": tree} and, to sample, "content" and "structure".
 
-        To change them, assign a whole tree: `weights` is then computed anew.
+        To change them, assign a whole tree: `fingerprint` is then computed anew.
         """
         return self._params
 
     @params.setter
     def params(self, params: dict[str, Any]):
-        self.__dict__.pop("weights", None)
+        self.__dict__.pop("fingerprint", None)
         self._params = jax.device_put(params, replicated(self._mesh))
         known = self.metadata.fingerprint and fingerprint(self._params["tokenizer"])
         self.metadata = self.metadata.replace(fingerprint=known, fid=None)

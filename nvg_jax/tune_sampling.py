@@ -28,13 +28,13 @@ FLAGS = flags.FLAGS
 def main(_):
     out = storage_path(FLAGS.out)
     metadata.check_export(out)
-    make_folder(out)  # fails now, not after the measurements
     pipe = pipeline.Pipeline.from_pretrained(FLAGS.workdir)
     pipe.check_can_sample()
     points = tuning.candidates(pipe)
     own = tuning.Point(tuning.evaluations(pipe, pipe.settings), {})
     if not points:
         raise UserError("This model's own settings are already the cheapest that can be tried.")
+    make_folder(out)  # fails now, not after the measurements
     data = cli.data_section(pipe.metadata)
     size = pipe.tokenizer.config.image_size
     classification.check_classes(pipe, sets.Split(data, "train", size).source)
@@ -42,16 +42,23 @@ def main(_):
     count = pipe.metadata.model.num_classes
     judge = judges.fit_classifier(data["name"], train.images, train.labels, count)
     reference = report.features_of(train, judge, keep=0)
+    features = len(reference.pool_mean)
+    if FLAGS.num_samples <= features:
+        raise UserError(
+            f"FID needs more samples than the judge has features, {features}, to compare settings; "
+            f"give a larger --num_samples than {FLAGS.num_samples}."
+        )
     job = sampling_runs.SamplingJob.cycling(
         pipe, FLAGS.num_samples, FLAGS.batch_size, FLAGS.seed, {}
     )
     fids = functools.partial(tuning.measure_fids, job, judge, reference, FLAGS.seeds)
     best, lines = tuning.tune(points, own, fids)
-    tuned = pipe.metadata.replace(sampling=pipe.settings.updated(best.settings))
     if is_main():
         print("\n".join(lines))
         print(f"{own.evaluations / best.evaluations:.1f} times fewer evaluations: {best}")
-    pipeline.Pipeline(tuned, pipe.params).save_pretrained(out)
+    if best is not own:
+        pipe.settings = pipe.settings.updated(best.settings)
+    pipe.save_pretrained(out)
     if is_main():
         print(f"written: {FLAGS.out}")
 

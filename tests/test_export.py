@@ -186,7 +186,9 @@ def test_changed_weights_are_not_taken_for_the_tokenizer_of_before(pipe, tmp_pat
     changed.save_pretrained(tmp_path / "same")
     same = Pipeline.from_pretrained(tmp_path / "same").metadata
     assert (same.fingerprint, same.fid) == (finished, 1.5)
+    before = changed.fingerprint
     changed.params = jax.tree.map(lambda x: 2 * x, pipe.params)
+    assert changed.fingerprint != before
     changed.save_pretrained(tmp_path / "other")
     other = Pipeline.from_pretrained(tmp_path / "other").metadata
     assert other.fingerprint not in (None, finished) and other.fid is None

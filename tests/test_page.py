@@ -139,6 +139,8 @@ def test_a_part_of_a_picture_is_resampled(opened):
         (None, [], {"seed": float("inf")}, "The seed must be a whole number in 0"),
         (None, [], {"seed": -1}, "The seed must be a whole number in 0"),
         (None, [], {"settings": ["warm"]}, "Variety of the tokens takes numbers, got"),
+        (None, [], {"settings": ["1 3.5"]}, "Variety of the tokens takes numbers, got"),
+        (None, [], {"settings": [*DEFAULTS[:5], "1 2"]}, "takes whole numbers, got"),
         (None, [], {"settings": [*DEFAULTS[:5], "101"]}, "can be at most 100 on this page"),
         (None, [], {"settings": ["1", "0", "2"]}, "which probability must be above 0 and"),
     ],
@@ -181,13 +183,19 @@ def test_an_upload_is_shown_as_the_model_sees_it_or_a_sentence(opened, tmp_path,
         path.write_bytes(path.read_bytes()[:1000])
     elif name in sizes:
         Image.new("1", sizes[name]).save(path)
-    reference, masked, said = opened.upload(str(path))
+    shown, said = opened.upload(str(path))
     if fault:
-        assert reference == masked == gr.skip()
+        assert shown == gr.skip()
         assert said == f'<p role="alert">{fault}</p>'  # without the folder
     else:
-        assert reference == masked and said == ""
-        assert page.pixels_of(reference["picture"]).shape == (SIZE, SIZE, 4)
+        assert said == ""
+        assert page.pixels_of(shown["picture"]).shape == (SIZE, SIZE, 4)
+
+
+def test_a_sample_is_used_once_there_is_one(opened):
+    assert opened.use("data:,") == ({"picture": "data:,"}, "")
+    kept, said = opened.use(None)
+    assert kept == gr.skip() and "There is no sample yet: press Sample first." in said
 
 
 def test_a_large_photo_is_scaled_down_and_upright(opened, tmp_path):
@@ -198,9 +206,9 @@ def test_a_large_photo_is_scaled_down_and_upright(opened, tmp_path):
     path = tmp_path / "photo.jpg"
     photo.save(path, exif=exif)
     assert editing.read_picture(path, enough=page.ENOUGH).shape == (2_040, 1_530, 3)
-    reference, _, said = opened.upload(str(path))
+    shown, said = opened.upload(str(path))
     assert said == ""
-    pixels = page.pixels_of(reference["picture"])
+    pixels = page.pixels_of(shown["picture"])
     np.testing.assert_allclose(pixels[:3, :, :3], np.full((3, SIZE, 3), (254, 0, 0)), atol=9)
     np.testing.assert_allclose(pixels[-3:, :, :3], np.full((3, SIZE, 3), (0, 0, 254)), atol=9)
 
@@ -220,7 +228,7 @@ def test_the_opening_of_other_weights_is_not_shown(opened, tmp_path, monkeypatch
     monkeypatch.setattr(SamplingJob, "sample", lambda self, batch: None)
     shown.write_opening()
     np.testing.assert_array_equal(shown.opening(), stages)
-    shown.pipe = types.SimpleNamespace(tokenizer=opened.pipe.tokenizer, weights="newer")
+    shown.pipe = types.SimpleNamespace(tokenizer=opened.pipe.tokenizer, fingerprint="newer")
     assert shown.opening() is None
 
 

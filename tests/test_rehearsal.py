@@ -91,7 +91,7 @@ def test_an_evaluation_is_timed_with_its_picture(monkeypatch):
         test_batches=lambda recipe: iter([{"label": range(4)}]),
     )
     # Three batches of 2 s, and a picture of 7 s.
-    assert rehearsal.evaluation_seconds(run, trainer, None, (None, None)) == 13.0
+    assert rehearsal.evaluation_seconds(run, trainer, None, (None, None), 1.0) == 13.0
 
 
 def test_data_are_timed_without_what_was_made_ahead(monkeypatch):

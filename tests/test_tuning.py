@@ -43,9 +43,10 @@ def test_the_cheapest_point_within_the_noise_is_chosen():
 @pytest.mark.slow
 def test_the_command_exports_the_model_with_what_it_found(tmp_path):
     pipe = random_pipeline()
+    pipe.metadata = pipe.metadata.replace(fid=12.5)
     pipe.save_pretrained(tmp_path / "model")
     command = ["-m", "nvg_jax.tune_sampling", f"--workdir={tmp_path / 'model'}", "--seeds=2"]
-    command += [f"--out={tmp_path / 'tuned'}", "--data_name=digits", "--num_samples=10"]
+    command += [f"--out={tmp_path / 'tuned'}", "--data_name=digits", "--num_samples=11"]
     done = forked(*command)
     assert done.returncode == 0, done.stderr
     tuned = Pipeline.from_pretrained(tmp_path / "tuned")
@@ -54,4 +55,5 @@ def test_the_command_exports_the_model_with_what_it_found(tmp_path):
     assert tuned.settings == pipe.settings or found in points
     assert tuned.settings == pipe.settings.updated(found)
     assert tuned.fingerprint == pipe.fingerprint
+    assert tuned.metadata.fid == (12.5 if tuned.settings == pipe.settings else None)
     assert "times fewer evaluations" in done.stdout

@@ -35,8 +35,8 @@ def candidates(pipe: Pipeline) -> list[Point]:
     """What can replace the model's own settings at a lower cost, cheapest first."""
     config = pipe.tokenizer.config
     splits = config.num_stages - 2  # the last split needs no flow
-    solves = {(), tuple(range(0, splits, 2)), (0, splits // 2), (0, 1), (0,)}
-    solves = {stages for stages in solves if not stages or max(stages) < splits}
+    solves = {tuple(range(0, splits, 2)), (0, splits // 2), (0, 1), (0,)}
+    solves = {(), *(stages for stages in solves if len(stages) < splits > max(stages))}
     steps = [n for n in STEPS if n < pipe.settings.flow_steps] + [pipe.settings.flow_steps]
     points = []
     for stages in solves:

@@ -188,15 +188,20 @@ class Page:
 
     # What the painting fields show.
 
-    def upload(self, path: str) -> tuple[Any, Any, str]:
-        """For the two fields, a picture as the model sees it, and no message; or an error."""
+    def upload(self, path: str) -> tuple[Any, str]:
+        """For a field, a picture as the model sees it, and no message; or an error."""
         try:
             check_size(path)
             pixels = editing.read_picture(path, enough=ENOUGH)
         except UserError as error:  # without the folders of this machine
-            return gr.skip(), gr.skip(), failed(str(error).replace(path, Path(path).name))
-        value = {"picture": url_of(to_uint8(self.pipe.prepare(pixels)))}
-        return value, value, ""
+            return gr.skip(), failed(str(error).replace(path, Path(path).name))
+        return {"picture": url_of(to_uint8(self.pipe.prepare(pixels)))}, ""
+
+    def use(self, sample: str | None) -> tuple[Any, str]:
+        """As `upload`, for the first sample, a URL; None before there is one."""
+        if sample is None:
+            return gr.skip(), failed("There is no sample yet: press Sample first.")
+        return {"picture": sample}, ""
 
     def ready_made(self, name: str) -> dict[str, str]:
         size = self.pipe.tokenizer.config.image_size
@@ -218,7 +223,7 @@ class Page:
         spec, sizes = Settings.specs()[name], self.pipe.tokenizer.config
         value: Any = shown
         if isinstance(shown, str):
-            value = spec.parse(LABELS[name], shown.replace(" ", ""))
+            value = spec.parse(LABELS[name], shown)
         spec.expand(LABELS[name], value, sizes.num_stages, sizes.codebook_size)
         if name == "flow_steps" and value > MOST_STEPS:
             raise UserError(f"{LABELS[name]} can be at most {MOST_STEPS} on this page.")
@@ -475,7 +480,8 @@ def build(page: Page) -> gr.Blocks:
         with gr.Row():
             upload = gr.UploadButton("Upload a picture", min_width=100)
             use = gr.Button("Use sample 1", min_width=100)
-        sources.append((upload, use, message()))
+        said = message()
+        return lambda field: sources.append((upload, use, field, said))
 
     with gr.Blocks(
         title=f"nvg_jax: {page.name}", analytics_enabled=False, delete_cache=(3600, 3600)
@@ -509,14 +515,16 @@ def build(page: Page) -> gr.Blocks:
                     )
                     action("Follow the drawing", page.drawing, [drawn], "draw")
                 with gr.Tab("Picture"):
-                    picture_source()
+                    fills = picture_source()
                     reference = painting(page, "As the model sees it", {}, picture, "reference")
+                    fills(reference)
                     maps = gr.Slider(1, stages, min(3, stages), step=1, label="Maps to keep")
                     tokens = gr.Slider(0, stages, 0, step=1, label="Stages of tokens to keep")
                     action("Keep its structure", page.picture, [reference, maps, tokens], "keep")
                 with gr.Tab("Edit"):
-                    picture_source()
+                    fills = picture_source()
                     masked = painting(page, "Paint over what is to change", MASK, picture, "mask")
+                    fills(masked)
                     start = gr.Slider(0, stages - 1, 0, step=1, label="Stages to keep everywhere")
                     paste = gr.Checkbox(True, label="Put the original pixels back outside")
                     action("Change the painted part", page.edit, [masked, start, paste], "edit")
@@ -548,10 +556,9 @@ def build(page: Page) -> gr.Blocks:
                 field.input(
                     lambda _: None, field, validator=check, show_progress="hidden", **queued
                 )
-        for upload, use, said in sources:
-            fields_to_fill = [reference, masked, said]
-            upload.upload(page.upload, upload, fields_to_fill, show_progress_on=said, **queued)
-            use.click(lambda url: [{"picture": url}] * 2, first, [reference, masked])
+        for upload, use, field, said in sources:
+            upload.upload(page.upload, upload, [field, said], show_progress_on=said, **queued)
+            use.click(page.use, first, [field, said], **queued)
         ready.select(page.ready_made, ready, drawn, **queued)
         random.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
     return blocks

@@ -349,9 +349,8 @@ def read_teacher(folder: str) -> tuple[RunMetadata, Params]:
         UserError: there is no model, or it cannot sample.
     """
     metadata, params = workdir.read_model(folder)
-    check_networks(
-        f"--teacher={folder}", params, GENERATORS, "Distillation needs a model that can sample."
-    )
+    remedy = "Distillation needs a model with both generators."
+    check_networks(f"--teacher={folder}", params, GENERATORS, remedy)
     return metadata, params
 
 

@@ -171,7 +171,7 @@ def rehearse_part(
     saving = time_saving(run, state)
     lines.append(f"a save takes {saving:.3g} s, and is completed while the steps go on")
 
-    evaluation = evaluation_seconds(run, trainer, state, opened)
+    evaluation = evaluation_seconds(run, trainer, state, opened, reading)
     lines.append(f"an evaluation takes {evaluation:.3g} s")
     fid = 0.0
     if fid_seconds is not None:
@@ -224,14 +224,20 @@ def memory_line(programs: Iterable[jax.stages.Compiled]) -> str:
     return text + (f" of {limit / 2**30:.3g}" if limit else "")
 
 
-def evaluation_seconds(run: Run, trainer: Trainer, state, opened: tuple[Any, RunMetadata]) -> float:
-    """An estimate of the time of an evaluation with its picture, from one batch."""
+def evaluation_seconds(
+    run: Run, trainer: Trainer, state, opened: tuple[Any, RunMetadata], reading: float
+) -> float:
+    """An estimate of the time of an evaluation with its picture, from one batch.
+
+    Args:
+        reading: seconds that the data of a batch take.
+    """
     recipe, (inputs, metadata) = run.config[trainer.part.section], opened
     batch = next(run.test_batches(recipe))
     seconds = once_compiled(lambda: trainer.held_out(state, inputs, batch))
     count = min(recipe.eval_images or len(run.test_source), len(run.test_source))
     picture = once_compiled(lambda: trainer.picture(run, state, inputs, metadata))
-    return seconds * math.ceil(count / len(batch["label"])) + picture
+    return max(seconds, reading) * math.ceil(count / len(batch["label"])) + picture
 
 
 def once_compiled(call: Callable[[], Any]) -> float:
