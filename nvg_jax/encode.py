@@ -31,7 +31,7 @@ def main(_):
         crops=FLAGS.crops,
         seed=FLAGS.seed,
         batch_size=FLAGS.batch_size,
-        on_bad=FLAGS.on_bad,
+        on_bad=FLAGS.on_bad or data.get("on_bad", "error"),
         num_threads=FLAGS.num_threads,
         num_workers=FLAGS.num_workers,
     )
@@ -51,7 +51,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", None, "Folder of the sequences; several processes share it.")
     flags.DEFINE_integer("crops", 1, "Random crops of each training image.", lower_bound=1)
-    flags.DEFINE_enum("on_bad", "error", ["error", "skip"], "What an unreadable image does.")
+    flags.DEFINE_enum(
+        "on_bad", None, ["error", "skip"], "What an unreadable image does, if not as in training."
+    )
     flags.DEFINE_integer("num_threads", 2, "Threads that decode, in every worker.", lower_bound=1)
     flags.DEFINE_integer("num_workers", 0, "Processes that decode; 0: threads only.", lower_bound=0)
     flags.mark_flags_as_required(["workdir", "out"])

@@ -128,13 +128,18 @@ class Storable:
             (Path(folder) / "README.md").write_text(text, encoding="utf-8")
             with _reported(PREFIX + name, name, revision):
                 _api().create_repo(name, private=private, exist_ok=True)
-                commit = _api().upload_folder(
-                    repo_id=name,
-                    folder_path=folder,
-                    revision=revision,
-                    commit_message="Upload a model of nvg_jax",
-                    delete_patterns="model*.safetensors*",  # of an earlier export in more files
-                )
+                try:
+                    commit = _api().upload_folder(
+                        repo_id=name,
+                        folder_path=folder,
+                        revision=revision,
+                        commit_message="Upload a model of nvg_jax",
+                        delete_patterns="model*.safetensors*",  # of an earlier export in more files
+                    )
+                except ValueError as error:  # of the card: an unknown license, say
+                    raise UserError(
+                        f"The hub refuses it: {' '.join(str(error).split())}"
+                    ) from error
         return str(commit.commit_url)
 
 
@@ -146,7 +151,8 @@ def download_published(
     Args:
         name: hf://org/name or org/name.
         autoencoder, generator: their names in the repository. By default the one checkpoint that is
-            named like an autoencoder, and the only other one, if there is one.
+            named like an autoencoder, and the only other one, if there is one; an autoencoder that
+            is named comes alone.
 
     Raises:
         UserError: there is no such model, no permission or no network; or several files may be
@@ -156,11 +162,12 @@ def download_published(
     with _reported(PREFIX + name, name, None):
         info = _api().model_info(name)
         files = [s.rfilename for s in info.siblings or () if s.rfilename.endswith(CHECKPOINTS)]
+        alone = autoencoder is not None
         if autoencoder is None:
             named = [file for file in files if AUTOENCODER.search(Path(file).stem.lower())]
             autoencoder = _only(name, "autoencoder", named, files)
         others = [file for file in files if file != autoencoder]
-        if generator is None and others:
+        if generator is None and others and not alone:
             generator = _only(name, "generator", others, files)
         license = _license(info) or "not stated"
         logger.info("The license of %s: %s. Converting does not change it.", name, license)
@@ -204,12 +211,15 @@ def _api() -> "huggingface_hub.HfApi":
 def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
     """Says in a sentence what the hub refuses; raises a failure of the hub itself unchanged.
 
-    For a launcher, which may repeat the command, a hub that cannot be reached is a failure.
+    For a launcher, which may repeat the command, a hub that cannot be reached is a failure; but
+    what is not hf://... is rather a folder with a mistake in its name.
     """
-    unreachable = ConnectionError if is_restarted() else UserError
+    unreachable = ConnectionError if is_restarted() and is_remote(folder) else UserError
     try:
         try:
             yield
+        except errors.OfflineModeIsEnabled as error:
+            raise UserError("HF_HUB_OFFLINE is set, and this needs the hub; unset it.") from error
         except errors.HFValidationError as error:
             raise UserError(f"{name} is not a name of the hub: {error}") from error
         except errors.GatedRepoError as error:

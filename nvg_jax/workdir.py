@@ -34,7 +34,12 @@ def read_export(folder: epath.Path, *networks: str) -> tuple[RunMetadata, dict[s
             f"{folder} holds adapters. Open the model that they were trained on, and add them with "
             "Pipeline.load_lora."
         )
-    return metadata, export.read(folder, checksums, networks or metadata.model.networks)
+    try:
+        return metadata, export.read(folder, checksums, networks or metadata.model.networks)
+    except (UserError, FileNotFoundError):
+        if export.read_config(folder) == stored:
+            raise
+        return read_export(folder, *networks)  # a training has replaced it
 
 
 def read_model(

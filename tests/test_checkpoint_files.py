@@ -412,6 +412,13 @@ def test_other_files_are_refused(tmp_path, body, sentence):
         read_state_dict(path)
 
 
+def test_a_type_that_numpy_lacks_is_refused(tmp_path):
+    header = b'{"half": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}'
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(UserError, match="x.safetensors: .*the element type of 'half' is not supp"):
+        read_state_dict(tmp_path / "x.safetensors")
+
+
 def test_other_zips_are_refused(tmp_path):
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as archive:

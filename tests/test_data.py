@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from absl import flags
 from helpers import Process, raising, wait_for
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from reference import resizing
 
 from nvg_jax.data import (
@@ -94,6 +94,11 @@ def test_fashion_mnist_idx_files(tmp_path, monkeypatch):
     assert (np.stack([item["image"] for item in items(source)]) == images).all()
     assert source.class_names[9] == "Ankle boot"
 
+    described = source.describe()
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", 255 - images)
+    other = open_source("fashion_mnist", "train", data_dir=str(tmp_path))
+    assert other.listing() == source.listing() and other.describe() != described
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
     with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte.*apt-get install"):
         open_source("fashion_mnist", "test", data_dir=str(tmp_path))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([9, 0]))
@@ -796,15 +801,24 @@ def test_what_lies_beside_the_class_folders_is_named(tmp_path, caplog):
     ]
 
 
-def test_a_camera_picture_is_read_at_a_smaller_size():
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    "size, expected",
+    [((960, 640), (240, 160)), ((500, 375), (250, 188)), ((2048, 1365), (256, 171))],
+)
+def test_a_camera_picture_is_read_at_a_smaller_size(size, expected, orientation):
     coarse = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
-    whole = Image.fromarray(coarse).resize((960, 640), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    whole.save(file, "JPEG", quality=95)
+    whole = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    whole.save(file, "JPEG", quality=95, exif=exif)
     content = file.getvalue()
+    whole = ImageOps.exif_transpose(Image.open(file))
     transform = Transform((32, 32))
     read = transform.decode(content)
-    assert read.size == (240, 160)  # the smallest part that is at least 3 * 36
+    assert read.size == (
+        expected if orientation < 5 else expected[::-1]
+    )  # the smallest part that is at least 3 * 36
     np.testing.assert_allclose(transform(read), transform(whole), atol=0.02)  # of 2
     published = Transform((32, 32), resize_filter="published")
     assert published.decode(content).size == whole.size

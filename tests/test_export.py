@@ -16,7 +16,7 @@ from safetensors import safe_open
 from nvg_jax import Pipeline
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import export
-from nvg_jax.runtime.storage import fingerprint
+from nvg_jax.runtime.storage import fingerprint, sealed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -88,6 +88,32 @@ def test_damage_is_found_and_named(pipe, tmp_path):
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(UserError, match="lacks model.safetensors. Copy the folder again, whole"):
         Pipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("files", [{"/etc/hostname": "x"}, {"../model.safetensors": "x"}, {}, None])
+def test_a_config_names_no_other_files(pipe, tmp_path, files):
+    """Anyone can compute its checksum; a message must not advise to delete /etc/hostname."""
+    pipe.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["digest"]
+    (tmp_path / "config.json").write_text(sealed(content | {"files": files}))
+    with pytest.raises(UserError, match="config.json does not name the files of a model"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_a_model_that_is_replaced_while_it_is_read_is_read_again(pipe, tmp_path, monkeypatch):
+    """As the best one of a training that goes on."""
+    pipe.save_pretrained(tmp_path)
+    params, digest = jax.tree.map(lambda x: 2 * x, pipe.params), export.sha256
+
+    def replaced(path):
+        monkeypatch.setattr(export, "sha256", digest)
+        Pipeline(pipe.metadata, params).save_pretrained(tmp_path)
+        return digest(path)
+
+    monkeypatch.setattr(export, "sha256", replaced)
+    found = Pipeline.from_pretrained(tmp_path).params
+    jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
 def test_weights_that_do_not_fit_are_refused(pipe, tmp_path):

@@ -132,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if path == "/api/validate-yaml":
-            return self.reply(200, {"errors": [], "warnings": []})
+            errors = [{"message": '"license" must be one of'}] if b"license: mine" in body else []
+            return self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
         if not self.allowed([path]):
             return self.refuse(403)
         if path == "/api/repos/create":
@@ -267,6 +268,11 @@ def test_without_a_network_the_sentence_says_so(server, monkeypatch):
     monkeypatch.setenv("NVG_HEARTBEAT", "/a/file")  # a launcher's: a restart may mend it
     with pytest.raises(ConnectionError, match="cannot be reached"):
         Pipeline.from_pretrained("hf://runs/digts")
+    with pytest.raises(UserError, match="There is no folder runs/digts, so .* cannot be reached"):
+        Pipeline.from_pretrained("runs/digts")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and this needs the hub; unset it"):
+        hub.download_published("authors/model")
 
 
 def test_an_upload_needs_a_whole_name(pipe, tmp_path):
@@ -284,6 +290,8 @@ def test_an_upload_replaces_the_one_before_and_has_a_card(server, pipe, monkeypa
     with pytest.raises(UserError, match="does not permit this for org/mine .403.. Give a token"):
         pipe.push_to_hub("org/mine")
     monkeypatch.setenv("HF_TOKEN", "good")
+    with pytest.raises(UserError, match='refuses it: Invalid .* - "license" must be one of'):
+        pipe.push_to_hub("org/mine", license="mine")
     server.repositories["org/mine"] = {"model-00001-of-00002.safetensors": b"old"}
     assert pipe.push_to_hub("org/mine", "float16", license="mit").startswith("http")
     files = server.repositories["org/mine"]
@@ -360,6 +368,7 @@ def test_published_checkpoints_are_found_in_a_repository(server, tmp_path, caplo
         hub.download_published("authors/model")
     _, generator = hub.download_published("authors/model", generator="d20.ckpt")
     assert generator.read_bytes() == b"20"
+    assert hub.download_published("authors/model", autoencoder="ae.ckpt")[1] is None
     server.gated.add("authors/model")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="authors/model is gated"):

@@ -166,6 +166,9 @@ def test_latent_size_of_an_autoencoder(keys):
     del names["quantize.quant_resi.8.weight"], names["quantize.quant_resi.8.bias"]
     with pytest.raises(ValueError, match="128 latent positions.*Give its latent size"):
         weight_names.tokenizer_sizes(stand_ins(names))
+    others = {name: shape for name, shape in names.items() if "quant_resi" not in name}
+    with pytest.raises(ValueError, match="has no quantize.quant_resi; it is not one of NVG"):
+        weight_names.tokenizer_sizes(stand_ins(others))
 
 
 @pytest.mark.slow

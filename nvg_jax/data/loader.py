@@ -372,7 +372,8 @@ def _stacking(options: LoaderOptions) -> Callable[[Sequence[dict[str, Any]]], di
     count = 2 * options.num_workers * (options.prefetch + 1) + 1
     pixels = 4 * 3 * math.prod(options.transform.image_size)
     room = shutil.disk_usage(SHARED_MEMORY).free / 2  # an evaluation's workers need some, too
-    fits = count * options.process_batch_size * pixels < room
+    processes = int(os.environ.get("SLURM_NTASKS_PER_NODE") or 1)  # of this machine
+    fits = processes * count * options.process_batch_size * pixels < room
     return functools.partial(_stack, copy=np.ascontiguousarray) if fits else _stack
 
 

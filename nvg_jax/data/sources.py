@@ -26,7 +26,7 @@ from etils import epy
 from PIL import Image
 
 from nvg_jax.errors import UserError, comes_with, is_failure, is_mistake, listed, reported
-from nvg_jax.runtime.storage import digest, local_path
+from nvg_jax.runtime.storage import digest, fingerprint, local_path
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     import tensorflow_datasets as tfds
@@ -113,6 +113,14 @@ class ArraySource(Source):
         super().__init__(class_names)
         self._images, self._labels, self._name = images, labels, name
 
+    @functools.cached_property
+    def _digest(self) -> str:
+        return fingerprint([self._images, self._labels])
+
+    def describe(self) -> str:
+        """A hash of all images and labels."""
+        return self._digest
+
     @property
     def images_per_class(self) -> tuple[int, ...]:
         return tuple(np.bincount(self._labels, minlength=self.num_classes).tolist())
@@ -180,11 +188,24 @@ class FolderSource(Source):
 
 
 class TfdsSource(Source):
-    """A split of a data set that TFDS has prepared as ArrayRecord; the images stay encoded."""
+    """A split of a data set that TFDS has prepared as ArrayRecord; the images stay encoded.
 
-    def __init__(self, records: Sequence[dict[str, Any]], class_names: Sequence[str], name: str):
+    Args:
+        sizes: of its files, which tell it from another of this name.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        class_names: Sequence[str],
+        name: str,
+        sizes: Sequence[int] = (),
+    ):
         super().__init__(class_names)
-        self._records, self._name = records, name
+        self._records, self._name, self._sizes = records, name, sizes
+
+    def describe(self) -> Any:
+        return [*self.listing(), self._name, *self._sizes]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -564,7 +585,9 @@ def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
                 f"The data set in '{newest}' is not in ArrayRecord format; prepare it with "
                 "file_format='array_record', as docs/data.md shows."
             ) from error
-        return TfdsSource(records, names, f"{builder.info.full_name} {split}")
+        info = builder.info.splits[split]
+        sizes = [*info.shard_lengths, info.num_bytes]
+        return TfdsSource(records, names, f"{builder.info.full_name} {split}", sizes)
 
     first, *others = available
     source = opened(first)

@@ -6,7 +6,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from nvg_jax.data import lanczos4
 from nvg_jax.errors import UserError, is_failure
@@ -15,6 +15,7 @@ READ_AT = 3  # as reducing_gap of Image.resize, which Pillow calls indistinguish
 RESIZE_FILTERS = ("lanczos", "published")
 DEFAULT_FILTER = "lanczos"
 PROGRAMS = ("EPS", "WMF")  # formats that Pillow reads by running what is in the file
+WHOLE = "nvg_jax_whole"
 LONG = 16  # an image this many times as long as its crop is not resized whole
 
 
@@ -31,7 +32,8 @@ def decode(
     Args:
         image: content of an image file, an opened one, or uint8 (H, W) or (H, W, 3).
         enough: a JPEG with both sides at least twice as long is read at a half, a quarter or an
-            eighth of its size, without decoding it whole.
+            eighth of its size, without decoding it whole. The sides are rounded up: `WHOLE` in the
+            image's info is (its whole width and height, the box that they have become).
 
     Raises:
         UserError: not an image, one of `PROGRAMS`, a damaged one, or one that cannot be converted
@@ -46,7 +48,9 @@ def decode(
             if opened.format in PROGRAMS:
                 raise UserError(f"a program in {opened.format}; make it a PNG")
             if enough is not None:
-                opened.draft(None, (enough, enough))
+                whole = opened.size
+                if drafted := opened.draft(None, (enough, enough)):
+                    opened.info[WHOLE] = whole, drafted[1]
             return _to_rgb(opened, background)
     except UnidentifiedImageError as error:
         raise UserError("not an image of a known format") from error
@@ -59,7 +63,10 @@ def decode(
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF data raise errors of many kinds
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         image = ImageOps.exif_transpose(image)
+        if WHOLE in image.info:
+            image.info[WHOLE] = _turned(*image.info[WHOLE], image.size, orientation)
     if image.mode.startswith("I"):
         gray = np.asarray(image)
         rgb = Image.fromarray(_to_8_bits(gray)).convert("RGB")
@@ -73,6 +80,16 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         ground = Image.new("RGBA", rgba.size, background)
         return Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _turned(whole, box, size, orientation: int):
+    """`WHOLE` of an image that was turned to `size`: (whole width and height, box)."""
+    (width, height), (right, bottom) = whole, box[2:]
+    if orientation >= 5:
+        width, height, right, bottom = height, width, bottom, right
+    left = size[0] - right if orientation in (2, 3, 6, 7) else 0
+    top = size[1] - bottom if orientation in (3, 4, 7, 8) else 0
+    return (width, height), (left, top, left + right, top + bottom)
 
 
 def _to_8_bits(gray: np.ndarray) -> np.ndarray:
@@ -147,7 +164,8 @@ class Transform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         """Returns float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None takes the center."""
-        height, width = size = self.resized(image.height, image.width)
+        whole, _ = image.info.get(WHOLE, (image.size, None))
+        height, width = size = self.resized(*whole[::-1])
         room = height - self.image_size[0], width - self.image_size[1]
         if rng is not None:
             top, left = (rng.integers(-self.pad, n + self.pad + 1) for n in room)
@@ -172,11 +190,13 @@ class Transform:
         The resizing of a part rounds its source positions differently, in the last bit of float64,
         so images of usual shapes are resized whole.
         """
-        height, width = self.resized(image.height, image.width)
+        whole, box = image.info.get(WHOLE, (image.size, (0, 0, *image.size)))
+        height, width = self.resized(*whole[::-1])
         top, left, bottom, right = 0, 0, height, width
         if height * width > LONG * math.prod(self.cover):
             top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-        x, y = (lambda n: n * image.width / width), (lambda n: n * image.height / height)
+        x = lambda n: box[0] + n * (box[2] - box[0]) / width
+        y = lambda n: box[1] + n * (box[3] - box[1]) / height
         resized = image.resize(
             (int(right - left), int(bottom - top)),
             Image.Resampling.LANCZOS,

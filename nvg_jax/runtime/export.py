@@ -137,7 +137,7 @@ def read_config(folder: epath.Path) -> tuple[dict[str, Any], dict[str, str]] | N
     """(metadata, {file of weights: its SHA-256}) of a folder's model; None if it holds none.
 
     Raises:
-        UserError: config.json is damaged or was edited.
+        UserError: config.json is damaged or was edited, or names other files than an export's.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -155,7 +155,10 @@ def read_config(folder: epath.Path) -> tuple[dict[str, Any], dict[str, str]] | N
         return None
     if content.pop("digest", None) == digest(content):
         del content["model_type"]
-        return content, content.pop("files")
+        files = content.pop("files", None)
+        if isinstance(files, dict) and files and all(map(WEIGHTS.fullmatch, files)):
+            return content, files
+        raise UserError(f"{path} does not name the files of a model; it is not of our export.")
     raise UserError(
         f"{path} is damaged or was edited: its checksum does not match. Restore a copy of it, or "
         "export the model again."

@@ -76,7 +76,7 @@ def read_state_dict(
     try:
         if _is_safetensors(data):
             with _open_safetensors(path) as file:
-                return {k: file.get_tensor(k) for k in file.keys() if keep is None or keep(k)}
+                return {k: _numpy(file, k) for k in file.keys() if keep is None or keep(k)}
         if data[:4] == b"PK\x03\x04":
             content, locate = _open_zip(data, path)
         elif data[:1] == pickle.PROTO:
@@ -122,6 +122,13 @@ def _safetensors_or_none(path: str | Path):
             yield file
     except UserError as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
+
+
+def _numpy(file, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError) as error:  # a type that NumPy lacks, such as float8
+        raise UserError(f"the element type of {name!r} is not supported ({error})") from error
 
 
 def _is_safetensors(start) -> bool:

@@ -228,7 +228,10 @@ def tokenizer_sizes(
             f"The autoencoder's levels have {widths} channels, which should be whole multiples of "
             f"its first convolution's {base}."
         )
-    positions = 2 ** (_count(tensors, r"quantize\.quant_resi\.(\d+)\..*") - 1)
+    splits = _count(tensors, r"quantize\.quant_resi\.(\d+)\..*")
+    if not splits:
+        raise UserError("The autoencoder has no quantize.quant_resi; it is not one of NVG.")
+    positions = 2 ** (splits - 1)
     if latent_size is None:
         side = int(positions**0.5)
         latent_size = (side, side)
