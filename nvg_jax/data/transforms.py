@@ -66,7 +66,8 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         image = ImageOps.exif_transpose(image)
         if WHOLE in image.info:
-            image.info[WHOLE] = _turned(*image.info[WHOLE], image.size, orientation)
+            whole, box = image.info[WHOLE]
+            image.info[WHOLE] = _turned(whole, box, image.size, orientation)
     if image.mode.startswith("I"):
         gray = np.asarray(image)
         rgb = Image.fromarray(_to_8_bits(gray)).convert("RGB")
