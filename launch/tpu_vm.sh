@@ -337,8 +337,12 @@ attempt() {
 if [[ $now == NOT_FOUND ]]; then
     ours=1
     if ! call 300 "${create[@]}"; then
-        state # only the answer may be lost
-        [[ $now != NOT_FOUND ]] || give_up "the request for $name failed, see above"
+        for _ in 1 2 3; do # only the answer may be lost
+            state
+            [[ $now == unknown ]] || break
+            pause
+        done
+        [[ $now != NOT_FOUND && $now != unknown ]] || give_up "the request for $name failed, see above"
     fi
 fi
 wanted= # what was preempted is deleted, and not requested again yet

@@ -120,15 +120,18 @@ def main(command, set_up=lambda: None, kept: str = ""):
     except KeyboardInterrupt:  # before `interrupts` listened
         interrupts.end()
     except jax.errors.JaxRuntimeError as error:
-        # What fitted before fits again: the memory may be another's, such as a killed process's.
-        passes = is_restarted() and heartbeat.has_trained()
-        if not OUT_OF_MEMORY.search(str(error)) or passes or flags.FLAGS.verbosity > 0:
+        if not OUT_OF_MEMORY.search(str(error)) or flags.FLAGS.verbosity > 0:
             raise
-        exit_with_error(
+        sentence = (
             f"The devices have too little memory ({str(error).splitlines()[0]}). Use a smaller "
             "batch, more devices, or in training a larger --config.mesh.fsdp; python -m "
             "nvg_jax.compile reports the memory that a step needs."
         )
+        # What fitted before may fit again: the memory was another's, such as a killed process's.
+        if is_restarted() and heartbeat.has_trained():
+            logger.error(sentence)
+            raise
+        exit_with_error(sentence)
     except UserError as error:
         if flags.FLAGS.verbosity > 0:
             raise
@@ -301,9 +304,9 @@ def find_devices():
     except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without its plugin
         # JAX adds its options to `config` when it is imported.
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
-        # A launcher asks for the TPU that is there; that it cannot be started may pass.
-        of_tpu = "Unable to initialize backend 'tpu'" in str(error)
-        passes = is_restarted() if of_tpu else is_failure(error)
+        # A launcher asks for the devices that are there; that they cannot be started may pass.
+        found = re.search("Unable to initialize backend '(tpu|cuda)'", str(error))
+        passes = is_restarted() if found else is_failure(error)
         if not platforms or passes or "already in use" in str(error):
             raise
         raise UserError(

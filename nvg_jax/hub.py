@@ -137,6 +137,8 @@ class Storable:
                         delete_patterns="model*.safetensors*",  # of an earlier export in more files
                     )
                 except ValueError as error:  # of the card: an unknown license, say
+                    if isinstance(error, json.JSONDecodeError):  # a proxy's answer
+                        raise
                     raise UserError(
                         f"The hub refuses it: {' '.join(str(error).split())}"
                     ) from error
@@ -151,8 +153,8 @@ def download_published(
     Args:
         name: hf://org/name or org/name.
         autoencoder, generator: their names in the repository. By default the one checkpoint that is
-            named like an autoencoder, and the only other one, if there is one; an autoencoder that
-            is named comes alone.
+            named like an autoencoder, and the only other one, if there is one; of several, none for
+            an autoencoder that is named.
 
     Raises:
         UserError: there is no such model, no permission or no network; or several files may be
@@ -167,7 +169,7 @@ def download_published(
             named = [file for file in files if AUTOENCODER.search(Path(file).stem.lower())]
             autoencoder = _only(name, "autoencoder", named, files)
         others = [file for file in files if file != autoencoder]
-        if generator is None and others and not alone:
+        if generator is None and (len(others) == 1 or (others and not alone)):
             generator = _only(name, "generator", others, files)
         license = _license(info) or "not stated"
         logger.info("The license of %s: %s. Converting does not change it.", name, license)
@@ -211,10 +213,9 @@ def _api() -> "huggingface_hub.HfApi":
 def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
     """Says in a sentence what the hub refuses; raises a failure of the hub itself unchanged.
 
-    For a launcher, which may repeat the command, a hub that cannot be reached is a failure; but
-    what is not hf://... is rather a folder with a mistake in its name.
+    For a launcher, which may repeat the command, a hub that cannot be reached is a failure.
     """
-    unreachable = ConnectionError if is_restarted() and is_remote(folder) else UserError
+    unreachable = ConnectionError if is_restarted() else UserError
     try:
         try:
             yield
@@ -250,10 +251,10 @@ def _reported(folder: str, name: str, revision: str | None) -> Iterator[None]:
             raise unreachable(
                 f"The hub cannot be reached ({error}). Check the network and HF_ENDPOINT."
             ) from error
-    except UserError as error:
-        if is_remote(folder):
+    except (UserError, ConnectionError) as error:
+        if is_remote(folder) or type(error) not in (UserError, ConnectionError):
             raise
-        raise UserError(
+        raise type(error)(
             f"There is no folder {folder}, so it must be a model of the Hugging Face hub. {error}"
         ) from error
 

@@ -34,7 +34,6 @@ def main(_):
     own = tuning.Point(tuning.evaluations(pipe, pipe.settings), {})
     if not points:
         raise UserError("This model's own settings are already the cheapest that can be tried.")
-    make_folder(out)  # fails now, not after the measurements
     data = cli.data_section(pipe.metadata)
     size = pipe.tokenizer.config.image_size
     classification.check_classes(pipe, sets.Split(data, "train", size).source)
@@ -48,6 +47,7 @@ def main(_):
             f"FID needs more samples than the judge has features, {features}, to compare settings; "
             f"give a larger --num_samples than {FLAGS.num_samples}."
         )
+    make_folder(out)  # fails now, not after the measurements
     job = sampling_runs.SamplingJob.cycling(
         pipe, FLAGS.num_samples, FLAGS.batch_size, FLAGS.seed, {}
     )

@@ -1,5 +1,6 @@
 """Reads the model in a folder: of a training run, an export, a bundled model or one of the hub."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -9,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from nvg_jax import bundled, hub, lora
-from nvg_jax.errors import UserError
+from nvg_jax.errors import UserError, reported
 from nvg_jax.metadata import RunMetadata, read_checkpoint, read_metadata
 from nvg_jax.parts import DISTILLATION, GENERATOR_PARTS, GENERATORS, TOKENIZER
 from nvg_jax.runtime import export, storage
@@ -67,6 +68,8 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
             another tokenizer.
     """
     if not folder.is_dir():
+        with reported(f"{folder} cannot be read"), contextlib.suppress(*storage.MISSING):
+            os.stat(folder)
         raise UserError(
             f"There is no folder {folder}. Give the --workdir of a training run, a folder that was "
             f"exported or converted, or a bundled model: {', '.join(bundled.MODELS)}."

@@ -92,6 +92,8 @@ def test_an_evaluation_is_timed_with_its_picture(monkeypatch):
     )
     # Three batches of 2 s, and a picture of 7 s.
     assert rehearsal.evaluation_seconds(run, trainer, None, (None, None), 1.0) == 13.0
+    trainer.held_out, trainer.picture = taking(60.0, 2.0), taking(90.0, 7.0)
+    assert rehearsal.evaluation_seconds(run, trainer, None, (None, None), 5.0) == 22.0
 
 
 def test_data_are_timed_without_what_was_made_ahead(monkeypatch):

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import raising
 
+from nvg_jax import workdir
 from nvg_jax.errors import UserError
 from nvg_jax.runtime import checkpoint, storage
 from nvg_jax.runtime.storage import (
@@ -142,3 +144,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="x cannot be written: No such file"):
         with atomic_write(tmp_path / "missing" / "x"):
             pass
+
+
+def test_a_disk_that_fails_is_no_mistake_and_a_closed_folder_is_one_where_it_is_read(monkeypatch):
+    """Whether a machine may enter a folder says nothing of those that will."""
+    failing = lambda number: raising(OSError(number, os.strerror(number)))
+    monkeypatch.setattr(os, "stat", failing(errno.ESTALE))
+    with pytest.raises(OSError, match="Stale file handle"):
+        storage_path("/mnt/nfs/run")
+    monkeypatch.setattr(os, "stat", failing(errno.EACCES))
+    place = storage_path("/mnt/closed/run")
+    with pytest.raises(UserError, match="/mnt/closed/run cannot be read: Permission denied"):
+        workdir.read_workdir(place)

@@ -65,7 +65,7 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     with contextlib.suppress(Exception):  # damaged EXIF data raise errors of many kinds
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         image = ImageOps.exif_transpose(image)
-        if WHOLE in image.info:
+        if WHOLE in image.info and orientation != 1:  # 1 also if it has been turned already
             whole, box = image.info[WHOLE]
             image.info[WHOLE] = _turned(whole, box, image.size, orientation)
     if image.mode.startswith("I"):
@@ -86,7 +86,7 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
 def _turned(whole, box, size, orientation: int):
     """`WHOLE` of an image that was turned to `size`: (whole width and height, box)."""
     (width, height), (right, bottom) = whole, box[2:]
-    if orientation >= 5:
+    if orientation in (5, 6, 7, 8):
         width, height, right, bottom = height, width, bottom, right
     left = size[0] - right if orientation in (2, 3, 6, 7) else 0
     top = size[1] - bottom if orientation in (3, 4, 7, 8) else 0

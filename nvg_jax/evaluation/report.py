@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from nvg_jax import pretrained
+from nvg_jax.errors import reported
 from nvg_jax.evaluation.features import METRICS, FeatureSet, Moments, generation_metrics
 from nvg_jax.evaluation.judges import Judge
 from nvg_jax.evaluation.sets import Archive, ImageSet
@@ -159,7 +160,8 @@ def reference_features(images: ImageSet, judge: Judge) -> FeatureSet:
             # A folder of this name may have been left in the own cache of any machine.
             new = folder / f"shared_{int(from_main(secrets.randbits(48)))}"
             if is_main() and free:
-                new.touch()
+                with pretrained.keeping("parts are"), reported(f"{new} cannot be written"):
+                    new.touch()
             barrier("it is known whether the cache is shared")
             parts = folder / "parts" if everywhere(os.path.exists(new)) else None
             features = features_of(images, judge, parts, keep)

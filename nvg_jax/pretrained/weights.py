@@ -133,7 +133,7 @@ def load(name: str, cache: str | os.PathLike | None = None) -> dict[str, Any]:
     source, path = PUBLISHED[_known(name)], _path(name, cache)
     own = f"NVG_CACHE={path.parent} " if cache else ""
     command = f"{own}python -m nvg_jax.convert --pretrained={name} --from={','.join(source.files)}"
-    if not path.exists():
+    if not os.path.exists(path):
         without = f" Or train without: --config.{source.without}." if source.without else ""
         raise UserError(
             f"The weights of {name} are missing ({path}). Download {_files(source)}, and run "

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import posixpath
 import re
@@ -23,13 +24,14 @@ import jax
 import numpy as np
 from etils import epath, epy
 
-from nvg_jax.errors import UserError, comes_with, reported
+from nvg_jax.errors import UserError, comes_with, is_mistake, reported
 from nvg_jax.runtime.processes import everywhere, from_main, is_main, is_restarted
 
 with epy.lazy_imports(error_callback=comes_with("train")):  # slow, and only for gs://
     import gcsfs
     from gcsfs import retry
 
+logger = logging.getLogger("nvg_jax")
 MISSING = FileNotFoundError, NotADirectoryError
 PATIENCE = 180  # seconds; a lock of NFSv4 lives for 90 after its machine
 RETRIES = 11  # a request to Cloud Storage is repeated after 1, 2, 4, 8, 16, 32, 32, ... seconds
@@ -114,6 +116,8 @@ def storage_path(name: str | os.PathLike) -> epath.Path:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{path} cannot be used: {error.strerror}.") from error
+        if not is_mistake(error):  # of a disk; who may not enter a folder is told at its use
+            raise
     return epath.Path(path)
 
 
@@ -226,9 +230,12 @@ def locked(folder: Path | epath.Path, patience: float = 0) -> Iterator[bool]:
         if is_main():
             make_folder(folder)
             if not in_bucket(folder):
-                end = time.monotonic() + patience
-                while not (free := _lock(folder, os.O_RDONLY, stack)) and time.monotonic() < end:
+                free, end = _lock(folder, os.O_RDONLY, stack), time.monotonic() + patience
+                if patience and not free:
+                    logger.warning("%s is in use; waiting for %d s at most", folder, patience)
+                while not free and time.monotonic() < end:
                     time.sleep(5)
+                    free = _lock(folder, os.O_RDONLY, stack)
         yield bool(from_main(free))
 
 

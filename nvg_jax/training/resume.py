@@ -94,7 +94,7 @@ def step_to_go_back_to(
 ) -> int | None:
     """`run.resume.step`, or None if the run, of which `latest` is, went back there already.
 
-    That checkpoint may have been damaged: then it goes on from the one before, which is the latest.
+    That checkpoint may have been damaged: then it is the one before, which is the latest.
     """
     step, folder = run.resume.step, run.workdir / trainer.part.name
     if step is None:
@@ -103,7 +103,7 @@ def step_to_go_back_to(
         return step
     lost = (folder / f"damaged_{step}").exists() and not (folder / str(step)).exists()
     if lost and latest.step is not None and latest.step < step:
-        return None
+        return latest.step
     if not latest.went_back_to(step):
         return step
     if changed_settings(latest, new, trainer.part.section):
@@ -134,7 +134,7 @@ def continued(
             "settings": {k: [*v] for k, v in settings.items()},
         }
         if step is not None:
-            change["resume_step"] = step
+            change["resume_step"] = run.resume.step
         changes = (*changes, change)
     origin = Origin(changes[-1]["step"], changes[-1]["images"]) if changes else START
     if origin != trainer.origin:
