@@ -42,7 +42,7 @@ def main(_):
     judge = judges.fit_classifier(data["name"], train.images, train.labels, count)
     reference = report.features_of(train, judge, keep=0)
     features = len(reference.pool_mean)
-    if FLAGS.num_samples <= features:
+    if report.too_few({"images": FLAGS.num_samples, "features": features}):
         raise UserError(
             f"FID needs more samples than the judge has features, {features}, to compare settings; "
             f"give a larger --num_samples than {FLAGS.num_samples}."

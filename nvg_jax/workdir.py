@@ -58,6 +58,14 @@ def read_model(
     return read_export(place) or read_workdir(place)
 
 
+def check_folder(folder: epath.Path, remedy: str):
+    """Raises UserError if there is no such folder, or it cannot be looked at."""
+    if not folder.is_dir():
+        with reported(f"{folder} cannot be read"), contextlib.suppress(*storage.MISSING):
+            os.stat(folder)
+        raise UserError(f"There is no folder {folder}. {remedy}")
+
+
 def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
     """(metadata, parameters) of a workdir's latest checkpoints: raw tokenizer, averaged generators.
 
@@ -67,13 +75,11 @@ def read_workdir(folder: epath.Path) -> tuple[RunMetadata, dict[str, Any]]:
         UserError: there is no such folder, no tokenizer, or a generator that was trained with
             another tokenizer.
     """
-    if not folder.is_dir():
-        with reported(f"{folder} cannot be read"), contextlib.suppress(*storage.MISSING):
-            os.stat(folder)
-        raise UserError(
-            f"There is no folder {folder}. Give the --workdir of a training run, a folder that was "
-            f"exported or converted, or a bundled model: {', '.join(bundled.MODELS)}."
-        )
+    check_folder(
+        folder,
+        "Give the --workdir of a training run, a folder that was exported or converted, or a "
+        f"bundled model: {', '.join(bundled.MODELS)}.",
+    )
     generators = trained_generators(folder)
     for place in (folder, *(m.tokenizer_workdir or folder for _, m in generators.values())):
         tokenizer = read_tokenizer(place)
@@ -221,11 +227,7 @@ class Adapters(hub.Storable):
             content, checksums = stored
             params = export.read(folder, checksums, content["base"])
             return cls(RunMetadata.from_json(content), params)
-        if not folder.is_dir():
-            raise UserError(
-                f"There is no folder {folder}. Give the workdir of a training with lora.rank, or "
-                "saved adapters."
-            )
+        check_folder(folder, "Give the workdir of a training with lora.rank, or saved adapters.")
         metadata, adapters, base = None, {}, {}
         for name, (part_folder, part_metadata) in trained_generators(folder).items():
             if part_metadata.base:

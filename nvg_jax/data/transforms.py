@@ -83,6 +83,11 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def _whole(image: Image.Image):
+    """`WHOLE` of an image, also of one that was not read at a smaller size."""
+    return image.info.get(WHOLE, (image.size, (0, 0, *image.size)))
+
+
 def _turned(whole, box, size, orientation: int):
     """`WHOLE` of an image that was turned to `size`: (whole width and height, box)."""
     (width, height), (right, bottom) = whole, box[2:]
@@ -165,7 +170,7 @@ class Transform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> np.ndarray:
         """Returns float32 (H, W, 3) in [-1, 1]; `rng` draws the crop, None takes the center."""
-        whole, _ = image.info.get(WHOLE, (image.size, None))
+        whole, _ = _whole(image)
         height, width = size = self.resized(*whole[::-1])
         room = height - self.image_size[0], width - self.image_size[1]
         if rng is not None:
@@ -191,7 +196,7 @@ class Transform:
         The resizing of a part rounds its source positions differently, in the last bit of float64,
         so images of usual shapes are resized whole.
         """
-        whole, box = image.info.get(WHOLE, (image.size, (0, 0, *image.size)))
+        whole, box = _whole(image)
         height, width = self.resized(*whole[::-1])
         top, left, bottom, right = 0, 0, height, width
         if height * width > LONG * math.prod(self.cover):

@@ -480,8 +480,7 @@ def build(page: Page) -> gr.Blocks:
         with gr.Row():
             upload = gr.UploadButton("Upload a picture", min_width=100)
             use = gr.Button("Use sample 1", min_width=100)
-        said = message()
-        return lambda field: sources.append((upload, use, field, said))
+        return upload, use, message()
 
     with gr.Blocks(
         title=f"nvg_jax: {page.name}", analytics_enabled=False, delete_cache=(3600, 3600)
@@ -515,16 +514,16 @@ def build(page: Page) -> gr.Blocks:
                     )
                     action("Follow the drawing", page.drawing, [drawn], "draw")
                 with gr.Tab("Picture"):
-                    fills = picture_source()
+                    source = picture_source()
                     reference = painting(page, "As the model sees it", {}, picture, "reference")
-                    fills(reference)
+                    sources.append((*source, reference))
                     maps = gr.Slider(1, stages, min(3, stages), step=1, label="Maps to keep")
                     tokens = gr.Slider(0, stages, 0, step=1, label="Stages of tokens to keep")
                     action("Keep its structure", page.picture, [reference, maps, tokens], "keep")
                 with gr.Tab("Edit"):
-                    fills = picture_source()
+                    source = picture_source()
                     masked = painting(page, "Paint over what is to change", MASK, picture, "mask")
-                    fills(masked)
+                    sources.append((*source, masked))
                     start = gr.Slider(0, stages - 1, 0, step=1, label="Stages to keep everywhere")
                     paste = gr.Checkbox(True, label="Put the original pixels back outside")
                     action("Change the painted part", page.edit, [masked, start, paste], "edit")
@@ -556,7 +555,7 @@ def build(page: Page) -> gr.Blocks:
                 field.input(
                     lambda _: None, field, validator=check, show_progress="hidden", **queued
                 )
-        for upload, use, field, said in sources:
+        for upload, use, said, field in sources:
             upload.upload(page.upload, upload, [field, said], show_progress_on=said, **queued)
             use.click(page.use, first, [field, said], **queued)
         ready.select(page.ready_made, ready, drawn, **queued)

@@ -347,7 +347,7 @@ LPIPS_UNNEEDED = r"(classifier|pre_logits|head|lins|scaling_layer)\..*"
 LPIPS_HEADS = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1"
 PUBLISHED = {
     "lpips": Published(
-        Lpips("vgg"),
+        Lpips(LPIPS_NETWORKS["lpips"]),
         ((1, 64, 64, 3),) * 2,
         _lpips_shapes,
         _lpips_params,
@@ -359,7 +359,7 @@ PUBLISHED = {
         "tokenizer_training.perceptual_weight=0",
     ),
     "lpips_alex": Published(
-        Lpips("alex"),
+        Lpips(LPIPS_NETWORKS["lpips_alex"]),
         ((1, 64, 64, 3),) * 2,
         _lpips_shapes,
         _lpips_params,
