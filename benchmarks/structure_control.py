@@ -12,15 +12,18 @@ every k, this prints
   for, beside that of samples without a given structure.
 
 "chance" is that of a picture of another class instead of a sample, "ceiling" that of the picture's
-reconstruction. With --figure, also draws samples with the maps of the pictures in --show.
+reconstruction. --curves draws the table, --figure samples with the maps of the pictures in --show.
+The flags of `nvg_jax.sample`, such as --content_guidance, set how samples are drawn.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from matplotlib import figure
 from scipy.optimize import linear_sum_assignment
 
 from nvg_jax import cli
@@ -72,6 +75,16 @@ class Pictures:
         self.silhouettes = (self.images - on("black")).mean(-1) < 1
 
 
+class Row(NamedTuple):
+    """One line of the table: chance, samples and ceiling of the maps; silhouettes; classes."""
+
+    stages: int
+    asked: str
+    maps: tuple[float, float, float]
+    silhouette: float
+    named: float
+
+
 def classes_to_ask(pipe: Pipeline, labels: np.ndarray) -> dict[str, np.ndarray]:
     """{what changes: a class for every picture}; of several, the pictures take turns."""
     names = [name.split(" ", 1) for name in pipe.class_names]  # design, category
@@ -93,7 +106,7 @@ def classes_to_ask(pipe: Pipeline, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
-    pipe = Pipeline.from_pretrained(FLAGS.workdir)
+    pipe = Pipeline.from_pretrained(FLAGS.workdir, dtype=FLAGS.dtype)
     config, data = pipe.tokenizer.config, cli.data_section(pipe.metadata)
     transform = dataclasses.replace(pipe.metadata.transform, resize=data["resize"])
     source = open_source(
@@ -121,40 +134,79 @@ def sample(pipe: Pipeline, labels, sequence: GranularitySequence, stages: int) -
             first_index=part.start,
             prefix=jax.tree.map(lambda x: x[part], sequence),
             structure_stages=stages,
-            flow_steps=FLAGS.flow_steps,
+            **cli.sampling_settings(),
         ).images
         for part in parts
     ])  # fmt: skip
 
 
 def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
-    """Prints the table."""
+    """Prints the table; draws it for --curves."""
     asked = classes_to_ask(pipe, pictures.labels)
     sequence = pipe.encode(pictures.images)
     restored = pipe.decode(sequence)
     again = pipe.encode(restored).structure
     other = lambda x: np.roll(x, len(x) // 2, axis=0)  # they are sorted by class
     shapes = pictures.silhouettes
+    edges = overlap(other(shapes), shapes), overlap(colored(restored), shapes)
     real = np.mean(judge.predict(pictures.images) == pictures.labels)
-    print(f"silhouettes: chance {overlap(other(shapes), shapes):.3f}, ", end="")
-    print(f"ceiling {overlap(colored(restored), shapes):.3f}; class of real pictures: {real:.1%}")
+    print(f"silhouettes: chance {edges[0]:.3f}, ceiling {edges[1]:.3f}; ", end="")
+    print(f"class of real pictures: {real:.1%}")
     print(
         "| kept stages | class asked for | maps: chance | samples | ceiling | silhouette | class |"
     )
     print("|---|---|---|---|---|---|---|")
+    table = []
     for stages in (0, *range(2, pipe.tokenizer.config.num_stages)):
         last = max(stages - 1, 1)
         wanted = sequence.structure[:, last]
-        bounds = [agreement(x, wanted) for x in (other(wanted), again[:, last])]
+        chance, ceiling = (agreement(x, wanted) for x in (other(wanted), again[:, last]))
         for name, labels in asked.items():
             images = sample(pipe, labels, sequence, stages)
             maps = agreement(pipe.encode(images).structure[:, last], wanted)
-            named = np.mean(judge.predict(images) == labels)
+            named = float(np.mean(judge.predict(images) == labels))
+            silhouette = overlap(colored(images), shapes)
+            table.append(Row(stages, name, (chance, maps, ceiling), silhouette, named))
             print(
-                f"| {stages} | {name} | {bounds[0]:.1%} | {maps:.1%} | {bounds[1]:.1%} | "
-                f"{overlap(colored(images), shapes):.3f} | {named:.1%} |",
+                f"| {stages} | {name} | {chance:.1%} | {maps:.1%} | {ceiling:.1%} | "
+                f"{silhouette:.3f} | {named:.1%} |",
                 flush=True,
             )
+    if FLAGS.curves:
+        curves(table, edges, float(real)).savefig(FLAGS.curves, dpi=120)
+
+
+def curves(table: list[Row], edges: tuple[float, float], real: float) -> figure.Figure:
+    """The table over the kept stages; dotted lines are chance, dashed ones the ceiling.
+
+    Args:
+        edges: chance and ceiling of the silhouettes.
+        real: the share of real pictures that are taken for their class.
+    """
+    canvas = figure.Figure(figsize=(10, 3.4), layout="constrained")
+    maps, silhouettes, classes = canvas.subplots(1, 3)
+    for asked in dict.fromkeys(row.asked for row in table):
+        rows = [row for row in table if row.asked == asked]
+        stages, kept = [row.stages for row in rows], [row for row in rows if row.stages]
+        maps.plot([row.stages for row in kept], [row.maps[1] for row in kept], "o-")
+        silhouettes.plot(stages, [row.silhouette for row in rows], "o-")
+        classes.plot(stages, [row.named for row in rows], "o-", label=asked)
+    first = [row for row in table if row.asked == table[0].asked and row.stages]
+    bound = dict(color="gray", zorder=0)
+    maps.plot([row.stages for row in first], [row.maps[0] for row in first], ":", **bound)
+    maps.plot([row.stages for row in first], [row.maps[2] for row in first], "--", **bound)
+    silhouettes.axhline(edges[0], linestyle=":", **bound)
+    silhouettes.axhline(edges[1], linestyle="--", **bound)
+    classes.axhline(real, linestyle="--", label="real pictures", **bound)
+    maps.set_title("positions with the given cluster", fontsize="medium")
+    silhouettes.set_title("overlap of silhouettes", fontsize="medium")
+    classes.set_title("taken for the class asked for", fontsize="medium")
+    for axis in (maps, silhouettes, classes):
+        axis.set_xlabel("stages whose maps are kept")
+        axis.set_ylim(0, None if axis is classes else 1)
+        axis.grid(alpha=0.3)
+    classes.legend(fontsize="small")
+    return canvas
 
 
 def draw(pipe: Pipeline, pictures: Pictures, names: list[str]) -> np.ndarray:
@@ -180,7 +232,8 @@ if __name__ == "__main__":
     cli.define_data_flags()
     flags.DEFINE_integer("num_images", 256, "Held-out pictures, evenly spaced.")
     flags.DEFINE_integer("batch_size", 64, "Samples at once.")
-    flags.DEFINE_integer("flow_steps", None, "As sample's; by default, the folder's.")
+    cli.define_sampling_flags()
+    flags.DEFINE_string("curves", None, "A picture of the table.")
     flags.DEFINE_string("figure", None, "A picture of samples.")
     flags.DEFINE_list(
         "show",

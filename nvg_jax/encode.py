@@ -1,4 +1,4 @@
-"""Encodes a data set once: `python -m nvg_jax.encode --workdir=runs/digits --out=DIR --crops=8`.
+"""Encodes a data set once: `python -m nvg_jax.encode --workdir=runs/digits --out=DIR`.
 
 Generators then train with `--config.data.name=sequences --config.data.data_dir=DIR`, without the
 encoder and the clustering in every step. Run the same command again to resume; several processes

@@ -41,13 +41,11 @@ def main(_):
     if not FLAGS.image or FLAGS.figures != ["sequence"]:
         pipe.check_can_sample()
     chosen = FLAGS.figures
-    if pipe.tokenizer.config.fixed_structure is not None and "drawings" in chosen:
+    if "drawings" in chosen:
         if FLAGS["figures"].present:
-            raise UserError(
-                "All samples of this model have the same structure (tokenizer.structure=grid), so "
-                "none follow drawings; leave drawings out of --figures."
-            )
-        chosen = [name for name in chosen if name != "drawings"]
+            pipe.check_free_structure("follow drawings (--figures)")
+        elif pipe.tokenizer.config.fixed_structure is not None:
+            chosen = [name for name in chosen if name != "drawings"]
     classes = pipe.class_ids(FLAGS.classes or range(min(len(pipe.class_names), 8)))
     names = [Path(file).stem for file in FLAGS.image]
     images = [pipe.prepare(editing.read_picture(file)) for file in FLAGS.image]

@@ -3,7 +3,7 @@
 The structure map of stage i assigns each of the L positions a label in 0..2**i-1, the index of its
 cluster. Every cluster of the stage has L / 2**i positions, and cluster j of stage i is the union
 of clusters 2j and 2j+1 of stage i+1. Stages are numbered 0..K, with L = 2**K.
-All functions are pure, have no parameters and work under `jit` and `vmap`.
+All functions are pure and have no parameters. Those of JAX arrays work under `jit` and `vmap`.
 """
 
 import jax

@@ -98,14 +98,20 @@ class RunMetadata:
         size = self.model.tokenizer.image_size
         return Transform(size, resize, resize_filter=self.resize_filter)
 
-    def check_settings(self, settings: Settings):
-        """Raises UserError for settings that a distilled structure generator does not support.
+    def expand_settings(self, settings: Settings) -> Settings:
+        """`Settings.expand`, for settings that the structure generator supports.
 
-        Its guidance is built in. If it learned its teacher's solutions (reflow), it knows only the
-        times of its own steps, which include those of any divisor of their number.
+        The guidance of a distilled one is built in. If it learned its teacher's solutions (reflow),
+        it knows only the times of its own steps, which include those of any divisor of their
+        number.
+
+        Raises:
+            UserError: an invalid setting, or one that is not supported.
         """
+        sizes = self.model.tokenizer
+        settings = settings.expand(sizes.num_stages, sizes.codebook_size)
         if self.teacher is None:
-            return
+            return settings
         if (np.asarray(settings.structure_guidance) != 1).any():
             raise UserError(
                 "This model's structure generator was distilled and has its guidance inside; "
@@ -126,6 +132,7 @@ class RunMetadata:
                 f"flow_steps={' or '.join(map(str, known))}; got {settings.solver!r}, "
                 f"{settings.flow_shift!r}, {settings.flow_restart!r} and {settings.flow_steps!r}."
             )
+        return settings
 
     def replace(self, **changes) -> "RunMetadata":
         return dataclasses.replace(self, **changes)

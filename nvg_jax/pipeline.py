@@ -146,9 +146,7 @@ class Pipeline(hub.Storable):
     def settings(self, settings: Settings):
         if not isinstance(settings, Settings):
             raise UserError(f"settings must be nvg_jax.sampling.Settings, got {settings!r}.")
-        config = self.tokenizer.config
-        settings.expand(config.num_stages, config.codebook_size)
-        self.metadata.check_settings(settings)
+        self.metadata.expand_settings(settings)
         self.metadata = self.metadata.replace(sampling=settings, fid=None)
 
     @property
@@ -161,6 +159,7 @@ class Pipeline(hub.Storable):
 
     @params.setter
     def params(self, params: dict[str, Any]):
+        check_networks("This tree", params, ("tokenizer",), "Assign the weights of all networks.")
         self.__dict__.pop("fingerprint", None)
         self._params = jax.device_put(params, replicated(self._mesh))
         known = self.metadata.fingerprint and fingerprint(self._params["tokenizer"])
@@ -305,6 +304,14 @@ class Pipeline(hub.Storable):
 
     # Images and sequences.
 
+    def check_free_structure(self, wish: str):
+        """Raises UserError if all samples have the same structure; so they cannot `wish`."""
+        if self.tokenizer.config.fixed_structure is not None:
+            raise UserError(
+                "All samples of this model have the same structure (tokenizer.structure=grid): "
+                f"they cannot {wish}."
+            )
+
     @isolated()
     def prepare(self, image) -> np.ndarray:
         """An image of any size as the model expects it, float32 (H, W, 3) in [-1, 1].
@@ -434,7 +441,9 @@ class Pipeline(hub.Storable):
             raise UserError(
                 "Nothing of prefix is kept: give structure_stages, token_stages or region."
             )
-        structure_stages, token_stages = structure_stages or 0, token_stages or 0
+        structure_stages, token_stages = (
+            0 if stages is None else stages for stages in (structure_stages, token_stages)
+        )
         plan, values = self._plan(settings, structure_stages, token_stages, region is not None)
         ids, keys, noise = self._batch(class_ids, seed, structure_noise, first_index)
         count, region = len(ids), self._check_region(region, len(ids))
@@ -459,8 +468,7 @@ class Pipeline(hub.Storable):
                 f"The tokens of {token_stages} stages need their maps: give at least "
                 f"structure_stages={token_stages}."
             )
-        chosen = self.settings.updated(settings)
-        self.metadata.check_settings(chosen)
+        chosen = self.metadata.expand_settings(self.settings.updated(settings))
         return self.program.plan(chosen, structure_stages, token_stages, region)
 
     def _batch(self, class_ids, seed, structure_noise, first_index):
@@ -513,10 +521,7 @@ class Pipeline(hub.Storable):
         if fixed is None:
             return prefix
         if (prefix.structure[:, :structure_stages] != fixed[:structure_stages]).any():
-            raise UserError(
-                "This model was trained with tokenizer.structure=grid: it follows no other maps "
-                "than those of the images that it encodes."
-            )
+            self.check_free_structure("follow other maps than those of images that it encodes")
         return prefix._replace(structure=np.broadcast_to(fixed, shape))
 
     def _check_region(self, region, count: int) -> np.ndarray:

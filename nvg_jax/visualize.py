@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from nvg_jax.errors import UserError
 from nvg_jax.runtime.storage import storage_path, write_file
 
 ROUNDING = 1e-4  # of a gray level
@@ -27,10 +28,15 @@ def to_uint8(images) -> np.ndarray:
 
     Images that are uint8 already stay as they are, and so do pixels v given as v / 127.5 - 1,
     which rounding makes up to 2e-5 smaller: `ROUNDING` is added.
+
+    Raises:
+        UserError: other integers or bool, whose range is unknown.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
+    if images.dtype.kind in "biu":
+        raise UserError(f"Expected images in uint8, or float in [-1, 1], got {images.dtype}.")
     pixels = 255 * (np.clip(images.astype(np.float32), -1, 1) + 1) / 2
     return (pixels + ROUNDING).clip(0, 255).astype(np.uint8)
 

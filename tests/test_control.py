@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import forked, is_even_hierarchy
+from helpers import forked, is_even_hierarchy, random_pipeline
 from PIL import Image
 
 from nvg_jax import granularity
+from nvg_jax.data import Transform
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing, sampling_runs
+from nvg_jax.metadata import RunMetadata
 from nvg_jax.sampling import control
 from nvg_jax.structure import flow
 from nvg_jax.visualize import to_uint8
@@ -272,6 +274,8 @@ def test_noise_between_two_seeds_keeps_its_length():
         control.between(start, end[:, 1:], 0.5)
     with pytest.raises(UserError, match="share must be a finite number, got nan"):
         control.between(start, end, np.nan)
+    with pytest.raises(UserError, match="is zero everywhere"):
+        control.between(np.stack([start, 0 * start]), np.stack([end, end]), 0.5)
 
 
 # Files and the command.
@@ -434,6 +438,16 @@ def test_a_ready_made_drawing_has_the_shape_of_the_images():
     assert wide[0, 0] != wide[0, -1]
 
 
+@pytest.mark.parametrize("filter", ["lanczos", "published"])
+def test_a_thin_stroke_of_a_large_mask_marks_what_it_touches(pipe, filter, monkeypatch):
+    large = random_pipeline()  # of 8 x 8 pixels; the middle of 9
+    monkeypatch.setattr(RunMetadata, "transform", Transform((8, 8), 9, 0, filter))
+    mask = np.zeros((900, 1800), bool)
+    mask[512, 701:703] = True  # in row 5 of 9, and columns 7 of 18, of which 5 to 12 are seen
+    rows, columns = np.nonzero(editing.model_mask(large, mask))
+    assert (rows.tolist(), columns.tolist()) == ([5], [2])
+
+
 def test_wrong_use_ends_in_a_sentence(pipe, files):
     image, mask = files / "image.png", files / "mask.png"
     for call, message in (
@@ -446,6 +460,8 @@ def test_wrong_use_ends_in_a_sentence(pipe, files):
         (lambda: editing.follow_drawing(pipe, "cricle"), "one of circle_left"),
         (lambda: editing.follow_drawing(pipe, __file__), "test_control.py is"),
         (lambda: pipe.sample([1], region=np.ones(16, bool)), "need a `prefix`"),
+        (lambda: pipe.sample([1], structure_stages=np.ones(2)), "structure_stages must be a whole"),
+        (lambda: setattr(pipe, "params", {}), "This tree has no tokenizer"),
         (lambda: pipe.sample([1], region=np.ones(15, bool)), r"bool of shape \(16,\)"),
         (lambda: pipe.sample([1], region=np.ones(16)), "got float64"),
         (lambda: pipe.sample([1], region=[[True], [False, True]]), r"region must be .* got object"),

@@ -206,14 +206,14 @@ def test_a_student_is_sampled_at_the_times_that_it_knows():
     config["distillation"]["flow_steps"] = 4
     metadata = random_pipeline().metadata.replace(teacher="other", sampling=own, config=config)
     for steps in (1, 2, 4):
-        metadata.check_settings(own.updated({"flow_steps": steps}))
+        metadata.expand_settings(own.updated({"flow_steps": steps}))
     fewer = metadata.replace(sampling=own.updated({"flow_steps": 1}))  # as tune_sampling found
-    fewer.check_settings(own)
+    fewer.expand_settings(own)
     for change in ({"flow_steps": 3}, {"flow_steps": 8}, {"solver": "heun"}, {"flow_shift": 1.0}):
         with pytest.raises(UserError, match="flow_steps=1 or 2 or 4; got"):
-            metadata.check_settings(own.updated(change))
+            metadata.expand_settings(own.updated(change))
     config["distillation"]["reflow"] = False  # learned at all times
-    metadata.replace(config=config).check_settings(own.updated({"flow_steps": 3}))
+    metadata.replace(config=config).expand_settings(own.updated({"flow_steps": 3}))
 
 
 @pytest.mark.parametrize("reflow, restart", [(True, 1.0), (False, 0.5)])

@@ -7,7 +7,7 @@ from test_end_to_end import weights
 
 from nvg_jax import GranularitySequence, Pipeline, granularity
 from nvg_jax.errors import UserError
-from nvg_jax.jobs import conversion, tuning
+from nvg_jax.jobs import conversion, editing, tuning
 from nvg_jax.jobs.sampling_runs import SamplingJob
 from nvg_jax.runtime.storage import fingerprint
 from nvg_jax.train import train
@@ -55,7 +55,7 @@ def test_no_structure_generator_is_trained_or_needed(run, pipe, tmp_path):
     assert set(weights(run / "content")["params"]) == {"content"}
     assert set(pipe.params) == {"tokenizer", "content"} and pipe.can_sample
     assert tuning.candidates(pipe) == []  # no evaluation could be saved
-    with pytest.raises(UserError, match="all samples of this model have the same"):
+    with pytest.raises(UserError, match="structure=grid.: they cannot walk from"):
         SamplingJob(pipe, [1], 2, 2, 0, {}, walk_to=1)
     with pytest.raises(UserError, match="structure=grid, which the published layout does not know"):
         conversion.to_safetensors(run, tmp_path / "published")
@@ -72,7 +72,7 @@ def test_no_structure_generator_is_trained_or_needed(run, pipe, tmp_path):
 def test_no_figure_of_drawings(run, tmp_path):
     command = ["-m", "nvg_jax.figures", f"--workdir={run}", f"--out={tmp_path}/figures"]
     done = forked(*command, "--figures=sequence,drawings")
-    assert done.returncode == 2 and "leave drawings out of --figures" in done.stderr
+    assert done.returncode == 2 and "cannot follow drawings (--figures)" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -89,5 +89,7 @@ def test_tokens_are_kept_and_a_region_is_sampled(pipe):
     np.testing.assert_array_equal(edited.tokens[:, 1:, 8:], first.tokens[:, 1:, 8:])
     assert (edited.tokens[:, 1:, :8] != first.tokens[:, 1:, :8]).any()
     other = GranularitySequence(first.structure[:, :, ::-1].copy(), first.tokens)
-    with pytest.raises(UserError, match="tokenizer.structure=grid: it follows no other maps"):
+    with pytest.raises(UserError, match="structure=grid.: they cannot follow other maps"):
         pipe.sample([1, 1], prefix=other, structure_stages=2)
+    with pytest.raises(UserError, match="they cannot follow a drawing"):
+        editing.follow_drawing(pipe, "rings")

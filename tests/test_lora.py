@@ -246,7 +246,7 @@ def test_a_distilled_model_keeps_its_steps(base, run):
     assert (
         tuned.settings == Settings(flow_steps=2) != Adapters.from_pretrained(run).metadata.sampling
     )
-    tuned.metadata.check_settings(tuned.settings)
+    tuned.metadata.expand_settings(tuned.settings)
 
 
 @pytest.mark.parametrize("teacher", [None, "a fingerprint"])

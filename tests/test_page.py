@@ -16,6 +16,7 @@ from etils import epy
 from helpers import TIMEOUT, free_port, random_pipeline
 from PIL import ExifTags, Image
 
+from nvg_jax import Pipeline
 from nvg_jax.errors import UserError
 from nvg_jax.jobs import editing
 from nvg_jax.jobs.sampling_runs import SamplingJob
@@ -228,8 +229,22 @@ def test_the_opening_of_other_weights_is_not_shown(opened, tmp_path, monkeypatch
     monkeypatch.setattr(SamplingJob, "sample", lambda self, batch: None)
     shown.write_opening()
     np.testing.assert_array_equal(shown.opening(), stages)
-    shown.pipe = types.SimpleNamespace(tokenizer=opened.pipe.tokenizer, fingerprint="newer")
-    assert shown.opening() is None
+    for change in (
+        {"fingerprint": "newer"},
+        {"settings": Settings(flow_steps=3)},
+        {"class_names": ("other",)},
+    ):
+        same = {name: getattr(opened.pipe, name) for name in ("tokenizer", "fingerprint")}
+        same |= {name: getattr(opened.pipe, name) for name in ("settings", "class_names")}
+        shown.pipe = types.SimpleNamespace(**same)
+        assert shown.opening() is not None
+        shown.pipe = types.SimpleNamespace(**same | change)
+        assert shown.opening() is None
+
+
+@pytest.mark.parametrize("name", ["emoji", "fashion_mnist"])
+def test_the_bundled_models_have_openings(name):
+    assert page.Page(Pipeline.from_pretrained(name), name).opening() is not None
 
 
 def test_too_little_memory_is_said_on_the_page(opened, caplog, monkeypatch):

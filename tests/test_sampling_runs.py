@@ -189,6 +189,24 @@ def test_other_settings_are_refused(pipe, whole, tmp_path, changes, message):
         sampling_runs.write_array(samples_of(pipe, **changes), whole)
 
 
+def test_other_settings_replace_those_of_a_command_without_a_part(pipe, tmp_path):
+    parts = interrupted(pipe, tmp_path / "all.npz", 0)
+    open_folder = lambda seed: resumable.open_folder(parts, "*.npz", {"seed": seed}, "samples")
+    (parts / "settings.json").write_text('{"seed": 1}')
+    open_folder(2)
+    assert json.loads((parts / "settings.json").read_text()) == {"seed": 2}
+    (parts / "000000.npz").touch()
+    with pytest.raises(UserError, match="seed was 2 and is 3 now"):
+        open_folder(3)
+
+
+def test_processes_with_different_settings_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "is_main", lambda: False)  # process 0 has written its own
+    (tmp_path / "settings.json").write_text('{"seed": 1}')
+    with pytest.raises(UserError, match="processes were started with .*: seed was 1 and is 2 now"):
+        resumable.open_folder(tmp_path, "*.npz", {"seed": 2}, "samples")
+
+
 def test_other_weights_and_unknown_files_are_refused(pipe, tmp_path):
     out = tmp_path / "all.npz"
     parts = interrupted(pipe, out, 1)

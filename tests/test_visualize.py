@@ -1,8 +1,10 @@
 """Grids of hand-made tiles."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from nvg_jax.errors import UserError
 from nvg_jax.visualize import (
     FONTS,
     GAP,
@@ -32,6 +34,12 @@ def test_floats_become_bytes_truncated_and_clipped():
     got = to_uint8(np.array([-1, 0, 1, -1.5, 7, 3 / 255 - 1], np.float32))
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, [0, 127, 255, 0, 255, 1])  # 127.5 and 1.5 lose their half
+
+
+def test_integers_of_an_unknown_range_are_refused():
+    for values in ([0, 1, 128, 255], [True]):
+        with pytest.raises(UserError, match="in uint8, or float in .-1, 1., got (int64|bool)"):
+            to_uint8(np.array(values))
 
 
 def test_exact_pixels_stay_as_they_are():

@@ -69,8 +69,10 @@ def follow_drawing(pipeline: Pipeline, drawing: str | os.PathLike) -> Constraint
     """The maps of a drawing: a PNG whose colors are regions, or the name of a ready-made one.
 
     Raises:
-        UserError: it is neither, or a picture with one color or too many.
+        UserError: it is neither, or a picture with one color or too many; or the model's samples
+            follow no drawing.
     """
+    pipeline.check_free_structure("follow a drawing")
     config = pipeline.tokenizer.config
     if isinstance(drawing, str) and drawing in control.DRAWINGS:
         regions = ready_made(drawing, config.image_size)
@@ -104,6 +106,19 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.NEAREST)
 
 
+def model_mask(pipeline: Pipeline, white: np.ndarray) -> np.ndarray:
+    """The model's pixels (h, w) that hold any white of a mask, bool (H, W); both bool."""
+    transform = pipeline.metadata.transform
+    if white.shape != transform.image_size:
+        for axis, count in enumerate(transform.resized(*white.shape)):
+            edges = np.arange(count + 1) * white.shape[axis] / count
+            first, last = np.floor(edges[:-1]).astype(int), np.ceil(edges[1:]).astype(int)
+            lines = (white.take(range(*ends), axis).any(axis) for ends in zip(first, last))
+            white = np.stack(list(lines), axis)
+    colors = white[..., None].repeat(3, axis=-1) * np.uint8(255)
+    return pipeline.prepare(colors).mean(-1) > 0  # crops it
+
+
 def edit_region(
     pipeline: Pipeline,
     image: str | os.PathLike,
@@ -132,8 +147,7 @@ def edit_region(
             f"{mask} has no white: its brightest pixel is {brightness.max():.0f} of 255. Paint "
             "white (255) where the image may change."
         )
-    white = np.where(brightness > 127, np.uint8(255), np.uint8(0)).repeat(3, axis=-1)
-    inside = pipeline.prepare(white).mean(-1) > 0
+    inside = model_mask(pipeline, brightness[..., 0] > 127)
     if not inside.any():
         height, width = inside.shape
         raise UserError(

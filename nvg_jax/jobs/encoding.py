@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 from pathlib import Path
@@ -26,6 +27,8 @@ from nvg_jax.runtime.processes import barrier, is_main
 from nvg_jax.runtime.progress import Progress
 from nvg_jax.runtime.sharding import fill_batch
 from nvg_jax.runtime.storage import alone, check_shared, local_path
+
+logger = logging.getLogger("nvg_jax")
 
 
 def encode_data_set(
@@ -66,6 +69,12 @@ def encode_data_set(
         process_count=jax.process_count(),
         **options,
     )
+    if crops > 1 and not loading.transform.pad and loading.transform.cover == size:
+        logger.warning(
+            "the %d crops of an image that is as high as wide are all the same; --pad shifts them, "
+            "a larger --resize leaves room for them",
+            crops,
+        )
     if is_main():
         sequences.begin(out, settings)
     barrier("encoding has begun")

@@ -86,11 +86,7 @@ class SamplingJob(ImageSet):
                 raise UserError(
                     f"A walk needs two samples or more, got per_class={self.per_class}."
                 )
-            if self.pipeline.tokenizer.config.fixed_structure is not None:
-                raise UserError(
-                    "A walk goes from one structure to another, and all samples of this model have "
-                    "the same (tokenizer.structure=grid)."
-                )
+            self.pipeline.check_free_structure("walk from one to another")
 
     @classmethod
     def cycling(
@@ -123,10 +119,8 @@ class SamplingJob(ImageSet):
         Raises:
             UserError: a setting is out of range.
         """
-        config = self.pipeline.tokenizer.config
-        settings = self.pipeline.settings.updated(self.settings)
-        self.pipeline.metadata.check_settings(settings)
-        return settings.expand(config.num_stages, config.codebook_size)
+        pipeline = self.pipeline
+        return pipeline.metadata.expand_settings(pipeline.settings.updated(self.settings))
 
     def with_settings(self, changes: dict[str, Any]) -> "SamplingJob":
         return dataclasses.replace(self, settings={**self.settings, **changes})

@@ -57,7 +57,7 @@ def evaluations(pipe: Pipeline, settings: Settings) -> int:
     Raises:
         UserError: settings that this model does not support.
     """
-    pipe.metadata.check_settings(settings)
+    pipe.metadata.expand_settings(settings)
     plan, _ = pipe.program.plan(settings)
     return flow_evaluations(plan, pipe.tokenizer.config.num_positions)
 

@@ -1,6 +1,7 @@
 """The web page of `nvg_jax.app`: sampling, structure control and editing in a browser (Gradio)."""
 
 import base64
+import dataclasses
 import functools
 import html
 import io
@@ -22,6 +23,7 @@ from nvg_jax.jobs import editing
 from nvg_jax.jobs.figures import picture_of
 from nvg_jax.jobs.sampling_runs import Constraint, SamplingJob, stage_images
 from nvg_jax.pipeline import Pipeline, SampleOutput
+from nvg_jax.runtime.storage import as_json, digest
 from nvg_jax.sampling import control
 from nvg_jax.sampling.generate import SamplingPlan
 from nvg_jax.sampling.settings import MAX_SEED, Settings, check_integer, text_of
@@ -326,21 +328,26 @@ class Page:
     def opening_path(self) -> Any:
         return bundled.find(self.name) / "opening.png"
 
+    def opening_mark(self) -> str:
+        """What tells the model, and what "Sample" gives at first, from others."""
+        settings = dataclasses.asdict(self.pipe.settings)
+        return digest(as_json([self.pipe.fingerprint, settings, self.pipe.class_names[0]]))
+
     def write_opening(self):
         """Writes what "Sample" gives at first: rows of stages, of all samples, then of maps."""
         out = SamplingJob(self.pipe, [0], SAMPLES, SAMPLES, 0, {}).sample(0)
         sheet = self.stages(out).swapaxes(2, 3)
         height, stages, width = sheet.shape[2:5]
         sheet = sheet.reshape(-1, stages * width, 3)
-        save_png(self.opening_path(), sheet, weights=self.pipe.fingerprint)
+        save_png(self.opening_path(), sheet, model=self.opening_mark())
 
     def opening(self) -> np.ndarray | None:
-        """The samples that `write_opening` wrote for a model of these weights, as of `stages`."""
+        """The samples that `write_opening` wrote for this model, as of `stages`."""
         path, sizes = self.opening_path(), self.pipe.tokenizer.config
         if not path.is_file():
             return None
         with Image.open(io.BytesIO(path.read_bytes())) as sheet:
-            if sheet.info.get("weights") != self.pipe.fingerprint:
+            if sheet.info.get("model") != self.opening_mark():
                 return None
             (height, width), stages = sizes.image_size, sizes.num_stages
             return np.asarray(sheet).reshape(2, -1, height, stages, width, 3).swapaxes(2, 3)

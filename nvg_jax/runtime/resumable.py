@@ -29,7 +29,9 @@ logger = logging.getLogger("nvg_jax")
 
 
 def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, Any], noun: str):
-    """Creates a folder of parts, or checks that it was created with the same settings.
+    """Creates a folder of parts, or checks that its parts have the same settings.
+
+    Collective: every process must call it, and all with the same description.
 
     Args:
         pattern: pattern of the names of the parts.
@@ -38,40 +40,55 @@ def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, 
 
     Raises:
         UserError: the folder holds parts with other or unknown settings, or not all processes see
-            the same folder.
+            the same folder or have the same description.
     """
     path = folder / SETTINGS_FILE
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
+    stored = read_settings(path, description, noun) if path.exists() else None
+    if folder.is_dir() and fnmatch.filter((p.name for p in folder.iterdir()), pattern):
+        if stored is None:
             raise UserError(
-                f"{path}, which says how the {noun} there were made, is damaged ({error}). Give "
-                "another --out, or delete that folder to start over."
-            ) from error
-        if not isinstance(stored, dict) or not stored.keys() & description.keys():
-            raise UserError(f"{path} is of another program. Give another --out.")
-        differ = [
-            f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
-            for name, value in description.items()
-            if stored.get(name) != value
-        ]
-        if differ:
-            raise UserError(
-                f"{folder} holds {noun} made with other settings: {'; '.join(differ)}. Give the "
-                "same settings to resume, or another --out; or delete that folder to start over. "
-                "(Another model: a run that was trained further has other weights.)"
+                f"{folder} holds {noun} but no {SETTINGS_FILE} that says how they were made. Give "
+                "another --out, or move them away."
             )
-    elif folder.is_dir() and fnmatch.filter((p.name for p in folder.iterdir()), pattern):
-        raise UserError(
-            f"{folder} holds {noun} but no {SETTINGS_FILE} that says how they were made. Give "
-            "another --out, or move them away."
-        )
-    elif is_main():
+        check_same(stored, description, f"{folder} holds {noun} made with other settings")
+    elif is_main():  # also where a command ended before its first part
         make_folder(folder)
         write_file(path, json.dumps(description))
     barrier(f"{path} is there")
     check_shared(path.exists(), path, "--out")
+    stored = read_settings(path, description, noun)
+    check_same(stored, description, "The processes were started with different settings")
+
+
+def read_settings(
+    path: Path | epath.Path, description: dict[str, Any], noun: str
+) -> dict[str, Any]:
+    """What the parts beside `path` depend on; raises UserError if it is not of such a folder."""
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path}, which says how the {noun} there were made, is damaged ({error}). Give "
+            "another --out, or delete that folder to start over."
+        ) from error
+    if not isinstance(stored, dict) or not stored.keys() & description.keys():
+        raise UserError(f"{path} is of another program. Give another --out.")
+    return stored
+
+
+def check_same(stored: dict[str, Any], description: dict[str, Any], what: str):
+    """Raises UserError, which begins with `what`, if the settings differ."""
+    differ = [
+        f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
+        for name, value in description.items()
+        if stored.get(name) != value
+    ]
+    if differ:
+        raise UserError(
+            f"{what}: {'; '.join(differ)}. Give the same settings to resume, or another --out; or "
+            "delete that folder to start over. (Another model: a run that was trained further has "
+            "other weights.)"
+        )
 
 
 def own_missing(num_batches: int, files: Callable[[int], Sequence[Path | epath.Path]]) -> list[int]:

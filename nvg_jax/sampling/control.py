@@ -273,7 +273,8 @@ def between(
     `Pipeline.structure_noise` gives the noise of a seed.
 
     Raises:
-        UserError: the arrays have different shapes, or the share is not a finite number.
+        UserError: the arrays have different shapes, the noise of an image is zero, or the share is
+            not a finite number.
     """
     share = check_finite("The share", share)  # one of NumPy would turn the result into float64
     if np.shape(start) != np.shape(end):
@@ -283,6 +284,8 @@ def between(
     start, end = np.asarray(start), np.asarray(end)
     of_image = functools.partial(np.sum, axis=(-2, -1), keepdims=True)
     lengths = np.sqrt(of_image(start**2) * of_image(end**2))
+    if not lengths.all():
+        raise UserError("The noise of an image is zero everywhere, so it has no direction.")
     angle = np.arccos(np.clip(of_image(start * end) / lengths, -1, 1))
     parallel = np.sin(angle) < 1e-6
     sine = np.where(parallel, 1, np.sin(angle))

@@ -44,7 +44,7 @@ class SampleRequests(NamedTuple):
     keys: a random key for each sample, from which all but `noise` is drawn.
     noise: normal values, where every stage's flow starts.
     prefix: maps and tokens, read if the plan has `kept`, which a region needs. The first map is
-        always read, and must be zero.
+        always read, and must be zero; of a model whose maps are fixed, all maps are.
     region: read if the plan says so. Positions outside keep all maps and tokens of `prefix`, and a
         cluster that contains such a position keeps its token.
     """

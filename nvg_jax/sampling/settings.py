@@ -2,9 +2,9 @@
 
 Command-line flags, checks, `Pipeline.sample`, descriptions of samples and the arguments of the
 compiled sampler are derived from the fields. A new setting is added here, to `sampling` in
-configs/common.py and to docs/sampling.md, and read where it is used: as `plan.settings.NAME` if it
-shapes the program (bool and str settings do: traced=False), as `values["NAME"]` if it is traced, or
-as `x["NAME"]` inside a stage if it has a value for each.
+configs/common.py, to `LABELS` of the page and to docs/sampling.md, and read where it is used: as
+`plan.settings.NAME` if it shapes the program (bool and str settings do: traced=False), as
+`values["NAME"]` if it is traced, or as `x["NAME"]` inside a stage if it has a value for each.
 """
 
 import dataclasses
@@ -175,7 +175,7 @@ def text_of(value) -> str:
     """A value as text for a flag: the inverse of `Spec.parse`, except that a bool is 0 or 1."""
     if isinstance(value, str):
         return value
-    return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
+    return ",".join(map(text_of, value)) if isinstance(value, tuple) else f"{value:.15g}"
 
 
 def setting(default, help: str, **facts):

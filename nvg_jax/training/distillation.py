@@ -296,7 +296,7 @@ class DistillationTrainer(Trainer[TrainState]):
         if isinstance(run.train_source, SequenceSource):
             assert teacher.fingerprint is not None  # the model can sample
             run.train_source.check_tokenizer(teacher.fingerprint)
-        teacher.check_settings(teacher_settings(run.config))
+        teacher.expand_settings(teacher_settings(run.config))
         metadata = teacher.replace(
             model=self.model,
             sampling=student_settings(run.config),
