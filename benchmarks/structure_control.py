@@ -76,13 +76,22 @@ class Pictures:
 
 
 class Row(NamedTuple):
-    """One line of the table: chance, samples and ceiling of the maps; silhouettes; classes."""
+    """One line of the table.
+
+    Attributes:
+        stages: how many keep their maps.
+        asked: what kind of class is asked for.
+        maps: agreement by chance, of the samples, and of reconstructions; of the first map that is
+            not whole if nothing is kept.
+        silhouette: the overlap of the samples with the pictures.
+        share: of the samples that are taken for the class asked for.
+    """
 
     stages: int
     asked: str
     maps: tuple[float, float, float]
     silhouette: float
-    named: float
+    share: float
 
 
 def classes_to_ask(pipe: Pipeline, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -106,6 +115,8 @@ def classes_to_ask(pipe: Pipeline, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 def main(_):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads
+    if FLAGS.curves:
+        Path(FLAGS.curves).parent.mkdir(parents=True, exist_ok=True)
     pipe = Pipeline.from_pretrained(FLAGS.workdir, dtype=FLAGS.dtype)
     config, data = pipe.tokenizer.config, cli.data_section(pipe.metadata)
     transform = dataclasses.replace(pipe.metadata.transform, resize=data["resize"])
@@ -164,12 +175,12 @@ def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
         for name, labels in asked.items():
             images = sample(pipe, labels, sequence, stages)
             maps = agreement(pipe.encode(images).structure[:, last], wanted)
-            named = float(np.mean(judge.predict(images) == labels))
+            share = float(np.mean(judge.predict(images) == labels))
             silhouette = overlap(colored(images), shapes)
-            table.append(Row(stages, name, (chance, maps, ceiling), silhouette, named))
+            table.append(Row(stages, name, (chance, maps, ceiling), silhouette, share))
             print(
                 f"| {stages} | {name} | {chance:.1%} | {maps:.1%} | {ceiling:.1%} | "
-                f"{silhouette:.3f} | {named:.1%} |",
+                f"{silhouette:.3f} | {share:.1%} |",
                 flush=True,
             )
     if FLAGS.curves:
@@ -177,7 +188,7 @@ def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
 
 
 def curves(table: list[Row], edges: tuple[float, float], real: float) -> figure.Figure:
-    """The table over the kept stages; dotted lines are chance, dashed ones the ceiling.
+    """The table over the kept stages, with chance and ceiling.
 
     Args:
         edges: chance and ceiling of the silhouettes.
@@ -190,14 +201,14 @@ def curves(table: list[Row], edges: tuple[float, float], real: float) -> figure.
         stages, kept = [row.stages for row in rows], [row for row in rows if row.stages]
         maps.plot([row.stages for row in kept], [row.maps[1] for row in kept], "o-")
         silhouettes.plot(stages, [row.silhouette for row in rows], "o-")
-        classes.plot(stages, [row.named for row in rows], "o-", label=asked)
+        classes.plot(stages, [row.share for row in rows], "o-", label=asked)
     first = [row for row in table if row.asked == table[0].asked and row.stages]
-    bound = dict(color="gray", zorder=0)
-    maps.plot([row.stages for row in first], [row.maps[0] for row in first], ":", **bound)
-    maps.plot([row.stages for row in first], [row.maps[2] for row in first], "--", **bound)
-    silhouettes.axhline(edges[0], linestyle=":", **bound)
-    silhouettes.axhline(edges[1], linestyle="--", **bound)
-    classes.axhline(real, linestyle="--", label="real pictures", **bound)
+    lines = ((0, ":", "a picture of another class"), (2, "--", "reconstruction"))
+    for bound, style, label in lines:
+        look = dict(color="gray", linestyle=style, zorder=0)
+        maps.plot([row.stages for row in first], [row.maps[bound] for row in first], **look)
+        silhouettes.axhline(edges[bound // 2], label=label, **look)
+    classes.axhline(real, color="gray", linestyle="-.", zorder=0, label="real pictures")
     maps.set_title("positions with the given cluster", fontsize="medium")
     silhouettes.set_title("overlap of silhouettes", fontsize="medium")
     classes.set_title("taken for the class asked for", fontsize="medium")
@@ -205,6 +216,7 @@ def curves(table: list[Row], edges: tuple[float, float], real: float) -> figure.
         axis.set_xlabel("stages whose maps are kept")
         axis.set_ylim(0, None if axis is classes else 1)
         axis.grid(alpha=0.3)
+    silhouettes.legend(fontsize="small", loc="lower right")
     classes.legend(fontsize="small")
     return canvas
 

@@ -59,7 +59,6 @@ def get_config(arg: str | None = None):
         config.tokenizer_training.optimizer.learning_rate = 2.4e-2
         config.generator_training.update(length="12000 steps", batch_size=16)
         config.generator_training.optimizer.learning_rate = 4.8e-2
-        # Stronger guidance has a lower FID; samples then follow a given structure less.
         config.sampling.update(content_guidance=(3.0, 3.0), top_p=(0.8, 0.8), flow_steps=2)
     if "runlocal" in variants:
         common.run_locally(config)
