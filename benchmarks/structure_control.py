@@ -81,15 +81,17 @@ class Row(NamedTuple):
     Attributes:
         stages: how many keep their maps.
         asked: what kind of class is asked for.
-        maps: agreement by chance, of the samples, and of reconstructions; of the first map that is
-            not whole if nothing is kept.
+        chance, maps, ceiling: agreement of maps, by chance, of the samples, and of reconstructions;
+            of the first map that is not whole if nothing is kept.
         silhouette: the overlap of the samples with the pictures.
         share: of the samples that are taken for the class asked for.
     """
 
     stages: int
     asked: str
-    maps: tuple[float, float, float]
+    chance: float
+    maps: float
+    ceiling: float
     silhouette: float
     share: float
 
@@ -177,7 +179,7 @@ def measure(pipe: Pipeline, judge: ClassJudge, pictures: Pictures):
             maps = agreement(pipe.encode(images).structure[:, last], wanted)
             share = float(np.mean(judge.predict(images) == labels))
             silhouette = overlap(colored(images), shapes)
-            table.append(Row(stages, name, (chance, maps, ceiling), silhouette, share))
+            table.append(Row(stages, name, chance, maps, ceiling, silhouette, share))
             print(
                 f"| {stages} | {name} | {chance:.1%} | {maps:.1%} | {ceiling:.1%} | "
                 f"{silhouette:.3f} | {share:.1%} |",
@@ -199,15 +201,14 @@ def curves(table: list[Row], edges: tuple[float, float], real: float) -> figure.
     for asked in dict.fromkeys(row.asked for row in table):
         rows = [row for row in table if row.asked == asked]
         stages, kept = [row.stages for row in rows], [row for row in rows if row.stages]
-        maps.plot([row.stages for row in kept], [row.maps[1] for row in kept], "o-")
+        maps.plot([row.stages for row in kept], [row.maps for row in kept], "o-")
         silhouettes.plot(stages, [row.silhouette for row in rows], "o-")
         classes.plot(stages, [row.share for row in rows], "o-", label=asked)
-    first = [row for row in table if row.asked == table[0].asked and row.stages]
-    lines = ((0, ":", "a picture of another class"), (2, "--", "reconstruction"))
-    for bound, style, label in lines:
-        look = dict(color="gray", linestyle=style, zorder=0)
-        maps.plot([row.stages for row in first], [row.maps[bound] for row in first], **look)
-        silhouettes.axhline(edges[bound // 2], label=label, **look)
+    bounds = {row.stages: (row.chance, row.ceiling) for row in table if row.stages}
+    looks = ((":", "a picture of another class"), ("--", "reconstruction"))
+    for (style, label), of_maps, edge in zip(looks, zip(*bounds.values()), edges):
+        maps.plot(list(bounds), of_maps, style, color="gray", zorder=0)
+        silhouettes.axhline(edge, color="gray", linestyle=style, zorder=0, label=label)
     classes.axhline(real, color="gray", linestyle="-.", zorder=0, label="real pictures")
     maps.set_title("positions with the given cluster", fontsize="medium")
     silhouettes.set_title("overlap of silhouettes", fontsize="medium")

@@ -181,6 +181,14 @@ class Pipeline(hub.Storable):
         remedy = f"To sample, train with --config.part={part}, or convert one."
         check_networks("This folder", self.params, needed, remedy)
 
+    def check_free_structure(self, wish: str):
+        """Raises UserError if all samples have the same structure; so they cannot `wish`."""
+        if self.tokenizer.config.fixed_structure is not None:
+            raise UserError(
+                "All samples of this model have the same structure (tokenizer.structure=grid): "
+                f"they cannot {wish}."
+            )
+
     @isolated()
     def class_id(self, name: int | str) -> int:
         """The id of a class given by its name or, if no class has that name, by its id.
@@ -303,14 +311,6 @@ class Pipeline(hub.Storable):
         return Pipeline(metadata, self.params | added, self.dtype)
 
     # Images and sequences.
-
-    def check_free_structure(self, wish: str):
-        """Raises UserError if all samples have the same structure; so they cannot `wish`."""
-        if self.tokenizer.config.fixed_structure is not None:
-            raise UserError(
-                "All samples of this model have the same structure (tokenizer.structure=grid): "
-                f"they cannot {wish}."
-            )
 
     @isolated()
     def prepare(self, image) -> np.ndarray:

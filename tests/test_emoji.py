@@ -225,6 +225,21 @@ def test_the_overlap_of_silhouettes():
     assert not structure_control.colored(white).any()
 
 
+def test_curves_over_the_kept_stages_with_their_bounds():
+    table = [
+        structure_control.Row(stages, asked, 0.1, 0.2 * stages, 0.9, 0.5 + n / 10, 0.3 + n / 10)
+        for stages in (0, 2, 3)
+        for n, asked in enumerate(("same class", "another design"))
+    ]
+    drawn = structure_control.curves(table, (0.4, 0.8), 0.7)
+    lines = [[np.stack(line.get_data(), 1).tolist() for line in a.lines] for a in drawn.axes]
+    given = [[2, 0.4], [3, pytest.approx(0.6)]]
+    assert lines[0] == [given, given, [[2, 0.1], [3, 0.1]], [[2, 0.9], [3, 0.9]]]
+    same, other = ([[stages, y] for stages in (0, 2, 3)] for y in (0.5, 0.6))
+    assert lines[1] == [same, other, [[0, 0.4], [1, 0.4]], [[0, 0.8], [1, 0.8]]]
+    assert [line[0][1] for line in lines[2]] == [0.3, 0.4, 0.7]
+
+
 def test_classes_that_share_the_design_or_the_category():
     pipe = types.SimpleNamespace(class_names=("a x", "a y y", "b x", "b y y", "c x"))
     asked = structure_control.classes_to_ask(pipe, np.array([0, 0, 3]))

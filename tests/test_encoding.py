@@ -90,6 +90,15 @@ def test_a_tokenizer_encodes_data_of_other_classes(pipeline, data, tmp_path):
     assert open_source("sequences", "train", data_dir=str(tmp_path)).class_names == ("ant", "bee")
 
 
+def test_crops_that_are_all_the_same_are_named(pipeline, data, tmp_path, caplog):
+    warned = lambda: [r for r in caplog.records if "crops of an image" in r.message]
+    encode_data_set(pipeline, tmp_path / "larger", data, crops=2)  # 9 pixels for 8
+    encode_data_set(pipeline, tmp_path / "shifted", data | {"resize": 8, "pad": 1}, crops=2)
+    assert not warned()
+    encode_data_set(pipeline, tmp_path / "same", data | {"resize": 8}, crops=2)
+    assert len(warned()) == 1
+
+
 def test_a_cache_of_other_pictures_is_not_continued(pipeline, data, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(data["data_dir"], images)

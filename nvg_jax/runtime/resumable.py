@@ -42,22 +42,33 @@ def open_folder(folder: Path | epath.Path, pattern: str, description: dict[str, 
         UserError: the folder holds parts with other or unknown settings, or not all processes see
             the same folder or have the same description.
     """
-    path = folder / SETTINGS_FILE
-    stored = read_settings(path, description, noun) if path.exists() else None
+    path, what = folder / SETTINGS_FILE, "The processes were started with different settings"
     if folder.is_dir() and fnmatch.filter((p.name for p in folder.iterdir()), pattern):
-        if stored is None:
+        if not path.exists():
             raise UserError(
                 f"{folder} holds {noun} but no {SETTINGS_FILE} that says how they were made. Give "
                 "another --out, or move them away."
             )
-        check_same(stored, description, f"{folder} holds {noun} made with other settings")
-    elif is_main():  # also where a command ended before its first part
+        what = f"{folder} holds {noun} made with other settings"
+    elif is_main():
+        if path.exists():  # of a command that ended before its first part
+            read_settings(path, description, noun)
         make_folder(folder)
         write_file(path, json.dumps(description))
     barrier(f"{path} is there")
     check_shared(path.exists(), path, "--out")
     stored = read_settings(path, description, noun)
-    check_same(stored, description, "The processes were started with different settings")
+    differ = [
+        f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
+        for name, value in description.items()
+        if stored.get(name) != value
+    ]
+    if differ:
+        raise UserError(
+            f"{what}: {'; '.join(differ)}. Give the same settings to resume, or another --out; or "
+            "delete that folder to start over. (Another model: a run that was trained further has "
+            "other weights.)"
+        )
 
 
 def read_settings(
@@ -74,21 +85,6 @@ def read_settings(
     if not isinstance(stored, dict) or not stored.keys() & description.keys():
         raise UserError(f"{path} is of another program. Give another --out.")
     return stored
-
-
-def check_same(stored: dict[str, Any], description: dict[str, Any], what: str):
-    """Raises UserError, which begins with `what`, if the settings differ."""
-    differ = [
-        f"{name} was {reprlib.repr(stored.get(name))} and is {reprlib.repr(value)} now"
-        for name, value in description.items()
-        if stored.get(name) != value
-    ]
-    if differ:
-        raise UserError(
-            f"{what}: {'; '.join(differ)}. Give the same settings to resume, or another --out; or "
-            "delete that folder to start over. (Another model: a run that was trained further has "
-            "other weights.)"
-        )
 
 
 def own_missing(num_batches: int, files: Callable[[int], Sequence[Path | epath.Path]]) -> list[int]:
