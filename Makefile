@@ -1,4 +1,4 @@
-# `make demo`: set-up, samples of the bundled model, training of all parts on handwritten digits,
+# `make demo`: set-up, samples of two models, training of all parts on handwritten digits,
 # samples and their figures.
 # `make test`: set-up and all tests. `make check`: style and the tests that are not slow.
 PYTHON ?= python3
@@ -22,7 +22,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 demo: setup
 	rm -rf runs/demo
-	$(BIN)/python -m nvg_jax.sample --workdir=fashion_mnist --out=runs/demo/fashion
+	$(BIN)/python -m nvg_jax.figures --workdir=docs/models/emoji_16 --figures=reuse --image=docs/control/emoji/house.png,docs/control/emoji/smiley_cat.png --classes="fluent heart,noto food-fruit,noto keycap" --out=runs/demo
 	$(BIN)/python -m nvg_jax.sample --workdir=fashion_mnist --structure_map=circle_center --out=runs/demo/circles
 	$(BIN)/python -m nvg_jax.train --config=configs/digits.py:demo --workdir=runs/demo
 	$(BIN)/python -m nvg_jax.evaluate --workdir=runs/demo --num_samples=1000 --batch_size=250 --out=runs/demo

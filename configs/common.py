@@ -55,6 +55,7 @@ def base() -> ml_collections.ConfigDict:
             data=dict(
                 name="",  # digits, fashion_mnist, image_folder, tfds:NAME, sequences
                 data_dir="",
+                credits="",  # whom to name where samples are shown; exports, cards and the page do
                 resize=0,  # short side before the crop; 0: image size * 288 / 256
                 resize_filter="",  # lanczos, published; "": as the model to build on, else lanczos
                 pad=0,  # random shifts by up to this many pixels

@@ -22,6 +22,10 @@ def get_config(arg: str | None = None):
     config = common.base()
     common.without_pretrained(config)
     config.data.update(name="image_folder", data_dir="data/emoji", resize=64, pad=2)
+    config.data.credits = (
+        "Noto Emoji by Google, Apache 2.0; Twemoji by Twitter and other contributors, CC-BY 4.0; "
+        "Fluent Emoji, Copyright (c) Microsoft Corporation, MIT"
+    )
     config.tokenizer.update(
         image_size=(64, 64),
         latent_size=(16, 16),

@@ -25,6 +25,7 @@ def get_config(arg: str | None = None):
     config = common.base()
     common.without_pretrained(config)
     config.data.update(name="fashion_mnist", resize=32)
+    config.data.credits = "Fashion-MNIST, Copyright (c) 2017 Zalando SE, MIT license"
     config.tokenizer.update(
         image_size=(32, 32),
         latent_size=(4, 4),

@@ -279,6 +279,7 @@ def card(name: str, metadata: RunMetadata, counts: dict[str, int], license: str 
         "parameters": ", ".join(f"{network} {n / 1e6:.3g}M" for network, n in counts.items()),
         "latent": f"{latent} positions, {sizes.latent_dim} channels, {sizes.codebook_size} codes",
         "data": config.get("data", {}).get("name"),
+        "credits": metadata.credits,
         "training": metadata.step and f"{metadata.step} steps",
         "FID": metadata.fid and f"{metadata.fid:.4g} (the best of its training)",
         "sampling": ", ".join(f"{key}={value}" for key, value in vars(settings).items()),

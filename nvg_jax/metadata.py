@@ -92,6 +92,11 @@ class RunMetadata:
         return last.get("resume_step") == step and last["step"] < self.step
 
     @property
+    def credits(self) -> str:
+        """Whom to name where samples are shown, as the training's config says; perhaps ""."""
+        return (self.config or {}).get("data", {}).get("credits", "")
+
+    @property
     def transform(self) -> Transform:
         """The preparation of the images that the model was trained with."""
         resize = (self.config or {}).get("data", {}).get("resize", 0)

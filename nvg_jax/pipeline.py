@@ -17,7 +17,7 @@ from nvg_jax.data.sources import composed
 from nvg_jax.data.transforms import decode
 from nvg_jax.errors import UserError, did_you_mean, listed
 from nvg_jax.evaluation.image import to_float
-from nvg_jax.metadata import RunMetadata
+from nvg_jax.metadata import RunMetadata, read_model_metadata
 from nvg_jax.models import check_networks, generators_for, parameter_counts
 from nvg_jax.parts import GENERATORS
 from nvg_jax.runtime.hardware import fast_dtype, usual_options
@@ -283,7 +283,8 @@ class Pipeline(hub.Storable):
     @staticmethod
     def bundled() -> dict[str, str]:
         """{name: description} of the models that come with the package, for `from_pretrained`."""
-        return {name: f"{m.description} ({m.data})" for name, m in bundled.MODELS.items()}
+        found = {name: read_model_metadata(bundled.FOLDER / name) for name in bundled.MODELS}
+        return {name: f"{bundled.MODELS[name]} ({m.credits})" for name, m in found.items() if m}
 
     def load_lora(
         self, folder: str | os.PathLike, scale: float = 1.0, *, revision: str | None = None

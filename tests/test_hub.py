@@ -285,7 +285,7 @@ def test_an_upload_needs_a_whole_name(pipe, tmp_path):
 
 
 def test_an_upload_replaces_the_one_before_and_has_a_card(server, pipe, monkeypatch):
-    config = {"data": {"name": "digits", "data_dir": "/disk/data"}}
+    config = {"data": {"name": "digits", "data_dir": "/disk/data", "credits": "Ann, CC-BY 4.0"}}
     pipe = Pipeline(pipe.metadata.replace(config=config, step=1500, fid=0.25), pipe.params)
     with pytest.raises(UserError, match="does not permit this for org/mine .403.. Give a token"):
         pipe.push_to_hub("org/mine")
@@ -302,7 +302,8 @@ def test_an_upload_replaces_the_one_before_and_has_a_card(server, pipe, monkeypa
         "license: mit\n",
         '("org/mine")\n    pipe.sample(["0"]).images\n',
         "| images | 8 x 8 pixels |\n| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
-        "| data | digits |\n| training | 1500 steps |\n| FID | 0.25 (the best of its training) |",
+        "| data | digits |\n| credits | Ann, CC-BY 4.0 |\n| training | 1500 steps |",
+        "| FID | 0.25 (the best of its training) |",
         "| parameters | content ",
     ):
         assert text in card

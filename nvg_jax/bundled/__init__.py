@@ -6,7 +6,6 @@ model opens were made by `python -m nvg_jax.app --workdir=NAME --write_opening`.
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from etils import epath
 
@@ -16,31 +15,11 @@ from nvg_jax.metadata import holds_model
 from nvg_jax.runtime.storage import storage_path
 
 FOLDER = Path(__file__).parent
-EMOJI = (
-    "Noto Emoji by Google, Apache 2.0; Twemoji by Twitter and other contributors, CC-BY 4.0; "
-    "Fluent Emoji by Microsoft, MIT"
-)
-
-
-class BundledModel(NamedTuple):
-    """A model that comes with the package.
-
-    description: what it generates. data: its training data, with the license.
-    """
-
-    description: str
-    data: str
-
-
 MODELS = {
-    "fashion_mnist": BundledModel(
-        "32 x 32 pixels, ten classes of clothing; configs/fashion_mnist.py",
-        "Fashion-MNIST, Copyright (c) 2017 Zalando SE, MIT license",
-    ),
-    "emoji": BundledModel("32 x 32 pixels, emoji of 292 classes; configs/emoji.py:small", EMOJI),
-    "emoji_tokenizer": BundledModel(
-        "64 x 64 pixels, the tokenizer alone: encodes and reconstructs emoji; configs/emoji.py",
-        EMOJI,
+    "fashion_mnist": "32 x 32 pixels, ten classes of clothing; configs/fashion_mnist.py",
+    "emoji": "32 x 32 pixels, emoji of 292 classes; configs/emoji.py:small",
+    "emoji_tokenizer": (
+        "64 x 64 pixels, the tokenizer alone: encodes and reconstructs emoji; configs/emoji.py"
     ),
 }
 

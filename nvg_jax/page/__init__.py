@@ -492,13 +492,12 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(
         title=f"nvg_jax: {page.name}", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as blocks:
-        place = page.opening_path().parent
-        model = bundled.MODELS.get(place.name) if place.parent == bundled.FOLDER else None
+        credits = pipe.metadata.credits
         gr.Markdown(
             f"# Next Visual Granularity: {page.name}\n"
             "An image grows in stages, each with twice as many tokens. The structure says which "
             "regions share a token; it can be drawn, or taken from a picture."
-            + (f" Trained on: {model.data}." if model else "")
+            + (f" Trained on: {credits}." if credits else "")
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):

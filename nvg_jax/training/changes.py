@@ -14,7 +14,7 @@ from nvg_jax.workdir import check_tokenizer
 # Settings that may differ on resume: logging, saving, and how and where the same data is read.
 MAY_CHANGE = frozenset(
     ("log_every", "eval_every", "eval_images", "save_every", "keep", "fid_every", "fid_samples")
-    + ("data_dir", "num_threads", "prefetch", "on_bad")
+    + ("data_dir", "credits", "num_threads", "prefetch", "on_bad")
     + ("resize_filter",)  # what it comes to, `RunMetadata.resize_filter`, may not
 )
 LENGTH = ("length", "batch_size", "num_images")
