@@ -297,7 +297,7 @@ def test_tfds_array_record(tmp_path):
             assert f"{split}_{item['label']}.png" in item["name"]
             color = np.asarray(decode(item["image"]))[0, 0]
             assert color.tolist() == ([0, 0, 255] if item["label"] else [255, 0, 0])
-    with pytest.raises(UserError, match="no version folder with a data set prepared"):
+    with pytest.raises(UserError, match="no folder of a version with a data set prepared"):
         open_source("tfds:mnist", "train", data_dir=str(tmp_path))
 
     version = tmp_path / "imagenet2012" / "1.10.0"
@@ -308,6 +308,15 @@ def test_tfds_array_record(tmp_path):
     with pytest.raises(UserError, match=r"1.10.0' is damaged .* Prepare the data set again"):
         open_source("tfds:imagenet2012", "train", data_dir=str(tmp_path))
     (version / "dataset_info.json").write_text(content)
+    shutil.copytree(version, tmp_path / "imagenet2012" / "1.11.0")
+    newer = tmp_path / "imagenet2012" / "1.11.0" / "dataset_info.json"
+    newer.write_text(content.replace('"1.10.0"', '"1.11.0"'))
+    for name, chosen in (("imagenet2012:1.10.0", "1.10.0"), ("imagenet2012", "1.11.0")):
+        source = open_source(f"tfds:{name}", "train", data_dir=str(tmp_path))
+        assert source[0]["name"].startswith(f"imagenet2012/{chosen} train")
+    with pytest.raises(UserError, match="no folder 2.0.0 with a data set"):
+        open_source("tfds:imagenet2012:2.0.0", "train", data_dir=str(tmp_path))
+    shutil.rmtree(tmp_path / "imagenet2012" / "1.11.0")
 
     class Cut:  # what the reader gives of a file that was cut in half
         __len__ = lambda self: 1

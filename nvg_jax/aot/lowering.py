@@ -41,7 +41,7 @@ class DoesNotFitError(UserError):
 
 def data_size(data: ml_collections.ConfigDict) -> tuple[int, int]:
     """The number of training images and of classes; for ImageNet, known without the data."""
-    if data.name == "tfds:imagenet2012":
+    if data.name.split(":")[:2] == ["tfds", "imagenet2012"]:  # a version may follow
         return IMAGENET
     source = open_source(data.name, "train", data_dir=data.data_dir or None)
     return len(source), source.num_classes

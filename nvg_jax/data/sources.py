@@ -545,15 +545,16 @@ def _list_images(root: pathlib.Path) -> list[str]:
 
 
 def _tfds(name: str, split: str, data_dir: pathlib.Path) -> Source:
-    """The newest version of a data set that TFDS has prepared in data_dir/NAME/VERSION."""
-    root = data_dir / name
+    """A data set that TFDS has prepared in data_dir/NAME/VERSION: NAME:VERSION, or the newest."""
+    name, _, version = name.partition(":")
+    root, wanted = data_dir / name, re.escape(version) or r"\d+\.\d+\.\d+"
     folders = [path.parent for path in root.glob("*/dataset_info.json")]
-    versions = [folder for folder in folders if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]
+    versions = [folder for folder in folders if re.fullmatch(wanted, folder.name)]
     if not versions:
         raise UserError(
-            f"'{root}' has no version folder with a data set prepared by TFDS; docs/data.md shows "
-            "how to prepare one. (The name is tfds:NAME, or tfds:NAME/CONFIG for a data set with "
-            "configurations.)"
+            f"'{root}' has no folder {version or 'of a version'} with a data set prepared by TFDS; "
+            "docs/data.md shows how to prepare one. (The name is tfds:NAME, or tfds:NAME/CONFIG "
+            "for a data set with configurations; :VERSION may follow.)"
         )
     newest = max(versions, key=lambda folder: [int(n) for n in folder.name.split(".")])
     with reading_tfds(f"The data set in '{newest}'"):
