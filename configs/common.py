@@ -77,7 +77,7 @@ def base() -> ml_collections.ConfigDict:
             content=transformer(1024, 16),
             structure=transformer(512, 16),
             evaluation=dict(  # what fid_every measures
-                judge="inception",  # or "classifier", trained on the data set when the run starts
+                judge="inception",  # or "efficientnet", or "classifier": trained when a run starts
                 reference="train",  # compared with the samples: train, test or an .npz file
             ),
             class_dropout=0.1,  # share of labels replaced by the null class, for guidance

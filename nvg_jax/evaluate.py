@@ -5,10 +5,11 @@
     python -m nvg_jax.evaluate --workdir=runs/d16 --reconstruction
     python -m nvg_jax.evaluate --workdir=runs/digits --num_samples=1000
 
-The first two compute FID, sFID, Inception Score, precision and recall from Inception features, for
-a file or for samples drawn on the fly. The third computes rFID, LPIPS, PSNR, SSIM and codebook
-usage of the tokenizer. The last needs no downloaded network: a classifier trained on the data set
-is the judge (--judge=classifier). docs/evaluation.md has the details.
+The first two compute FID, sFID, Inception Score, precision and recall from Inception features (or
+EfficientNet's: --judge=efficientnet), for a file or for samples drawn on the fly. The third
+computes rFID, LPIPS, PSNR, SSIM and codebook usage of the tokenizer. The last needs no downloaded
+network: a classifier trained on the data set is the judge (--judge=classifier). docs/evaluation.md
+has the details.
 """
 
 from absl import flags
@@ -64,7 +65,8 @@ def check_flags(judge: str):
     if fitted and (FLAGS.reference or FLAGS.sweep or FLAGS.reconstruction):
         raise UserError(
             f"--judge={judge} compares with the images of its data set, and reconstructions too; "
-            "leave out --reference, --sweep and --reconstruction, or choose --judge=inception."
+            "leave out --reference, --sweep and --reconstruction, or choose --judge=inception or "
+            "efficientnet."
         )
     if FLAGS.reconstruction and (FLAGS.reference or FLAGS.sweep):
         raise UserError(

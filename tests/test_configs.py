@@ -244,7 +244,7 @@ def test_the_losses_that_need_other_networks():
     [
         (dict(part="content"), "trained together .* and this is part=content; set it to 0"),
         (dict(part="separate"), "this is part=separate; set it to 0"),
-        (dict(evaluation=dict(judge="me")), "inception or classifier, got 'me'"),
+        (dict(evaluation=dict(judge="me")), "efficientnet or classifier, got 'me'"),
         (dict(evaluation=dict(reference="test")), "judge=classifier compares with"),
         (dict(part="generators", data=dict(name="sequences")), "no images to compare samples"),
     ],

