@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -74,11 +74,29 @@ class ClassJudge(Judge, Protocol):
         ...
 
 
+class Network(NamedTuple):
+    """A network of `pretrained`, and its input; published metrics resize the two differently."""
+
+    name: str
+    samples: Callable
+    reconstructions: Callable
+
+
+NETWORKS = {
+    "inception": Network(
+        "inception", pretrained.tf1_inception_input, pretrained.antialiased_inception_input
+    ),
+    "efficientnet": Network(
+        "efficientnet_lite0", pretrained.efficientnet_input, pretrained.efficientnet_input
+    ),
+}
+
+
 class NetworkJudge:
     """A network that was trained on ImageNet, on all local devices.
 
     Args:
-        name: of a judge in `INPUTS`.
+        name: of a judge in `NETWORKS`.
         images: what it will judge, "samples" or "reconstructions".
         cache: the folder of its weights, see `pretrained.load`.
 
@@ -88,12 +106,12 @@ class NetworkJudge:
 
     def __init__(self, name: str, images: str = "samples", cache: str = ""):
         self.name = name
-        network, prepare = NETWORKS[name], INPUTS[name][images]
-        params = pretrained.load(network, cache)
+        network = NETWORKS[name]
+        params = pretrained.load(network.name, cache)
         self.fingerprint = fingerprint(params)
         self._mesh = local_mesh()
         self._params = jax.device_put(params, replicated(self._mesh))
-        features = getattr(pretrained, network)
+        features, prepare = getattr(pretrained, network.name), getattr(network, images)
         self._features = jax.jit(lambda params, x: features(params, prepare(x)))
 
     def image_features(self, images: np.ndarray) -> ImageFeatures:
@@ -107,17 +125,6 @@ class NetworkJudge:
             features = self._features(self._params, local_batch(images, self._mesh))
             features = jax.device_get(features)
         return jax.tree.map(lambda x: x[: len(images)], features)
-
-
-NETWORKS = {"inception": "inception", "efficientnet": "efficientnet_lite0"}  # of `pretrained`
-# What is judged -> the network's input; published metrics resize the two differently.
-INPUTS = {
-    "inception": {
-        "samples": pretrained.tf1_inception_input,
-        "reconstructions": pretrained.antialiased_inception_input,
-    },
-    "efficientnet": dict.fromkeys(("samples", "reconstructions"), pretrained.efficientnet_input),
-}
 
 
 def make_judge(

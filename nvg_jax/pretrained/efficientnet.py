@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nvg_jax.errors import UserError
 from nvg_jax.pretrained.inception_v3 import SPATIAL_CHANNELS, ImageFeatures
+from nvg_jax.pretrained.networks import check_square
 
 IMAGE_SIZE = 224  # pixels of the square input
 # Blocks of each stage, with their kernel, stride of the first block, expansion and channels.
@@ -41,12 +41,7 @@ def efficientnet_lite0(params, images) -> ImageFeatures:
     Raises:
         UserError: images of another shape or type.
     """
-    floating = jnp.issubdtype(images.dtype, jnp.floating)
-    if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or not floating:
-        raise UserError(
-            f"Expected float images (B, {IMAGE_SIZE}, {IMAGE_SIZE}, 3), got {images.dtype} "
-            f"{images.shape}. Resize with efficientnet_input."
-        )
+    check_square(images, IMAGE_SIZE, "efficientnet_input")
     images = images.astype(jnp.float32)
     return cast(ImageFeatures, EfficientNetLite0().apply({"params": params}, images))
 

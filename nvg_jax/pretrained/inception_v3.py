@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nvg_jax.errors import UserError
+from nvg_jax.pretrained.networks import check_square
 
 IMAGE_SIZE = 299  # pixels of the square input
 NUM_LOGITS = 1008
@@ -51,12 +51,7 @@ def inception(params, images) -> ImageFeatures:
     Raises:
         UserError: images of another shape or type.
     """
-    if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or not _floating(images):
-        raise UserError(
-            f"Expected float images (B, {IMAGE_SIZE}, {IMAGE_SIZE}, 3) in [-1, 1], got "
-            f"{images.dtype} {images.shape}. Resize with tf1_inception_input or "
-            "antialiased_inception_input."
-        )
+    check_square(images, IMAGE_SIZE, "tf1_inception_input or antialiased_inception_input")
     return cast(ImageFeatures, Inception().apply({"params": params}, images.astype(jnp.float32)))
 
 
@@ -94,14 +89,10 @@ def antialiased_inception_input(images):
         float32 (B, 299, 299, 3) in [-1, 1]; pixel centers are at half positions.
     """
     x = jnp.asarray(images).astype(jnp.float32)
-    if not _floating(images):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
         x = x / 127.5 - 1
     shape = (x.shape[0], IMAGE_SIZE, IMAGE_SIZE, 3)
     return jax.image.resize(x, shape, "linear", antialias=True)
-
-
-def _floating(images) -> bool:
-    return jnp.issubdtype(images.dtype, jnp.floating)
 
 
 class Inception(nn.Module):

@@ -82,8 +82,7 @@ def dino(params, images, dtype=jnp.float32):
     Raises:
         UserError: images of another shape or type.
     """
-    size = (VIT_IMAGE, VIT_IMAGE)
-    _check(images, images.shape[1:3] == size, f"{VIT_IMAGE} x {VIT_IMAGE} pixels")
+    check_square(images, VIT_IMAGE)
     embedded, outputs, _ = _tokens("dino", params, images, dtype, tanh_gelu=True)  # as published
     return (embedded, *(outputs[i] for i in DINO_BLOCKS))
 
@@ -141,12 +140,18 @@ def bicubic_matrix(size: int, target: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _check(images, size_fits: bool, size: str):
+def check_square(images, size: int, resize: str = ""):
+    """Raises UserError, naming what to resize with, unless images are float (B, size, size, 3)."""
+    fits = images.shape[1:3] == (size, size)
+    _check(images, fits, f"{size} x {size} pixels", f" Resize with {resize}." if resize else "")
+
+
+def _check(images, size_fits: bool, size: str, advice: str = ""):
     floating = jnp.issubdtype(images.dtype, jnp.floating)
     if not (images.ndim == 4 and images.shape[-1] == 3 and floating and size_fits):
         raise UserError(
             f"Expected float images (B, H, W, 3) in [-1, 1] of {size}, got {images.dtype} "
-            f"{images.shape}."
+            f"{images.shape}.{advice}"
         )
 
 

