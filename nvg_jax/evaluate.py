@@ -12,6 +12,8 @@ network: a classifier trained on the data set is the judge (--judge=classifier).
 has the details.
 """
 
+import logging
+
 from absl import flags
 from etils import epath, epy
 
@@ -29,6 +31,7 @@ with epy.lazy_imports(error_callback=comes_with("train")):  # slow
     from nvg_jax.jobs import classification, reconstruction, sampling_runs
 
 FLAGS = flags.FLAGS
+logger = logging.getLogger("nvg_jax")
 OF_SAMPLES = {"num_samples", "seed", *Settings.specs()}  # flags that say how samples are drawn
 
 
@@ -146,9 +149,25 @@ def evaluate_model(judge: str, settings) -> str:
         samples = job.with_settings(point)
         points.append((point, samples, samples.facts()))  # raises before anything is computed
     reference = sets.open_reference(FLAGS.reference, FLAGS.batch_size, job.image_size, data)
+    held_out = None
     if isinstance(reference, sets.Split):
         classification.warn_if_classes_differ(pipe, reference.source)
-    return compare(judge, points, reference)
+        if FLAGS.reference == "train":
+            held_out = held_out_images(data, job.image_size)
+    return compare(judge, points, reference, held_out)
+
+
+def held_out_images(data, image_size) -> sets.Split | None:
+    """As many held-out images as samples, if there are: what real images score."""
+    try:
+        images = sets.Split(data, "test", image_size, FLAGS.batch_size, FLAGS.num_samples)
+        problem = f"there are {len(images)}, and {classification.MIN_IMAGES} are needed"
+        if len(images) >= classification.MIN_IMAGES:
+            return images
+    except UserError as error:
+        problem = str(error)
+    logger.warning("held-out images are not measured beside the samples: %s", problem)
+    return None
 
 
 def sampling_job(pipe, settings):
@@ -158,13 +177,14 @@ def sampling_job(pipe, settings):
     )
 
 
-def compare(name: str, points, reference) -> str:
+def compare(name: str, points, reference, held_out=None) -> str:
     """The table of the points of a sweep, or of a single point.
 
     Args:
         name: of the judge.
         points: for each point its settings, its images, and how they were made.
         reference: the images to compare with.
+        held_out: real images to measure, too; None is none.
     """
     file = metrics_file()
     report.warn_if_sizes_differ(points[0][1], reference)
@@ -172,6 +192,9 @@ def compare(name: str, points, reference) -> str:
     make_folder(file.parent)  # raises before anything is computed
     features = report.reference_features(reference, judge)
     described = {"reference": {"name": FLAGS.reference, **reference.describe()}}
+    if held_out:
+        real = report.measure(held_out, judge, features, file.parent / "held_out")
+        described["metrics_of_real_test_images"] = real | {"images": len(held_out)}
     points = [(point, images, facts | described) for point, images, facts in points]
     if FLAGS.sweep:
         results = report.sweep(points, features, judge, file)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import raising
+from PIL import Image
 from test_encoding import hand_made
 
 from nvg_jax import evaluate, pretrained
@@ -83,6 +84,12 @@ def expected_metrics():
     }
 
 
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("nvg_jax"), "propagate", True)
+    return caplog
+
+
 def test_batches_give_the_metrics_of_all_images_at_once(samples, reference, tmp_path):
     judge = Judge()
     known = report.reference_features(reference, judge)
@@ -109,6 +116,42 @@ def test_every_reference_has_metrics_of_its_own(samples, reference, tmp_path, mo
         assert content["judge"] == "stub" and content["reference_images"] == count
         assert content["reference"]["name"] == str(path)
         assert content["reference"]["shape"] == [count, 8, 8, 3]
+
+
+def test_beside_samples_are_as_many_held_out_images(samples, monkeypatch, tmp_path, warnings):
+    monkeypatch.setenv("NVG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(judges, "make_judge", {"stub": Judge()}.__getitem__)
+    flags = dict(samples=None, reference="train", workdir="runs/digits", sweep=None)
+    flags |= dict(num_samples=23, batch_size=5, out=tmp_path / "out")
+    monkeypatch.setattr(evaluate, "FLAGS", types.SimpleNamespace(**flags))
+    held_out = evaluate.held_out_images(DIGITS, (8, 8))
+    assert held_out is not None
+    train = sets.Split(DIGITS, "train", (8, 8), 500)
+    lines = evaluate.compare("stub", [({}, samples, {})], train, held_out).splitlines()
+    content = json.loads((tmp_path / "out/metrics_train.json").read_text())
+    found = content["metrics_of_real_test_images"]
+    assert found["images"] == content["images"] == 23
+    assert len(lines[1].split()) == 5 and lines[2].endswith("  23 held-out images")
+
+    def seen(split):
+        source = open_source("digits", split)
+        images = np.stack([np.stack([x["image"]] * 3, -1) for x in source])
+        return images, Judge().image_features(images).pool
+
+    (_, train_pool), (test_images, test_pool) = seen("train"), seen("test")
+    measured = {image.tobytes() for image in np.concatenate(list(held_out.batches(range(5))))}
+    chosen = [image.tobytes() in measured for image in test_images]
+    fid = features.frechet_distance(train_pool, test_pool[chosen])
+    np.testing.assert_allclose(found["fid"], fid, rtol=1e-5)
+    assert found["fid"] < content["fid"] / 2  # the samples are noise
+
+    for split, count in (("train", 9), ("test", 3)):
+        (tmp_path / f"pictures/{split}/a").mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(IMAGES[i]).save(tmp_path / f"pictures/{split}/a/{i}.png")
+    pictures = {"name": "image_folder", "data_dir": str(tmp_path / "pictures"), "resize": 8}
+    assert evaluate.held_out_images(pictures, (8, 8)) is None
+    assert "there are 3, and 4 are needed" in warnings.text
 
 
 def test_a_killed_run_goes_on_where_it_was(samples, tmp_path):
@@ -249,12 +292,6 @@ def test_truncated_and_damaged_archives(tmp_path):
         list(sets.Archive(path, 5).batches(range(5)))
     with pytest.raises(UserError, match="There is no file"):
         sets.Archive(tmp_path / "y.npz", 5)
-
-
-@pytest.fixture
-def warnings(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("nvg_jax"), "propagate", True)
-    return caplog
 
 
 def test_other_sizes_and_too_few_images_are_said(samples, reference, tmp_path, warnings):

@@ -295,6 +295,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             line += "  " + " ".join(f"{k}={text_of(v)}" for k, v in result["sweep"].items())
             line += "  <- lowest FID" if index == best else ""
         lines.append(line)
+    if real := results[0].get("metrics_of_real_test_images"):
+        line = "".join(f"{digits(real[name]):>11}" for name in METRICS)
+        lines.append(f"{line}  {real['images']:,} held-out images")
     lines += too_few(results[0])
     return "\n".join([*lines, "", *explain(HEADS)])
 
